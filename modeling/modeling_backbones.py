@@ -1,0 +1,147 @@
+"""Where the pretrained parts come from: a Hub id, a local folder, a GGUF file or a model that is loaded already."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+
+@dataclass
+class Backbone:
+    """A pretrained part, and where on the Hub it came from; `name` and `revision` are None for anything local."""
+
+    model: PreTrainedModel
+    name: str | None = None
+    revision: str | None = None
+
+
+def load_vision_model(
+    source: str | Path | PreTrainedModel, revision: str | None, dtype: torch.dtype | None, attn: str | None
+) -> Backbone:
+    """A ViT: a vision model, or the vision tower of a CLIP, SigLIP or the like.
+
+    Raises:
+        ValueError: the model does not read pixels into a sequence of vectors.
+    """
+    if isinstance(source, PreTrainedModel):
+        backbone = Backbone(source)
+        if hasattr(source, "vision_model"):
+            backbone = Backbone(source.vision_model)
+    else:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        model_class = MODEL_MAPPING[type(getattr(config, "vision_config", config))]
+        kwargs = {"revision": revision, "dtype": dtype or torch.float32, "attn_implementation": attn}
+        if hasattr(config, "vision_config"):
+            kwargs["config"] = config.vision_config
+        backbone = _from_source(model_class.from_pretrained(source, **kwargs), source, revision)
+    for field in ("hidden_size", "num_hidden_layers", "patch_size"):
+        if not hasattr(backbone.model.config, field):
+            raise ValueError(f"{type(backbone.model).__name__} is no ViT: its config has no {field}")
+    return backbone
+
+
+def load_language_model(
+    source: str | Path | PreTrainedModel, revision: str | None, dtype: torch.dtype | None, attn: str | None
+) -> Backbone:
+    """A causal LM. A `.gguf` file is read by transformers, dequantised, and is a plain model from then on.
+
+    Raises:
+        ValueError: it is no causal LM, or it carries an adapter already.
+    """
+    if not isinstance(source, (str, Path)):
+        model = source
+        backbone = Backbone(model)
+    elif str(source).endswith(".gguf"):
+        folder, name = _gguf(source)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype or torch.float32)
+        # save_pretrained refuses a model whose config still tells of the quantisation it was read from
+        config = copy.deepcopy(loaded.config)
+        del config.quantization_config
+        config.name_or_path = ""
+        model = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype, attn_implementation=attn)
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
+        backbone = Backbone(model)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, revision=revision, dtype=dtype or torch.float32, attn_implementation=attn
+        )
+        backbone = _from_source(model, source, revision)
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"The language model is a {type(model).__name__} with an adapter, or no transformers model: give the bare LM "
+            "(peft's merge_and_unload() makes one) and describe the LoRA in `lora`"
+        )
+    if not model.can_generate() or model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} is no causal language model: it has no head over a vocabulary")
+    return backbone
+
+
+def load_bert(source: str | Path | PreTrainedModel, revision: str | None) -> Backbone:
+    """The BERT that a Q-Former starts from."""
+    if isinstance(source, PreTrainedModel):
+        return Backbone(source)
+    return _from_source(AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32), source, revision)
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model that is given by Hub id, folder or GGUF file."""
+    if str(source).endswith(".gguf"):
+        folder, name = _gguf(source)
+        return AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    return AutoTokenizer.from_pretrained(source, revision=revision)
+
+
+def next_free_token_id(
+    source: str | Path | PreTrainedModel, revision: str | None, image_token: str = "<image>"
+) -> int:
+    """The id that `image_token` has, or would get, in the tokenizer beside the language model.
+
+    Without a tokenizer in reach (a model made in memory) it is the first id past the vocabulary.
+    """
+    if isinstance(source, PreTrainedModel):
+        vocab_size = source.config.get_text_config().vocab_size
+        source = source.name_or_path
+        if not source or _has_no_tokenizer(source):
+            return vocab_size
+    tokenizer = load_tokenizer(source, revision)
+    return tokenizer.get_vocab().get(image_token, len(tokenizer))
+
+
+def _has_no_tokenizer(name_or_path: str) -> bool:
+    missing_is_none = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    return cached_file(name_or_path, "tokenizer_config.json", **missing_is_none) is None
+
+
+def _gguf(path: str | Path) -> tuple[str, str]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no GGUF file {path}")
+    return str(path.parent), path.name
+
+
+def _from_source(model: PreTrainedModel, source: str | Path, revision: str | None) -> Backbone:
+    """Keep the Hub id and the commit; a local folder is nobody else's business and is not recorded."""
+    if Path(source).is_dir():
+        model.config.name_or_path = ""
+        return Backbone(model)
+    config_file = cached_file(source, "config.json", revision=revision, local_files_only=True)
+    return Backbone(model, str(source), extract_commit_hash(config_file, None))
+
+
+__all__ = ["Backbone", "load_bert", "load_language_model", "load_tokenizer", "load_vision_model", "next_free_token_id"]

@@ -1,0 +1,136 @@
+"""Which layers of a language model get LoRA, and whether a LoRA config keeps the promise that base weights never change."""
+
+import re
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+# Ways to initialise LoRA that rewrite the base weights (`peft.LoraConfig.init_lora_weights`).
+_CHANGES_BASE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str, Any]:
+    """A complete, checked dict of `peft.LoraConfig` fields for this language model.
+
+    Args:
+        lora: a dict of `peft.LoraConfig` fields or a `LoraConfig`. Without `target_modules`, LoRA goes to the attention
+            projections of the architecture.
+        language_model: the LM, before LoRA is attached.
+
+    Returns:
+        a dict that JSON can hold: the fields that were given, and `target_modules` as a list of names or one regex.
+
+    Raises:
+        TypeError: `lora` is neither a dict nor a `LoraConfig`.
+        ValueError: an unknown field, one that would train or change base weights, or targets that match nothing.
+    """
+    from peft import LoraConfig
+
+    known = {field.name for field in fields(LoraConfig)}
+    if isinstance(lora, LoraConfig):
+        defaults = LoraConfig()
+        skipped = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "runtime_config"}
+        lora = {
+            name: value
+            for name, value in lora.to_dict().items()
+            if name in known - skipped and value != getattr(defaults, name)
+        }
+    if not isinstance(lora, dict):
+        raise TypeError(f"lora has to be a dict of peft.LoraConfig fields or a LoraConfig, not {type(lora).__name__}")
+    unknown = sorted(lora.keys() - known)
+    if unknown:
+        raise ValueError(f"lora has fields that peft.LoraConfig does not know: {unknown}; it knows {sorted(known)}")
+
+    layers = linear_layers(language_model)
+    resolved = dict(lora)
+    targets = resolved.get("target_modules")
+    if targets is None:
+        resolved["target_modules"] = attention_projections(language_model)
+    elif not isinstance(targets, str):
+        resolved["target_modules"] = sorted(targets)
+    targeted = _match_targets(resolved["target_modules"], layers)
+    if all(isinstance(layers[name], Conv1D) for name in targeted):
+        resolved.setdefault("fan_in_fan_out", True)  # GPT-2 keeps its matrices transposed
+    resolved.setdefault("task_type", "CAUSAL_LM")
+    check_lora_config(resolved)
+    return resolved
+
+
+def check_lora_config(lora_config: dict[str, Any]) -> None:
+    """Refuse what would train or rewrite the base weights, which stay bit-identical here.
+
+    Raises:
+        ValueError: names the field and its value.
+    """
+    if lora_config.get("modules_to_save") or lora_config.get("trainable_token_indices"):
+        raise ValueError("lora_config.modules_to_save and trainable_token_indices would train base weights of the LM")
+    if lora_config.get("bias", "none") != "none":
+        raise ValueError(
+            f'lora_config.bias is "{lora_config["bias"]}" and would train biases of the LM; it has to be "none"'
+        )
+    init = lora_config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE_WEIGHTS):
+        raise ValueError(
+            f'lora_config.init_lora_weights "{init}" rewrites base weights of the LM; True or "gaussian" do not'
+        )
+
+
+def attention_projections(language_model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers inside the attention modules, with their parent's: `["self_attn.k_proj", …]`.
+
+    The parent's name keeps out a feed-forward layer of the same name (GPT-2 has two `c_proj`).
+
+    Raises:
+        ValueError: the architecture has no module whose class is called an attention; lists its linear layers.
+    """
+    found = set()
+    for name, module in language_model.named_modules():
+        if "Attention" in type(module).__name__:
+            parent = name.rsplit(".", 1)[-1]
+            found |= {f"{parent}.{child}" for child, layer in module.named_modules() if _is_linear(layer)}
+    if not found:
+        raise ValueError(
+            f"No attention layers were found in {type(language_model).__name__}: name lora['target_modules']. "
+            f"Its linear layers: {_kinds(linear_layers(language_model))}"
+        )
+    return sorted(found)
+
+
+def linear_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every layer that LoRA can adapt, by its name in the LM; the output embedding, which may be tied, is not among them."""
+    head = language_model.get_output_embeddings()
+    return {name: layer for name, layer in language_model.named_modules() if _is_linear(layer) and layer is not head}
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.Linear, Conv1D))
+
+
+def _match_targets(targets: str | list[str], layers: dict[str, nn.Module]) -> list[str]:
+    """The layers that `targets` names by peft's rules: a string is a regex for the whole name, a list holds name endings."""
+    if targets == "all-linear":
+        return list(layers)
+    matched = []
+    for target in [targets] if isinstance(targets, str) else targets:
+        if isinstance(targets, str):
+            hits = [name for name in layers if re.fullmatch(target, name)]
+        else:
+            hits = [name for name in layers if name == target or name.endswith(f".{target}")]
+        if not hits:
+            raise ValueError(
+                f"LoRA target {target!r} matches no linear layer of the language model, which has: {_kinds(layers)}"
+            )
+        matched += hits
+    return matched
+
+
+def _kinds(layers: dict[str, nn.Module]) -> list[str]:
+    """Layer names without what repeats: `model.layers.0.self_attn.q_proj` and its like become `self_attn.q_proj`."""
+    return sorted({".".join(name.split(".")[-2:]) for name in layers})
+
+
+__all__ = ["attention_projections", "check_lora_config", "linear_layers", "resolve_lora_config"]

@@ -1,0 +1,452 @@
+"""`LorgnetteForConditionalGeneration`: a frozen ViT, a Q-Former, a linear projector and a causal LM with LoRA.
+
+The way of the data (BLIP-2, Li et al. 2023, figure 3, decoder-only):
+
+    pixel_values (N, 3, H, W) ─ vision_model, frozen ─▶ vision features (N, L, E) ─ qformer ─▶ (N, Q, D) ─ projector ─▶
+    soft tokens (N, Q, M), which replace the `<image>` placeholders among the token embeddings (B, S, M) ─ language_model
+
+Shapes: B rows, N images of the whole batch in the order of their placeholders, S tokens, Q queries, M the LM's width.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from ..configuration.configuration_lorgnette import LorgnetteConfig
+from .modeling_backbones import load_bert, load_language_model, load_vision_model, next_free_token_id
+from .modeling_base import LorgnettePreTrainedModel
+from .modeling_lora import check_lora_config, resolve_lora_config
+from .modeling_placeholders import PlaceholderBlind, check_finite, check_placeholders
+from .modeling_qformer import LorgnetteQFormerModel
+
+
+@dataclass
+class LorgnetteImageFeatures(BaseModelOutputWithPooling):
+    """What [`~LorgnetteForConditionalGeneration.get_image_features`] returns.
+
+    Args:
+        last_hidden_state: `(N, L, E)` vision features, as the Q-Former reads them.
+        pooler_output: `(N, Q, M)` soft tokens, as the language model reads them.
+        hidden_states: the Q-Former's layers, on request.
+        attentions: the Q-Former's self-attention maps, on request.
+        cross_attentions: `(N, heads, Q, L)` for each layer that looks at the image, on request.
+    """
+
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class LorgnetteCausalLMOutputWithPast(ModelOutput):
+    """`CausalLMOutputWithPast` of the language model, and the soft tokens it was given.
+
+    Args:
+        loss: the language model's own loss, where `labels` were given.
+        logits: `(B, S, vocabulary)`.
+        past_key_values: the language model's cache.
+        hidden_states, attentions: the language model's, on request.
+        image_hidden_states: `(N, Q, M)` soft tokens, where there were images.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+
+class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixin):
+    """A language model that is shown pictures: stage 2, and use.
+
+    Build it with [`from_backbones`], load it with `from_pretrained`. Only the Q-Former, the projector and LoRA train.
+
+    Args:
+        config: [`LorgnetteConfig`].
+        vision_model, language_model: loaded backbones whose configs are the ones in `config`; made anew where left out.
+
+    Raises:
+        ValueError: `config.lora_config` would train or rewrite base weights of the language model.
+    """
+
+    main_input_name = "input_ids"
+
+    def __init__(
+        self,
+        config: LorgnetteConfig,
+        vision_model: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
+        self.qformer = LorgnetteQFormerModel._from_config(config.qformer_config)
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = language_model
+        self.projector = nn.Linear(config.qformer_config.hidden_size, self.get_input_embeddings().embedding_dim)
+        if config.lora_config is not None:
+            self._attach_lora()
+        self.generation_config = self.language_model.generation_config
+        self.post_init()
+        self.freeze()
+
+    def _attach_lora(self) -> None:
+        from peft import LoraConfig
+
+        check_lora_config(self.config.lora_config)
+        # inside the LM, driven by the config: so that a plain reload finds every key, and targets cannot hit the ViT
+        self.language_model.add_adapter(LoraConfig(**self.config.lora_config))
+        for name, module in self.language_model.named_modules():
+            if "lora_" in name:
+                module._is_hf_initialized = True  # peft has: transformers would overwrite the zeros of lora_B
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | Path | PreTrainedModel,
+        text: str | Path | PreTrainedModel,
+        *,
+        qformer: str | Path | PreTrainedModel | None = None,
+        qformer_config: dict[str, Any] | None = None,
+        num_query_tokens: int = 32,
+        lora: Any = None,
+        processor: Any = None,
+        vision_feature_layer: int | None = -2,
+        vision_feature_select_strategy: str = "full",
+        vision_revision: str | None = None,
+        text_revision: str | None = None,
+        qformer_revision: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        attn_implementation: str | None = None,
+    ) -> "LorgnetteForConditionalGeneration":
+        """Join pretrained parts.
+
+        Args:
+            vision: a ViT (ViT, DeiT, CLIP, SigLIP, SigLIP2, DINOv2 …): Hub id, local folder or loaded model.
+            text: any causal LM: Hub id, local folder, `.gguf` file or loaded model.
+            qformer: a BERT to start the Q-Former from; without one it starts at random.
+            qformer_config: fields of [`LorgnetteQFormerConfig`]; they win over the BERT's.
+            num_query_tokens: soft tokens per image.
+            lora: fields of `peft.LoraConfig`, or one; `{}` for peft's defaults on all attention projections; `None` for no
+                LoRA.
+            processor: the [`LorgnetteProcessor`] to be used, which then decides the placeholder's id. Without it the id is
+                read from the tokenizer beside `text`; with a model made in memory it is the first past its vocabulary.
+            vision_feature_layer, vision_feature_select_strategy: see [`LorgnetteConfig`].
+            vision_revision, text_revision, qformer_revision: branch, tag or commit on the Hub.
+            dtype: of all parts; float32 by default. Loaded models keep theirs, which have to agree.
+            attn_implementation: `"eager"`, `"sdpa"`, `"flash_attention_2"`; transformers chooses by default.
+
+        Raises:
+            ValueError: a backbone of the wrong kind, backbones of two dtypes, LoRA targets that match nothing, a BERT of
+                another shape; `OSError` for a backbone that cannot be found, as transformers has it.
+        """
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        seen = load_vision_model(vision, vision_revision, dtype, attn_implementation)
+        spoken = load_language_model(text, text_revision, dtype, attn_implementation)
+        started = load_bert(qformer, qformer_revision) if qformer is not None else None
+        if dtype is None and seen.model.dtype != spoken.model.dtype:
+            raise ValueError(
+                f"The ViT is {seen.model.dtype}, the LM {spoken.model.dtype}: pass dtype= to join them in one"
+            )
+
+        fields: dict[str, Any] = {}
+        if started is not None:
+            theirs = started.model.config.to_dict()
+            fields = {name: theirs[name] for name in _FROM_BERT if name in theirs}
+        config = LorgnetteConfig(
+            vision_config=seen.model.config,
+            qformer_config=fields | (qformer_config or {}),
+            text_config=spoken.model.config,
+            num_query_tokens=num_query_tokens,
+            image_token_id=processor.image_token_id if processor else next_free_token_id(text, text_revision),
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            lora_config=resolve_lora_config(lora, spoken.model) if lora is not None else None,
+            vision_backbone=seen.name,
+            vision_backbone_revision=seen.revision,
+            text_backbone=spoken.name,
+            text_backbone_revision=spoken.revision,
+            qformer_backbone=started.name if started else None,
+            qformer_backbone_revision=started.revision if started else None,
+            attn_implementation=attn_implementation,
+        )
+        model = cls(config, vision_model=seen.model, language_model=spoken.model)
+        if started is not None:
+            model.qformer.load_bert(started.model)
+        model.to(dtype or spoken.model.dtype)
+        if processor is not None:
+            model.check_processor(processor)
+        return model
+
+    def check_processor(self, processor: Any) -> None:
+        """Raise a ValueError with both numbers where this model and a processor were not made for each other."""
+        for field in ("image_token_id", "num_query_tokens"):
+            ours, theirs = getattr(self.config, field), getattr(processor, field)
+            if ours != theirs:
+                raise ValueError(
+                    f"The model's {field} is {ours}, the processor's is {theirs}: they do not belong together"
+                )
+
+    # ------------------------------------------------------------------------------------------------ parts
+
+    def freeze(self) -> None:
+        super().freeze()
+        for name, parameter in self.language_model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def enable_adapters(self) -> None:
+        """Answer with LoRA again. Raises a ValueError where the model has none."""
+        self.language_model.enable_adapters()
+
+    def disable_adapters(self) -> None:
+        """Answer as the original language model does. Raises a ValueError where there is no LoRA."""
+        self.language_model.disable_adapters()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block the language model is the original one."""
+        self.disable_adapters()
+        try:
+            yield
+        finally:
+            self.enable_adapters()
+
+    # ------------------------------------------------------------------------------------------------ seeing
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> LorgnetteImageFeatures:
+        """Pictures to soft tokens.
+
+        Args:
+            pixel_values: `(N, 3, H, W)`; or, in their place, `vision_features` `(N, L, E)`, the ViT's output.
+            pixel_attention_mask, spatial_shapes: of SigLIP2's variable resolution.
+            qformer_input_ids, qformer_attention_mask: `(N, T)` instruction for the Q-Former, one an image.
+            kwargs: `output_attentions`, `output_hidden_states` of the Q-Former.
+
+        Returns:
+            [`LorgnetteImageFeatures`]; its `pooler_output` `(N, Q, M)` are the soft tokens.
+
+        Raises:
+            ValueError: both or neither of `pixel_values` and `vision_features`.
+        """
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("Give either pixel_values or vision_features")
+        if vision_features is None:
+            vision_features = self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes)
+        outputs = self.qformer(
+            vision_features,
+            encoder_attention_mask=pixel_attention_mask,
+            input_ids=qformer_input_ids,
+            attention_mask=qformer_attention_mask,
+            **kwargs,
+        )
+        queries = outputs.last_hidden_state[:, : self.config.num_query_tokens]  # (N, Q, D)
+        return LorgnetteImageFeatures(
+            last_hidden_state=vision_features,
+            pooler_output=self.projector(queries),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`(B, S)`, True at the `<image>` placeholders; found by their embedding where there are no ids."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        table = self.get_input_embeddings()
+        if self.config.image_token_id >= table.num_embeddings:
+            raise ValueError(
+                "Placeholders cannot be found in inputs_embeds: their id is past the table. Give input_ids"
+            )
+        placeholder = table(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
+        return (inputs_embeds == placeholder).all(-1)
+
+    def _embed(
+        self, input_ids, inputs_embeds, row_index, labels=None, **images
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Token embeddings `(B, S, M)` with soft tokens in the placeholders' places, and the soft tokens `(N, Q, M)`."""
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        pictures = images.get("pixel_values")
+        if pictures is None:
+            pictures = images.get("vision_features")
+        check_placeholders(mask, self.config, None if pictures is None else len(pictures), row_index, labels)
+        if inputs_embeds is None:
+            # swapped out before the look-up: the placeholder's id may lie past the end of the table
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
+        if pictures is None:
+            return inputs_embeds, None
+        check_finite(pictures, mask, self.config, row_index)
+        soft = self.get_image_features(**images).pooler_output.to(inputs_embeds)
+        return inputs_embeds.masked_scatter(mask.unsqueeze(-1), soft), soft
+
+    # ------------------------------------------------------------------------------------------------ speaking
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        row_index: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> LorgnetteCausalLMOutputWithPast:
+        """Predict the next tokens.
+
+        Args:
+            input_ids: `(B, S)` with `num_query_tokens` placeholders for each image.
+            attention_mask: `(B, S)`.
+            pixel_values: `(N, 3, H, W)`, the images of all rows in the order of their placeholders; or, in their place,
+                `vision_features` `(N, L, E)`, the ViT's output.
+            inputs_embeds: `(B, S, M)` in place of `input_ids`.
+            labels: `(B, S)`, -100 where nothing is to be learned.
+            pixel_attention_mask, spatial_shapes, qformer_input_ids, qformer_attention_mask: see [`get_image_features`].
+            row_index: `(B,)` rows of the data set, for error messages alone.
+            kwargs: for the language model (`use_cache`, `num_items_in_batch`, `output_attentions` …).
+
+        Raises:
+            ValueError: placeholders and images that do not match, labels on placeholders, pictures that are not finite;
+                each names the row.
+        """
+        soft_tokens = None
+        decoding = input_ids is not None and input_ids.shape[1] == 1 and past_key_values is not None
+        if inputs_embeds is None or pixel_values is not None or vision_features is not None:
+            if decoding and pixel_values is None and vision_features is None:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+            else:
+                inputs_embeds, soft_tokens = self._embed(
+                    input_ids,
+                    inputs_embeds,
+                    row_index,
+                    labels,
+                    pixel_values=pixel_values,
+                    vision_features=vision_features,
+                    pixel_attention_mask=pixel_attention_mask,
+                    spatial_shapes=spatial_shapes,
+                    qformer_input_ids=qformer_input_ids,
+                    qformer_attention_mask=qformer_attention_mask,
+                )
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            return_dict=True,
+            **kwargs,
+        )
+        return LorgnetteCausalLMOutputWithPast(
+            loss=outputs.loss,
+            logits=outputs.logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=soft_tokens,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        vision_features: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As `GenerationMixin.generate`: prompt and continuation, `(B, S + new)`.
+
+        Each image is encoded once, before the loop over tokens and beams. Placeholders cannot be generated, and processors
+        of logits (repetition penalty and the like) do not see them.
+        """
+        if pixel_values is not None or vision_features is not None:
+            kwargs["inputs_embeds"], _ = self._embed(
+                input_ids,
+                kwargs.get("inputs_embeds"),
+                kwargs.pop("row_index", None),
+                pixel_values=pixel_values,
+                vision_features=vision_features,
+                pixel_attention_mask=pixel_attention_mask,
+                spatial_shapes=spatial_shapes,
+                qformer_input_ids=qformer_input_ids,
+                qformer_attention_mask=qformer_attention_mask,
+            )
+        return super().generate(input_ids, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs
+    ):
+        """The language model's own: its cache, positions and masks are its business."""
+        return self.language_model.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        return PlaceholderBlind(super()._get_logits_processor(*args, **kwargs), self.config.image_token_id)
+
+
+_FROM_BERT = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "max_position_embeddings",
+    "layer_norm_eps",
+    "pad_token_id",
+)
+
+
+__all__ = ["LorgnetteForConditionalGeneration"]

@@ -1,0 +1,90 @@
+"""`<image>` placeholders: do they match the images, and are they kept out of what is generated?"""
+
+import torch
+from transformers import LogitsProcessorList, PreTrainedConfig
+
+
+def check_placeholders(
+    mask: torch.Tensor,
+    config: PreTrainedConfig,
+    num_images: int | None,
+    row_index: torch.Tensor | None,
+    labels: torch.Tensor | None = None,
+) -> None:
+    """See to it that each image has its `num_query_tokens` placeholders.
+
+    Args:
+        mask: `(B, S)`, True at placeholders.
+        config: for `num_query_tokens` and `image_token_id`.
+        num_images: images of the whole batch, or None where there are none.
+        row_index: `(B,)` names of the rows in messages; their positions in the batch by default.
+        labels: `(B, S)`; a label on a placeholder is an error.
+
+    Raises:
+        ValueError: names the row and both counts.
+    """
+    per_image, counts = config.num_query_tokens, mask.sum(dim=1).tolist()
+    wanted = (num_images or 0) * per_image
+    if sum(counts) != wanted or any(count % per_image for count in counts):
+        one_each = num_images == len(counts)
+        wrong = [row for row, count in enumerate(counts) if count % per_image or (one_each and count != per_image)]
+        row = wrong[0] if wrong else max(range(len(counts)), key=counts.__getitem__)
+        raise ValueError(
+            f"{row_name(row, row_index)} has {counts[row]} image placeholders (id {config.image_token_id}); the batch has "
+            f"{sum(counts)} for {num_images or 0} image(s), and each image takes {per_image}"
+        )
+    if labels is not None and labels.shape == mask.shape:
+        labelled = (mask & (labels != -100)).any(dim=1)
+        if labelled.any():
+            row = int(labelled.nonzero()[0])
+            raise ValueError(
+                f"{row_name(row, row_index)} has labels on image placeholders: they have to be -100 there"
+            )
+
+
+def check_finite(
+    pictures: torch.Tensor, mask: torch.Tensor, config: PreTrainedConfig, row_index: torch.Tensor | None
+) -> None:
+    """Refuse pictures (or features) `(N, …)` with NaN or inf in them.
+
+    Raises:
+        ValueError: names the image and its row.
+    """
+    broken = ~torch.isfinite(pictures.flatten(1)).all(dim=1)
+    if broken.any():
+        image = int(broken.nonzero()[0])
+        images_so_far = (mask.sum(dim=1) // config.num_query_tokens).cumsum(0)
+        row = int((images_so_far <= image).sum())
+        raise ValueError(
+            f"{row_name(row, row_index)}: image {image} of the batch has values that are not finite (NaN or inf)"
+        )
+
+
+def row_name(row: int, row_index: torch.Tensor | None) -> str:
+    """How a message calls a row: by its index in the data set where that is known."""
+    return f"Row {row} of the batch" if row_index is None else f"Row {int(row_index[row])} of the data set"
+
+
+class PlaceholderBlind(LogitsProcessorList):
+    """Logits processors that see no placeholders: their id cannot be generated, nor be looked up in the scores.
+
+    The id may lie past the vocabulary, where a repetition penalty's look-up would fail. In its place the processors see a
+    token that the row holds anyway, so that what they count as "already there" stays the same.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, image_token_id: int):
+        super().__init__(processors)
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        """`input_ids` `(B, S)`, `scores` `(B, vocabulary)`; returns scores."""
+        placeholders = input_ids == self.image_token_id
+        if input_ids.shape[1] > 0:
+            present = input_ids.masked_fill(placeholders, 0).amax(dim=1, keepdim=True)
+            input_ids = torch.where(placeholders, present, input_ids)
+        if self.image_token_id < scores.shape[-1]:
+            scores = scores.index_fill(1, torch.tensor(self.image_token_id, device=scores.device), -torch.inf)
+        return super().__call__(input_ids, scores, **kwargs)
+
+
+__all__ = ["PlaceholderBlind", "check_finite", "check_placeholders", "row_name"]

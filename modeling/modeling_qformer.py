@@ -1,0 +1,359 @@
+"""The Q-Former of BLIP-2 (Li et al. 2023, section 3.1): learned queries that read an image through cross-attention.
+
+- queries and text share self-attention; each has its own feed-forward; only queries look at the image
+- parameter names and outputs are those of `transformers.Blip2QFormerModel` (`models/blip_2/modeling_blip_2.py`), plus
+  `query_tokens` and, with a text half, `embeddings` (there: `Blip2TextEmbeddings`)
+- runs in the model's own dtype, through `ALL_ATTENTION_FUNCTIONS` (eager, sdpa, FlashAttention, flex)
+- started from any BERT by `load_bert`
+
+Shapes: B images, Q queries, T text tokens, L image tokens, D width, E width of the image features.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig
+
+
+logger = logging.get_logger(__name__)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,  # (B, heads, Q, D / heads)
+    key: torch.Tensor,  # (B, heads, L, D / heads)
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # (B, 1, Q, L), added to the scores
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention with the signature of `ALL_ATTENTION_FUNCTIONS`; the one that returns its weights."""
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class LorgnetteQFormerMultiHeadAttention(nn.Module):
+    def __init__(self, config: LorgnetteQFormerConfig, source_size: int):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(source_size, config.hidden_size)
+        self.value = nn.Linear(source_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, source: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def split_heads(x: torch.Tensor) -> torch.Tensor:  # (B, N, D) -> (B, heads, N, D / heads)
+            return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, weights = attention(
+            self,
+            split_heads(self.query(hidden_states)),
+            split_heads(self.key(source)),
+            split_heads(self.value(source)),
+            attention_mask,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return output.reshape(*output.shape[:2], -1), weights  # (B, Q, D), (B, heads, Q, L)
+
+
+class LorgnetteQFormerSelfAttention(LorgnetteQFormerMultiHeadAttention):
+    def __init__(self, config: LorgnetteQFormerConfig):
+        super().__init__(config, source_size=config.hidden_size)
+
+
+class LorgnetteQFormerCrossAttention(LorgnetteQFormerMultiHeadAttention):
+    def __init__(self, config: LorgnetteQFormerConfig):
+        super().__init__(config, source_size=config.encoder_hidden_size)
+
+
+class LorgnetteQFormerOutput(nn.Module):
+    """Dense, dropout, residual, LayerNorm: BERT's post-norm ending of attention and of feed-forward."""
+
+    def __init__(self, config: LorgnetteQFormerConfig, input_size: int):
+        super().__init__()
+        self.dense = nn.Linear(input_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + residual)
+
+
+class LorgnetteQFormerAttention(nn.Module):
+    def __init__(self, config: LorgnetteQFormerConfig, attention: type[LorgnetteQFormerMultiHeadAttention]):
+        super().__init__()
+        self.attention = attention(config)
+        self.output = LorgnetteQFormerOutput(config, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, source: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+    ) -> torch.Tensor:
+        attended, _ = self.attention(hidden_states, source, attention_mask, **kwargs)
+        return self.output(attended, hidden_states)
+
+
+class LorgnetteQFormerIntermediate(nn.Module):
+    def __init__(self, config: LorgnetteQFormerConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.dense(hidden_states))
+
+
+class LorgnetteQFormerLayer(GradientCheckpointingLayer):
+    def __init__(self, config: LorgnetteQFormerConfig, layer_idx: int):
+        super().__init__()
+        self.attention = LorgnetteQFormerAttention(config, LorgnetteQFormerSelfAttention)
+        self.has_cross_attention = layer_idx % config.cross_attention_frequency == 0
+        if self.has_cross_attention:
+            self.crossattention = LorgnetteQFormerAttention(config, LorgnetteQFormerCrossAttention)
+        if config.use_qformer_text_input:
+            self.intermediate = LorgnetteQFormerIntermediate(config)
+            self.output = LorgnetteQFormerOutput(config, config.intermediate_size)
+        self.intermediate_query = LorgnetteQFormerIntermediate(config)
+        self.output_query = LorgnetteQFormerOutput(config, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (B, Q + T, D)
+        encoder_hidden_states: torch.Tensor,  # (B, L, E)
+        attention_mask: torch.Tensor | None,
+        encoder_attention_mask: torch.Tensor | None,
+        query_length: int,
+        **kwargs,
+    ) -> torch.Tensor:
+        hidden_states = self.attention(hidden_states, hidden_states, attention_mask, **kwargs)
+        queries, text = hidden_states[:, :query_length], hidden_states[:, query_length:]
+        if self.has_cross_attention:
+            queries = self.crossattention(queries, encoder_hidden_states, encoder_attention_mask, **kwargs)
+        queries = self.output_query(self.intermediate_query(queries), queries)
+        if text.shape[1] == 0:
+            return queries
+        return torch.cat([queries, self.output(self.intermediate(text), text)], dim=1)
+
+
+class LorgnetteQFormerEncoder(nn.Module):
+    def __init__(self, config: LorgnetteQFormerConfig):
+        super().__init__()
+        self.layer = nn.ModuleList(LorgnetteQFormerLayer(config, i) for i in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, *args, **kwargs)
+        return hidden_states
+
+
+class LorgnetteQFormerEmbeddings(nn.Module):
+    """Word and position embeddings of the text half; the LayerNorm after them is shared with the queries."""
+
+    def __init__(self, config: LorgnetteQFormerConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # (B, T) -> (B, T, D)
+        length, longest = input_ids.shape[1], self.position_embeddings.num_embeddings
+        if length > longest:
+            raise ValueError(f"The Q-Former's text has {length} tokens; it has positions for {longest}")
+        return self.word_embeddings(input_ids) + self.position_embeddings.weight[:length]
+
+
+class LorgnetteQFormerModel(PreTrainedModel):
+    """Q learned queries in, Q vectors that describe the image out.
+
+    Args:
+        config: [`LorgnetteQFormerConfig`] whose `encoder_hidden_size` is set. With `num_query_tokens` the model owns its
+            queries; without, each call brings `query_embeds`.
+
+    Raises:
+        ValueError: `encoder_hidden_size` is not set.
+    """
+
+    config: LorgnetteQFormerConfig
+    config_class = LorgnetteQFormerConfig
+    base_model_prefix = "qformer"
+    main_input_name = "encoder_hidden_states"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["LorgnetteQFormerLayer"]  # noqa: RUF012 (transformers' own class attribute)
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": LorgnetteQFormerLayer,
+        "attentions": OutputRecorder(LorgnetteQFormerSelfAttention, index=1),
+        "cross_attentions": OutputRecorder(LorgnetteQFormerCrossAttention, index=1),
+    }
+
+    def __init__(self, config: LorgnetteQFormerConfig):
+        super().__init__(config)
+        if config.encoder_hidden_size is None:
+            raise ValueError("LorgnetteQFormerConfig.encoder_hidden_size is not set: give the ViT's hidden_size")
+        self.query_tokens = None
+        if config.num_query_tokens is not None:
+            self.query_tokens = nn.Embedding(config.num_query_tokens, config.hidden_size)
+        if config.use_qformer_text_input:
+            self.embeddings = LorgnetteQFormerEmbeddings(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.encoder = LorgnetteQFormerEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding | None:
+        """The text half's word embeddings; `None` where there is no text half."""
+        return self.embeddings.word_embeddings if self.config.use_qformer_text_input else None
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        query_embeds: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Let the queries read the image, and the text where there is one.
+
+        Args:
+            encoder_hidden_states: `(B, L, E)` image features.
+            encoder_attention_mask: `(B, L)`, 1 where there is an image token and 0 where there is padding.
+            input_ids: `(B, T)` instruction text (InstructBLIP, Dai et al. 2023, section 2.3); needs the text half.
+            attention_mask: `(B, T)` for `input_ids`.
+            query_embeds: `(B or 1, Q, D)` instead of the model's own queries.
+            kwargs: `output_attentions` and `output_hidden_states` add self- and cross-attention maps
+                `(B, heads, Q + T, Q + T)` and `(B, heads, Q, L)`, and the layers' outputs.
+
+        Returns:
+            `last_hidden_state` `(B, Q + T, D)`, the queries first; `pooler_output` `(B, D)`, the first query.
+
+        Raises:
+            ValueError: text without a text half, features of another width, or no queries at all.
+        """
+        batch_size, _, width = encoder_hidden_states.shape
+        if width != self.config.encoder_hidden_size:
+            raise ValueError(
+                f"Image features are {width} wide; this Q-Former reads encoder_hidden_size={self.config.encoder_hidden_size}"
+            )
+        if query_embeds is None:
+            if self.query_tokens is None:
+                raise ValueError("This Q-Former owns no queries (num_query_tokens is not set): give query_embeds")
+            query_embeds = self.query_tokens.weight.unsqueeze(0)
+        query_length = query_embeds.shape[1]
+        hidden_states = query_embeds.expand(batch_size, -1, -1)  # (B, Q, D)
+        if input_ids is not None:
+            if not self.config.use_qformer_text_input:
+                raise ValueError("The Q-Former was given text and has no text half: set use_qformer_text_input=True")
+            hidden_states = torch.cat([hidden_states, self.embeddings(input_ids)], dim=1)  # (B, Q + T, D)
+            if attention_mask is not None:
+                attention_mask = nn.functional.pad(attention_mask, (query_length, 0), value=1)
+        hidden_states = self.dropout(self.layernorm(hidden_states))
+        encoder_hidden_states = encoder_hidden_states.to(hidden_states.dtype)
+
+        if attention_mask is not None:
+            attention_mask = create_bidirectional_mask(
+                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+            )
+        if encoder_attention_mask is not None:
+            encoder_attention_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=hidden_states[:, :query_length],
+                attention_mask=encoder_attention_mask,
+                encoder_hidden_states=encoder_hidden_states,
+            )
+        hidden_states = self.encoder(
+            hidden_states, encoder_hidden_states, attention_mask, encoder_attention_mask, query_length, **kwargs
+        )
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0]
+        )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and self.query_tokens is not None:
+            # zeros, as BLIP-2 starts them, would make all queries equal, and equal they would stay
+            init.normal_(self.query_tokens.weight, std=self.config.initializer_range)
+
+    @torch.no_grad()
+    def load_bert(self, bert: PreTrainedModel) -> None:
+        """Start from a BERT (BLIP-2, section 3.1): self-attention and feed-forward are taken over, cross-attention stays.
+
+        The query feed-forward starts as a copy of the text one. BERT's first token type, which it adds to every token, goes
+        into the position embeddings. What was taken, and what was not, is logged.
+
+        Args:
+            bert: a model with BERT's parameter names, at least as many layers and the same widths.
+
+        Raises:
+            ValueError: it is no BERT, has another shape or too few layers; names the first tensor that does not fit.
+        """
+        kind, source, own = bert.config.model_type, bert.base_model.state_dict(), self.state_dict()
+        if self.config.use_qformer_text_input and kind != "bert":
+            raise ValueError(f'The text half needs model_type "bert"; "{kind}" counts its positions in another way')
+        if "embeddings.token_type_embeddings.weight" in source:
+            positions = source["embeddings.position_embeddings.weight"]
+            source["embeddings.position_embeddings.weight"] = (
+                positions + source["embeddings.token_type_embeddings.weight"][0]
+            )
+        taken: dict[str, torch.Tensor] = {}
+        for name, tensor in own.items():
+            if "crossattention" in name or name.startswith("query_tokens"):
+                continue
+            theirs = _name_in_bert(name)
+            if theirs not in source:
+                raise ValueError(
+                    f"{type(bert).__name__} has no weight {theirs!r}: the Q-Former starts from a BERT with at least "
+                    f"{self.config.num_hidden_layers} layers"
+                )
+            if source[theirs].shape != tensor.shape:
+                raise ValueError(
+                    f"{type(bert).__name__}'s {theirs!r} is {tuple(source[theirs].shape)} and the Q-Former's {name!r} is "
+                    f"{tuple(tensor.shape)}: their configs differ"
+                )
+            taken[name] = source[theirs]
+        self.load_state_dict(taken, strict=False)
+        fresh = sorted({name.rsplit(".", 1)[0] for name in own.keys() - taken.keys()})
+        logger.info(f"Q-Former: {len(taken)} tensors taken from {type(bert).__name__}; fresh: {', '.join(fresh)}")
+
+
+def _name_in_bert(name: str) -> str:
+    """The name that `transformers.BertModel` gives to a parameter of the Q-Former."""
+    if name.startswith("layernorm."):
+        return name.replace("layernorm", "embeddings.LayerNorm")
+    name = name.replace("attention.attention.", "attention.self.")
+    return name.replace("intermediate_query.", "intermediate.").replace("output_query.", "output.")
+
+
+__all__ = ["LorgnetteQFormerModel"]

@@ -1,0 +1,154 @@
+"""Every form a dataset may come in gives the same rows, and what is wrong with it is said before training."""
+
+import json
+
+import datasets
+import pytest
+from datasets import Dataset, DatasetDict, IterableDataset
+from PIL import Image
+from tests.tiny import picture
+
+from lorgnette.trainer.arguments import DataArguments
+from lorgnette.trainer.data import load_pairs
+
+
+TEXTS = ["a cat", "a dog", "a bird", "a car"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Keep what `datasets` prepares out of the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four PNG files, as in an imagefolder."""
+    root = tmp_path / "pictures"
+    root.mkdir()
+    for number in range(len(TEXTS)):
+        picture(number).save(root / f"{number}.png")
+    return root
+
+
+def write_imagefolder(folder):
+    rows = [{"file_name": f"{number}.png", "caption": text} for number, text in enumerate(TEXTS)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def write_jsonl(folder):
+    rows = [{"image": f"{number}.png", "caption": text, "extra": number} for number, text in enumerate(TEXTS)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "rows.jsonl"
+
+
+def pictures_dataset():
+    return Dataset.from_dict({"caption": TEXTS, "image": [picture(number) for number in range(len(TEXTS))]})
+
+
+def write_parquet(folder):
+    pictures_dataset().to_parquet(folder / "rows.parquet")
+    return folder / "rows.parquet"
+
+
+def write_saved(folder):
+    pictures_dataset().save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+def write_saved_splits(folder):
+    DatasetDict(train=pictures_dataset()).save_to_disk(folder / "splits")
+    return folder / "splits"
+
+
+def write_arrow(folder):
+    return next(write_saved(folder).glob("*.arrow"))
+
+
+FORMS = [write_imagefolder, write_jsonl, write_parquet, write_arrow, write_saved, write_saved_splits]
+
+
+def arguments(source, **fields):
+    return DataArguments(dataset=str(source), **{"text_column": "caption", **fields})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("write", FORMS)
+def test_every_form_gives_the_same_rows(folder, write, streaming):
+    args = arguments(write(folder), streaming=streaming, shuffle_buffer_size=0)
+    train, evaluation = load_pairs(args, evaluate=False, seed=0)
+    rows = list(train)
+    assert evaluation is None
+    assert isinstance(train, IterableDataset if streaming else Dataset)
+    assert [row["index"] for row in rows] == [0, 1, 2, 3]
+    assert [row["caption"] for row in rows] == TEXTS
+    assert set(rows[0]) == {"image", "caption", "index"}
+    for number, row in enumerate(rows):
+        assert Image.open(row["image"]).tobytes() == picture(number).tobytes()
+
+
+def test_several_pictures_a_row(folder):
+    (folder / "rows.jsonl").write_text(json.dumps({"image": ["0.png", "1.png"], "caption": "two"}))
+    train, _ = load_pairs(arguments(folder / "rows.jsonl"), evaluate=False, seed=0)
+    assert [Image.open(path).size for path in train[0]["image"]] == [picture().size] * 2
+
+
+def test_class_folders_give_their_names_as_text(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "sorted" / name).mkdir(parents=True)
+        picture().save(tmp_path / "sorted" / name / "0.png")
+    train, _ = load_pairs(arguments(tmp_path / "sorted", text_column="label"), evaluate=False, seed=0)
+    assert [row["label"] for row in train] == ["cat", "dog"]
+
+
+def test_held_out_rows_keep_their_numbers(folder):
+    args = arguments(write_jsonl(folder), eval_fraction=0.5)
+    train, evaluation = load_pairs(args, evaluate=True, seed=0)
+    again, _ = load_pairs(args, evaluate=False, seed=0)
+    assert sorted(row["index"] for row in [*train, *evaluation]) == [0, 1, 2, 3]
+    assert len(evaluation) == 2
+    assert [row["index"] for row in train] == [row["index"] for row in again]
+    assert all(TEXTS[row["index"]] == row["caption"] for row in [*train, *evaluation])
+
+
+def test_evaluation_data_may_lie_elsewhere(folder):
+    args = arguments(write_jsonl(folder), train_split="train[:2]", eval_dataset=str(write_parquet(folder)))
+    train, evaluation = load_pairs(args, evaluate=True, seed=0)
+    assert (len(train), len(evaluation)) == (2, 4)
+
+
+def test_a_streamed_training_set_is_shuffled_the_same_way_for_the_same_seed(folder):
+    args = arguments(write_jsonl(folder), streaming=True)
+    orders = [[row["index"] for row in load_pairs(args, evaluate=False, seed=seed)[0]] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_missing_column_is_named_with_those_that_exist(folder, streaming):
+    args = arguments(write_jsonl(folder), text_column="text", streaming=streaming)
+    with pytest.raises(ValueError, match="no column 'text'; it has image, caption, extra"):
+        load_pairs(args, evaluate=False, seed=0)
+
+
+def test_wrong_sources_are_errors(folder):
+    write_jsonl(folder)
+    (folder / "empty.jsonl").touch()
+    (folder / "rows.txt").write_text("no")
+    pictures_dataset().select([]).to_parquet(folder / "none.parquet")
+    for name, error, message in [
+        ("empty.jsonl", ValueError, "the file is empty"),
+        ("rows.txt", ValueError, "has to end in .jsonl, .json, .parquet, .arrow"),
+        ("gone.jsonl", FileNotFoundError, "no such file or folder"),
+        ("none.parquet", ValueError, "corresponds to no data"),
+    ]:
+        with pytest.raises(error, match=message):
+            load_pairs(arguments(folder / name), evaluate=False, seed=0)
+    with pytest.raises(ValueError, match="has no rows"):
+        load_pairs(arguments(folder / "none.parquet", streaming=True), evaluate=False, seed=0)
+    with pytest.raises(ValueError, match='"index" has to be renamed'):
+        (folder / "index.jsonl").write_text('{"image": "0.png", "index": "a"}')
+        load_pairs(arguments(folder / "index.jsonl", text_column="index"), evaluate=False, seed=0)
+    with pytest.raises(ValueError, match="no split 'test'; it has train"):
+        load_pairs(arguments(write_saved(folder), train_split="test"), evaluate=False, seed=0)

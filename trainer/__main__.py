@@ -1,0 +1,22 @@
+"""`python -m lorgnette.trainer COMMAND --config recipes/….yaml`; the same behind `accelerate launch -m`."""
+
+import importlib
+import sys
+from argparse import ArgumentParser
+
+# command -> what it does; the module of that name beside this file has its `main(argv)`
+COMMANDS = {
+    "stage2": "train Q-Former, projector and LoRA to put pictures into words",
+}
+
+
+def main(argv: list[str]) -> None:
+    listing = "; ".join(f"{name}: {purpose}" for name, purpose in COMMANDS.items())
+    parser = ArgumentParser(prog="python -m lorgnette.trainer", epilog="COMMAND --help lists its options.")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=listing)
+    command = parser.parse_args(argv[:1]).command
+    importlib.import_module(f"lorgnette.trainer.{command}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,148 @@
+"""What a recipe can say about the model and the data; everything else is `transformers.TrainingArguments`."""
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+# Defaults of `TrainingArguments` that the entry point replaces.
+TRAINING_DEFAULTS = {
+    # The collator needs the dataset's own columns, whatever they are called.
+    "remove_unused_columns": False,
+    # Trainer would otherwise keep the logits of the whole evaluation set in memory.
+    "prediction_loss_only": True,
+    # Trainer's own default under DDP would hide a parameter that gets no gradient.
+    "ddp_find_unused_parameters": False,
+}
+
+
+@dataclass
+class ModelArguments:
+    """Which backbones are joined, and how; or which saved lorgnette model goes on training."""
+
+    vision: str | None = field(default=None, metadata={"help": "ViT: a Hub id or a folder."})
+    text: str | None = field(default=None, metadata={"help": "Causal LM: a Hub id, a folder or a .gguf file."})
+    qformer: str | None = field(
+        default=None, metadata={"help": "BERT-shaped checkpoint the Q-Former starts from: a Hub id or a folder."}
+    )
+    vision_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `vision`."})
+    text_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `text`."})
+    qformer_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `qformer`."})
+    qformer_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Fields of LorgnetteQFormerConfig, a mapping (JSON on the command line)."}
+    )
+    num_query_tokens: int = field(default=32, metadata={"help": "Soft image tokens per picture."})
+    lora: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Fields of peft.LoraConfig, a mapping (JSON on the command line). {} takes peft's defaults on the "
+            "LM's attention projections; left out, the LM gets no LoRA."
+        },
+    )
+    vision_feature_layer: int | None = field(
+        default=-2, metadata={"help": "Index into the ViT's hidden states; null for its last_hidden_state."}
+    )
+    vision_feature_select_strategy: str = field(
+        default="full", metadata={"help": "`full`: all image tokens, CLS included; `default`: the patches alone."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2 … Left out, transformers chooses."}
+    )
+    model: str | None = field(
+        default=None,
+        metadata={"help": "A saved lorgnette model to go on from, in place of the backbones: a Hub id or a folder."},
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
+    system_prompt: str | None = field(default=None, metadata={"help": "Saved with the processor."})
+    query: str | None = field(
+        default=None, metadata={"help": "What the model is asked of every picture. Saved with the processor."}
+    )
+
+    # The fields above that `from_backbones` takes, which a saved model has settled.
+    JOINTS = ("qformer", "vision_revision", "text_revision", "qformer_revision", "qformer_config", "num_query_tokens",
+              "lora", "vision_feature_layer", "vision_feature_select_strategy")  # fmt: skip
+
+    def __post_init__(self):
+        self.lora = _mapping(self.lora, "lora")
+        self.qformer_config = _mapping(self.qformer_config, "qformer_config")
+        if self.model is None:
+            missing = [name for name in ("vision", "text") if getattr(self, name) is None]
+            if missing:
+                raise ValueError(f"{' and '.join(missing)} not given: name both backbones (or `model`, a saved one)")
+            if self.model_revision is not None:
+                raise ValueError("model_revision is given without model")
+        else:
+            given = [f.name for f in fields(self) if f.name in ("vision", "text", *self.JOINTS)
+                     and getattr(self, f.name) != f.default]  # fmt: skip
+            if given:
+                raise ValueError(f"model {self.model!r} is given: it has settled {', '.join(given)}, leave that out")
+
+
+@dataclass
+class DataArguments:
+    """Where the pairs come from, and which columns they stand in."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "A Hub dataset id; a folder (imagefolder, or one that `save_to_disk` wrote); a .jsonl, .json, "
+            ".parquet or .arrow file, in which image paths are relative to the file's folder."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read while training, nothing downloaded first. Needs max_steps."}
+    )
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "Rows that a streamed training set is shuffled among; 0 keeps its order."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Slices such as train[:1000] work unless streaming."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Evaluation data that lie elsewhere than `dataset`, in any of the same forms."}
+    )
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split for evaluation (of `eval_dataset` where that is given: default train)."}
+    )
+    eval_fraction: float | None = field(
+        default=None, metadata={"help": "Hold out this share of the training split, drawn with `data_seed`/`seed`."}
+    )
+    image_column: str = field(default="image", metadata={"help": "Column with the picture (or a path or URL of it)."})
+    text_column: str = field(default="text", metadata={"help": "Column with the text to learn (or a class label)."})
+    query_column: str | None = field(
+        default=None, metadata={"help": "Column with what is asked of each picture, in place of the one `query`."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest example in tokens, image tokens included; longer texts are cut."}
+    )
+
+    def __post_init__(self):
+        if self.dataset is None:
+            raise ValueError("dataset not given: name a Hub dataset, a folder or a file")
+        if self.eval_fraction is not None:
+            if not 0 < self.eval_fraction < 1:
+                raise ValueError(f"eval_fraction is {self.eval_fraction}; it has to lie between 0 and 1")
+            if self.eval_split or self.eval_dataset:
+                raise ValueError("eval_fraction holds out training rows: leave out eval_split and eval_dataset, or it")
+            if self.streaming:
+                raise ValueError("eval_fraction cannot split a stream: name an eval_split or an eval_dataset")
+        columns = [self.image_column, self.text_column, *([self.query_column] if self.query_column else [])]
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"image_column, text_column and query_column name the same column: {', '.join(columns)}")
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether evaluation data were named."""
+        return bool(self.eval_split or self.eval_dataset or self.eval_fraction)
+
+
+def _mapping(value: dict | str | None, name: str) -> dict | None:
+    """JSON, as the command line writes a mapping, to a dict."""
+    if not isinstance(value, str):
+        return value
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is neither a mapping nor JSON: {value!r} ({error})") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{name} has to be a mapping, not {value!r}")
+    return parsed

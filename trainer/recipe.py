@@ -1,0 +1,90 @@
+"""How a YAML recipe and the command line over it become argument dataclasses, by `HfArgumentParser`."""
+
+import difflib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse_recipe(
+    dataclass_types: Sequence[type],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    defaults: Mapping[str, Any],
+    check: Callable[..., None],
+) -> tuple[Any, ...]:
+    """Fill `dataclass_types` from `--config FILE.yaml`, then from the other command-line options, which win.
+
+    The YAML file is one flat mapping from field names to values. `null` stands for None in it and on the command line;
+    mappings are written as JSON on the command line. `defaults` replace those of the dataclasses' own.
+
+    A mistake in either (an unknown field, a value of the wrong type, something that a dataclass' `__post_init__` or
+    `check` refuses with a ValueError) prints one message naming the field and exits with status 2, as argparse does.
+    """
+    parser = HfArgumentParser(dataclass_types, prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="a recipe: any of the options below, as `name: value`")
+    for kind in (str, int, float):
+        parser.register("type", kind, partial(_or_null, kind))
+    hints = {name: hint for cls in dataclass_types for name, hint in typing.get_type_hints(cls).items()}
+
+    parser.set_defaults(**defaults)
+    command_line, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        parser.error(f"unknown option {unknown[0]!r}{_did_you_mean(name, hints)}")
+    if command_line.config is not None:
+        parser.set_defaults(**_read_yaml(parser, command_line.config, hints))
+    try:
+        *filled, _config = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        check(*filled)
+    except ValueError as error:
+        parser.error(str(error))
+    return tuple(filled)
+
+
+def _read_yaml(parser: HfArgumentParser, path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's mapping, scalars still as text so that the parser converts them by the field's type.
+
+    YAML 1.1 alone would read `eval_strategy: no` as False and `learning_rate: 1e-4` as a string.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+        typed, plain = yaml.safe_load(text), yaml.load(text, Loader=yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        parser.error(f"cannot read the recipe {path}: {error}")
+    if not isinstance(typed, dict):
+        parser.error(f"the recipe {path} is not a mapping of `name: value` lines")
+    values = {}
+    for name, value in zip(plain, typed.values(), strict=True):
+        is_scalar = not (value is None or isinstance(value, dict | list))
+        if name not in hints:
+            parser.error(f"{path}: unknown field {name!r}{_did_you_mean(name, hints)}")
+        if not is_scalar and not _accepts(hints[name], type(value)):
+            kind = "null" if value is None else f"a {type(value).__name__}"
+            parser.error(f"{path}: {name} takes a single value, not {kind}")
+        values[name] = plain[name] if is_scalar else value
+    return values
+
+
+def _or_null(kind: type, text: str) -> Any:
+    return None if text == "null" else kind(text)
+
+
+def _accepts(hint: Any, kind: type) -> bool:
+    """Whether a type hint such as `dict | str | None` or `list[str]` admits values of `kind`."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_accepts(member, kind) for member in typing.get_args(hint))
+    return (typing.get_origin(hint) or hint) is kind
+
+
+def _did_you_mean(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
