@@ -30,8 +30,8 @@ class LorgnetteQFormerConfig(PreTrainedConfig):
 
     Args:
         encoder_hidden_size: width of the image features that cross-attention reads. Left out, it follows the ViT.
-        num_query_tokens: learned queries. Left out, it follows [`LorgnetteConfig`]; a Q-Former that stands alone without
-            it owns no queries and is given `query_embeds`, as `transformers.Blip2QFormerModel` is.
+        num_query_tokens: learned queries. Left out, it follows [`LorgnetteConfig`]; a Q-Former that stands alone
+            without it owns no queries and is given `query_embeds`, as `transformers.Blip2QFormerModel` is.
         cross_attention_frequency: layers 0, f, 2f, … have cross-attention.
         use_qformer_text_input: whether there is a text half (embeddings and text feed-forward), for stage 1 and for
             instructions as InstructBLIP has them.
@@ -69,7 +69,8 @@ class LorgnetteQFormerConfig(PreTrainedConfig):
                 _require_positive(self, field)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"hidden_size ({self.hidden_size}) is not a multiple of num_attention_heads ({self.num_attention_heads})"
+                f"hidden_size ({self.hidden_size}) is not a multiple of "
+                f"num_attention_heads ({self.num_attention_heads})"
             )
 
 
@@ -77,20 +78,20 @@ class LorgnetteQFormerConfig(PreTrainedConfig):
 class LorgnetteConfig(PreTrainedConfig):
     """Everything that is needed to build the model again: three sub-configs and the joints between them.
 
-    Follows the composite configs of transformers 5 (`models/blip_2/configuration_blip_2.py`). One config serves stage 1
-    (no language model is built) and stage 2.
+    Follows the composite configs of transformers 5 (`models/blip_2/configuration_blip_2.py`).
 
     Args:
         vision_config: any ViT's config, or its dict with `model_type`.
         qformer_config: [`LorgnetteQFormerConfig`] or a dict of its fields.
         text_config: any causal LM's config, or its dict with `model_type`.
         num_query_tokens: soft image tokens per picture, the one place where this count is kept.
-        image_token_id: id of the `<image>` placeholder: the tokenizer's next free one. It may lie inside a padded embedding
-            table or past its end; the table is never resized, since placeholders are swapped out before the look-up.
-        vision_feature_layer: index into the ViT's `hidden_states` (-2 is BLIP-2's penultimate layer), or `None` for its
-            `last_hidden_state`, which most ViTs pass through a final LayerNorm.
-        vision_feature_select_strategy: `"full"` takes all tokens (CLS, registers, patches), `"default"` the patches alone.
-            The two words are transformers' own (`LlavaConfig`).
+        image_token_id: id of the `<image>` placeholder: the tokenizer's next free one. It may lie inside a padded
+            embedding table or past its end; the table is never resized, since placeholders are swapped out before the
+            look-up.
+        vision_feature_layer: index into the ViT's `hidden_states` (-2 is the penultimate layer, which BLIP-2 and LLaVA
+            train on). By default it is the ViT's `last_hidden_state`, which most pass through a final LayerNorm.
+        vision_feature_select_strategy: `"full"` takes all tokens (CLS, registers, patches), `"default"` the patches
+            alone. The two words are transformers' own (`LlavaConfig`).
         lora_config: fields of `peft.LoraConfig`, or `None` for a language model without LoRA.
         vision_backbone, text_backbone, qformer_backbone: Hub ids the weights came from, where they came from the Hub.
         vision_backbone_revision, text_backbone_revision, qformer_backbone_revision: their commits.
@@ -111,7 +112,7 @@ class LorgnetteConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     num_query_tokens: int = 32
     image_token_id: int | None = None
-    vision_feature_layer: int | None = -2
+    vision_feature_layer: int | None = None
     vision_feature_select_strategy: str = "full"
     lora_config: dict | None = None
     vision_backbone: str | None = None
@@ -144,8 +145,8 @@ class LorgnetteConfig(PreTrainedConfig):
             )
         if self.vision_feature_select_strategy not in ("full", "default"):
             raise ValueError(
-                f'vision_feature_select_strategy is "{self.vision_feature_select_strategy}"; it takes "full" (all tokens) '
-                'or "default" (patches alone)'
+                f'vision_feature_select_strategy is "{self.vision_feature_select_strategy}"; it takes "full" (all '
+                'tokens) or "default" (patches alone)'
             )
         if self.text_config.is_encoder_decoder:
             raise ValueError(
@@ -162,11 +163,19 @@ class LorgnetteConfig(PreTrainedConfig):
                 part._attn_implementation = attention
 
     def _follow(self, field: str, value: int, source: str) -> None:
-        """Set a field of the Q-Former that another part of this config decides, unless it was set to something else."""
+        """Set a field of the Q-Former that another part of this config decides."""
         given = getattr(self.qformer_config, field)
         if given is not None and given != value:
             raise ValueError(f"qformer_config.{field} ({given}) contradicts {source} ({value})")
         setattr(self.qformer_config, field, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LorgnetteConfig":
+        """As `PreTrainedConfig.from_dict`; raises a ValueError for the config of another architecture."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(f'This is a "{model_type}" checkpoint, not a "{cls.model_type}" one')
+        return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """As `PreTrainedConfig.save_pretrained`, with the source files that load the folder as remote code."""

@@ -81,8 +81,8 @@ def load_language_model(
         backbone = _from_source(model, source, revision)
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            f"The language model is a {type(model).__name__} with an adapter, or no transformers model: give the bare LM "
-            "(peft's merge_and_unload() makes one) and describe the LoRA in `lora`"
+            f"The language model is a {type(model).__name__} with an adapter, or no transformers model: give the bare "
+            "LM (peft's merge_and_unload() makes one) and describe the LoRA in `lora`"
         )
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise ValueError(f"{type(model).__name__} is no causal language model: it has no head over a vocabulary")
@@ -104,28 +104,23 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTraine
     return AutoTokenizer.from_pretrained(source, revision=revision)
 
 
-def next_free_token_id(
-    source: str | Path | PreTrainedModel, revision: str | None, image_token: str = "<image>"
-) -> int:
-    """The id that `image_token` has, or would get, in the tokenizer beside the language model.
+def next_free_token_id(source: str | Path | PreTrainedModel, revision: str | None, vocab_size: int) -> int:
+    """The id that `<image>` has, or would get, in the tokenizer beside the language model.
 
-    Without a tokenizer in reach (a model made in memory) it is the first id past the vocabulary.
+    Without a tokenizer in reach (a model made in memory, a folder of weights alone) it is `vocab_size`.
     """
-    if isinstance(source, PreTrainedModel):
-        vocab_size = source.config.get_text_config().vocab_size
-        source = source.name_or_path
-        if not source or _has_no_tokenizer(source):
-            return vocab_size
-    tokenizer = load_tokenizer(source, revision)
-    return tokenizer.get_vocab().get(image_token, len(tokenizer))
+    name = source.name_or_path if isinstance(source, PreTrainedModel) else str(source)
+    if not name or not (name.endswith(".gguf") or _has_tokenizer(name, revision)):
+        return vocab_size
+    tokenizer = load_tokenizer(name, revision)
+    return tokenizer.get_vocab().get("<image>", len(tokenizer))
 
 
-def _has_no_tokenizer(name_or_path: str) -> bool:
-    missing_is_none = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    return cached_file(name_or_path, "tokenizer_config.json", **missing_is_none) is None
+def _has_tokenizer(name: str, revision: str | None) -> bool:
+    return (
+        cached_file(name, "tokenizer_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+        is not None
+    )
 
 
 def _gguf(path: str | Path) -> tuple[str, str]:

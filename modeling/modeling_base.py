@@ -1,4 +1,4 @@
-"""`LorgnettePreTrainedModel`: a ViT that is frozen, stays in eval mode and builds no graph, and how a model is saved."""
+"""`LorgnettePreTrainedModel`: the frozen ViT that every model here has, and how a model is loaded and saved."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from ..configuration.configuration_lorgnette import AUTO_MAP, LorgnetteConfig
 
 
 class LorgnettePreTrainedModel(PreTrainedModel):
-    """What every model here shares: a ViT that is frozen, stays in eval mode and builds no graph, and how it is saved."""
+    """What every model here shares: a ViT that is frozen, stays in eval mode and builds no graph."""
 
     config: LorgnetteConfig
     config_class = LorgnetteConfig
@@ -33,14 +33,17 @@ class LorgnettePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any):
-        """As `PreTrainedModel.from_pretrained`, and frozen parts come back frozen (transformers thaws what it loads)."""
+        """As `PreTrainedModel.from_pretrained`; frozen parts come back frozen (transformers thaws what it loads)."""
         with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        model.freeze()
+        model._finish_loading(info["missing_keys"])
         return (model, info) if with_info else model
 
+    def _finish_loading(self, missing_keys: set[str]) -> None:
+        self.freeze()
+
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`; the folder carries the code and loads where lorgnette is not installed."""
+        """As `PreTrainedModel.save_pretrained`; the folder loads where lorgnette is not installed."""
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
 

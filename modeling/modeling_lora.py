@@ -1,4 +1,4 @@
-"""Which layers of a language model get LoRA, and whether a LoRA config keeps the promise that base weights never change."""
+"""Which layers of a language model get LoRA, and whether a LoRA config leaves the base weights alone."""
 
 import re
 from dataclasses import fields
@@ -17,8 +17,8 @@ def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str,
     """A complete, checked dict of `peft.LoraConfig` fields for this language model.
 
     Args:
-        lora: a dict of `peft.LoraConfig` fields or a `LoraConfig`. Without `target_modules`, LoRA goes to the attention
-            projections of the architecture.
+        lora: a dict of `peft.LoraConfig` fields or a `LoraConfig`. Without `target_modules`, LoRA goes to the
+            attention projections of the architecture.
         language_model: the LM, before LoRA is attached.
 
     Returns:
@@ -101,7 +101,7 @@ def attention_projections(language_model: PreTrainedModel) -> list[str]:
 
 
 def linear_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every layer that LoRA can adapt, by its name in the LM; the output embedding, which may be tied, is not among them."""
+    """Every layer that LoRA can adapt, by its name in the LM; not the output embedding, which may be tied."""
     head = language_model.get_output_embeddings()
     return {name: layer for name, layer in language_model.named_modules() if _is_linear(layer) and layer is not head}
 
@@ -111,7 +111,7 @@ def _is_linear(layer: nn.Module) -> bool:
 
 
 def _match_targets(targets: str | list[str], layers: dict[str, nn.Module]) -> list[str]:
-    """The layers that `targets` names by peft's rules: a string is a regex for the whole name, a list holds name endings."""
+    """The layers named by peft's rules: a string is a regex for the whole name, a list holds name endings."""
     if targets == "all-linear":
         return list(layers)
     matched = []

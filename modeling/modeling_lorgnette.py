@@ -3,7 +3,7 @@
 The way of the data (BLIP-2, Li et al. 2023, figure 3, decoder-only):
 
     pixel_values (N, 3, H, W) ─ vision_model, frozen ─▶ vision features (N, L, E) ─ qformer ─▶ (N, Q, D) ─ projector ─▶
-    soft tokens (N, Q, M), which replace the `<image>` placeholders among the token embeddings (B, S, M) ─ language_model
+    soft tokens (N, Q, M), which replace the `<image>` placeholders among token embeddings (B, S, M) ─ language_model
 
 Shapes: B rows, N images of the whole batch in the order of their placeholders, S tokens, Q queries, M the LM's width.
 """
@@ -78,7 +78,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
 
     Args:
         config: [`LorgnetteConfig`].
-        vision_model, language_model: loaded backbones whose configs are the ones in `config`; made anew where left out.
+        vision_model, language_model: loaded backbones whose configs are those in `config`; made anew where left out.
 
     Raises:
         ValueError: `config.lora_config` would train or rewrite base weights of the language model.
@@ -126,7 +126,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         num_query_tokens: int = 32,
         lora: Any = None,
         processor: Any = None,
-        vision_feature_layer: int | None = -2,
+        vision_feature_layer: int | None = None,
         vision_feature_select_strategy: str = "full",
         vision_revision: str | None = None,
         text_revision: str | None = None,
@@ -142,18 +142,19 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             qformer: a BERT to start the Q-Former from; without one it starts at random.
             qformer_config: fields of [`LorgnetteQFormerConfig`]; they win over the BERT's.
             num_query_tokens: soft tokens per image.
-            lora: fields of `peft.LoraConfig`, or one; `{}` for peft's defaults on all attention projections; `None` for no
-                LoRA.
-            processor: the [`LorgnetteProcessor`] to be used, which then decides the placeholder's id. Without it the id is
-                read from the tokenizer beside `text`; with a model made in memory it is the first past its vocabulary.
+            lora: fields of `peft.LoraConfig`, or one; `{}` for peft's defaults on all attention projections; `None` for
+                no LoRA.
+            processor: the [`LorgnetteProcessor`] to be used, which then decides the placeholder's id. Without it the id
+                is read from the tokenizer beside `text`; without one it is the first past the LM's vocabulary.
             vision_feature_layer, vision_feature_select_strategy: see [`LorgnetteConfig`].
             vision_revision, text_revision, qformer_revision: branch, tag or commit on the Hub.
             dtype: of all parts; float32 by default. Loaded models keep theirs, which have to agree.
             attn_implementation: `"eager"`, `"sdpa"`, `"flash_attention_2"`; transformers chooses by default.
 
         Raises:
-            ValueError: a backbone of the wrong kind, backbones of two dtypes, LoRA targets that match nothing, a BERT of
-                another shape; `OSError` for a backbone that cannot be found, as transformers has it.
+            ValueError: a backbone of the wrong kind, backbones of two dtypes, LoRA targets that match nothing, a BERT
+                of another shape.
+            OSError: a backbone cannot be found.
         """
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         seen = load_vision_model(vision, vision_revision, dtype, attn_implementation)
@@ -164,6 +165,10 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
                 f"The ViT is {seen.model.dtype}, the LM {spoken.model.dtype}: pass dtype= to join them in one"
             )
 
+        if processor is not None:
+            image_token_id = processor.image_token_id
+        else:
+            image_token_id = next_free_token_id(text, text_revision, spoken.model.config.vocab_size)
         fields: dict[str, Any] = {}
         if started is not None:
             theirs = started.model.config.to_dict()
@@ -173,7 +178,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             qformer_config=fields | (qformer_config or {}),
             text_config=spoken.model.config,
             num_query_tokens=num_query_tokens,
-            image_token_id=processor.image_token_id if processor else next_free_token_id(text, text_revision),
+            image_token_id=image_token_id,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
             lora_config=resolve_lora_config(lora, spoken.model) if lora is not None else None,
@@ -203,6 +208,15 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
                 )
 
     # ------------------------------------------------------------------------------------------------ parts
+
+    def _finish_loading(self, missing_keys: set[str]) -> None:
+        unfilled = sorted(key for key in missing_keys if ".base_layer." in key)
+        if unfilled:
+            raise ValueError(
+                f"{len(unfilled)} weights under LoRA are not in the checkpoint ({unfilled[0]}, …): it was saved without the "
+                "LoRA that lora_config describes. from_backbones(lora=…) is where a model gets its LoRA"
+            )
+        super()._finish_loading(missing_keys)
 
     def freeze(self) -> None:
         super().freeze()
@@ -305,7 +319,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
     def _embed(
         self, input_ids, inputs_embeds, row_index, labels=None, **images
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Token embeddings `(B, S, M)` with soft tokens in the placeholders' places, and the soft tokens `(N, Q, M)`."""
+        """Token embeddings `(B, S, M)`, soft tokens in the placeholders' places; and the soft tokens `(N, Q, M)`."""
         mask = self.get_placeholder_mask(input_ids, inputs_embeds)
         pictures = images.get("pixel_values")
         if pictures is None:
@@ -358,23 +372,23 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
                 each names the row.
         """
         soft_tokens = None
-        decoding = input_ids is not None and input_ids.shape[1] == 1 and past_key_values is not None
-        if inputs_embeds is None or pixel_values is not None or vision_features is not None:
-            if decoding and pixel_values is None and vision_features is None:
-                inputs_embeds = self.get_input_embeddings()(input_ids)
-            else:
-                inputs_embeds, soft_tokens = self._embed(
-                    input_ids,
-                    inputs_embeds,
-                    row_index,
-                    labels,
-                    pixel_values=pixel_values,
-                    vision_features=vision_features,
-                    pixel_attention_mask=pixel_attention_mask,
-                    spatial_shapes=spatial_shapes,
-                    qformer_input_ids=qformer_input_ids,
-                    qformer_attention_mask=qformer_attention_mask,
-                )
+        has_images = pixel_values is not None or vision_features is not None
+        decoding = past_key_values is not None and input_ids is not None and input_ids.shape[1] == 1
+        if has_images or (inputs_embeds is None and not decoding):
+            inputs_embeds, soft_tokens = self._embed(
+                input_ids,
+                inputs_embeds,
+                row_index,
+                labels,
+                pixel_values=pixel_values,
+                vision_features=vision_features,
+                pixel_attention_mask=pixel_attention_mask,
+                spatial_shapes=spatial_shapes,
+                qformer_input_ids=qformer_input_ids,
+                qformer_attention_mask=qformer_attention_mask,
+            )
+        elif inputs_embeds is None:  # one more generated token, which is no placeholder
+            inputs_embeds = self.get_input_embeddings()(input_ids)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -407,8 +421,8 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
     ) -> Any:
         """As `GenerationMixin.generate`: prompt and continuation, `(B, S + new)`.
 
-        Each image is encoded once, before the loop over tokens and beams. Placeholders cannot be generated, and processors
-        of logits (repetition penalty and the like) do not see them.
+        Each image is encoded once, before the loop over tokens and beams. Placeholders cannot be generated, and logits
+        processors (repetition penalty and the like) do not see them.
         """
         if pixel_values is not None or vision_features is not None:
             kwargs["inputs_embeds"], _ = self._embed(

@@ -30,16 +30,14 @@ def check_placeholders(
         wrong = [row for row, count in enumerate(counts) if count % per_image or (one_each and count != per_image)]
         row = wrong[0] if wrong else max(range(len(counts)), key=counts.__getitem__)
         raise ValueError(
-            f"{row_name(row, row_index)} has {counts[row]} image placeholders (id {config.image_token_id}); the batch has "
-            f"{sum(counts)} for {num_images or 0} image(s), and each image takes {per_image}"
+            f"{row_name(row, row_index)} has {counts[row]} image placeholders (id {config.image_token_id}); the batch "
+            f"has {sum(counts)} for {num_images or 0} image(s), and each image takes {per_image}"
         )
     if labels is not None and labels.shape == mask.shape:
         labelled = (mask & (labels != -100)).any(dim=1)
         if labelled.any():
             row = int(labelled.nonzero()[0])
-            raise ValueError(
-                f"{row_name(row, row_index)} has labels on image placeholders: they have to be -100 there"
-            )
+            raise ValueError(f"{row_name(row, row_index)} has labels on image placeholders: they have to be -100 there")
 
 
 def check_finite(
@@ -68,8 +66,8 @@ def row_name(row: int, row_index: torch.Tensor | None) -> str:
 class PlaceholderBlind(LogitsProcessorList):
     """Logits processors that see no placeholders: their id cannot be generated, nor be looked up in the scores.
 
-    The id may lie past the vocabulary, where a repetition penalty's look-up would fail. In its place the processors see a
-    token that the row holds anyway, so that what they count as "already there" stays the same.
+    The id may lie past the vocabulary, where a repetition penalty's look-up would fail. In its place the processors see
+    a token that the row holds anyway, so that what they count as "already there" stays the same.
     """
 
     def __init__(self, processors: LogitsProcessorList, image_token_id: int):

@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, initialization as init
+from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -188,8 +189,8 @@ class LorgnetteQFormerModel(PreTrainedModel):
     """Q learned queries in, Q vectors that describe the image out.
 
     Args:
-        config: [`LorgnetteQFormerConfig`] whose `encoder_hidden_size` is set. With `num_query_tokens` the model owns its
-            queries; without, each call brings `query_embeds`.
+        config: [`LorgnetteQFormerConfig`] whose `encoder_hidden_size` is set. With `num_query_tokens` the model owns
+            its queries; without, each call brings `query_embeds`.
 
     Raises:
         ValueError: `encoder_hidden_size` is not set.
@@ -264,7 +265,8 @@ class LorgnetteQFormerModel(PreTrainedModel):
         batch_size, _, width = encoder_hidden_states.shape
         if width != self.config.encoder_hidden_size:
             raise ValueError(
-                f"Image features are {width} wide; this Q-Former reads encoder_hidden_size={self.config.encoder_hidden_size}"
+                f"Image features are {width} wide; this Q-Former reads features of width "
+                f"{self.config.encoder_hidden_size} (encoder_hidden_size)"
             )
         if query_embeds is None:
             if self.query_tokens is None:
@@ -308,10 +310,10 @@ class LorgnetteQFormerModel(PreTrainedModel):
 
     @torch.no_grad()
     def load_bert(self, bert: PreTrainedModel) -> None:
-        """Start from a BERT (BLIP-2, section 3.1): self-attention and feed-forward are taken over, cross-attention stays.
+        """Start from a BERT (BLIP-2, section 3.1): take over self-attention and feed-forward, leave cross-attention.
 
-        The query feed-forward starts as a copy of the text one. BERT's first token type, which it adds to every token, goes
-        into the position embeddings. What was taken, and what was not, is logged.
+        The query feed-forward starts as a copy of the text one. BERT's first token type, which it adds to every token,
+        goes into the position embeddings. What was taken, and what was not, is logged.
 
         Args:
             bert: a model with BERT's parameter names, at least as many layers and the same widths.
@@ -339,8 +341,8 @@ class LorgnetteQFormerModel(PreTrainedModel):
                 )
             if source[theirs].shape != tensor.shape:
                 raise ValueError(
-                    f"{type(bert).__name__}'s {theirs!r} is {tuple(source[theirs].shape)} and the Q-Former's {name!r} is "
-                    f"{tuple(tensor.shape)}: their configs differ"
+                    f"{type(bert).__name__}'s {theirs!r} is {tuple(source[theirs].shape)} and the Q-Former's "
+                    f"{name!r} is {tuple(tensor.shape)}: their configs differ"
                 )
             taken[name] = source[theirs]
         self.load_state_dict(taken, strict=False)

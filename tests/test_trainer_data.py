@@ -5,11 +5,11 @@ import json
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
-from PIL import Image
-from tests.tiny import picture
 
+from lorgnette.processing.image_loading import load_image
 from lorgnette.trainer.arguments import DataArguments
 from lorgnette.trainer.data import load_pairs
+from tests.tiny import picture
 
 
 TEXTS = ["a cat", "a dog", "a bird", "a car"]
@@ -85,13 +85,13 @@ def test_every_form_gives_the_same_rows(folder, write, streaming):
     assert [row["caption"] for row in rows] == TEXTS
     assert set(rows[0]) == {"image", "caption", "index"}
     for number, row in enumerate(rows):
-        assert Image.open(row["image"]).tobytes() == picture(number).tobytes()
+        assert load_image(row["image"]).tobytes() == picture(number).tobytes()
 
 
 def test_several_pictures_a_row(folder):
     (folder / "rows.jsonl").write_text(json.dumps({"image": ["0.png", "1.png"], "caption": "two"}))
     train, _ = load_pairs(arguments(folder / "rows.jsonl"), evaluate=False, seed=0)
-    assert [Image.open(path).size for path in train[0]["image"]] == [picture().size] * 2
+    assert [load_image(path).size for path in train[0]["image"]] == [picture().size] * 2
 
 
 def test_class_folders_give_their_names_as_text(tmp_path):
@@ -147,8 +147,8 @@ def test_wrong_sources_are_errors(folder):
             load_pairs(arguments(folder / name), evaluate=False, seed=0)
     with pytest.raises(ValueError, match="has no rows"):
         load_pairs(arguments(folder / "none.parquet", streaming=True), evaluate=False, seed=0)
+    (folder / "index.jsonl").write_text('{"image": "0.png", "index": "a"}')
     with pytest.raises(ValueError, match='"index" has to be renamed'):
-        (folder / "index.jsonl").write_text('{"image": "0.png", "index": "a"}')
         load_pairs(arguments(folder / "index.jsonl", text_column="index"), evaluate=False, seed=0)
     with pytest.raises(ValueError, match="no split 'test'; it has train"):
         load_pairs(arguments(write_saved(folder), train_split="test"), evaluate=False, seed=0)

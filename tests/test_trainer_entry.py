@@ -1,12 +1,24 @@
 """`python -m lorgnette.trainer`: how a recipe is read, and what is refused before anything is loaded."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from lorgnette import LorgnetteProcessor
 from lorgnette.trainer.__main__ import main
 from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, ModelArguments
 from lorgnette.trainer.recipe import parse_recipe
 from lorgnette.trainer.stage2 import check_arguments, checkpoint_to_resume
+from tests.tiny_training import write_backbones, write_pairs
 
 
 BASE = ["--vision", "v", "--text", "t", "--dataset", "d", "--use_cpu"]
@@ -38,7 +50,7 @@ def test_the_command_line_wins_over_yaml_and_yaml_over_the_defaults(recipe):
         "vision: v\ntext: t\ndataset: d\nuse_cpu: true\nlearning_rate: 1e-4\neval_strategy: no\nmax_steps: 7\n"
         "report_to: [tensorboard, wandb]\nlora: {r: 4, target_modules: [q_proj]}\nvision_feature_layer: null\n"
     )
-    model, data, training = parse("--config", path, "--max_steps", "9", "--text", "other", "--num-query-tokens=4")
+    model, _, training = parse("--config", path, "--max_steps", "9", "--text", "other", "--num-query-tokens=4")
     assert (model.vision, model.text, model.num_query_tokens, model.vision_feature_layer) == ("v", "other", 4, None)
     assert model.lora == {"r": 4, "target_modules": ["q_proj"]}
     assert (training.learning_rate, training.max_steps, training.report_to) == (1e-4, 9, ["tensorboard", "wandb"])
@@ -114,3 +126,76 @@ def test_resuming_takes_the_last_complete_checkpoint_and_nothing_is_overwritten(
         checkpoint_to_resume(args(str(tmp_path / "checkpoint-100")))
     with pytest.raises(FileExistsError, match="already holds a trained model or its checkpoints"):
         checkpoint_to_resume(args())
+
+
+RECIPE = """
+vision: {vision}
+text: {text}
+qformer_config: {{hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2, intermediate_size: 32}}
+num_query_tokens: 4
+lora: {{r: 2}}
+query: What is this?
+dataset: {data}
+eval_fraction: 0.25
+max_length: 64
+output_dir: {output}
+max_steps: 4
+per_device_train_batch_size: 2
+learning_rate: 1e-3
+logging_steps: 1
+save_steps: 2
+eval_strategy: steps
+eval_steps: 2
+load_best_model_at_end: true
+report_to: tensorboard
+use_cpu: true
+"""
+
+
+def test_a_recipe_trains_resumes_and_leaves_a_model_to_go_on_from(tmp_path, recipe, monkeypatch, caplog):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    (vision, text), data = write_backbones(tmp_path), write_pairs(tmp_path / "pictures")
+    path = recipe(RECIPE.format(vision=vision, text=text, data=data, output=tmp_path / "out"))
+    main(["stage2", "--config", path])
+    assert [record.message for record in caplog.records if "runs on the CPU" in record.message] != []
+    assert list((tmp_path / "logs").rglob("events.*"))
+    whole = losses(tmp_path / "out" / "trainer_state.json")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+
+    with pytest.raises(FileExistsError, match="already holds a trained model"):
+        main(["stage2", "--config", path])
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    main(["stage2", "--config", path, "--resume_from_checkpoint", "true"])
+    assert losses(tmp_path / "out" / "trainer_state.json") == whole
+    resumed = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
+    assert LorgnetteProcessor.from_pretrained(tmp_path / "out").query == "What is this?"
+
+    # on from the saved model, from a stream, with its own question for each picture
+    rows = [{"image": f"pictures/{n}.png", "said": "a cat", "asked": "What?"} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    main(
+        f"stage2 --model {tmp_path}/out --dataset {tmp_path}/rows.jsonl --streaming --text_column said "
+        f"--query_column asked --output_dir {tmp_path}/next --max_steps 2 --report_to none --use_cpu".split()
+    )
+    assert LorgnetteProcessor.from_pretrained(tmp_path / "next").query == "What is this?"
+
+
+def losses(state):
+    return [entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
+
+
+def test_the_module_runs_and_lists_its_options():
+    command = [sys.executable, "-m", "lorgnette.trainer", "stage2", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "200"})
+    assert "--num_query_tokens" in shown.stdout
+    assert "--learning_rate" in shown.stdout
+
+
+@pytest.mark.parametrize("name", ["stage2.yaml"])
+def test_the_recipes_that_are_shipped_can_be_read(name):
+    path = Path(__file__).parent.parent / "recipes" / name
+    model, data, training = parse("--config", str(path), "--use_cpu")
+    assert model.vision
+    assert data.has_eval == (training.eval_strategy != "no")

@@ -57,8 +57,11 @@ VISION = {
     "dinov2": (Dinov2Model, Dinov2Config(**_DINO), 1),
     "dinov2_with_registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**_DINO, num_register_tokens=4), 5),
 }
-SIGLIP2 = Siglip2VisionModel, Siglip2VisionConfig(
-    **{name: value for name, value in _VIT.items() if name != "image_size"}, num_patches=NUM_PATCHES
+SIGLIP2 = (
+    Siglip2VisionModel,
+    Siglip2VisionConfig(
+        **{name: value for name, value in _VIT.items() if name != "image_size"}, num_patches=NUM_PATCHES
+    ),
 )
 
 _LM = {
@@ -75,9 +78,13 @@ _LM = {
 _GQA = _LM | {"num_key_value_heads": 2}
 TEXT = {
     "llama": LlamaConfig(**_GQA),
-    "gpt2": GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2),
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
+    ),
     "opt": OPTConfig(
-        **{name: value for name, value in _LM.items() if name != "intermediate_size"}, ffn_dim=48, word_embed_proj_dim=24
+        **{name: value for name, value in _LM.items() if name != "intermediate_size"},
+        ffn_dim=48,
+        word_embed_proj_dim=24,
     ),
     "qwen2": Qwen2Config(**_GQA),
     "qwen3": Qwen3Config(**_GQA, head_dim=8),
@@ -115,7 +122,9 @@ def bert(**fields) -> BertModel:
 QFORMER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 
-def model(vision: str = "vit", text: str = "llama", lora: dict | None = None, **kwargs) -> LorgnetteForConditionalGeneration:
+def model(
+    vision: str = "vit", text: str = "llama", lora: dict | None = None, **kwargs
+) -> LorgnetteForConditionalGeneration:
     """A whole tiny model with LoRA whose `lora_B` is not zero, so that adapters on and off differ."""
     kwargs = {"qformer_config": dict(QFORMER), "num_query_tokens": NUM_QUERY_TOKENS} | kwargs
     built = LorgnetteForConditionalGeneration.from_backbones(
@@ -129,12 +138,16 @@ def model(vision: str = "vit", text: str = "llama", lora: dict | None = None, **
     return built.eval()
 
 
-def inputs(rows: int = 2, text_tokens: int = 5, seed: int = 0, image_token_id: int = VOCAB_SIZE) -> dict[str, torch.Tensor]:
+def inputs(
+    rows: int = 2, text_tokens: int = 5, seed: int = 0, image_token_id: int = VOCAB_SIZE
+) -> dict[str, torch.Tensor]:
     """`rows` prompts of one image each: BOS, text, the placeholders, text."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(3, VOCAB_SIZE - 20, (rows, 2 * text_tokens), generator=generator)
     image = torch.full((rows, NUM_QUERY_TOKENS), image_token_id)
-    input_ids = torch.cat([torch.ones(rows, 1, dtype=torch.long), words[:, :text_tokens], image, words[:, text_tokens:]], dim=1)
+    input_ids = torch.cat(
+        [torch.ones(rows, 1, dtype=torch.long), words[:, :text_tokens], image, words[:, text_tokens:]], dim=1
+    )
     return {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),

@@ -4,6 +4,7 @@ import importlib
 import sys
 from argparse import ArgumentParser
 
+
 # command -> what it does; the module of that name beside this file has its `main(argv)`
 COMMANDS = {
     "stage2": "train Q-Former, projector and LoRA to put pictures into words",

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+
 # Defaults of `TrainingArguments` that the entry point replaces.
 TRAINING_DEFAULTS = {
     # The collator needs the dataset's own columns, whatever they are called.
@@ -39,7 +40,7 @@ class ModelArguments:
         },
     )
     vision_feature_layer: int | None = field(
-        default=-2, metadata={"help": "Index into the ViT's hidden states; null for its last_hidden_state."}
+        default=None, metadata={"help": "Index into the ViT's hidden states; left out, its last_hidden_state."}
     )
     vision_feature_select_strategy: str = field(
         default="full", metadata={"help": "`full`: all image tokens, CLS included; `default`: the patches alone."}
@@ -112,7 +113,8 @@ class DataArguments:
         default=None, metadata={"help": "Column with what is asked of each picture, in place of the one `query`."}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "Longest example in tokens, image tokens included; longer texts are cut."}
+        default=None,
+        metadata={"help": "Tokens an example may take, the picture's included; a longer one is an error, not cut."},
     )
 
     def __post_init__(self):

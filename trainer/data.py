@@ -1,11 +1,10 @@
 """Where the rows come from: a Hub dataset, a local folder or file, or a stream; checked before anything is trained.
 
 Every row gets an `index`, its number in the split, so that an error can name it. Pictures are not decoded here but
-handed on as paths, URLs or open files: it is the processor alone that decodes pictures.
+handed on as paths, URLs or bytes: it is the processor alone that decodes pictures.
 """
 
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, L
 
 from .arguments import DataArguments
 
+
 FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 Rows = Dataset | IterableDataset
 
@@ -22,8 +22,8 @@ Rows = Dataset | IterableDataset
 def load_pairs(args: DataArguments, *, evaluate: bool, seed: int) -> tuple[Rows, Rows | None]:
     """The training rows and, with `evaluate`, the evaluation rows.
 
-    A row holds `index` and the columns that `args` names. Its picture is a path, a URL or a binary file (or a list of
-    them), a class label is its name. A streamed training set is shuffled within its buffer.
+    A row holds `index` and the columns that `args` names. Its picture (or list of them) is a path, a URL, bytes or a
+    dict of bytes and path; a class label is its name. A streamed training set is shuffled within its buffer.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -124,17 +124,17 @@ def _open_batch(batch: dict, image_column: str, base: Path | None, labels: dict[
 
 
 def _open_picture(value: Any, base: Path | None, number: int | None) -> Any:
-    """Bytes and remote files as a binary file, a relative path as an absolute one, anything else as it is."""
+    """A relative path as an absolute one, a file of a remote dataset as its bytes, anything else as it is."""
     if isinstance(value, list) and value and isinstance(value[0], dict | str):
         return [_open_picture(item, base, number) for item in value]
     if isinstance(value, dict):  # datasets' own form of an image that is not decoded
-        return BytesIO(value["bytes"]) if value["bytes"] is not None else _open_picture(value["path"], base, number)
-    if not isinstance(value, str) or value.startswith(("http://", "https://")):
+        return value if value["bytes"] is not None else _open_picture(value["path"], base, number)
+    if not isinstance(value, str) or value.startswith(("http://", "https://", "data:")):
         return value
-    if "://" in value:  # a file of the Hub, or one inside an archive, of a dataset that is streamed
+    if "://" in value:  # on the Hub or inside an archive, where a dataset is streamed
         try:
             with fsspec.open(value, "rb") as file:
-                return BytesIO(file.read())
+                return file.read()
         except OSError as error:
             raise OSError(f"row {number}: cannot read {value}: {error}") from error
     return str(base / value) if base is not None else value

@@ -14,6 +14,7 @@ from .collator import LorgnetteCollator
 from .data import load_pairs
 from .recipe import parse_recipe
 
+
 logger = logging.getLogger(__name__)
 
 
@@ -62,7 +63,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
             processor,
             image_column=data_args.image_column,
             text_column=data_args.text_column,
-            query=data_args.query_column,
+            query_column=data_args.query_column,
             max_length=data_args.max_length,
         ),
         processing_class=processor,  # saved with every checkpoint

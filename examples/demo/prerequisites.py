@@ -1,0 +1,25 @@
+"""What `make demo` needs before it can begin; each thing that is missing gets a line. Runs on any Python 3, bare."""
+
+import importlib.util
+import shutil
+import sys
+
+
+def missing(need_npm):
+    """Returns a list of messages, one for each prerequisite that is not met."""
+    messages = []
+    if sys.version_info < (3, 11):
+        version = sys.version.split()[0]
+        messages.append("Python 3.11 or newer is needed, this is %s: name another with PYTHON=python3.12" % version)
+    if importlib.util.find_spec("ensurepip") is None or importlib.util.find_spec("venv") is None:
+        messages.append("Python's venv module is missing (on Debian and Ubuntu: apt install python3-venv)")
+    if need_npm and shutil.which("npm") is None:
+        messages.append("npm is missing: the demo's photographs come from the npm registry (https://nodejs.org)")
+    return messages
+
+
+if __name__ == "__main__":
+    found = missing(need_npm="--npm" in sys.argv[1:])
+    for message in found:
+        sys.stderr.write("missing: %s\n" % message)
+    sys.exit(1 if found else 0)

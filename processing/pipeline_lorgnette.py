@@ -1,0 +1,151 @@
+"""`pipeline("image-to-text")`: pictures in, what the model says of them out."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import BatchFeature, GenerationConfig, Pipeline
+
+from .image_loading import naming
+
+
+class LorgnetteImageToTextPipeline(Pipeline):
+    """The `image-to-text` task as transformers had it up to version 4.
+
+        pipe = pipeline("image-to-text", model=folder, trust_remote_code=True)
+        pipe("cat.png")                            # [{"generated_text": "a cat on a mat"}]
+        pipe(["cat.png", picture], prompt="What colour is it?", batch_size=2)   # a list of such lists
+
+    The processor's `query` asks where no `prompt` does. Up to 256 new tokens are generated, unless the model's
+    generation config or the caller says otherwise.
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+    _pipeline_calls_generate = True
+    _default_generation_config = GenerationConfig(max_new_tokens=256)
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.processor is None:
+            raise ValueError("a LorgnetteProcessor is needed: pass it as processor=")
+
+    def __call__(self, images: Any = None, **kwargs: Any) -> list[Any] | Iterator[list[dict[str, str]]]:
+        """Say something about each image.
+
+        Args:
+            images: one ([`load_image`] says what counts as one), or a list, a column, a dataset (its rows are images or
+                have one under `image`) or a generator of them. A list in a list is several images in one prompt.
+            prompt: what to ask about each, plain text.
+            generate_kwargs: for `generate`.
+            max_new_tokens: the same as in `generate_kwargs`.
+            timeout: seconds for the download of an image.
+            batch_size, num_workers: as all pipelines have them.
+
+        Returns:
+            `[{"generated_text": …}]` for one image, the continuation alone, an entry for each of
+            `num_return_sequences`; a list of those for many; an iterator over them for a generator or a torch dataset.
+
+        Raises:
+            ValueError: no images, an image that is none (with its position); for OSError and TypeError see
+                [`load_image`].
+        """
+        if images is None:
+            raise ValueError("no images given")
+        if _is_one(images):
+            return super().__call__(images, **kwargs)
+        if hasattr(images, "__len__") and hasattr(images, "__getitem__"):
+            if not len(images):
+                raise ValueError("images is an empty list")
+            answers = super().__call__(_Numbered(images), **kwargs)
+            return answers if isinstance(images, Dataset) else list(answers)
+        if not isinstance(images, Iterable):
+            raise TypeError(f"{type(images).__name__} is neither an image nor a collection of images")
+        return super().__call__((_Item(*item) for item in enumerate(images)), **kwargs)
+
+    def _sanitize_parameters(
+        self,
+        prompt: str | None = None,
+        generate_kwargs: dict[str, Any] | None = None,
+        max_new_tokens: int | None = None,
+        timeout: float | None = None,
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        preprocess = {"prompt": prompt, "timeout": timeout}
+        generate_kwargs = dict(generate_kwargs or {})
+        if max_new_tokens is not None:
+            if "max_new_tokens" in generate_kwargs:
+                raise ValueError("max_new_tokens is given twice: by itself and in generate_kwargs")
+            generate_kwargs["max_new_tokens"] = max_new_tokens
+        forward = {"generate_kwargs": generate_kwargs} if generate_kwargs else {}
+        return {name: value for name, value in preprocess.items() if value is not None}, forward, {}
+
+    def preprocess(self, image: Any, prompt: str | None = None, timeout: float | None = None) -> BatchFeature:
+        where = "the image"
+        if isinstance(image, _Item):
+            where, image = f"image {image.position}", image.image
+        if isinstance(image, dict) and "image" in image:
+            image = image["image"]
+        sources = list(image) if isinstance(image, (list, tuple)) else [image]
+        with naming(where):
+            images = [self.processor.load_image(source, timeout) for source in sources]
+        text = self.processor.build_prompt(prompt, num_images=len(images))
+        features = self.processor(images=[images], text=text, query=prompt, return_tensors="pt")
+        return features.to(dtype=self.dtype)
+
+    def _forward(
+        self, model_inputs: BatchFeature, generate_kwargs: dict[str, Any] | None = None
+    ) -> dict[str, torch.Tensor]:
+        generate_kwargs = dict(generate_kwargs or {})
+        if "generation_config" not in generate_kwargs and "eos_token_id" not in generate_kwargs:
+            known = self.model.generation_config.eos_token_id
+            known = known if isinstance(known, list) else [] if known is None else [known]
+            if missing := set(self.processor.stop_token_ids) - set(known):
+                # a base LM with a chat template: its generation config does not know the end of a turn
+                generate_kwargs["eos_token_id"] = [*known, *sorted(missing)]
+        if hasattr(self, "_prepare_generate_kwargs"):
+            generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
+        else:  # transformers 5.17
+            generate_kwargs.setdefault("generation_config", self.generation_config)
+        ids = self.model.generate(**model_inputs, **generate_kwargs)
+        rows, length = model_inputs["input_ids"].shape
+        return {"answers": ids[:, length:].unflatten(0, (rows, -1))}  # (B, num_return_sequences, T)
+
+    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
+        texts = self.processor.batch_decode(model_outputs["answers"][0], skip_special_tokens=True)
+        return [{"generated_text": text.strip()} for text in texts]
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Save model, processor and their code into a folder that `pipeline` loads again."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
+
+class _Item(NamedTuple):
+    position: int
+    image: Any
+
+
+class _Numbered(Dataset):
+    """Any collection as a torch `Dataset`, which pipelines read item by item, with positions for error messages."""
+
+    def __init__(self, images: Any):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, position: int) -> _Item:
+        return _Item(position, self.images[position])
+
+
+def _is_one(images: Any) -> bool:
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        return images.ndim != 4
+    return isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image, dict)) or hasattr(images, "read")

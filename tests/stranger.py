@@ -1,0 +1,64 @@
+"""Runs in a process that has never heard of lorgnette: loads a folder as a stranger would and reports what it saw.
+
+python stranger.py FOLDER INPUTS.safetensors OUTPUTS.json [RESAVED_FOLDER]
+"""
+
+import importlib.abc
+import json
+import sys
+
+
+class NoLorgnette(importlib.abc.MetaPathFinder):
+    """The test environment has the package installed; here its import fails as if it had not."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname == "lorgnette" or fullname.startswith("lorgnette."):
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
+
+
+sys.meta_path.insert(0, NoLorgnette())
+sys.path[:] = [entry for entry in sys.path if entry not in ("", ".")]
+
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    pipeline,
+)
+
+
+def main(folder: str, inputs_file: str, outputs_file: str, resaved: str | None = None) -> None:
+    trust = {"trust_remote_code": True}
+    config = AutoConfig.from_pretrained(folder, **trust)
+    processor = AutoProcessor.from_pretrained(folder, **trust)
+    tensors = {}
+    for auto_class in (AutoModel, AutoModelForImageTextToText):
+        model = auto_class.from_pretrained(folder, **trust).eval()
+        with torch.no_grad():
+            tensors[auto_class.__name__] = model(**load_file(inputs_file)).logits
+    save_file(tensors, outputs_file.replace(".json", ".safetensors"))
+
+    picture = Image.new("RGB", (40, 30), (200, 30, 30))
+    settings = {"generate_kwargs": {"max_new_tokens": 5, "do_sample": False}}
+    captions = pipeline("image-to-text", model=folder, **trust)
+    answers = pipeline("image-text-to-text", model=folder, **trust)
+    report = {
+        "classes": [type(part).__name__ for part in (config, processor, model)],
+        "modules": [type(part).__module__ for part in (config, processor, model)],
+        "trainable": sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad),
+        "caption": captions(picture, **settings),
+        "answer": answers(picture, text=processor.build_prompt(), return_full_text=False, **settings),
+    }
+    if resaved:
+        model.save_pretrained(resaved)
+        processor.save_pretrained(resaved)
+    with open(outputs_file, "w", encoding="utf-8") as file:
+        json.dump(report, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

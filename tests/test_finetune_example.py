@@ -1,0 +1,32 @@
+"""`examples/finetune.py` runs as it stands, and is what the README shows."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
+from tests.tiny_training import write_backbones, write_pairs
+
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "finetune.py"
+
+
+def test_the_example_trains_and_saves(tmp_path):
+    vision, text = write_backbones(tmp_path)
+    data, output = write_pairs(tmp_path / "pictures"), tmp_path / "out"
+    options = f"--vision {vision} --text {text} --dataset {data} --text_column text --output_dir {output} --max_steps 2"
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(
+        [sys.executable, str(EXAMPLE), *options.split()],
+        check=True,
+        cwd=tmp_path,
+        env=os.environ | offline,
+    )
+    model = LorgnetteForConditionalGeneration.from_pretrained(output)
+    model.check_processor(LorgnetteProcessor.from_pretrained(output))
+
+
+def test_the_readme_shows_the_example():
+    assert EXAMPLE.read_text().strip() in (ROOT / "README.md").read_text()

@@ -1,0 +1,144 @@
+"""`generate`: an image is encoded once, placeholders are never emitted, and every way of decoding works."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from tiny_models import NUM_QUERY_TOKENS, VOCAB_SIZE, inputs, model
+from transformers.generation import BaseStreamer
+
+
+def count_vision_passes(built, **kwargs) -> tuple[int, torch.Tensor]:
+    with mock.patch.object(built.vision_model, "forward", wraps=built.vision_model.forward) as forward:
+        sequences = built.generate(**kwargs)
+    return forward.call_count, sequences
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "num_return_sequences": 3, "top_p": 0.9},
+        {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": False, "repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+        {"do_sample": False, "use_cache": False},
+        {"do_sample": False, "cache_implementation": "static"},
+    ],
+    ids=["greedy", "sampling", "beams", "penalties", "no cache", "static cache"],
+)
+def test_an_image_is_encoded_once(settings: dict):
+    torch.manual_seed(0)
+    built, batch = model(), inputs()
+    passes, sequences = count_vision_passes(built, **batch, max_new_tokens=5, **settings)
+    assert passes == 1
+    repeats = settings.get("num_return_sequences", 1)
+    assert torch.equal(sequences[:, :15], batch["input_ids"].repeat_interleave(repeats, dim=0))
+    assert not (sequences[:, 15:] >= VOCAB_SIZE).any()
+
+
+def test_beams_and_cache_settings_agree_with_greedy():
+    built, batch = model(), inputs()
+    greedy = built.generate(**batch, max_new_tokens=6, do_sample=False)
+    for settings in ({"use_cache": False}, {"cache_implementation": "static"}):
+        assert torch.equal(built.generate(**batch, max_new_tokens=6, do_sample=False, **settings), greedy)
+
+
+@pytest.mark.parametrize(
+    "image_token_id", [VOCAB_SIZE - 10, VOCAB_SIZE + 7], ids=["inside a padded table", "past its end"]
+)
+def test_the_placeholder_cannot_be_generated(image_token_id: int):
+    """Qwen's table has more rows than its tokenizer has tokens, Llama's has not: the next free id is in one or past it."""
+    processor = SimpleNamespace(image_token_id=image_token_id, num_query_tokens=NUM_QUERY_TOKENS)
+    built, batch = model(processor=processor), inputs(image_token_id=image_token_id)
+    if image_token_id < VOCAB_SIZE:
+        with torch.no_grad():  # make it by far the likeliest token
+            built.get_output_embeddings().weight[image_token_id] = (
+                100 * built(**batch, output_hidden_states=True).hidden_states[-1][0, -1]
+            )
+        assert built(**batch).logits[0, -1].argmax() == image_token_id
+    for settings in ({"do_sample": False}, {"do_sample": True}, {"num_beams": 2}, {"repetition_penalty": 1.3}):
+        continuation = built.generate(**batch, max_new_tokens=8, **settings)[:, 15:]
+        assert not (continuation == image_token_id).any()
+
+
+def test_a_repetition_penalty_sees_the_text_and_not_the_placeholders():
+    built, batch = model(), inputs(rows=1)
+    seen = []
+
+    def spy(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(input_ids)
+        return scores
+
+    built.generate(**batch, max_new_tokens=2, min_new_tokens=2, do_sample=False, logits_processor=[spy])
+    text = set(batch["input_ids"].flatten().tolist()) - {VOCAB_SIZE}
+    assert set(seen[0].flatten().tolist()) == text
+
+
+def test_several_images_and_none():
+    built, one = model(), inputs(rows=1)
+    image = torch.full((1, NUM_QUERY_TOKENS), VOCAB_SIZE)
+    two_images = torch.cat([one["input_ids"], image, torch.full((1, 1), 9)], dim=1)
+    pixels = inputs(rows=2)["pixel_values"]
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    passes, sequences = count_vision_passes(built, input_ids=two_images, pixel_values=pixels, num_beams=2, **settings)
+    assert passes == 1
+    assert torch.equal(sequences[:, : two_images.shape[1]], two_images)
+    text = one["input_ids"][:, :6]
+    passes, sequences = count_vision_passes(built, input_ids=text, **settings)
+    assert passes == 0
+    with built.disable_adapter():
+        plain = built.language_model.generate(text, **settings)
+        assert torch.equal(built.generate(text, **settings), plain)
+
+
+def test_features_in_place_of_pixels():
+    built, batch = model(), inputs()
+    expected = built.generate(**batch, max_new_tokens=4, do_sample=False)
+    features = built.get_vision_features(batch.pop("pixel_values"))
+    assert torch.equal(built.generate(**batch, vision_features=features, max_new_tokens=4, do_sample=False), expected)
+
+
+def test_streaming_sees_the_prompt_and_each_token():
+    class Collect(BaseStreamer):
+        def __init__(self):
+            self.pieces = []
+
+        def put(self, value):
+            self.pieces.append(value.flatten())
+
+        def end(self):
+            self.pieces.append(None)
+
+    built, batch, streamer = model(), inputs(rows=1), Collect()
+    sequences = built.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False, streamer=streamer)
+    assert streamer.pieces.pop() is None
+    assert torch.equal(torch.cat(streamer.pieces), sequences[0])
+    assert len(streamer.pieces) == 4
+
+
+def test_scores_attentions_and_hidden_states_on_request():
+    built, batch = model(attn_implementation="eager"), inputs()
+    built.set_attn_implementation("eager")
+    outputs = built.generate(
+        **batch,
+        max_new_tokens=3,
+        min_new_tokens=3,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+        output_attentions=True,
+        output_hidden_states=True,
+    )
+    assert [tuple(score.shape) for score in outputs.scores] == [(2, VOCAB_SIZE)] * 3
+    assert outputs.attentions[0][0].shape == (2, 4, 15, 15)
+    assert outputs.hidden_states[0][-1].shape == (2, 15, 32)
+
+
+def test_wrong_counts_are_an_error_before_the_first_token():
+    built, batch = model(), inputs()
+    with pytest.raises(ValueError, match="8 for 0 image"):
+        built.generate(batch["input_ids"], max_new_tokens=2)
+    batch["input_ids"][0, 6] = 5
+    with pytest.raises(ValueError, match="Row 0 of the batch has 3"):
+        built.generate(**batch, max_new_tokens=2)

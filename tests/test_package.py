@@ -1,0 +1,79 @@
+"""The package as it is installed: light to import, whole as a wheel."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+TRAIN_AND_SAVE = """
+import sys
+import torch
+from pathlib import Path
+import lorgnette
+assert "site-packages" in lorgnette.__file__ and "wheel-env" in lorgnette.__file__, lorgnette.__file__
+sys.path.insert(0, sys.argv[1])
+import test_save_reload as t
+from datasets import Dataset
+from tiny import picture
+from transformers import Trainer, TrainingArguments
+
+here = Path.cwd()
+model, processor = t.build()
+rows = Dataset.from_list([{"image": picture(seed), "text": f"a {seed}"} for seed in range(4)])
+arguments = TrainingArguments("run", max_steps=2, per_device_train_batch_size=2, remove_unused_columns=False,
+                              report_to="none", use_cpu=True, save_strategy="no")
+trainer = Trainer(model, arguments, data_collator=lorgnette.LorgnetteCollator(processor), train_dataset=rows,
+                  processing_class=processor)
+assert trainer.train().global_step == 2
+trainer.save_model("saved.model-1")
+logits, caption = t.logits_and_captions(model.eval(), processor, here)
+t.assert_same(*t.visit(here / "saved.model-1", here), model, logits, caption)
+"""
+
+
+def test_importing_the_package_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys, lorgnette; dir(lorgnette); print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "[]"
+
+
+def test_every_public_name_can_be_imported_and_others_cannot():
+    import lorgnette
+
+    for name in lorgnette.__all__:
+        assert getattr(lorgnette, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'Monocle'"):
+        _ = lorgnette.Monocle
+
+
+def test_the_wheel_trains_saves_and_its_model_loads_elsewhere(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "out", "*.egg-info", "__pycache__")
+    )
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("lorgnette-*.whl")
+
+    # an environment of its own that sees the dependencies of this one, but not the checkout installed in it
+    environment = tmp_path / "wheel-env"
+    venv.create(environment, with_pip=False)
+    folder = Path(sysconfig.get_path("purelib", "venv", vars={"base": str(environment)}))
+    (folder / "dependencies.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    subprocess.run([*pip, "install", "--no-deps", "--target", folder, wheel], check=True)
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    python = Path(sysconfig.get_path("scripts", "venv", vars={"base": str(environment)})) / "python"
+    finished = subprocess.run(
+        [python, "-c", TRAIN_AND_SAVE, ROOT / "tests"], cwd=empty, capture_output=True, text=True, timeout=240
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]

@@ -1,0 +1,164 @@
+"""Any save reloads: where lorgnette is not installed, offline, with equal logits and both pipelines."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import chat_tokenizer, image_processor, picture
+from tiny_models import NUM_QUERY_TOKENS, QFORMER, VISION, language_model, model, vision_model
+from transformers import Trainer, TrainingArguments
+
+from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor
+
+
+STRANGER = Path(__file__).with_name("stranger.py")
+
+
+def processor() -> LorgnetteProcessor:
+    return LorgnetteProcessor.from_backbones(image_processor(), chat_tokenizer(), num_query_tokens=NUM_QUERY_TOKENS)
+
+
+def build() -> tuple[LorgnetteForConditionalGeneration, LorgnetteProcessor]:
+    made = processor()
+    vocab_size = len(made.tokenizer) - 1  # the table ends where the tokenizer ended before it learned `<image>`
+    built = LorgnetteForConditionalGeneration.from_backbones(
+        vision_model(),
+        language_model("llama", vocab_size=vocab_size),
+        processor=made,
+        lora={"r": 2},
+        num_query_tokens=NUM_QUERY_TOKENS,
+        qformer_config=QFORMER,
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return built.eval(), made
+
+
+def logits_and_captions(built, made, tmp_path: Path) -> tuple[torch.Tensor, dict]:
+    batch = dict(made(images=picture(), text=made.build_prompt(), return_tensors="pt"))
+    save_file(batch, tmp_path / "inputs.safetensors")
+    with torch.no_grad():
+        logits = built(**batch).logits
+    red = made(images=Image.new("RGB", (40, 30), (200, 30, 30)), text=made.build_prompt(), return_tensors="pt")
+    sequences = built.generate(**red, max_new_tokens=5, do_sample=False)
+    continuation = made.batch_decode(sequences[:, red["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+    return logits, continuation
+
+
+def visit(folder: Path, tmp_path: Path, resaved: Path | None = None) -> tuple[dict, dict]:
+    """What a process without lorgnette gets out of `folder`."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    arguments = [folder, tmp_path / "inputs.safetensors", tmp_path / "seen.json", *([resaved] if resaved else [])]
+    finished = subprocess.run(
+        [sys.executable, str(STRANGER), *map(str, arguments)],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return json.loads((tmp_path / "seen.json").read_text()), load_file(tmp_path / "seen.safetensors")
+
+
+def assert_same(report: dict, tensors: dict, built, logits: torch.Tensor, caption: str) -> None:
+    assert report["classes"] == ["LorgnetteConfig", "LorgnetteProcessor", "LorgnetteForConditionalGeneration"]
+    assert all(name.startswith("transformers_modules.") for name in report["modules"])
+    assert torch.equal(tensors["AutoModel"], logits)
+    assert torch.equal(tensors["AutoModelForImageTextToText"], logits)
+    assert report["trainable"] == sorted(name for name, p in built.named_parameters() if p.requires_grad)
+    assert report["caption"][0]["generated_text"].strip() == caption.strip()
+    assert report["answer"][0]["generated_text"].strip() == caption.strip()
+
+
+def test_save_pretrained_and_a_strangers_re_save(tmp_path):
+    built, made = build()
+    logits, caption = logits_and_captions(built, made, tmp_path)
+    folder, again = tmp_path / "my-model.v1.0-final", tmp_path / "re-saved.2"
+    built.save_pretrained(folder)
+    made.save_pretrained(folder)
+    assert_same(*visit(folder, tmp_path, resaved=again), built, logits, caption)
+    assert_same(*visit(again, tmp_path), built, logits, caption)
+    names = {path.name for path in folder.glob("*.py")}
+    assert names == {path.name for path in again.glob("*.py")}
+    assert not list(folder.glob("*.bin"))
+
+
+def test_a_trainer_checkpoint_and_what_the_trainer_saves(tmp_path):
+    built, made = build()
+    rows = Dataset.from_list([{"image": picture(seed), "text": f"a {seed}"} for seed in range(4)])
+    arguments = TrainingArguments(
+        tmp_path / "run-1.0",
+        max_steps=1,
+        save_steps=1,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        remove_unused_columns=False,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(
+        built, arguments, data_collator=LorgnetteCollator(made), train_dataset=rows, processing_class=made
+    )
+    trainer.train()
+    built.eval()
+    logits, caption = logits_and_captions(built, made, tmp_path)
+    assert_same(*visit(tmp_path / "run-1.0" / "checkpoint-1", tmp_path), built, logits, caption)
+
+
+def test_push_to_hub_sends_a_whole_folder(tmp_path, monkeypatch):
+    """Both pushes write into one repository; here the upload is caught on its way and kept as a folder."""
+    import shutil
+
+    from transformers.utils.hub import PushToHubMixin
+
+    built, made = build()
+    logits, caption = logits_and_captions(built, made, tmp_path)
+    repository = tmp_path / "repo"
+
+    def keep(self, working_dir, repo_id, files_timestamps, **kwargs):
+        shutil.copytree(working_dir, repository, dirs_exist_ok=True)
+
+    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", keep)
+    _without_network(monkeypatch)
+    built.push_to_hub("me/eyes")
+    made.push_to_hub("me/eyes")
+    assert_same(*visit(repository, tmp_path), built, logits, caption)
+
+
+def _without_network(monkeypatch) -> None:
+    from types import SimpleNamespace
+
+    import transformers.utils.hub as hub
+
+    fake = SimpleNamespace(create_repo=lambda repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
+    if hasattr(hub, "hf_api"):  # transformers >= 5.2x asks an HfApi, older ones the function
+        monkeypatch.setattr(hub, "hf_api", lambda *args, **kwargs: fake)
+    if hasattr(hub, "create_repo"):
+        monkeypatch.setattr(hub, "create_repo", fake.create_repo)
+
+
+@pytest.mark.parametrize("architecture", ["clip", "dinov2_with_registers"])
+def test_in_process_reload_keeps_the_logits(architecture: str, tmp_path):
+    from tiny_models import inputs
+
+    built = model(architecture)
+    built.save_pretrained(tmp_path)
+    loaded = LorgnetteForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert type(loaded.vision_model) is VISION[architecture][0]
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs()).logits, built(**inputs()).logits)

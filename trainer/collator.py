@@ -1,0 +1,186 @@
+"""From rows of a dataset to a batch that either stage trains on."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from ..processing.conversations import count_images, images_in, parts_of, query_in
+from ..processing.image_loading import naming
+from ..processing.processing_lorgnette import LorgnetteProcessor
+
+
+_IGNORED = -100  # the label that transformers' losses leave out
+
+
+@dataclass
+class LorgnetteCollator:
+    """Turns rows into what `forward` reads, for the stage that the processor is made for.
+
+    A row has an image (or a list of them) in one column and the text to be learnt in another, or a chat in `messages`
+    whose last message, the assistant's, is to be learnt. The images of a chat are in its parts, or in the image column
+    for parts `{"type": "image"}`; where a chat has no such part they come after the first user message's words, as in
+    [`~LorgnetteProcessor.build_prompt`]. A `vision_features` column `(L, E)` may stand in for the image column.
+
+    Rows come from a `Trainer` with `remove_unused_columns=False`. An `index` column is handed on, and names rows in
+    errors; without it their position in the batch does.
+
+    Args:
+        processor: with the LM's tokenizer for stage 2; with the Q-Former's alone for stage 1.
+        image_column, text_column: their names in the rows.
+        query: what every prompt asks; the processor's by default, `""` for nothing.
+        query_column: a column that holds each row's own question, in place of `query`.
+        max_length: tokens a row may take, placeholders included; by default what the tokenizer says of its context.
+
+    Raises:
+        ValueError: `query` and `query_column` are both given.
+    """
+
+    processor: LorgnetteProcessor
+    image_column: str = "image"
+    text_column: str = "text"
+    query: str | None = None
+    query_column: str | None = None
+    max_length: int | None = None
+
+    def __post_init__(self):
+        if self.query is not None and self.query_column is not None:
+            raise ValueError("query and query_column are two answers to one question: give one of them")
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make a batch of B rows and the N images in them.
+
+        Returns:
+            `input_ids`, `attention_mask` `(B, S)` int64, padded on the right; in stage 2 `labels` `(B, S)`, -100 but on
+            the output and the tokens that end it; `pixel_values` `(N, 3, H, W)` with the image processor's other keys,
+            or `vision_features` `(N, L, E)`; `qformer_input_ids`, `qformer_attention_mask` `(N, T)` for a Q-Former that
+            takes instructions; `row_index` `(B,)` where rows have an `index`.
+
+        Raises:
+            ValueError: a column that is not there (with the ones that are), an empty text, one longer than the context
+                (with the numbers), an image that is none; for OSError and TypeError see
+                [`~LorgnetteProcessor.load_image`]. All name the row.
+        """
+        if not rows:
+            raise ValueError("the batch is empty")
+        examples = []
+        for position, row in enumerate(rows):
+            with naming(f"row {row['index']}" if "index" in row else f"row {position} of the batch"):
+                examples.append(self._stage1(row) if self.processor.tokenizer is None else self._stage2(row))
+        ids = [example.prompt + example.output for example in examples]
+        pad_token_id = (self.processor.tokenizer or self.processor.qformer_tokenizer).pad_token_id
+        batch = {"input_ids": _padded(ids, pad_token_id), "attention_mask": _padded([[1] * len(row) for row in ids], 0)}
+        if self.processor.tokenizer is not None:
+            labels = [[_IGNORED] * len(example.prompt) + example.output for example in examples]
+            batch["labels"] = _padded(labels, _IGNORED)
+        if instructions := [ids for example in examples for ids in example.instructions]:
+            batch["qformer_input_ids"] = _padded(instructions, self.processor.qformer_tokenizer.pad_token_id)
+            batch["qformer_attention_mask"] = _padded([[1] * len(ids) for ids in instructions], 0)
+        if images := [image for example in examples for image in example.images]:
+            if isinstance(images[0], torch.Tensor):
+                batch["vision_features"] = torch.stack(images)
+            else:
+                batch |= self.processor.encode_images(images, return_tensors="pt")
+        if "index" in rows[0]:
+            batch["row_index"] = torch.tensor([row["index"] for row in rows])
+        return batch
+
+    def _stage1(self, row: dict[str, Any]) -> "_Example":
+        ids = self.processor.encode_for_qformer([_text(row, self.text_column)])["input_ids"][0]
+        images = self._images(row)
+        if len(images) != 1:
+            raise ValueError(f"{len(images)} images; stage 1 learns from pairs of one image and one text")
+        self._check_length([], ids, self.processor.qformer_tokenizer)
+        return _Example([], ids, images)
+
+    def _stage2(self, row: dict[str, Any]) -> "_Example":
+        if row.get("messages") is not None:
+            messages, output, images = self._chat(row)
+            query = query_in(messages)
+            prompt, ids = self.processor.encode_example(output, messages=messages)
+        else:
+            output, images, query = _text(row, self.text_column), self._images(row), self.query
+            if self.query_column is not None:
+                query = _text(row, self.query_column)
+            prompt, ids = self.processor.encode_example(output, query=query, num_images=len(images))
+        self._check_length(prompt, ids, self.processor.tokenizer)
+        instructions: list[list[int]] = []
+        if self.processor.qformer_tokenizer is not None and images:
+            query = self.processor.query if query is None else query
+            instructions = self.processor.encode_for_qformer([query] * len(images))["input_ids"]
+        return _Example(prompt, ids, images, instructions)
+
+    def _chat(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], str, list[Any]]:
+        """The messages before the answer, the answer, and the images."""
+        *messages, answer = row["messages"] or [{}]
+        if answer.get("role") != "assistant" or not messages:
+            roles = [message.get("role") for message in row["messages"]]
+            raise ValueError(f"the last of the messages has to be the assistant's answer; their roles are {roles}")
+        output = "\n".join(part.get("text", "<image>") for part in parts_of(answer))
+        if count_images([answer]) or not output.strip():
+            raise ValueError(f"the assistant's answer has to be words; it is {output!r}")
+        in_column = self._images(row) if row.get(self.image_column) is not None else []
+        if in_column and not count_images(messages):
+            first = next((n for n, message in enumerate(messages) if message.get("role") == "user"), 0)
+            shown = [*parts_of(messages[first]), *[{"type": "image"}] * len(in_column)]
+            messages[first] = {**messages[first], "content": shown}
+        own = images_in(messages)
+        bare = count_images(messages) - len(own)
+        if bare != len(in_column) or (own and in_column):
+            raise ValueError(
+                f'the messages have {bare} parts {{"type": "image"}} without a picture of their own and {len(own)} '
+                f"with one, and column '{self.image_column}' has {len(in_column)} images: all have to be in one place"
+            )
+        return messages, output, in_column or [self._load(image) for image in own]
+
+    def _images(self, row: dict[str, Any]) -> list[Any]:
+        if self.image_column not in row and "vision_features" in row:
+            return [torch.as_tensor(row["vision_features"])]
+        value = _column(row, self.image_column)
+        return [self._load(image) for image in (value if isinstance(value, (list, tuple)) else [value])]
+
+    def _load(self, image: Any) -> Image.Image:
+        return self.processor.load_image(image)
+
+    def _check_length(self, prompt: list[int], output: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+        limit = tokenizer.model_max_length if self.max_length is None else self.max_length
+        if len(prompt) + len(output) > limit:
+            placeholders = prompt.count(self.processor.image_token_id)
+            raise ValueError(
+                f"{len(prompt) + len(output)} tokens are more than the {limit} there is room for: {len(output)} of "
+                f"output, {placeholders} for images, {len(prompt) - placeholders} of other prompt"
+            )
+
+
+@dataclass
+class _Example:
+    """A row, encoded: ids of prompt and output, N loaded images (or features), N instructions for the Q-Former."""
+
+    prompt: list[int]
+    output: list[int]
+    images: list[Any]
+    instructions: list[list[int]] = field(default_factory=list)
+
+
+def _column(row: dict[str, Any], name: str) -> Any:
+    if name not in row:
+        raise ValueError(
+            f"there is no column '{name}', only {sorted(row)}; if Trainer took it out, set remove_unused_columns=False"
+        )
+    return row[name]
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    value = _column(row, name)
+    if not isinstance(value, str):
+        raise TypeError(f"column '{name}' holds a {type(value).__name__}, not a string")
+    if not value.strip():
+        raise ValueError(f"column '{name}' is empty")
+    return value
+
+
+def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
