@@ -1,28 +1,57 @@
-# make demo   real backbones, real pictures, trained and captioned by a stranger, in about ten minutes on two CPU cores
-# make test   the test suite
+# make demo    real backbones, real photographs, training, and a stranger who captions: about ten minutes on two CPU cores
+# make test    the test suite; make lint: the linter
 #
-# Each works on a fresh clone: the virtual environment in $(VENV) is made first.
+# Both work in a fresh clone: the virtual environment is made first.
 
 PYTHON ?= python3
-# The torch requirement. Without CUDA on Linux, the CPU build saves gigabytes; see the README for the line.
+# The one place that says which torch is installed. It goes to pip as it stands: without CUDA on Linux, the README has a
+# line for here that takes the smaller CPU build.
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-# Where the demo's downloads are kept
+# Where the demo keeps its downloads
 CACHE ?= .cache
 # Hub ids or folders in place of the demo's backbones
 VISION ?=
 TEXT ?=
 QFORMER ?=
-# Further options of `python -m lorgnette.trainer stage2` for the demo, or of pytest for the tests
+# Further options: for `make demo` those of `lorgnette.trainer stage2`, for `make test` those of pytest
 ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar on
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 
 .PHONY: demo test test-gpu lint clean
-.DELETE_ON_ERROR:
 
-demo: $(VENV)/.demo
+demo: prerequisites-demo $(VENV)/demo.stamp
+	$(BIN)/python -m examples.demo --cache "$(CACHE)" $(if $(VISION),--vision "$(VISION)") \
+		$(if $(TEXT),--text "$(TEXT)") $(if $(QFORMER),--qformer "$(QFORMER)") $(ARGS)
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest $(ARGS)
+
+# CUDA tests alone; they are skipped, with the reason, where there is no GPU
+test-gpu: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf "$(VENV)" out
+
+.PHONY: prerequisites prerequisites-demo
+prerequisites:
+	@$(PYTHON) examples/demo/prerequisites.py
+prerequisites-demo:
 	@$(PYTHON) examples/demo/prerequisites.py --npm
-	$(BIN)/python -m examples.demo --cache "$(CACHE)" $(if $(VISION),--vision "$(VISION)") $(if $(TEXT),--text "$(TEXT)") \
-		$(if $(QFORMER),--qformer "$(QFORMER)") $(ARGS)
+
+# The environment is made once; a changed pyproject.toml installs again into it.
+$(VENV)/torch.stamp: | prerequisites
+	$(PYTHON) -m venv "$(VENV)"
+	$(INSTALL) $(TORCH)
+	touch $@
+
+$(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(INSTALL) --editable ".[$*]"
+	touch $@

@@ -1,9 +1,9 @@
 """`examples/finetune.py` runs as it stands, and is what the README shows."""
 
-import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
+
+import datasets
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
 from tests.tiny_training import write_backbones, write_pairs
@@ -13,17 +13,13 @@ ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "finetune.py"
 
 
-def test_the_example_trains_and_saves(tmp_path):
+def test_the_example_trains_and_saves(tmp_path, monkeypatch):
     vision, text = write_backbones(tmp_path)
     data, output = write_pairs(tmp_path / "pictures"), tmp_path / "out"
     options = f"--vision {vision} --text {text} --dataset {data} --text_column text --output_dir {output} --max_steps 2"
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(
-        [sys.executable, str(EXAMPLE), *options.split()],
-        check=True,
-        cwd=tmp_path,
-        env=os.environ | offline,
-    )
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("sys.argv", [str(EXAMPLE), *options.split()])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
     model = LorgnetteForConditionalGeneration.from_pretrained(output)
     model.check_processor(LorgnetteProcessor.from_pretrained(output))
 
