@@ -12,6 +12,7 @@ from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, Lorg
 class Options:
     vision: str = "google/siglip2-base-patch16-224"
     text: str = "HuggingFaceTB/SmolLM2-360M-Instruct"
+    qformer: str = "google-bert/bert-base-uncased"  # what the Q-Former starts from
     dataset: str = "jxie/flickr8k"
     text_column: str = "caption_0"
     output_dir: str = "out/finetune"
@@ -21,7 +22,9 @@ class Options:
 
 (options,) = HfArgumentParser(Options).parse_args_into_dataclasses()
 processor = LorgnetteProcessor.from_backbones(options.vision, options.text)
-model = LorgnetteForConditionalGeneration.from_backbones(options.vision, options.text, lora={"r": 16})
+model = LorgnetteForConditionalGeneration.from_backbones(
+    options.vision, options.text, qformer=options.qformer, processor=processor, lora={"r": 16}
+)
 
 trainer = Trainer(
     model=model,

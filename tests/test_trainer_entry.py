@@ -47,16 +47,17 @@ def recipe(tmp_path):
 def test_the_command_line_wins_over_yaml_and_yaml_over_the_defaults(recipe):
     path = recipe(
         "vision: v\ntext: t\ndataset: d\nuse_cpu: true\nlearning_rate: 1e-4\neval_strategy: no\nmax_steps: 7\n"
-        "report_to: [tensorboard, wandb]\nlora: {r: 4, target_modules: [q_proj]}\nvision_feature_layer: null\n"
+        "report_to: [tensorboard, wandb]\nlora: {r: 4, target_modules: [q_proj]}\nvision_feature_layer: -2\n"
     )
     model, _, training = parse("--config", path, "--max_steps", "9", "--text", "other", "--num-query-tokens=4")
-    assert (model.vision, model.text, model.num_query_tokens, model.vision_feature_layer) == ("v", "other", 4, None)
+    assert (model.vision, model.text, model.num_query_tokens, model.vision_feature_layer) == ("v", "other", 4, -2)
     assert model.lora == {"r": 4, "target_modules": ["q_proj"]}
     assert (training.learning_rate, training.max_steps, training.report_to) == (1e-4, 9, ["tensorboard", "wandb"])
     assert training.eval_strategy == "no"
     assert (training.remove_unused_columns, training.ddp_find_unused_parameters) == (False, False)
     assert training.prediction_loss_only
-    assert parse(*BASE, "--lora", "{}", "--vision_feature_layer", "null")[0].lora == {}
+    model, _, _ = parse("--config", path, "--lora", "{}", "--vision_feature_layer", "null")
+    assert (model.lora, model.vision_feature_layer) == ({}, None)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,7 @@ def test_a_mistake_in_the_recipe_is_one_message_and_status_2(recipe, capsys, tex
         ([*BASE, "--learning_rat", "1"], "unknown option '--learning_rat' (did you mean learning_rate?)"),
         ([*BASE, "--config", "gone.yaml"], "cannot read the recipe gone.yaml"),
         ([*BASE, "--model", "m"], "model 'm' is given: it has settled vision, text"),
+        ([*BASE, "--qformer_config", '{"use_qformer_text_input": true}'], "use_qformer_text_input needs qformer"),
         ([*BASE, "--lora", "r=4"], "lora is neither a mapping nor JSON"),
         ([*BASE, "--eval_strategy", "epoch"], "set eval_split, eval_dataset or eval_fraction"),
         ([*BASE, "--eval_fraction", "2"], "has to lie between 0 and 1"),
@@ -196,9 +198,9 @@ def test_the_module_lists_its_commands_and_a_command_its_options(capsys):
     assert "--learning_rate" in shown
 
 
-@pytest.mark.parametrize("name", ["stage2.yaml"])
+@pytest.mark.parametrize("name", ["stage2.yaml", "demo.yaml"])
 def test_the_recipes_that_are_shipped_can_be_read(name):
     path = Path(__file__).parent.parent / "recipes" / name
-    model, data, training = parse("--config", str(path), "--use_cpu")
-    assert model.vision
+    _, data, training = parse("--config", str(path), *BASE)
+
     assert data.has_eval == (training.eval_strategy != "no")

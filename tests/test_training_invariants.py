@@ -97,21 +97,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(backbones, tmp_path):
 
 
 def test_the_best_checkpoint_is_restored(backbones, tmp_path):
+    set_seed(0)
     run = trainer(
         *joined(backbones),
         tmp_path,
-        max_steps=4,
-        learning_rate=0.5,  # too high, so that the best is not the last
+        max_steps=3,
         eval_strategy="steps",
         eval_steps=1,
         save_strategy="steps",
         save_steps=1,
         load_best_model_at_end=True,
+        greater_is_better=True,  # so that the first, the worst, is the one to restore
     )
     run.train()
     evaluated = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
-    assert evaluated[-1] > min(evaluated)
-    assert run.evaluate()["eval_loss"] == pytest.approx(min(evaluated), abs=1e-6)
+    assert evaluated[0] == max(evaluated) > evaluated[-1]
+    assert run.evaluate()["eval_loss"] == pytest.approx(evaluated[0], abs=1e-6)
     trainable = [p.requires_grad for name, p in run.model.named_parameters() if belongs_to_training(name)]
     assert all(trainable)
 

@@ -71,11 +71,18 @@ class ModelArguments:
                 raise ValueError(f"{' and '.join(missing)} not given: name both backbones (or `model`, a saved one)")
             if self.model_revision is not None:
                 raise ValueError("model_revision is given without model")
+            if self.reads_query and self.qformer is None:
+                raise ValueError("qformer_config.use_qformer_text_input needs qformer: the text's tokenizer is its own")
         else:
             given = [f.name for f in fields(self) if f.name in ("vision", "text", *self.JOINTS)
                      and getattr(self, f.name) != f.default]  # fmt: skip
             if given:
                 raise ValueError(f"model {self.model!r} is given: it has settled {', '.join(given)}, leave that out")
+
+    @property
+    def reads_query(self) -> bool:
+        """Whether the Q-Former reads the query as well, as InstructBLIP's does."""
+        return bool((self.qformer_config or {}).get("use_qformer_text_input"))
 
 
 @dataclass

@@ -87,9 +87,11 @@ def build(args: ModelArguments) -> tuple[LorgnetteForConditionalGeneration, Lorg
     processor = LorgnetteProcessor.from_backbones(
         args.vision,
         args.text,
+        qformer=args.qformer if args.reads_query else None,
         num_query_tokens=args.num_query_tokens,
         vision_revision=args.vision_revision,
         text_revision=args.text_revision,
+        qformer_revision=args.qformer_revision,
         **prompts,
     )
     model = LorgnetteForConditionalGeneration.from_backbones(

@@ -1,0 +1,103 @@
+"""Both ways to train, on a CUDA device in bf16: the entry point and the example; then generate from what they saved.
+
+Run by `make test-gpu`; skipped where there is no such device.
+"""
+
+import json
+import runpy
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
+from lorgnette.trainer.__main__ import main
+from tests import tiny, tiny_models
+from tests.tiny_training import write_backbones, write_pairs
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+]
+EXAMPLE = Path(__file__).parent.parent / "examples" / "finetune.py"
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """Paths of the ViT, the LM, the BERT and the pictures."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    tiny_models.bert().save_pretrained(tmp_path / "bert")
+    vision, text = write_backbones(tmp_path)
+    return {
+        "vision": vision,
+        "text": text,
+        "qformer": tmp_path / "bert",
+        "dataset": write_pairs(tmp_path / "pictures"),
+    }
+
+
+def options(parts, **more):
+    return [word for name, value in (parts | more).items() for word in (f"--{name}", str(value))]
+
+
+def answers_on_gpu(folder, dtype=torch.bfloat16):
+    processor = LorgnetteProcessor.from_pretrained(folder)
+    model = LorgnetteForConditionalGeneration.from_pretrained(folder, dtype=dtype).to("cuda").eval()
+    pictures = [tiny.picture(number) for number in range(3)]
+    batch = processor(images=pictures, padding=True, return_tensors="pt").to("cuda", dtype)
+    generated = model.generate(**batch, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert generated.device.type == "cuda"
+    assert generated.shape == (3, batch["input_ids"].shape[1] + 5)
+    assert torch.equal(generated[:, :-5], batch["input_ids"])
+    return generated
+
+
+def losses(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_the_entry_point_trains_in_bf16_resumes_and_generates(parts, tmp_path, gradient_checkpointing):
+    folder = tmp_path / "out"
+    arguments = options(
+        parts,
+        num_query_tokens=4,
+        lora='{"r": 2}',
+        output_dir=folder,
+        max_steps=6,
+        save_steps=3,
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        learning_rate="1e-3",
+        bf16=True,
+        gradient_checkpointing=gradient_checkpointing,
+        eval_fraction=0.25,
+        eval_strategy="steps",
+        eval_steps=3,
+        load_best_model_at_end=True,
+        report_to="none",
+    )
+    main(["stage2", *arguments])
+    whole = losses(folder)
+    assert len(whole) == 6
+    answers_on_gpu(folder)
+    main(["stage2", *arguments, "--resume_from_checkpoint", str(folder / "checkpoint-3")])
+    assert losses(folder) == pytest.approx(whole, abs=1e-3)  # kernels need not add up in the same order
+
+
+def test_the_example_trains_in_bf16(parts, tmp_path, monkeypatch):
+    words = options(parts, text_column="text", output_dir=tmp_path / "out", max_steps=2, bf16=True)
+    monkeypatch.setattr("sys.argv", [str(EXAMPLE), *words])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    answers_on_gpu(tmp_path / "out")
+
+
+def test_the_gpu_computes_what_the_cpu_does():
+    model, batch = tiny_models.model(), tiny_models.inputs()
+    with torch.no_grad():
+        on_cpu = model(**batch).logits
+        on_gpu = model.to("cuda")(**{name: value.to("cuda") for name, value in batch.items()}).logits
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-3, rtol=1e-3)
