@@ -1,15 +1,15 @@
-# make demo    real backbones, real photographs, training, and a stranger who captions: about ten minutes on two CPU cores
-# make test    the test suite; make lint: the linter
+# make demo   real backbones, real photographs, training, and a stranger who captions: about ten minutes on two CPU cores
+# make test   the test suite; make lint: the linter
 #
-# Both work in a fresh clone: the virtual environment is made first.
+# All work in a fresh clone: the virtual environment is made first.
 
 PYTHON ?= python3
-# The one place that says which torch is installed. It goes to pip as it stands: without CUDA on Linux, the README has a
-# line for here that takes the smaller CPU build.
+# The one place that says which torch is installed; it goes to pip as it stands, options included (see the README).
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-# Where the demo keeps its downloads
+# Where the demo keeps its downloads, and its results
 CACHE ?= .cache
+OUTPUT ?= out/demo
 # Hub ids or folders in place of the demo's backbones
 VISION ?=
 TEXT ?=
@@ -18,40 +18,35 @@ QFORMER ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo test test-gpu lint prerequisites prerequisites-demo
 
-demo: prerequisites-demo $(VENV)/demo.stamp
-	$(BIN)/python -m examples.demo --cache "$(CACHE)" $(if $(VISION),--vision "$(VISION)") \
+demo: prerequisites-demo $(VENV)/installed
+	$(BIN)/python -m examples.demo --cache "$(CACHE)" --output "$(OUTPUT)" $(if $(VISION),--vision "$(VISION)") \
 		$(if $(TEXT),--text "$(TEXT)") $(if $(QFORMER),--qformer "$(QFORMER)") $(ARGS)
 
-test: $(VENV)/test.stamp
+test: $(VENV)/installed
 	$(BIN)/python -m pytest $(ARGS)
 
-# CUDA tests alone; they are skipped, with the reason, where there is no GPU
-test-gpu: $(VENV)/test.stamp
+# those tests alone that need CUDA; skipped, with the reason, where there is none
+test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-lint: $(VENV)/dev.stamp
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-clean:
-	rm -rf "$(VENV)" out
-
-.PHONY: prerequisites prerequisites-demo
 prerequisites:
 	@$(PYTHON) examples/demo/prerequisites.py
+
 prerequisites-demo:
 	@$(PYTHON) examples/demo/prerequisites.py --npm
 
-# The environment is made once; a changed pyproject.toml installs again into it.
-$(VENV)/torch.stamp: | prerequisites
+# made once; a changed pyproject.toml installs into it again
+$(VENV)/installed: pyproject.toml | prerequisites
 	$(PYTHON) -m venv "$(VENV)"
-	$(INSTALL) $(TORCH)
-	touch $@
-
-$(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(INSTALL) --editable ".[$*]"
+	@echo "installing into $(VENV): takes some minutes the first time"
+	$(PIP) install $(TORCH)
+	$(PIP) install --editable ".[dev]"
 	touch $@

@@ -1,1 +1,10 @@
-"""The configuration of every model here, and the list of source files that travel with a saved one."""
+"""The configuration of every model here, and which source files travel with a saved one."""
+
+from transformers import AutoConfig
+
+from .configuration_lorgnette import LorgnetteConfig, LorgnetteQFormerConfig
+
+
+# Where lorgnette is imported, saved folders load through its classes, and nobody is asked about remote code.
+AutoConfig.register(LorgnetteConfig.model_type, LorgnetteConfig)
+AutoConfig.register(LorgnetteQFormerConfig.model_type, LorgnetteQFormerConfig)

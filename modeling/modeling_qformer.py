@@ -10,6 +10,7 @@ Shapes: B images, Q queries, T text tokens, L image tokens, D width, E width of 
 """
 
 from collections.abc import Callable
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import logging
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -243,7 +244,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         query_embeds: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Let the queries read the image, and the text where there is one.
 
@@ -260,7 +261,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
             `last_hidden_state` `(B, Q + T, D)`, the queries first; `pooler_output` `(B, D)`, the first query.
 
         Raises:
-            ValueError: text without a text half, features of another width, or no queries at all.
+            ValueError: text without a text half, a mask without text, features of another width, or no queries at all.
         """
         batch_size, _, width = encoder_hidden_states.shape
         if width != self.config.encoder_hidden_size:
@@ -280,6 +281,8 @@ class LorgnetteQFormerModel(PreTrainedModel):
             hidden_states = torch.cat([hidden_states, self.embeddings(input_ids)], dim=1)  # (B, Q + T, D)
             if attention_mask is not None:
                 attention_mask = nn.functional.pad(attention_mask, (query_length, 0), value=1)
+        elif attention_mask is not None:
+            raise ValueError("The Q-Former was given an attention_mask and no input_ids: it masks the text")
         hidden_states = self.dropout(self.layernorm(hidden_states))
         encoder_hidden_states = encoder_hidden_states.to(hidden_states.dtype)
 

@@ -1,1 +1,9 @@
-"""From pictures and words to what the model reads, and the pipeline around both."""
+"""Pictures and words to tensors and back: the processor, its prompts, and the pipeline."""
+
+from transformers import AutoProcessor
+
+from ..configuration import LorgnetteConfig
+from .processing_lorgnette import LorgnetteProcessor
+
+
+AutoProcessor.register(LorgnetteConfig, LorgnetteProcessor)

@@ -31,10 +31,9 @@ def parts():
     )
     model.generation_config.eos_token_id = None
     torch.manual_seed(0)
-    with torch.no_grad():  # with weights of std 0.02 the picture hardly counts
-        for part in (model.vision_model, model.qformer, model.projector):
-            for parameter in part.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.3)
+    with torch.no_grad():  # with weights as small as they come, pictures do not change an answer
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * (1 if "language_model" in name else 0.1))
     return model.eval(), processor
 
 
@@ -111,15 +110,8 @@ def test_generation_settings(pipe, expected):
 
 def test_settings_of_the_whole_pipeline(parts, expected):
     model, processor = parts
-    pipe = pipeline(
-        "image-to-text",
-        model=model,
-        processor=processor,
-        pipeline_class=LorgnetteImageToTextPipeline,
-        prompt="What?",
-        max_new_tokens=2,
-        batch_size=2,
-        device="cpu",
+    pipe = LorgnetteImageToTextPipeline(
+        model=model, processor=processor, prompt="What?", max_new_tokens=2, batch_size=2, device="cpu"
     )
     assert pipe(PICTURES[:2]) == [expected(picture, "What?", max_new_tokens=2) for picture in PICTURES[:2]]
 

@@ -17,6 +17,7 @@ from lorgnette.trainer.__main__ import main
 from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, ModelArguments
 from lorgnette.trainer.recipe import parse_recipe
 from lorgnette.trainer.stage2 import check_arguments, checkpoint_to_resume
+from tests import tiny, tiny_models
 from tests.tiny_training import write_backbones, write_pairs
 
 
@@ -56,6 +57,7 @@ def test_the_command_line_wins_over_yaml_and_yaml_over_the_defaults(recipe):
     assert training.eval_strategy == "no"
     assert (training.remove_unused_columns, training.ddp_find_unused_parameters) == (False, False)
     assert training.prediction_loss_only
+    assert training.accelerator_config.dispatch_batches is False
     model, _, _ = parse("--config", path, "--lora", "{}", "--vision_feature_layer", "null")
     assert (model.lora, model.vision_feature_layer) == ({}, None)
 
@@ -148,19 +150,17 @@ save_steps: 2
 eval_strategy: steps
 eval_steps: 2
 load_best_model_at_end: true
-report_to: tensorboard
+report_to: none
 use_cpu: true
 """
 
 
 def test_a_recipe_trains_resumes_and_leaves_a_model_to_go_on_from(tmp_path, recipe, monkeypatch, caplog):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
     (vision, text), data = write_backbones(tmp_path), write_pairs(tmp_path / "pictures")
     path = recipe(RECIPE.format(vision=vision, text=text, data=data, output=tmp_path / "out"))
     main(["stage2", "--config", path])
     assert [record.message for record in caplog.records if "runs on the CPU" in record.message] != []
-    assert list((tmp_path / "logs").rglob("events.*"))
     whole = losses(tmp_path / "out" / "trainer_state.json")
     weights = load_file(tmp_path / "out" / "model.safetensors")
 
@@ -173,14 +173,31 @@ def test_a_recipe_trains_resumes_and_leaves_a_model_to_go_on_from(tmp_path, reci
     assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
     assert LorgnetteProcessor.from_pretrained(tmp_path / "out").query == "What is this?"
 
-    # on from the saved model, from a stream, with its own question for each picture
+    # on from the saved model, from a stream, with a question for each picture and a new system prompt
     rows = [{"image": f"pictures/{n}.png", "said": "a cat", "asked": "What?"} for n in range(4)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     main(
         f"stage2 --model {tmp_path}/out --dataset {tmp_path}/rows.jsonl --streaming --text_column said "
-        f"--query_column asked --output_dir {tmp_path}/next --max_steps 2 --report_to none --use_cpu".split()
+        f"--query_column asked --output_dir {tmp_path}/next --max_steps 2 --report_to none --use_cpu "
+        "--system_prompt Briefly.".split()
     )
-    assert LorgnetteProcessor.from_pretrained(tmp_path / "next").query == "What is this?"
+    processor = LorgnetteProcessor.from_pretrained(tmp_path / "next")
+    assert (processor.query, processor.system_prompt) == ("What is this?", "Briefly.")
+
+
+def test_trackers_are_told_of_a_run_whose_qformer_reads_the_query(tmp_path, recipe, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    (vision, text), data = write_backbones(tmp_path), write_pairs(tmp_path / "pictures")
+    for part in (tiny_models.bert(vocab_size=len(tiny.bert_tokenizer())), tiny.bert_tokenizer()):
+        part.save_pretrained(tmp_path / "bert")
+    changes = f"--report_to tensorboard --qformer {tmp_path}/bert --max_steps 2".split()
+    instructed = ["--qformer_config", '{"use_qformer_text_input": true}']
+    path = recipe(RECIPE.format(vision=vision, text=text, data=data, output=tmp_path / "out"))
+    main(["stage2", "--config", path, *changes, *instructed])
+    assert list((tmp_path / "logs").rglob("events.*"))
+    assert LorgnetteProcessor.from_pretrained(tmp_path / "out").qformer_tokenizer is not None
 
 
 def losses(state):
@@ -202,5 +219,4 @@ def test_the_module_lists_its_commands_and_a_command_its_options(capsys):
 def test_the_recipes_that_are_shipped_can_be_read(name):
     path = Path(__file__).parent.parent / "recipes" / name
     _, data, training = parse("--config", str(path), *BASE)
-
     assert data.has_eval == (training.eval_strategy != "no")

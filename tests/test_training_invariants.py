@@ -1,13 +1,16 @@
 """What holds of any run of the stock Trainer: frozen parts, accumulation, resuming, checkpoints, bad rows."""
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback, set_seed
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
+from lorgnette.trainer.arguments import DataArguments
+from lorgnette.trainer.data import load_pairs
 from tests import tiny
-from tests.tiny_training import joined, pairs, trainer, write_backbones
+from tests.tiny_training import joined, pairs, trainer, write_backbones, write_pairs
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +80,17 @@ def test_accumulated_gradients_equal_those_of_the_joint_batch(backbones, tmp_pat
         torch.testing.assert_close(accumulated[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(backbones, tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_resumed_run_is_the_uninterrupted_one(backbones, tmp_path, monkeypatch, streaming):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data = DataArguments(dataset=str(write_pairs(tmp_path / "pictures")), streaming=streaming, shuffle_buffer_size=3)
+
     def run(folder, seed):
         set_seed(seed)
         settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lr_scheduler_type": "cosine"}
         saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4}
-        return trainer(*joined(backbones), folder, **settings, **saving)
+        rows, _ = load_pairs(data, evaluate=False, seed=0)
+        return trainer(*joined(backbones), folder, rows=rows, **settings, **saving)
 
     def losses(trainer):
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -153,6 +161,15 @@ def test_a_bad_row_is_named_before_any_weight_moves(backbones, tmp_path, broken,
     with pytest.raises((ValueError, OSError, TypeError), match=rf"(?i)row 2\b.*{message}"):
         trainer(model, processor, tmp_path, rows=rows).train()
     assert moved(model, before) == set()
+
+
+def test_a_truncated_file_in_a_folder_is_named_by_its_row(backbones, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    file = write_pairs(tmp_path / "pictures") / "2.png"
+    file.write_bytes(file.read_bytes()[:400])
+    rows, _ = load_pairs(DataArguments(dataset=str(file.parent)), evaluate=False, seed=0)
+    with pytest.raises(ValueError, match=r"row 2\b.*2\.png"):
+        trainer(*joined(backbones), tmp_path, rows=rows, per_device_train_batch_size=len(rows)).train()
 
 
 def test_a_row_without_the_column_is_named(backbones, tmp_path):

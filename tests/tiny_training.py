@@ -57,7 +57,7 @@ def trainer(
     model: LorgnetteForConditionalGeneration, processor: LorgnetteProcessor, output_dir: Path, **arguments
 ) -> Trainer:
     """The stock Trainer on [`pairs`], two steps on the CPU unless told otherwise."""
-    rows = arguments.pop("rows", None) or pairs()
+    rows = arguments.pop("rows", pairs())
     defaults = {
         "use_cpu": True,
         "max_steps": 2,
@@ -74,7 +74,7 @@ def trainer(
         model=model,
         args=TrainingArguments(str(output_dir), **(defaults | arguments)),
         train_dataset=rows,
-        eval_dataset=rows[:4],
+        eval_dataset=pairs(4),
         data_collator=LorgnetteCollator(processor),
         processing_class=processor,
     )

@@ -13,6 +13,8 @@ TRAINING_DEFAULTS = {
     "prediction_loss_only": True,
     # Trainer's own default under DDP would hide a parameter that gets no gradient.
     "ddp_find_unused_parameters": False,
+    # One process would otherwise read a stream for all and join their batches, whose lengths differ.
+    "accelerator_config": {"dispatch_batches": False},
 }
 
 

