@@ -162,6 +162,15 @@ class LorgnetteConfig(PreTrainedConfig):
             for part, attention in zip(parts, attention_of_parts, strict=True):
                 part._attn_implementation = attention
 
+    @property
+    def vocab_size(self) -> int:
+        """The language model's, for code that is generic over causal LMs and asks the top config."""
+        return self.text_config.vocab_size
+
+    @vocab_size.setter
+    def vocab_size(self, value: int) -> None:
+        self.text_config.vocab_size = value
+
     def _follow(self, field: str, value: int, source: str) -> None:
         """Set a field of the Q-Former that another part of this config decides."""
         given = getattr(self.qformer_config, field)

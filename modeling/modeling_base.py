@@ -1,10 +1,12 @@
 """`LorgnettePreTrainedModel`: the frozen ViT that every model here has, and how a model is loaded and saved."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import TransformersKwargs
 
 from ..configuration.configuration_lorgnette import AUTO_MAP, LorgnetteConfig
 
@@ -36,10 +38,10 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         """As `PreTrainedModel.from_pretrained`; frozen parts come back frozen (transformers thaws what it loads)."""
         with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        model._finish_loading(info["missing_keys"])
+        model._finish_loading(set(info["missing_keys"]), set(info["unexpected_keys"]))
         return (model, info) if with_info else model
 
-    def _finish_loading(self, missing_keys: set[str]) -> None:
+    def _finish_loading(self, missing: set[str], unexpected: set[str]) -> None:
         self.freeze()
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -53,7 +55,9 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         pixel_values: torch.Tensor,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        output_hidden_states: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
         """What the frozen ViT sees: `vision_feature_layer`, of all tokens or of the patches alone.
 
         Args:
@@ -62,15 +66,17 @@ class LorgnettePreTrainedModel(PreTrainedModel):
             spatial_shapes: `(N, 2)` patches per side, SigLIP2 only.
 
         Returns:
-            `(N, L, E)`, without a graph.
+            `last_hidden_state` `(N, L, E)`, without a graph; the ViT's `hidden_states` and `attentions` on request.
         """
         config = self.config.vision_config
         layer = self.config.vision_feature_layer
+        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         variable_resolution = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
         outputs = self.vision_model(
             pixel_values=pixel_values.to(self.vision_model.dtype),
-            output_hidden_states=layer is not None,
+            output_hidden_states=wanted or layer is not None,
             return_dict=True,
+            **kwargs,
             **{name: value for name, value in variable_resolution.items() if value is not None},
         )
         features = outputs.last_hidden_state if layer is None else outputs.hidden_states[layer]
@@ -78,7 +84,11 @@ class LorgnettePreTrainedModel(PreTrainedModel):
             patch = config.patch_size if isinstance(config.patch_size, (tuple, list)) else [config.patch_size] * 2
             patches = (pixel_values.shape[-2] // patch[0]) * (pixel_values.shape[-1] // patch[1])
             features = features[:, features.shape[1] - patches :]  # CLS, distillation and register tokens come first
-        return features
+        return BaseModelOutput(
+            features,
+            hidden_states=outputs.hidden_states if wanted else None,
+            attentions=outputs.attentions,
+        )
 
 
 __all__ = ["LorgnettePreTrainedModel"]

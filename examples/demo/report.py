@@ -7,14 +7,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure  # without pyplot: no window, whatever the machine
+from PIL import Image
 
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 (the backend has to be chosen first)
-from PIL import Image  # noqa: E402
-
-from .evaluation import Verdict  # noqa: E402
+from .evaluation import Verdict
 
 
 RIGHT, WRONG = "#1a7f37", "#c4320a"
@@ -31,7 +27,8 @@ def contact_sheet(
     if not len(pictures) == len(truths) == len(answers):
         raise ValueError(f"{len(pictures)} pictures, {len(truths)} truths and {len(answers)} answers do not match up")
     rows = -(-len(pictures) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.35 * columns, 1.62 * rows + 0.5), squeeze=False)
+    figure = Figure(figsize=(1.35 * columns, 1.62 * rows + 0.5))
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, picture, truth, answer in zip(axes.flat, pictures, truths, answers, strict=False):
@@ -43,7 +40,6 @@ def contact_sheet(
     figure.suptitle(f"{count} of {len(pictures)} right: held-out photographs and the answers to them", fontsize=11)
     figure.tight_layout(h_pad=1.6)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def shorten(answer: str, length: int = 18) -> str:
@@ -54,7 +50,8 @@ def shorten(answer: str, length: int = 18) -> str:
 
 def loss_curve(log: Sequence[Mapping[str, float]], path: Path) -> None:
     """Writes a PNG of the training and validation loss over the steps, from Trainer's `log_history`."""
-    figure, axis = plt.subplots(figsize=(6, 3.2))
+    figure = Figure(figsize=(6, 3.2))
+    axis = figure.subplots()
     for key, label in (("loss", "training"), ("eval_loss", "validation")):
         points = [(entry["step"], entry[key]) for entry in log if key in entry]
         if points:
@@ -64,7 +61,6 @@ def loss_curve(log: Sequence[Mapping[str, float]], path: Path) -> None:
     axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def machine() -> str:
