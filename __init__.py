@@ -5,6 +5,7 @@ Names are imported on first use, so that `import lorgnette` itself loads neither
 
 import importlib
 
+
 __version__ = "0.1.0"
 
 # public name -> the module that defines it

@@ -48,7 +48,7 @@ def test_beams_and_cache_settings_agree_with_greedy():
     "image_token_id", [VOCAB_SIZE - 10, VOCAB_SIZE + 7], ids=["inside a padded table", "past its end"]
 )
 def test_the_placeholder_cannot_be_generated(image_token_id: int):
-    """Qwen's table has more rows than its tokenizer has tokens, Llama's has not: the next free id is in one or past it."""
+    """Qwen pads its table, Llama does not: the next free id lies inside the one and past the other."""
     processor = SimpleNamespace(image_token_id=image_token_id, num_query_tokens=NUM_QUERY_TOKENS)
     built, batch = model(processor=processor), inputs(image_token_id=image_token_id)
     if image_token_id < VOCAB_SIZE:
