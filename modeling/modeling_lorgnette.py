@@ -203,13 +203,24 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         return model
 
     def check_processor(self, processor: Any) -> None:
-        """Raise a ValueError with both numbers where this model and a processor were not made for each other."""
+        """See to it that a processor makes what this model reads.
+
+        Raises:
+            ValueError: another placeholder or another number of them, with both; a Q-Former that takes instructions and
+                a processor without its tokenizer, or the reverse.
+        """
         for field in ("image_token_id", "num_query_tokens"):
             ours, theirs = getattr(self.config, field), getattr(processor, field)
             if ours != theirs:
                 raise ValueError(
-                    f"The model's {field} is {ours}, the processor's is {theirs}: they do not belong together"
+                    f"The model's {field} is {ours}, the processor's {theirs}: they do not belong together"
                 )
+        takes_text = self.config.qformer_config.use_qformer_text_input
+        if takes_text != (processor.qformer_tokenizer is not None):
+            raise ValueError(
+                f"qformer_config.use_qformer_text_input is {takes_text}, and the processor has "
+                f"{'no' if takes_text else 'a'} qformer_tokenizer: instructions need both"
+            )
 
     # ------------------------------------------------------------------------------------------------ parts
 

@@ -96,7 +96,7 @@ class LorgnetteImageToTextPipeline(Pipeline):
         with naming(where):
             images = [self.processor.load_image(source, timeout) for source in sources]
         text = self.processor.build_prompt(prompt, num_images=len(images))
-        features = self.processor(images=[images], text=text, query=prompt, return_tensors="pt")
+        features = self.processor(images=[images], text=text, queries=prompt, return_tensors="pt")
         return features.to(dtype=self.dtype)
 
     def _forward(

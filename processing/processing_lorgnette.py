@@ -188,6 +188,9 @@ class LorgnetteProcessor(ProcessorMixin):
         """
         if not conversation:
             raise ValueError("the conversation is empty")
+        if kwargs.pop("return_assistant_tokens_mask", False):
+            raise ValueError("return_assistant_tokens_mask is not supported: LorgnetteCollator makes labels")
+        kwargs.pop("sanitize_control_tokens", None)  # it always does
         batch = conversation if is_batch(conversation) else [conversation]
         call_kwargs = {name: kwargs.pop(name) for name in _CALL_KWARGS & kwargs.keys()} | (processor_kwargs or {})
         tokenizer = self._lm_tokenizer()
@@ -198,7 +201,7 @@ class LorgnetteProcessor(ProcessorMixin):
             return prompts if is_batch(conversation) else prompts[0]
         images = [images_in(messages) for messages in batch]
         call_kwargs.setdefault("images", images if any(images) else None)
-        call_kwargs.setdefault("query", [query_in(messages) for messages in batch])
+        call_kwargs.setdefault("queries", [query_in(messages) for messages in batch])
         if return_tensors not in (None, "auto"):
             call_kwargs["return_tensors"] = return_tensors
         features = self(text=prompts, **call_kwargs)
@@ -251,7 +254,7 @@ class LorgnetteProcessor(ProcessorMixin):
         images: Any = None,
         text: str | Sequence[str] | None = None,
         *,
-        query: str | Sequence[str] | None = None,
+        queries: str | Sequence[str] | None = None,
         timeout: float | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -262,7 +265,7 @@ class LorgnetteProcessor(ProcessorMixin):
                 the texts, or a list of lists, one a text.
             text: a prompt or a list of B. Without it [`build_prompt`] writes one for each image, or list of images. In
                 stage 1 these are the Q-Former's texts and hold no placeholders.
-            query: what is asked, or a list of B, where `text` is left out; and what the Q-Former is told, where it
+            queries: what is asked, or a list of B, where `text` is left out; and what the Q-Former is told, where it
                 takes instructions. This processor's `query` by default.
             timeout: seconds for the download of an image.
             kwargs: as processors have them: `return_tensors`, `padding`, `padding_side`, `truncation`, `max_length`, …
@@ -280,7 +283,8 @@ class LorgnetteProcessor(ProcessorMixin):
         """
         if images is None and text is None:
             raise ValueError("neither images nor text given")
-        merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=None, **kwargs)
+        tokenizer = self.tokenizer or self.qformer_tokenizer
+        merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         rows, sorted_by_caller = ([], False) if images is None else rows_of(images)
         texts = None if text is None else texts_of(text, "text")
@@ -292,18 +296,16 @@ class LorgnetteProcessor(ProcessorMixin):
             flat = [image for row in rows for image in row]
         else:
             if texts is None:
-                queries = self._queries(query, len(rows))
-                texts = [
-                    self.build_prompt(asked, num_images=len(row)) for asked, row in zip(queries, rows, strict=True)
-                ]
+                asked = self._queries(queries, len(rows))
+                texts = [self.build_prompt(query, num_images=len(row)) for query, row in zip(asked, rows, strict=True)]
             ids = [self._encode_prompt(prompt, text_kwargs.get("add_special_tokens", True)) for prompt in texts]
             counts = [row.count(self.image_token_id) // self.num_query_tokens for row in ids]
             flat = match_images(rows, sorted_by_caller, counts)
             features.update(self._pad(ids, **text_kwargs))
             if flat and self.qformer_tokenizer is not None:
-                queries = self._queries(query, len(texts))
-                asked = [asked for asked, count in zip(queries, counts, strict=True) for _ in range(count)]
-                instructions = self.encode_for_qformer(asked, padding=True)
+                asked = zip(self._queries(queries, len(texts)), counts, strict=True)
+                told = [query for query, count in asked for _ in range(count)]
+                instructions = self.encode_for_qformer(told, padding=True)
                 features.update({f"qformer_{name}": value for name, value in instructions.items()})
         if flat:
             loaded = []
@@ -335,13 +337,12 @@ class LorgnetteProcessor(ProcessorMixin):
         """`pixel_values` `(N, 3, H, W)`, and what else this image processor gives, for N loaded RGB images."""
         return self.image_processor(images, **images_kwargs)
 
-    def _queries(self, query: str | Sequence[str] | None, rows: int) -> list[str]:
-        queries = [self.query] * rows if query is None else texts_of(query, "query")
-        if isinstance(query, str):
-            queries = queries * rows
+    def _queries(self, queries: str | Sequence[str] | None, rows: int) -> list[str]:
+        if queries is None or isinstance(queries, str):
+            return [self.query if queries is None else queries] * rows
         if len(queries) != rows:
             raise ValueError(f"{len(queries)} queries were given for {rows} rows")
-        return queries
+        return texts_of(queries, "queries")
 
     def encode_for_qformer(self, texts: list[str], **text_kwargs: Any) -> dict[str, Any]:
         """`input_ids` and `attention_mask` of the Q-Former's texts, in which special tokens are plain text.

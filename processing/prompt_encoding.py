@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,18 +21,24 @@ _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _ESCAPES = {_OPEN: "\ufdd2", _CLOSE: "\ufdd3"}  # the two themselves, where a user's text has them
 _MARKED = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]")
 _ANSWER = "THE-ANSWER"
+_known_tokens: WeakKeyDictionary[PreTrainedTokenizerBase, Any] = WeakKeyDictionary()
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """`<image>`, the special tokens, and other added tokens that the chat template writes (some LMs' role markers)."""
     template = tokenizer.chat_template or ""
     templates = "\0".join(template.values()) if isinstance(template, dict) else template
-    added = [
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special or (token.content in templates and not token.content.isspace())
-    ]
-    return (*added, *tokenizer.all_special_tokens, IMAGE_TOKEN)
+    state = (len(tokenizer), templates, *tokenizer.all_special_tokens)
+    known, tokens = _known_tokens.get(tokenizer, (None, ()))
+    if state != known:  # Gemma has 6,000 added tokens, which take 20 ms to list
+        added = [
+            token.content
+            for token in tokenizer.added_tokens_decoder.values()
+            if token.special or (token.content in templates and not token.content.isspace())
+        ]
+        tokens = tuple(dict.fromkeys((*added, *tokenizer.all_special_tokens, IMAGE_TOKEN)))
+        _known_tokens[tokenizer] = state, tokens
+    return tokens
 
 
 def mark_as_words(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
@@ -111,7 +118,7 @@ def render(
         return tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **template_kwargs)
     except Exception as error:  # a template is code of its own
         roles = ", ".join(str(message.get("role")) for message in messages)
-        raise ValueError(f"the LM's chat template refuses a conversation of the roles {roles}: {error}") from error
+        raise ValueError(f"the LM's chat template cannot write messages of the roles {roles}: {error}") from error
 
 
 def answer_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:

@@ -206,9 +206,9 @@ def test_the_report_holds_the_figures(tmp_path):
 
 def test_a_stranger_answers_as_the_demo_itself_does(tmp_path):
     model, processor = build()
-    for part in (model.vision_model, model.qformer, model.projector):  # so that, untrained, it tells pictures apart
-        for parameter in part.parameters():
-            parameter.data *= 20
+    for name, parameter in model.named_parameters():  # so that, untrained, it tells pictures apart
+        if "crossattention" in name or "projector" in name:
+            parameter.data *= 30
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     rows = Dataset.from_list([{"image": picture(seed), "text": "a cat"} for seed in range(3)])

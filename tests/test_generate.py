@@ -49,7 +49,9 @@ def test_beams_and_cache_settings_agree_with_greedy():
 )
 def test_the_placeholder_cannot_be_generated(image_token_id: int):
     """Qwen pads its table, Llama does not: the next free id lies inside the one and past the other."""
-    processor = SimpleNamespace(image_token_id=image_token_id, num_query_tokens=NUM_QUERY_TOKENS)
+    processor = SimpleNamespace(
+        image_token_id=image_token_id, num_query_tokens=NUM_QUERY_TOKENS, qformer_tokenizer=None
+    )
     built, batch = model(processor=processor), inputs(image_token_id=image_token_id)
     if image_token_id < VOCAB_SIZE:
         with torch.no_grad():  # make it by far the likeliest token

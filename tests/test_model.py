@@ -1,5 +1,7 @@
 """The whole model: assembly from any ViT, what is frozen, what the language model keeps, and wrong input."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import (
@@ -299,6 +301,20 @@ class TestAssembly:
         assert str(tmp_path) not in built.config.to_json_string(use_diff=False)
         assert built.config.text_backbone is None
         assert torch.equal(built.vision_model.layernorm.weight, vision_model().layernorm.weight)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"image_token_id": 7}, "image_token_id is 320, the processor's 7"),
+            ({"num_query_tokens": 9}, "num_query_tokens is 4, the processor's 9"),
+            ({"qformer_tokenizer": object()}, "use_qformer_text_input is False.*has a qformer_tokenizer"),
+        ],
+    )
+    def test_a_processor_of_another_model(self, fields: dict, message: str):
+        matching = {"image_token_id": VOCAB_SIZE, "num_query_tokens": NUM_QUERY_TOKENS, "qformer_tokenizer": None}
+        model().check_processor(SimpleNamespace(**matching))
+        with pytest.raises(ValueError, match=message):
+            model().check_processor(SimpleNamespace(**matching | fields))
 
     def test_backbones_of_two_dtypes(self):
         with pytest.raises(ValueError, match=r"torch.float32.*torch.bfloat16"):

@@ -65,7 +65,7 @@ def test_one_and_many(pipe, expected, tmp_path):
     assert pipe({"path": str(tmp_path / "a.png")}, **TOKENS) == one
     assert pipe(np.asarray(PICTURES[0]), **TOKENS) == one
     many = [expected(picture) for picture in PICTURES]
-    assert len({str(answer) for answer in many}) == 3, "the answers do not depend on the picture"
+    assert len({str(answer) for answer in many}) > 1, "the answers do not depend on the picture"
     assert pipe(PICTURES, **TOKENS) == many
     assert pipe([str(tmp_path / "a.png"), PICTURES[1]], **TOKENS) == many[:2]
     assert pipe(np.stack([np.asarray(picture) for picture in PICTURES]), **TOKENS) == many

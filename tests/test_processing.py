@@ -63,7 +63,7 @@ class TestPrompts:
         assert "You are" in make(system_prompt="Be brief.").build_prompt(system="")
 
     def test_refused_role(self):
-        with pytest.raises(ValueError, match=r"refuses.*system, user: System role not supported"):
+        with pytest.raises(ValueError, match=r"cannot write.*system, user: System role not supported"):
             make("gemma").build_prompt(system="Be brief.")
 
 
@@ -317,7 +317,7 @@ class TestQFormer:
         processor = make(qformer_tokenizer=tiny.bert_tokenizer())
         batch = processor(
             images=[[tiny.picture()] * 2, [tiny.picture()]],
-            query=["a cat?", "the [SEP]"],
+            queries=["a cat?", "the [SEP]"],
             padding=True,
             return_tensors="pt",
         )
