@@ -103,12 +103,8 @@ class LorgnetteImageToTextPipeline(Pipeline):
         self, model_inputs: BatchFeature, generate_kwargs: dict[str, Any] | None = None
     ) -> dict[str, torch.Tensor]:
         generate_kwargs = dict(generate_kwargs or {})
-        if "generation_config" not in generate_kwargs and "eos_token_id" not in generate_kwargs:
-            known = self.model.generation_config.eos_token_id
-            known = known if isinstance(known, list) else [] if known is None else [known]
-            if missing := set(self.processor.stop_token_ids) - set(known):
-                # a base LM with a chat template: its generation config does not know the end of a turn
-                generate_kwargs["eos_token_id"] = [*known, *sorted(missing)]
+        if "generation_config" not in generate_kwargs:
+            generate_kwargs = self._missing_tokens() | generate_kwargs
         if hasattr(self, "_prepare_generate_kwargs"):
             generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
         else:  # transformers 5.17
@@ -116,6 +112,17 @@ class LorgnetteImageToTextPipeline(Pipeline):
         ids = self.model.generate(**model_inputs, **generate_kwargs)
         rows, length = model_inputs["input_ids"].shape
         return {"answers": ids[:, length:].unflatten(0, (rows, -1))}  # (B, num_return_sequences, T)
+
+    def _missing_tokens(self) -> dict[str, Any]:
+        """What the model's generation config does not know: a base LM's has no pad token and no end of a turn."""
+        config, missing = self.model.generation_config, {}
+        if config.pad_token_id is None:
+            missing["pad_token_id"] = self.processor.tokenizer.pad_token_id
+        known = config.eos_token_id
+        known = known if isinstance(known, list) else [] if known is None else [known]
+        if unknown := set(self.processor.stop_token_ids) - set(known):
+            missing["eos_token_id"] = [*known, *sorted(unknown)]
+        return missing
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
         texts = self.processor.batch_decode(model_outputs["answers"][0], skip_special_tokens=True)

@@ -35,5 +35,5 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
         if tokenizer.eos_token is None:
             raise ValueError(f"{type(tokenizer).__name__} has neither a pad token nor an EOS token to pad with")
         tokenizer.pad_token = tokenizer.eos_token
-        logger.info(f"the tokenizer has no pad token: {tokenizer.eos_token} serves as one")
+        logger.warning_once(f"The tokenizer has no pad token: {tokenizer.eos_token} serves as one.")
     return tokenizer

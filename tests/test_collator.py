@@ -79,6 +79,8 @@ class TestColumns:
         batch = LorgnetteCollator(make())(rows)
         assert "pixel_values" not in batch
         assert torch.equal(batch["vision_features"], torch.stack([row["vision_features"] for row in rows]))
+        with pytest.raises(ValueError, match=r"differ in shape: \[\(4, 3\), \(5, 3\)\]"):
+            LorgnetteCollator(make())([rows[0], {"vision_features": torch.zeros(4, 3), "text": "A dog."}])
 
     def test_instructions(self):
         processor = make(qformer_tokenizer=tiny.bert_tokenizer())

@@ -81,6 +81,8 @@ class LorgnetteCollator:
             batch["qformer_attention_mask"] = _padded([[1] * len(ids) for ids in instructions], 0)
         if images := [image for example in examples for image in example.images]:
             if isinstance(images[0], torch.Tensor):
+                if len(shapes := {tuple(features.shape) for features in images}) > 1:
+                    raise ValueError(f"the vision_features of a batch differ in shape: {sorted(shapes)}")
                 batch["vision_features"] = torch.stack(images)
             else:
                 batch |= self.processor.encode_images(images, return_tensors="pt")

@@ -52,7 +52,8 @@ class Stopwatch:
 def main(argv: list[str]) -> int:
     args, training_options = parse(argv)
     model_folder, sheet_folder, pictures_folder = (args.output / name for name in ("model", "report", "pictures"))
-    shutil.rmtree(args.output, ignore_errors=True)  # the demo's own, from an earlier run
+    for folder in (model_folder, sheet_folder, pictures_folder):
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
     sheet_folder.mkdir(parents=True)
     phase = Stopwatch()
 
@@ -115,7 +116,7 @@ def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
     for name, (archive, _) in BACKBONES.items():
         parser.add_argument(f"--{name}", help=f"a Hub id or a folder, in place of {archive.content}")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where downloads are kept")
-    parser.add_argument("--output", type=Path, default=Path("out/demo"), help="replaced, if it exists")
+    parser.add_argument("--output", type=Path, default=Path("out/demo"), help="for model, pictures and report; an earlier run's are replaced")
     return parser.parse_known_args(argv)
 
 
