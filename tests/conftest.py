@@ -3,6 +3,7 @@
 import os
 
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they save
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

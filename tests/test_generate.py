@@ -50,7 +50,11 @@ def test_beams_and_cache_settings_agree_with_greedy():
 def test_the_placeholder_cannot_be_generated(image_token_id: int):
     """Qwen pads its table, Llama does not: the next free id lies inside the one and past the other."""
     processor = SimpleNamespace(
-        image_token_id=image_token_id, num_query_tokens=NUM_QUERY_TOKENS, qformer_tokenizer=None
+        image_token_id=image_token_id,
+        num_query_tokens=NUM_QUERY_TOKENS,
+        tokenizer=SimpleNamespace(pad_token_id=0),
+        qformer_tokenizer=None,
+        stop_token_ids=[2],
     )
     built, batch = model(processor=processor), inputs(image_token_id=image_token_id)
     if image_token_id < VOCAB_SIZE:

@@ -120,6 +120,13 @@ def test_a_trainer_checkpoint_and_what_the_trainer_saves(tmp_path):
     assert_same(*visit(tmp_path / "run-1.0" / "checkpoint-1", tmp_path), built, logits, caption)
 
 
+def test_answers_end_where_the_processor_says():
+    """The language model's own generation config knows neither the end of a turn nor what to pad with."""
+    built, made = build()
+    assert built.generation_config.eos_token_id == made.stop_token_ids
+    assert built.generation_config.pad_token_id == made.tokenizer.pad_token_id
+
+
 def test_push_to_hub_sends_a_whole_folder(tmp_path, monkeypatch):
     """Both pushes write into one repository; here the upload is caught on its way and kept as a folder."""
     import shutil

@@ -64,7 +64,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
             image_column=data_args.image_column,
             text_column=data_args.text_column,
             query_column=data_args.query_column,
-            max_length=data_args.max_length,
+            max_length=data_args.max_length or getattr(model.config.text_config, "max_position_embeddings", None),
         ),
         processing_class=processor,  # saved with every checkpoint
     )

@@ -116,7 +116,12 @@ def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
     for name, (archive, _) in BACKBONES.items():
         parser.add_argument(f"--{name}", help=f"a Hub id or a folder, in place of {archive.content}")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where downloads are kept")
-    parser.add_argument("--output", type=Path, default=Path("out/demo"), help="for model, pictures and report; an earlier run's are replaced")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("out/demo"),
+        help="for model, pictures and report; an earlier run's are replaced",
+    )
     return parser.parse_known_args(argv)
 
 
