@@ -10,12 +10,12 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
+
+from ..configuration.backbone_sources import from_pretrained_arguments, load_tokenizer
 
 
 @dataclass
@@ -64,8 +64,8 @@ def load_language_model(
         model = source
         backbone = Backbone(model)
     elif str(source).endswith(".gguf"):
-        folder, name = _gguf(source)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype or torch.float32)
+        folder, keywords = from_pretrained_arguments(source)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, **keywords)
         # save_pretrained refuses a model whose config still tells of the quantisation it was read from
         config = copy.deepcopy(loaded.config)
         del config.quantization_config
@@ -96,14 +96,6 @@ def load_bert(source: str | Path | PreTrainedModel, revision: str | None) -> Bac
     return _from_source(AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32), source, revision)
 
 
-def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a language model that is given by Hub id, folder or GGUF file."""
-    if str(source).endswith(".gguf"):
-        folder, name = _gguf(source)
-        return AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    return AutoTokenizer.from_pretrained(source, revision=revision)
-
-
 def next_free_token_id(source: str | Path | PreTrainedModel, revision: str | None, vocab_size: int) -> int:
     """The id that `<image>` has, or would get, in the tokenizer beside the language model.
 
@@ -123,13 +115,6 @@ def _has_tokenizer(name: str, revision: str | None) -> bool:
     )
 
 
-def _gguf(path: str | Path) -> tuple[str, str]:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no GGUF file {path}")
-    return str(path.parent), path.name
-
-
 def _from_source(model: PreTrainedModel, source: str | Path, revision: str | None) -> Backbone:
     """Keep the Hub id and the commit; a local folder is nobody else's business and is not recorded."""
     if Path(source).is_dir():
@@ -139,4 +124,4 @@ def _from_source(model: PreTrainedModel, source: str | Path, revision: str | Non
     return Backbone(model, str(source), extract_commit_hash(config_file, None))
 
 
-__all__ = ["Backbone", "load_bert", "load_language_model", "load_tokenizer", "load_vision_model", "next_free_token_id"]
+__all__ = ["Backbone", "load_bert", "load_language_model", "load_vision_model", "next_free_token_id"]

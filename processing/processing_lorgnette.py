@@ -14,13 +14,14 @@ from transformers.models.auto.image_processing_auto import (
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.utils import PROCESSOR_NAME
 
+from ..configuration.backbone_sources import load_tokenizer
 from ..configuration.configuration_lorgnette import AUTO_MAP
 from ..configuration.remote_code import save_remote_code
 from .conversations import flatten, images_in, is_batch, query_in
 from .image_loading import load_image, naming
 from .image_rows import match_images, rows_of, texts_of
 from .prompt_encoding import IMAGE_TOKEN, answer_frame, encode, render, truncate, with_start
-from .tokenizer_preparation import load_tokenizer, prepare_tokenizer
+from .tokenizer_preparation import prepare_tokenizer
 
 
 _TOKENIZERS = ("tokenizer", "qformer_tokenizer")

@@ -1,26 +1,14 @@
-"""The LM's tokenizer: where it comes from, and what a processor adds to it."""
+"""What a processor adds to the LM's tokenizer."""
 
 import copy
-from pathlib import Path
 
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .prompt_encoding import IMAGE_TOKEN
 
 
 logger = logging.get_logger(__name__)
-
-
-def load_tokenizer(
-    source: str | Path | PreTrainedTokenizerBase | None, revision: str | None
-) -> PreTrainedTokenizerBase | None:
-    if not isinstance(source, (str, Path)):
-        return source
-    if str(source).endswith(".gguf"):
-        file = Path(source)
-        return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    return AutoTokenizer.from_pretrained(str(source), revision=revision)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
