@@ -6,9 +6,10 @@ from typing import Any, Unpack
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import TransformersKwargs
+from transformers.utils import PROCESSOR_NAME, TransformersKwargs
 
 from ..configuration.configuration_lorgnette import AUTO_MAP, LorgnetteConfig
+from .modeling_companions import copy_processor
 
 
 class LorgnettePreTrainedModel(PreTrainedModel):
@@ -24,6 +25,10 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    # where the processor is that belongs to this model: in memory, or beside the weights
+    _joined_with: Any = None
+    _loaded_from: tuple[str, str | None, dict[str, Any]] | None = None
+
     def freeze(self) -> None:
         """Leave gradients to what is trained; called after each way of building or loading the model."""
         self.vision_model.requires_grad_(False)
@@ -37,17 +42,33 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any):
         """As `PreTrainedModel.from_pretrained`; frozen parts come back frozen (transformers thaws what it loads)."""
         with_info = kwargs.pop("output_loading_info", False)
+        hub_kwargs = {name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if pretrained_model_name_or_path is not None:
+            model._loaded_from = (str(pretrained_model_name_or_path), kwargs.get("revision"), hub_kwargs)
         model._finish_loading(set(info["missing_keys"]), set(info["unexpected_keys"]))
         return (model, info) if with_info else model
 
     def _finish_loading(self, missing: set[str], unexpected: set[str]) -> None:
         self.freeze()
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedModel.save_pretrained`; the folder loads where lorgnette is not installed."""
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As `PreTrainedModel.save_pretrained`; the folder loads where lorgnette is not installed.
+
+        A processor that the model was joined with, or lay beside it where it was loaded, is saved along with it, unless
+        the folder has one.
+        """
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        if is_main_process:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            if self._joined_with is not None and not Path(save_directory, PROCESSOR_NAME).exists():
+                self._joined_with.save_pretrained(save_directory)
+            if self._loaded_from is not None:
+                name, revision, hub_kwargs = self._loaded_from
+                copy_processor(name, revision, save_directory, **hub_kwargs)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
 
     @torch.no_grad()
     def get_vision_features(

@@ -148,9 +148,9 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             num_query_tokens: soft tokens per image.
             lora: fields of `peft.LoraConfig`, or one; `{}` for peft's defaults on all attention projections; `None` for
                 no LoRA.
-            processor: the [`LorgnetteProcessor`] to be used, which then decides the placeholder's id and what ends an
-                answer. Without it the id is read from the tokenizer beside `text`, and without that it is the first
-                past the LM's vocabulary.
+            processor: the [`LorgnetteProcessor`] to be used. It decides the placeholder's id and what ends an answer,
+                and is saved with the model. Without it the id is read from the tokenizer beside `text`, and without
+                that it is the first past the LM's vocabulary.
             vision_feature_layer, vision_feature_select_strategy: see [`LorgnetteConfig`].
             vision_revision, text_revision, qformer_revision: branch, tag or commit on the Hub.
             dtype: of all parts; float32 by default. Loaded models keep theirs, which have to agree.
@@ -201,6 +201,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         model.to(dtype or spoken.model.dtype)
         if processor is not None:
             model.check_processor(processor)
+            model._joined_with = processor
             # a base LM knows no end of a turn, which the chat template of a processor may have
             model.generation_config.eos_token_id = processor.stop_token_ids
             model.generation_config.pad_token_id = processor.tokenizer.pad_token_id

@@ -1,6 +1,6 @@
 """Runs in a process that has never heard of lorgnette: loads a folder as a stranger would and reports what it saw.
 
-python stranger.py FOLDER INPUTS.safetensors OUTPUTS.json [RESAVED_FOLDER]
+python stranger.py FOLDER INPUTS.safetensors OUTPUTS.json [PREFIX_OF_RESAVED_FOLDERS]
 """
 
 import importlib.abc
@@ -54,8 +54,9 @@ def main(folder: str, inputs_file: str, outputs_file: str, resaved: str | None =
         "answer": answers(picture, text=processor.build_prompt(), return_full_text=False, **settings),
     }
     if resaved:
-        model.save_pretrained(resaved)
-        processor.save_pretrained(resaved)
+        model.save_pretrained(f"{resaved}-model")
+        captions.save_pretrained(f"{resaved}-captions")
+        answers.save_pretrained(f"{resaved}-answers")
     with open(outputs_file, "w", encoding="utf-8") as file:
         json.dump(report, file)
 

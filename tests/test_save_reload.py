@@ -84,17 +84,37 @@ def assert_same(report: dict, tensors: dict, built, logits: torch.Tensor, captio
     assert report["answer"][0]["generated_text"].strip() == caption.strip()
 
 
-def test_save_pretrained_and_a_strangers_re_save(tmp_path):
+def test_save_pretrained_and_a_strangers_re_saves(tmp_path):
+    """What a stranger saves, of the model alone or of either pipeline, is as whole as what was loaded."""
     built, made = build()
     logits, caption = logits_and_captions(built, made, tmp_path)
-    folder, again = tmp_path / "my-model.v1.0-final", tmp_path / "re-saved.2"
+    folder = tmp_path / "my-model.v1.0-final"
     built.save_pretrained(folder)
     made.save_pretrained(folder)
-    assert_same(*visit(folder, tmp_path, resaved=again), built, logits, caption)
-    assert_same(*visit(again, tmp_path), built, logits, caption)
-    names = {path.name for path in folder.glob("*.py")}
-    assert names == {path.name for path in again.glob("*.py")}
-    assert not list(folder.glob("*.bin"))
+    assert_same(*visit(folder, tmp_path, resaved=tmp_path / "re-saved.2"), built, logits, caption)
+    names = {path.name for path in folder.iterdir()}
+    assert "remote_code.py" in names
+    assert not [name for name in names if name.endswith((".bin", ".pkl", ".pt"))]
+    for what in ("model", "captions", "answers"):
+        again = tmp_path / f"re-saved.2-{what}"
+        assert names <= {path.name for path in again.iterdir()}, what
+    assert_same(*visit(tmp_path / "re-saved.2-answers", tmp_path), built, logits, caption)
+
+
+def test_a_model_saves_the_processor_it_was_joined_with_or_loaded_beside(tmp_path):
+    built, made = build()
+    built.save_pretrained(tmp_path / "joined")
+    loaded = LorgnetteForConditionalGeneration.from_pretrained(tmp_path / "joined")
+    loaded.save_pretrained(tmp_path / "again")
+    for folder in ("joined", "again"):
+        theirs = LorgnetteProcessor.from_pretrained(tmp_path / folder)
+        assert theirs.build_prompt() == made.build_prompt()
+        assert theirs.num_query_tokens == made.num_query_tokens
+    own = processor()
+    own.query = "What else?"
+    own.save_pretrained(tmp_path / "own")
+    loaded.save_pretrained(tmp_path / "own")
+    assert LorgnetteProcessor.from_pretrained(tmp_path / "own").query == "What else?"
 
 
 def test_a_trainer_checkpoint_and_what_the_trainer_saves(tmp_path):
@@ -128,7 +148,7 @@ def test_answers_end_where_the_processor_says():
 
 
 def test_push_to_hub_sends_a_whole_folder(tmp_path, monkeypatch):
-    """Both pushes write into one repository; here the upload is caught on its way and kept as a folder."""
+    """The upload is caught on its way and kept as a folder."""
     import shutil
 
     from transformers.utils.hub import PushToHubMixin
@@ -143,7 +163,6 @@ def test_push_to_hub_sends_a_whole_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", keep)
     _without_network(monkeypatch)
     built.push_to_hub("me/eyes")
-    made.push_to_hub("me/eyes")
     assert_same(*visit(repository, tmp_path), built, logits, caption)
 
 

@@ -21,7 +21,7 @@ PICTURES = Archive(
 )
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CLASSES = ("airplane", "automobile", "frog", "horse", "ship")  # what ten minutes on two cores have room for
-TRAIN, VALIDATION, HELD_OUT = 600, 20, 60  # pictures per class
+TRAIN, VALIDATION, HELD_OUT = 600, 10, 60  # pictures per class
 SIDE = 32
 
 

@@ -13,33 +13,36 @@ from PIL import Image
 from .evaluation import Verdict
 
 
-RIGHT, WRONG = "#1a7f37", "#c4320a"
+RIGHT, WRONG, TRUTH = "#1a7f37", "#c4320a", "#57606a"
 PACKAGES = ("lorgnette", "torch", "transformers", "peft", "accelerate", "datasets")
 
 
 def contact_sheet(
     pictures: Sequence[Image.Image], truths: Sequence[str], answers: Sequence[str], path: Path, columns: int = 8
 ) -> None:
-    """Writes a PNG: each picture, below it the answer, green where right; where wrong red, with the truth beside it.
+    """Writes a PNG: each picture, below it the truth and the answer, which is green where right and red where wrong.
 
     Raises ValueError, with the three numbers, where there are not as many truths and answers as pictures.
     """
     if not len(pictures) == len(truths) == len(answers):
         raise ValueError(f"{len(pictures)} pictures, {len(truths)} truths and {len(answers)} answers do not match up")
     rows = -(-len(pictures) // columns)
-    figure = Figure(figsize=(1.35 * columns, 1.62 * rows + 0.5))
-    axes = figure.subplots(rows, columns, squeeze=False)
+    height = 1.75 * rows + 0.45  # inches: a line of text above all, two below each picture
+    figure = Figure(figsize=(1.35 * columns, height))
+    edges = {"left": 0.01, "right": 0.99, "top": 1 - 0.4 / height, "bottom": 0.45 / height}
+    axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={**edges, "wspace": 0.08, "hspace": 0.36})
     for axis in axes.flat:
         axis.set_axis_off()
-    for axis, picture, truth, answer in zip(axes.flat, pictures, truths, answers, strict=False):
+    right = [answer.strip() == truth for truth, answer in zip(truths, answers, strict=True)]
+    for axis, picture, truth, answer, is_right in zip(axes.flat, pictures, truths, answers, right, strict=False):
         axis.imshow(picture.convert("RGB"), interpolation="bicubic")
-        right = answer.strip() == truth
-        label = f"{shorten(answer)}\n" if right else f"{shorten(answer)}\n(is: {truth})"
-        axis.set_title(label, y=-0.04, va="top", fontsize=9, color=RIGHT if right else WRONG, linespacing=1.25)
-    count = sum(answer.strip() == truth for answer, truth in zip(answers, truths, strict=True))
-    figure.suptitle(f"{count} of {len(pictures)} right: held-out photographs and the answers to them", fontsize=11)
-    figure.tight_layout(h_pad=1.6)
-    figure.savefig(path, dpi=110)
+        below = {"transform": axis.transAxes, "ha": "center", "va": "top", "fontsize": 8.5}
+        axis.text(0.5, -0.03, f"truth: {shorten(truth)}", color=TRUTH, **below)
+        mark, color = ("✓", RIGHT) if is_right else ("✗", WRONG)
+        axis.text(0.5, -0.18, f"{mark} {shorten(answer)}", color=color, weight="bold", **below)
+    title = f"Held-out photographs and what the model says of them: {sum(right)} of {len(right)} right"
+    figure.suptitle(title, y=1 - 0.1 / height, va="top")
+    figure.savefig(path, dpi=100)
 
 
 def shorten(answer: str, length: int = 18) -> str:
@@ -56,7 +59,7 @@ def loss_curve(log: Sequence[Mapping[str, float]], path: Path) -> None:
         points = [(entry["step"], entry[key]) for entry in log if key in entry]
         if points:
             axis.plot(*zip(*points, strict=True), label=label, marker="o", markersize=3)
-    axis.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
+    axis.set(xlabel="step", ylabel="loss (nats a token)", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()
