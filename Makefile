@@ -27,7 +27,7 @@ demo: prerequisites-demo $(VENV)/installed
 		$(if $(TEXT),--text "$(TEXT)") $(if $(QFORMER),--qformer "$(QFORMER)") $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(ARGS)
 
 # those tests alone that need CUDA; skipped, with the reason, where there is none
 test-gpu: $(VENV)/installed
@@ -37,15 +37,13 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-prerequisites:
-	@$(PYTHON) examples/demo/prerequisites.py
-
-prerequisites-demo:
-	@$(PYTHON) examples/demo/prerequisites.py --npm
+prerequisites prerequisites-demo:
+	@command -v "$(PYTHON)" >/dev/null || { echo "missing: $(PYTHON), a Python 3.11 or newer; name one with PYTHON=" >&2; exit 1; }
+	@"$(PYTHON)" examples/demo/prerequisites.py $(if $(filter %-demo,$@),--npm)
 
 # made once; a changed pyproject.toml installs into it again
 $(VENV)/installed: pyproject.toml | prerequisites
-	$(PYTHON) -m venv "$(VENV)"
+	"$(PYTHON)" -m venv "$(VENV)"
 	@echo "installing into $(VENV): takes some minutes the first time"
 	$(PIP) install $(TORCH)
 	$(PIP) install --editable ".[dev]"

@@ -24,6 +24,17 @@ CUSTOM_PIPELINES = {
 }
 
 
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "cross_attention_frequency",
+)
+
+
 @strict
 class LorgnetteQFormerConfig(PreTrainedConfig):
     """A Q-Former: the fields of `transformers.Blip2QFormerConfig`, and the number of its learned queries.
@@ -62,8 +73,11 @@ class LorgnetteQFormerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
-        for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "cross_attention_frequency"):
+        for field in _POSITIVE:
             _require_positive(self, field)
+        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it is a share, at least 0 and below 1")
         for field in ("encoder_hidden_size", "num_query_tokens"):
             if getattr(self, field) is not None:
                 _require_positive(self, field)
@@ -101,6 +115,7 @@ class LorgnetteConfig(PreTrainedConfig):
     """
 
     model_type = "lorgnette"
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]  # noqa: RUF012 (transformers' own)
     sub_configs = {  # noqa: RUF012 (transformers' own class attribute)
         "vision_config": AutoConfig,
         "qformer_config": LorgnetteQFormerConfig,
@@ -126,6 +141,9 @@ class LorgnetteConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         self.vision_config = _sub_config(self.vision_config, "vision_config", default="vit")
         self.text_config = _sub_config(self.text_config, "text_config", default="llama")
+        for name, field in (("vision_config", "patch_size"), ("text_config", "vocab_size")):
+            if not hasattr(getattr(self, name), field):
+                raise ValueError(f'{name}.model_type "{getattr(self, name).model_type}" has no {field}: a wrong kind')
         if self.qformer_config is None:
             self.qformer_config = LorgnetteQFormerConfig()
         elif isinstance(self.qformer_config, dict):
@@ -136,6 +154,7 @@ class LorgnetteConfig(PreTrainedConfig):
         self._follow("num_query_tokens", self.num_query_tokens, "num_query_tokens")
         if self.image_token_id is None:
             self.image_token_id = self.text_config.vocab_size
+        self._check_image_token_id()
 
         layers = self.vision_config.num_hidden_layers
         if self.vision_feature_layer is not None and not -layers - 1 <= self.vision_feature_layer <= layers:
@@ -170,6 +189,14 @@ class LorgnetteConfig(PreTrainedConfig):
     @vocab_size.setter
     def vocab_size(self, value: int) -> None:
         self.text_config.vocab_size = value
+
+    def _check_image_token_id(self) -> None:
+        if self.image_token_id < 0:
+            raise ValueError(f"image_token_id is {self.image_token_id}; it has to be a free id of the tokenizer")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            taken = getattr(self.text_config, name, None)
+            if self.image_token_id in (taken if isinstance(taken, list) else [taken]):
+                raise ValueError(f"image_token_id ({self.image_token_id}) is also text_config.{name}")
 
     def _follow(self, field: str, value: int, source: str) -> None:
         """Set a field of the Q-Former that another part of this config decides."""

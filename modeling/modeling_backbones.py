@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -36,9 +37,7 @@ def load_vision_model(
         ValueError: the model does not read pixels into a sequence of vectors.
     """
     if isinstance(source, PreTrainedModel):
-        backbone = Backbone(source)
-        if hasattr(source, "vision_model"):
-            backbone = Backbone(source.vision_model)
+        backbone = Backbone(source.vision_model if hasattr(source, "vision_model") else source.base_model)
     else:
         config = AutoConfig.from_pretrained(source, revision=revision)
         model_class = MODEL_MAPPING[type(getattr(config, "vision_config", config))]
@@ -84,8 +83,11 @@ def load_language_model(
             f"The language model is a {type(model).__name__} with an adapter, or no transformers model: give the bare "
             "LM (peft's merge_and_unload() makes one) and describe the LoRA in `lora`"
         )
-    if not model.can_generate() or model.get_output_embeddings() is None:
-        raise ValueError(f"{type(model).__name__} is no causal language model: it has no head over a vocabulary")
+    is_encoder = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+        model.config, "is_decoder", False
+    )
+    if is_encoder or not model.can_generate() or model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} is no causal language model (an encoder, or no head over words)")
     return backbone
 
 

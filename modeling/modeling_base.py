@@ -9,7 +9,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import PROCESSOR_NAME, TransformersKwargs
 
 from ..configuration.configuration_lorgnette import AUTO_MAP, LorgnetteConfig
-from .modeling_companions import copy_processor
+from .modeling_companions import ProcessorBeside
+
+
+_HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only")
+_PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "create_pr")
 
 
 class LorgnettePreTrainedModel(PreTrainedModel):
@@ -25,9 +29,8 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    # where the processor is that belongs to this model: in memory, or beside the weights
-    _joined_with: Any = None
-    _loaded_from: tuple[str, str | None, dict[str, Any]] | None = None
+    # the processor that belongs to this model, if it is known: the one it was joined with, or the one it lay beside
+    _processor: Any = None
 
     def freeze(self) -> None:
         """Leave gradients to what is trained; called after each way of building or loading the model."""
@@ -42,10 +45,10 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any):
         """As `PreTrainedModel.from_pretrained`; frozen parts come back frozen (transformers thaws what it loads)."""
         with_info = kwargs.pop("output_loading_info", False)
-        hub_kwargs = {name: kwargs[name] for name in ("cache_dir", "token", "local_files_only") if name in kwargs}
+        hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if pretrained_model_name_or_path is not None:
-            model._loaded_from = (str(pretrained_model_name_or_path), kwargs.get("revision"), hub_kwargs)
+            model._processor = ProcessorBeside(pretrained_model_name_or_path, **hub_kwargs)
         model._finish_loading(set(info["missing_keys"]), set(info["unexpected_keys"]))
         return (model, info) if with_info else model
 
@@ -53,22 +56,27 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         self.freeze()
 
     def save_pretrained(
-        self, save_directory: str | Path, is_main_process: bool = True, *args: Any, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
         """As `PreTrainedModel.save_pretrained`; the folder loads where lorgnette is not installed.
 
-        A processor that the model was joined with, or lay beside it where it was loaded, is saved along with it, unless
-        the folder has one.
+        A processor that the model was joined with, or that lay beside it where it was loaded, is saved along with it,
+        unless the folder has one.
         """
         self.config.auto_map = dict(AUTO_MAP)
+        hub_kwargs = {name: kwargs.pop(name) for name in _PUSH_KWARGS if name in kwargs}
         if is_main_process:
             Path(save_directory).mkdir(parents=True, exist_ok=True)
-            if self._joined_with is not None and not Path(save_directory, PROCESSOR_NAME).exists():
-                self._joined_with.save_pretrained(save_directory)
-            if self._loaded_from is not None:
-                name, revision, hub_kwargs = self._loaded_from
-                copy_processor(name, revision, save_directory, **hub_kwargs)
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+            if self._processor is not None and not Path(save_directory, PROCESSOR_NAME).exists():
+                self._processor.save_pretrained(save_directory)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if push_to_hub:  # a push of its own: transformers' would leave out what was written before its save
+            repo_id = hub_kwargs.pop("repo_id", Path(save_directory).resolve().name)
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub_kwargs)
 
     @torch.no_grad()
     def get_vision_features(

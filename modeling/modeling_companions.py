@@ -4,17 +4,13 @@ transformers saves a model and its processor apart, and a pipeline saves only pa
 trains it and saves it would leave a folder that no pipeline loads.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import (
-    CHAT_TEMPLATE_FILE,
-    IMAGE_PROCESSOR_NAME,
-    PROCESSOR_NAME,
-    cached_file,
-)
+from transformers.utils import CHAT_TEMPLATE_FILE, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file, logging
 
+
+logger = logging.get_logger(__name__)
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,27 +33,45 @@ _PROCESSOR_FILES = (
 )
 
 
-def copy_processor(name_or_path: str, revision: str | None, folder: str | Path, **hub_kwargs: Any) -> None:
-    """Copy the processor's files from where a model was loaded into `folder`, unless it has a processor already.
+class ProcessorBeside:
+    """The processor's files that lie beside the weights of a loaded model.
+
+    A local folder's are read at once, for it may be gone when the model is saved (Trainer deletes old checkpoints). A
+    Hub repository's are fetched when they are needed.
 
     Args:
-        name_or_path: Hub id or local folder; without a processor there, nothing is copied.
-        revision: of the Hub id.
-        folder: where the model is being saved.
-        hub_kwargs: `cache_dir`, `token`, `local_files_only` of the load.
+        name_or_path: Hub id or local folder.
+        hub_kwargs: `revision`, `cache_dir`, `token`, `local_files_only` of the load.
     """
-    folder = Path(folder)
-    if (folder / PROCESSOR_NAME).exists():
-        return
-    for name in _PROCESSOR_FILES:
-        source = cached_file(
-            name_or_path, name, revision=revision, _raise_exceptions_for_missing_entries=False, **hub_kwargs
-        )
-        if source is None and name == PROCESSOR_NAME:
-            return
-        if source is not None:
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source, folder / name)
+
+    def __init__(self, name_or_path: str | Path, **hub_kwargs: Any):
+        self.name, self.hub_kwargs = str(name_or_path), hub_kwargs
+        self.files: dict[str, bytes] | None = None
+        folder = Path(name_or_path)
+        if folder.is_dir():
+            self.files = {name: (folder / name).read_bytes() for name in _PROCESSOR_FILES if (folder / name).is_file()}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the files into `folder`; a Hub that cannot be reached is a warning, for weights may be at stake."""
+        if self.files is None:
+            try:
+                self.files = self._fetch()
+            except OSError as error:
+                logger.warning(f"The processor of {self.name} is not saved along with the model: {error}")
+                return
+        for name, content in self.files.items():
+            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+            Path(folder, name).write_bytes(content)
+
+    def _fetch(self) -> dict[str, bytes]:
+        found = {}
+        for name in _PROCESSOR_FILES:
+            path = cached_file(self.name, name, _raise_exceptions_for_missing_entries=False, **self.hub_kwargs)
+            if path is not None:
+                found[name] = Path(path).read_bytes()
+            elif name == PROCESSOR_NAME:
+                break  # no processor there
+        return found
 
 
-__all__ = ["copy_processor"]
+__all__ = ["ProcessorBeside"]

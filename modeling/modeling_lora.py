@@ -1,5 +1,6 @@
 """Which layers of a language model get LoRA, and whether a LoRA config leaves the base weights alone."""
 
+import json
 import re
 from dataclasses import fields
 from typing import Any
@@ -46,10 +47,17 @@ def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str,
         raise ValueError(f"lora has fields that peft.LoraConfig does not know: {unknown}; it knows {sorted(known)}")
 
     layers = linear_layers(language_model)
-    resolved = dict(lora)
+    resolved = {name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in lora.items()}
+    for name, value in resolved.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ValueError(f"lora[{name!r}] cannot be saved in config.json: {error}") from error
     targets = resolved.get("target_modules")
     if targets is None:
         resolved["target_modules"] = attention_projections(language_model)
+    elif not targets:
+        raise ValueError("lora['target_modules'] is empty: name some layers, or leave it out for the attention layers")
     elif not isinstance(targets, str):
         resolved["target_modules"] = sorted(targets)
     targeted = _match_targets(resolved["target_modules"], layers)
@@ -68,6 +76,8 @@ def check_lora_config(lora_config: dict[str, Any]) -> None:
     """
     if lora_config.get("modules_to_save") or lora_config.get("trainable_token_indices"):
         raise ValueError("lora_config.modules_to_save and trainable_token_indices would train base weights of the LM")
+    if lora_config.get("layer_replication"):
+        raise ValueError("lora_config.layer_replication makes layers share weights, which cannot be saved apart")
     if lora_config.get("bias", "none") != "none":
         raise ValueError(
             f'lora_config.bias is "{lora_config["bias"]}" and would train biases of the LM; it has to be "none"'

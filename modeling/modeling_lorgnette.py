@@ -8,9 +8,6 @@ The way of the data (BLIP-2, Li et al. 2023, figure 3, decoder-only):
 Shapes: B rows, N images of the whole batch in the order of their placeholders, S tokens, Q queries, M the LM's width.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -19,6 +16,7 @@ from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
@@ -26,55 +24,21 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     BaseModelOutput,
-    BaseModelOutputWithPooling,
-    BaseModelOutputWithPoolingAndCrossAttentions,
 )
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration.configuration_lorgnette import LorgnetteConfig
+from ..configuration.configuration_lorgnette import LorgnetteConfig, LorgnetteQFormerConfig
+from .modeling_adapters import LanguageModelAdapters
 from .modeling_backbones import load_bert, load_language_model, load_vision_model, next_free_token_id
 from .modeling_base import LorgnettePreTrainedModel
 from .modeling_lora import check_lora_config, resolve_lora_config
-from .modeling_placeholders import PlaceholderBlind, check_finite, check_placeholders
+from .modeling_outputs_lorgnette import LorgnetteCausalLMOutputWithPast, LorgnetteImageFeatures
+from .modeling_placeholders import PlaceholderBlind, check_context, check_finite, check_placeholders
 from .modeling_qformer import LorgnetteQFormerModel
 
 
-@dataclass
-class LorgnetteImageFeatures(BaseModelOutputWithPooling):
-    """What [`~LorgnetteForConditionalGeneration.get_image_features`] returns.
-
-    Args:
-        last_hidden_state: `(N, L, E)` vision features, as the Q-Former reads them.
-        pooler_output: `(N, Q, M)` soft tokens, as the language model reads them.
-        hidden_states, attentions: the ViT's, on request and where it was run.
-        qformer_outputs: the Q-Former's, with its own hidden states and attention maps, on request.
-    """
-
-    qformer_outputs: BaseModelOutputWithPoolingAndCrossAttentions | None = None
-
-
-@dataclass
-class LorgnetteCausalLMOutputWithPast(ModelOutput):
-    """`CausalLMOutputWithPast` of the language model, and the soft tokens it was given.
-
-    Args:
-        loss: the language model's own loss, where `labels` were given.
-        logits: `(B, S, vocabulary)`.
-        past_key_values: the language model's cache.
-        hidden_states, attentions: the language model's, on request.
-        image_hidden_states: `(N, Q, M)` soft tokens, where there were images.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    image_hidden_states: torch.Tensor | None = None
-
-
-class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixin):
+class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrainedModel, GenerationMixin):
     """A language model that is shown pictures: stage 2, and use.
 
     Build it with [`from_backbones`], load it with `from_pretrained`. Only the Q-Former, the projector and LoRA train.
@@ -174,6 +138,9 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             image_token_id = processor.image_token_id
         else:
             image_token_id = next_free_token_id(text, text_revision, spoken.model.config.vocab_size)
+        unknown = sorted((qformer_config or {}).keys() - LorgnetteQFormerConfig().to_dict().keys())
+        if unknown:
+            raise ValueError(f"qformer_config has fields that LorgnetteQFormerConfig does not know: {unknown}")
         fields: dict[str, Any] = {}
         if started is not None:
             theirs = started.model.config.to_dict()
@@ -201,9 +168,11 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         model.to(dtype or spoken.model.dtype)
         if processor is not None:
             model.check_processor(processor)
-            model._joined_with = processor
+            model._processor = processor
             # a base LM knows no end of a turn, which the chat template of a processor may have
-            model.generation_config.eos_token_id = processor.stop_token_ids
+            known = model.generation_config.eos_token_id or []
+            known = known if isinstance(known, list) else [known]
+            model.generation_config.eos_token_id = sorted({*known, *processor.stop_token_ids})
             model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
         return model
 
@@ -225,6 +194,11 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             raise ValueError(
                 f"qformer_config.use_qformer_text_input is {takes_text}, and the processor has "
                 f"{'no' if takes_text else 'a'} qformer_tokenizer: instructions need both"
+            )
+        if takes_text and len(processor.qformer_tokenizer) > self.config.qformer_config.vocab_size:
+            raise ValueError(
+                f"qformer_config.vocab_size is {self.config.qformer_config.vocab_size}, and the processor's "
+                f"qformer_tokenizer has {len(processor.qformer_tokenizer)} tokens"
             )
 
     # ------------------------------------------------------------------------------------------------ parts
@@ -261,23 +235,6 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
 
-    def enable_adapters(self) -> None:
-        """Answer with LoRA again. Raises a ValueError where the model has none."""
-        self.language_model.enable_adapters()
-
-    def disable_adapters(self) -> None:
-        """Answer as the original language model does. Raises a ValueError where there is no LoRA."""
-        self.language_model.disable_adapters()
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within the block the language model is the original one."""
-        self.disable_adapters()
-        try:
-            yield
-        finally:
-            self.enable_adapters()
-
     # ------------------------------------------------------------------------------------------------ seeing
 
     @can_return_tuple
@@ -307,6 +264,8 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         """
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("Give either pixel_values or vision_features")
+        if self.config.qformer_config.use_qformer_text_input and qformer_input_ids is None:
+            raise ValueError("This Q-Former reads the instruction as well: give qformer_input_ids (and its mask)")
         seen = BaseModelOutput(vision_features)
         if vision_features is None:
             seen = self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
@@ -357,6 +316,14 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         check_finite(pictures, mask, self.config, row_index)
         soft = self.get_image_features(**images).pooler_output.to(inputs_embeds)
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), soft), soft
+
+    def _unused_bridge(self) -> torch.Tensor:
+        """A sum over soft tokens of nothing: a batch without images has to reach every trainable tensor under DDP."""
+        nothing = torch.zeros(1, 1, self.config.qformer_config.encoder_hidden_size, device=self.projector.weight.device)
+        words = None
+        if self.config.qformer_config.use_qformer_text_input:
+            words = torch.zeros(1, 1, dtype=torch.long, device=nothing.device)
+        return self.get_image_features(vision_features=nothing, qformer_input_ids=words).pooler_output.sum()
 
     # ------------------------------------------------------------------------------------------------ speaking
 
@@ -413,6 +380,8 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             )
         elif inputs_embeds is None:  # one more generated token, which is no placeholder
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        if labels is not None:
+            check_context(inputs_embeds.shape[1], attention_mask, self.config, row_index)
         if self.training:
             kwargs.setdefault("use_cache", False)  # Trainer turns it off in this config, not in the language model's
         outputs = self.language_model(
@@ -424,8 +393,11 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             return_dict=True,
             **kwargs,
         )
+        loss = outputs.loss
+        if self.training and loss is not None and soft_tokens is None and torch.distributed.is_initialized():
+            loss = loss + 0 * self._unused_bridge()
         return LorgnetteCausalLMOutputWithPast(
-            loss=outputs.loss,
+            loss=loss,
             logits=outputs.logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -436,6 +408,9 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
     @torch.no_grad()
     def generate(
         self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         vision_features: torch.Tensor | None = None,
@@ -449,8 +424,15 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
 
         Each image is encoded once, before the loop over tokens and beams. Placeholders cannot be generated, and logits
         processors (repetition penalty and the like) do not see them.
+
+        Raises:
+            ValueError: as in `forward`; or images with a way of decoding that reads token ids alone.
         """
+        input_ids = inputs if input_ids is None else input_ids
         if pixel_values is not None or vision_features is not None:
+            blind = [name for name in _READS_IDS_ALONE if kwargs.get(name) is not None]
+            if blind:
+                raise ValueError(f"{', '.join(blind)}: this way of decoding sees token ids alone, not the images")
             kwargs["inputs_embeds"], _ = self._embed(
                 input_ids,
                 kwargs.get("inputs_embeds"),
@@ -462,7 +444,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
                 qformer_input_ids=qformer_input_ids,
                 qformer_attention_mask=qformer_attention_mask,
             )
-        return super().generate(input_ids, **kwargs)
+        return super().generate(input_ids, generation_config, **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs
@@ -474,6 +456,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         return PlaceholderBlind(super()._get_logits_processor(*args, **kwargs), self.config.image_token_id)
 
 
+_READS_IDS_ALONE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
 _FROM_BERT = (
     "vocab_size",
     "hidden_size",

@@ -58,6 +58,26 @@ def check_finite(
         )
 
 
+def check_context(
+    width: int, attention_mask: torch.Tensor | None, config: PreTrainedConfig, row_index: torch.Tensor | None
+) -> None:
+    """Refuse a row that is longer than the language model's context.
+
+    Args:
+        width: tokens of the longest row.
+        attention_mask: `(B, width)`.
+        config: for the language model's `max_position_embeddings`, where it has any.
+        row_index: as in [`check_placeholders`].
+
+    Raises:
+        ValueError: names the row and both numbers.
+    """
+    context = getattr(config.text_config, "max_position_embeddings", None)
+    if context is not None and width > context:
+        row = 0 if attention_mask is None else int(attention_mask.sum(dim=1).argmax())
+        raise ValueError(f"{row_name(row, row_index)} has {width} tokens; the language model's context is {context}")
+
+
 def row_name(row: int, row_index: torch.Tensor | None) -> str:
     """How a message calls a row: by its index in the data set where that is known."""
     return f"Row {row} of the batch" if row_index is None else f"Row {int(row_index[row])} of the data set"
@@ -85,4 +105,4 @@ class PlaceholderBlind(LogitsProcessorList):
         return super().__call__(input_ids, scores, **kwargs)
 
 
-__all__ = ["PlaceholderBlind", "check_finite", "check_placeholders", "row_name"]
+__all__ = ["PlaceholderBlind", "check_context", "check_finite", "check_placeholders", "row_name"]

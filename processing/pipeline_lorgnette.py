@@ -93,10 +93,11 @@ class LorgnetteImageToTextPipeline(Pipeline):
         if isinstance(image, dict) and "image" in image:
             image = image["image"]
         sources = list(image) if isinstance(image, (list, tuple)) else [image]
+        if not sources:
+            raise ValueError(f"{where} is an empty list")
         with naming(where):
             images = [self.processor.load_image(source, timeout) for source in sources]
-        text = self.processor.build_prompt(prompt, num_images=len(images))
-        features = self.processor(images=[images], text=text, queries=prompt, return_tensors="pt")
+        features = self.processor(images=[images], queries=prompt, return_tensors="pt")
         return features.to(dtype=self.dtype)
 
     def _forward(

@@ -153,7 +153,11 @@ class LorgnetteProcessor(ProcessorMixin):
 
         Raises:
             ValueError: the template refuses it (some know no system message: put it in the query then).
+            TypeError: a part that is no string.
         """
+        for name, value in (("query", query), ("system", system), ("output", output)):
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{name} is a {type(value).__name__}; a string is needed")
         query, system = self.query if query is None else query, self.system_prompt if system is None else system
         asked = [{"type": "text", "text": query}] if query else []
         messages = [{"role": "user", "content": asked + [{"type": "image"}] * num_images}]
@@ -280,9 +284,9 @@ class LorgnetteProcessor(ProcessorMixin):
             `qformer_input_ids` and `qformer_attention_mask` `(N, T)`.
 
         Raises:
-            ValueError: nothing given, an empty list, images and `<image>` that do not match (with the row and both
-                counts), too little room for the images, an image that is none; for OSError and TypeError see
-                [`load_image`].
+            ValueError: nothing given, an empty list, `text` without `queries` where the Q-Former reads those, images
+                and `<image>` that do not match (with the row and both counts), too little room for the images, an
+                image that is none; for OSError and TypeError see [`load_image`].
         """
         if images is None and text is None:
             raise ValueError("neither images nor text given")
@@ -299,6 +303,8 @@ class LorgnetteProcessor(ProcessorMixin):
             flat = [image for row in rows for image in row]
         else:
             if texts is None:
+                if not all(rows):
+                    raise ValueError(f"row {rows.index([])} has an empty list of images, and no text")
                 asked = self._queries(queries, len(rows))
                 texts = [self.build_prompt(query, num_images=len(row)) for query, row in zip(asked, rows, strict=True)]
             ids = [self._encode_prompt(prompt, text_kwargs.get("add_special_tokens", True)) for prompt in texts]
@@ -306,6 +312,8 @@ class LorgnetteProcessor(ProcessorMixin):
             flat = match_images(rows, sorted_by_caller, counts)
             features.update(self._pad(ids, **text_kwargs))
             if flat and self.qformer_tokenizer is not None:
+                if text is not None and queries is None:
+                    raise ValueError("the Q-Former reads the query too: say with queries= what is asked in text=")
                 asked = zip(self._queries(queries, len(texts)), counts, strict=True)
                 told = [query for query, count in asked for _ in range(count)]
                 instructions = self.encode_for_qformer(told, padding=True)

@@ -69,10 +69,15 @@ class TestColumns:
             LorgnetteCollator(processor, query="a", query_column="b")
 
     def test_several_images_and_none(self):
-        rows = [{"image": [tiny.picture(0), tiny.picture(1)], "text": "Two."}, {"image": [], "text": "None."}]
+        chat = [{"role": "user", "content": "Anything?"}, {"role": "assistant", "content": "Nothing."}]
+        rows = [{"image": [tiny.picture(0), tiny.picture(1)], "text": "Two."}, {"messages": chat}]
         batch = LorgnetteCollator(make())(rows)
         assert batch["pixel_values"].shape[0] == 2
         assert (batch["input_ids"] == make().image_token_id).sum(1).tolist() == [2 * QUERIES, 0]
+
+    def test_an_empty_list_of_images_is_named(self):
+        with pytest.raises(ValueError, match="row 1 of the batch: column 'image' is an empty list"):
+            LorgnetteCollator(make())([{"image": tiny.picture(), "text": "a"}, {"image": [], "text": "b"}])
 
     def test_features_in_place_of_images(self):
         rows = [{"vision_features": torch.full((5, 3), float(n)), "text": "A cat."} for n in range(2)]

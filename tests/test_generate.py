@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from tiny_models import NUM_QUERY_TOKENS, VOCAB_SIZE, inputs, model
+from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
 
@@ -138,6 +139,18 @@ def test_scores_attentions_and_hidden_states_on_request():
     assert [tuple(score.shape) for score in outputs.scores] == [(2, VOCAB_SIZE)] * 3
     assert outputs.attentions[0][0].shape == (2, 4, 15, 15)
     assert outputs.hidden_states[0][-1].shape == (2, 15, 32)
+
+
+def test_ways_of_decoding_that_see_token_ids_alone_are_refused():
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens: this way of decoding sees token ids alone"):
+        model().generate(**inputs(), prompt_lookup_num_tokens=3)
+
+
+def test_the_first_arguments_are_those_of_transformers():
+    built, batch = model(), inputs()
+    expected = built.generate(**batch, max_new_tokens=3, do_sample=False)
+    settings = GenerationConfig(max_new_tokens=3, do_sample=False)
+    assert torch.equal(built.generate(batch["input_ids"], settings, pixel_values=batch["pixel_values"]), expected)
 
 
 def test_wrong_counts_are_an_error_before_the_first_token():

@@ -87,6 +87,8 @@ def test_lora_that_a_checkpoint_lacks_is_an_error(tmp_path):
         ({"rank": 4}, ValueError, r"does not know: \['rank'\]"),
         ({"modules_to_save": ["lm_head"]}, ValueError, "modules_to_save"),
         ({"bias": "all"}, ValueError, 'bias is "all"'),
+        ({"layer_replication": [[0, 2], [0, 2]]}, ValueError, "layer_replication"),
+        ({"target_modules": []}, ValueError, "is empty"),
         ({"init_lora_weights": "pissa"}, ValueError, '"pissa" rewrites base weights'),
         (8, TypeError, "not int"),
     ],
@@ -94,6 +96,22 @@ def test_lora_that_a_checkpoint_lacks_is_an_error(tmp_path):
 def test_bad_lora_is_refused(lora, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         build(lora)
+
+
+def test_sets_become_lists_that_json_can_hold(tmp_path):
+    built = build(LoraConfig(r=2, exclude_modules=["k_proj"]))
+    built.save_pretrained(tmp_path)
+    assert LorgnetteForConditionalGeneration.from_pretrained(tmp_path).config.lora_config == built.config.lora_config
+    assert "self_attn.k_proj" not in adapted(built)
+
+
+def test_adapters_that_a_save_would_lose_are_refused(tmp_path):
+    built, second = build({}), LoraConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="saved without the Q-Former"):
+        built.add_adapter(second)
+    built.language_model.add_adapter(second, adapter_name="second")
+    with pytest.raises(ValueError, match=r"\['second'\].*would be lost"):
+        built.save_pretrained(tmp_path)
 
 
 def test_a_language_model_that_has_an_adapter_already():

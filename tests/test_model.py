@@ -18,7 +18,7 @@ from tiny_models import (
     model,
     vision_model,
 )
-from transformers import BertModel, CLIPConfig, CLIPModel, CLIPTextConfig, ViTModel
+from transformers import BertModel, CLIPConfig, CLIPModel, CLIPTextConfig, ViTForImageClassification, ViTModel
 
 from lorgnette import LorgnetteForConditionalGeneration
 
@@ -91,6 +91,13 @@ class TestTheLanguageModelKeepsWhatItKnew:
     def test_the_vocabulary_is_not_resized(self):
         assert model().get_input_embeddings().num_embeddings == VOCAB_SIZE
         assert model()(**inputs()).logits.shape == (2, 15, VOCAB_SIZE)
+
+    def test_the_context_manager_nests(self):
+        built, original, ids = model(), language_model(), inputs()["input_ids"][:, :6]
+        with torch.no_grad(), built.disable_adapter():
+            with built.disable_adapter():
+                pass
+            assert torch.equal(built(ids).logits, original(ids).logits)
 
     def test_disable_adapters_without_lora_says_so(self):
         built = LorgnetteForConditionalGeneration.from_backbones(
@@ -267,6 +274,18 @@ class TestBadInput:
         with pytest.raises(ValueError, match="Row 0 of the batch has labels on image placeholders"):
             model()(**batch, labels=batch["input_ids"])
 
+    def test_a_row_longer_than_the_context(self):
+        batch = inputs(text_tokens=130)
+        labels = batch["input_ids"].masked_fill(batch["input_ids"] == VOCAB_SIZE, -100)
+        with pytest.raises(
+            ValueError, match="Row 8 of the data set has 265 tokens; the language model's context is 256"
+        ):
+            model()(**batch, labels=labels, row_index=torch.tensor([8, 9]))
+
+    def test_an_instruction_is_not_left_out(self):
+        with pytest.raises(ValueError, match="reads the instruction as well: give qformer_input_ids"):
+            model(qformer_config=QFORMER | {"use_qformer_text_input": True})(**inputs())
+
     def test_pixels_and_features_at_once(self):
         with pytest.raises(ValueError, match="either pixel_values or vision_features"):
             model()(**inputs(), vision_features=torch.zeros(2, 17, 24))
@@ -321,13 +340,28 @@ class TestAssembly:
             LorgnetteForConditionalGeneration.from_backbones(vision_model(), language_model().to(torch.bfloat16))
 
     def test_a_language_model_in_the_vits_place(self):
-        with pytest.raises(ValueError, match="LlamaForCausalLM is no ViT: its config has no patch_size"):
+        with pytest.raises(ValueError, match="LlamaModel is no ViT: its config has no patch_size"):
             LorgnetteForConditionalGeneration.from_backbones(language_model(), language_model())
 
     def test_a_vit_or_a_bert_in_the_language_models_place(self):
         for wrong in (vision_model(), bert()):
             with pytest.raises(ValueError, match=r"(ViTModel|BertModel) is no causal language model"):
                 LorgnetteForConditionalGeneration.from_backbones(vision_model(), wrong)
+
+    def test_an_encoder_in_the_language_models_place(self, tmp_path):
+        """transformers gives a BERT a language model's head; it would see the words that it is to predict."""
+        bert().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="BertLMHeadModel is no causal language model"):
+            LorgnetteForConditionalGeneration.from_backbones(vision_model(), tmp_path)
+
+    def test_a_classifier_gives_its_vit(self):
+        classifier = ViTForImageClassification(VISION["vit"][1])
+        built = LorgnetteForConditionalGeneration.from_backbones(classifier, language_model(), qformer_config=QFORMER)
+        assert built.vision_model is classifier.vit
+
+    def test_a_field_that_the_qformer_does_not_know(self):
+        with pytest.raises(ValueError, match=r"does not know: \['hiden_size'\]"):
+            model(qformer_config={"hiden_size": 16})
 
     def test_a_folder_that_is_not_there(self, tmp_path):
         with pytest.raises(OSError, match="nowhere"):

@@ -1,5 +1,7 @@
 """`pipeline("image-to-text")` and the stock `pipeline("image-text-to-text")`, in this process."""
 
+from unittest import mock
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -143,6 +145,29 @@ def test_needs_a_processor(parts):
     model, processor = parts
     with pytest.raises(ValueError, match="processor="):
         LorgnetteImageToTextPipeline(model=model, tokenizer=processor.tokenizer, device="cpu")
+
+
+def test_a_qformer_that_reads_the_prompt(parts):
+    """Instruct-aware (InstructBLIP): the pipeline and a chat tell the Q-Former what is asked."""
+    processor = LorgnetteProcessor(
+        tiny.image_processor(), tiny.chat_tokenizer(), tiny.bert_tokenizer(), num_query_tokens=NUM_QUERY_TOKENS
+    )
+    words = {"use_qformer_text_input": True, "vocab_size": len(processor.qformer_tokenizer)}
+    model = LorgnetteForConditionalGeneration.from_backbones(
+        vision_model(),
+        language_model("llama", vocab_size=len(processor.tokenizer)),
+        processor=processor,
+        num_query_tokens=NUM_QUERY_TOKENS,
+        qformer_config=QFORMER | words,
+    ).eval()
+    pipe = LorgnetteImageToTextPipeline(model=model, processor=processor, device="cpu")
+    chat = pipeline("image-text-to-text", model=model, processor=processor)
+    message = {"role": "user", "content": [{"type": "text", "text": "a cat?"}, {"type": "image", "image": PICTURES[0]}]}
+    with mock.patch.object(model.qformer, "forward", wraps=model.qformer.forward) as forward:
+        told = [pipe(PICTURES[0], prompt="a cat?", **TOKENS), chat([message], return_full_text=False, **TOKENS)]
+    assert told[0][0]["generated_text"].strip() == told[1][0]["generated_text"].strip()
+    ids = processor.qformer_tokenizer("a cat?", return_tensors="pt")["input_ids"]
+    assert [call.kwargs["input_ids"].tolist() for call in forward.call_args_list] == [ids.tolist()] * 2
 
 
 def test_saves_what_it_loads(pipe, tmp_path):

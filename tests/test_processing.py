@@ -327,6 +327,14 @@ class TestQFormer:
         assert (batch["qformer_input_ids"] == ends).sum(1).tolist() == [1, 1, 1]
         assert set(batch) <= set(processor.model_input_names)
 
+    def test_a_prompt_does_not_tell_what_is_asked(self):
+        processor = make(qformer_tokenizer=tiny.bert_tokenizer())
+        prompt = processor.build_prompt("a cat?")
+        with pytest.raises(ValueError, match="say with queries= what is asked"):
+            processor(images=tiny.picture(), text=prompt)
+        asked = processor(images=tiny.picture(), text=prompt, queries="a cat?")
+        assert asked["qformer_input_ids"] == processor(images=tiny.picture(), queries="a cat?")["qformer_input_ids"]
+
     def test_stage_1(self):
         processor = LorgnetteProcessor.from_backbones(tiny.image_processor(), None, qformer=tiny.bert_tokenizer())
         batch = processor(images=[tiny.picture()] * 2, text=["a cat", "the <image>"], padding=True, return_tensors="pt")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,14 +144,23 @@ def test_a_trainer_checkpoint_and_what_the_trainer_saves(tmp_path):
 def test_answers_end_where_the_processor_says():
     """The language model's own generation config knows neither the end of a turn nor what to pad with."""
     built, made = build()
-    assert built.generation_config.eos_token_id == made.stop_token_ids
+    assert built.generation_config.eos_token_id == sorted({2, *made.stop_token_ids})  # 2 is the tiny LM's own
     assert built.generation_config.pad_token_id == made.tokenizer.pad_token_id
 
 
-def test_push_to_hub_sends_a_whole_folder(tmp_path, monkeypatch):
-    """The upload is caught on its way and kept as a folder."""
-    import shutil
+def test_a_checkpoint_that_trainer_deleted_does_not_fail_a_save(tmp_path, monkeypatch):
+    built, made = build()
+    built.save_pretrained(tmp_path / "checkpoint-1")
+    monkeypatch.chdir(tmp_path)
+    loaded = LorgnetteForConditionalGeneration.from_pretrained("checkpoint-1")
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    loaded.save_pretrained("checkpoint-2")
+    assert LorgnetteProcessor.from_pretrained(tmp_path / "checkpoint-2").build_prompt() == made.build_prompt()
 
+
+@pytest.mark.parametrize("by_save", [False, True])
+def test_push_to_hub_sends_a_whole_folder(by_save: bool, tmp_path, monkeypatch):
+    """The upload is caught on its way and kept as a folder."""
     from transformers.utils.hub import PushToHubMixin
 
     built, made = build()
@@ -158,12 +168,19 @@ def test_push_to_hub_sends_a_whole_folder(tmp_path, monkeypatch):
     repository = tmp_path / "repo"
 
     def keep(self, working_dir, repo_id, files_timestamps, **kwargs):
+        assert repo_id == "me/eyes"
+        assert not files_timestamps  # everything is new
         shutil.copytree(working_dir, repository, dirs_exist_ok=True)
 
     monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", keep)
     _without_network(monkeypatch)
-    built.push_to_hub("me/eyes")
-    assert_same(*visit(repository, tmp_path), built, logits, caption)
+    if by_save:
+        built.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/eyes")
+    else:
+        built.push_to_hub("me/eyes")
+    assert {path.name for path in repository.iterdir()} >= {"processor_config.json", "tokenizer.json", "remote_code.py"}
+    if not by_save:
+        assert_same(*visit(repository, tmp_path), built, logits, caption)
 
 
 def _without_network(monkeypatch) -> None:

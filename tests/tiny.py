@@ -97,7 +97,7 @@ def bert_tokenizer() -> BertTokenizer:
     """A lower-casing WordPiece tokenizer that wraps a text in [CLS] and [SEP], as the Q-Former's is."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,?!<>|_/-"
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
-    return BertTokenizer(vocab={token: index for index, token in enumerate([*tokens, "a", "the", "picture", "cat"])})
+    return BertTokenizer(vocab={token: index for index, token in enumerate([*tokens, "the", "picture", "cat"])})
 
 
 def image_processor(size: int = 32) -> ViTImageProcessorPil:

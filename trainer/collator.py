@@ -86,7 +86,7 @@ class LorgnetteCollator:
                 batch["vision_features"] = torch.stack(images)
             else:
                 batch |= self.processor.encode_images(images, return_tensors="pt")
-        if "index" in rows[0]:
+        if all("index" in row for row in rows):
             batch["row_index"] = torch.tensor([row["index"] for row in rows])
         return batch
 
@@ -142,7 +142,10 @@ class LorgnetteCollator:
         if self.image_column not in row and "vision_features" in row:
             return [torch.as_tensor(row["vision_features"])]
         value = _column(row, self.image_column)
-        return [self._load(image) for image in (value if isinstance(value, (list, tuple)) else [value])]
+        images = value if isinstance(value, (list, tuple)) else [value]
+        if not images:
+            raise ValueError(f"column '{self.image_column}' is an empty list")
+        return [self._load(image) for image in images]
 
     def _load(self, image: Any) -> Image.Image:
         return self.processor.load_image(image)

@@ -12,11 +12,11 @@ def missing(need_npm):
     messages = []
     if sys.version_info < (3, 11):
         version = sys.version.split()[0]
-        messages.append("Python 3.11 or newer is needed, this is %s: name another with PYTHON=python3.12" % version)
+        messages.append("Python 3.11 or newer (this is %s); name one with PYTHON=python3.12" % version)
     if importlib.util.find_spec("ensurepip") is None or importlib.util.find_spec("venv") is None:
-        messages.append("Python's venv module is missing (on Debian and Ubuntu: apt install python3-venv)")
+        messages.append("Python's venv module (on Debian and Ubuntu: apt install python3-venv)")
     if need_npm and shutil.which("npm") is None:
-        messages.append("npm is missing: the demo's photographs come from the npm registry (https://nodejs.org)")
+        messages.append("npm, from whose registry the demo's photographs come (it is part of Node.js)")
     return messages
 
 
