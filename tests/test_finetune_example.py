@@ -4,10 +4,10 @@ import runpy
 from pathlib import Path
 
 import datasets
+import tiny_models
+from tiny_training import write_backbones, write_pairs
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
-from tests import tiny_models
-from tests.tiny_training import write_backbones, write_pairs
 
 
 ROOT = Path(__file__).parent.parent

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import datasets
 import pytest
+import tiny
+import tiny_models
 import torch
+from tiny_training import write_backbones, write_pairs
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
 from lorgnette.trainer.__main__ import main
-from tests import tiny, tiny_models
-from tests.tiny_training import write_backbones, write_pairs
 
 
 pytestmark = [

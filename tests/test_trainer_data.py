@@ -6,11 +6,11 @@ from itertools import islice
 import datasets
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
+from tiny import picture
 
 from lorgnette.processing.image_loading import load_image
 from lorgnette.trainer.arguments import DataArguments
 from lorgnette.trainer.data import load_pairs
-from tests.tiny import picture
 
 
 TEXTS = ["a cat", "a dog", "a bird", "a car"]

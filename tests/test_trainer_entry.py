@@ -8,8 +8,11 @@ from pathlib import Path
 
 import datasets
 import pytest
+import tiny
+import tiny_models
 import torch
 from safetensors.torch import load_file
+from tiny_training import write_backbones, write_pairs
 from transformers import TrainingArguments
 
 from lorgnette import LorgnetteProcessor
@@ -17,8 +20,6 @@ from lorgnette.trainer.__main__ import main
 from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, ModelArguments
 from lorgnette.trainer.recipe import parse_recipe
 from lorgnette.trainer.stage2 import check_arguments, checkpoint_to_resume
-from tests import tiny, tiny_models
-from tests.tiny_training import write_backbones, write_pairs
 
 
 BASE = ["--vision", "v", "--text", "t", "--dataset", "d", "--use_cpu"]

@@ -3,14 +3,14 @@
 import datasets
 import numpy as np
 import pytest
+import tiny
 import torch
+from tiny_training import joined, pairs, trainer, write_backbones, write_pairs
 from transformers import TrainerCallback, set_seed
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
 from lorgnette.trainer.arguments import DataArguments
 from lorgnette.trainer.data import load_pairs
-from tests import tiny
-from tests.tiny_training import joined, pairs, trainer, write_backbones, write_pairs
 
 
 @pytest.fixture(scope="module")

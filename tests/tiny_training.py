@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import tiny
+import tiny_models
 from transformers import Trainer, TrainingArguments
 
 from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor
-from tests import tiny, tiny_models
 
 
 CAPTIONS = ["a cat", "a red car on the road", "the dog", "What is this? The bird, the cat and the dog."] * 3
