@@ -10,10 +10,14 @@ def from_pretrained_arguments(source: str | Path, revision: str | None = None) -
     """What any `from_pretrained` is to be called with for `source`: the first argument, and keywords.
 
     Raises:
-        FileNotFoundError: a `.gguf` file that is not there.
+        FileNotFoundError: a `.gguf` file that is not there, or what can only be a path and is not there either.
     """
     path = Path(source)
     if path.suffix != ".gguf":
+        # transformers would say of a mistyped path that it is no Hub id
+        is_path = isinstance(source, Path) or str(source).startswith((".", "~")) or path.is_absolute()
+        if (is_path or str(source).count("/") > 1) and not path.is_dir():
+            raise FileNotFoundError(f"There is no folder {source}")
         return str(source), {"revision": revision}
     if not path.is_file():
         raise FileNotFoundError(f"There is no GGUF file {path}")

@@ -39,12 +39,13 @@ def load_vision_model(
     if isinstance(source, PreTrainedModel):
         backbone = Backbone(source.vision_model if hasattr(source, "vision_model") else source.base_model)
     else:
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        name, keywords = from_pretrained_arguments(source, revision)
+        config = AutoConfig.from_pretrained(name, **keywords)
         model_class = MODEL_MAPPING[type(getattr(config, "vision_config", config))]
-        kwargs = {"revision": revision, "dtype": dtype or torch.float32, "attn_implementation": attn}
+        keywords |= {"dtype": dtype or torch.float32, "attn_implementation": attn}
         if hasattr(config, "vision_config"):
-            kwargs["config"] = config.vision_config
-        backbone = _from_source(model_class.from_pretrained(source, **kwargs), source, revision)
+            keywords["config"] = config.vision_config
+        backbone = _from_source(model_class.from_pretrained(name, **keywords), source, revision)
     for field in ("hidden_size", "num_hidden_layers", "patch_size"):
         if not hasattr(backbone.model.config, field):
             raise ValueError(f"{type(backbone.model).__name__} is no ViT: its config has no {field}")
@@ -74,8 +75,9 @@ def load_language_model(
         model.generation_config = loaded.generation_config
         backbone = Backbone(model)
     else:
+        name, keywords = from_pretrained_arguments(source, revision)
         model = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision, dtype=dtype or torch.float32, attn_implementation=attn
+            name, dtype=dtype or torch.float32, attn_implementation=attn, **keywords
         )
         backbone = _from_source(model, source, revision)
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
@@ -95,7 +97,8 @@ def load_bert(source: str | Path | PreTrainedModel, revision: str | None) -> Bac
     """The BERT that a Q-Former starts from."""
     if isinstance(source, PreTrainedModel):
         return Backbone(source)
-    return _from_source(AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32), source, revision)
+    name, keywords = from_pretrained_arguments(source, revision)
+    return _from_source(AutoModel.from_pretrained(name, dtype=torch.float32, **keywords), source, revision)
 
 
 def next_free_token_id(source: str | Path | PreTrainedModel, revision: str | None, vocab_size: int) -> int:

@@ -14,7 +14,7 @@ from transformers.models.auto.image_processing_auto import (
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.utils import PROCESSOR_NAME
 
-from ..configuration.backbone_sources import load_tokenizer
+from ..configuration.backbone_sources import from_pretrained_arguments, load_tokenizer
 from ..configuration.configuration_lorgnette import AUTO_MAP
 from ..configuration.remote_code import save_remote_code
 from .conversations import flatten, images_in, is_batch, query_in
@@ -103,7 +103,8 @@ class LorgnetteProcessor(ProcessorMixin):
             ValueError: see the class. `OSError` for a backbone that cannot be found, as transformers has it.
         """
         if isinstance(vision, (str, Path)):
-            vision = AutoImageProcessor.from_pretrained(str(vision), revision=vision_revision)
+            name, keywords = from_pretrained_arguments(vision, vision_revision)
+            vision = AutoImageProcessor.from_pretrained(name, **keywords)
         return cls(
             vision,
             load_tokenizer(text, text_revision),

@@ -364,8 +364,9 @@ class TestAssembly:
             model(qformer_config={"hiden_size": 16})
 
     def test_a_folder_that_is_not_there(self, tmp_path):
-        with pytest.raises(OSError, match="nowhere"):
-            LorgnetteForConditionalGeneration.from_backbones(tmp_path / "nowhere", language_model())
+        for source in (tmp_path / "nowhere", "./nowhere", "out/backbones/nowhere"):
+            with pytest.raises(FileNotFoundError, match=r"There is no folder .*nowhere"):
+                LorgnetteForConditionalGeneration.from_backbones(source, language_model())
         with pytest.raises(FileNotFoundError, match=r"nowhere.gguf"):
             LorgnetteForConditionalGeneration.from_backbones(vision_model(), tmp_path / "nowhere.gguf")
 
