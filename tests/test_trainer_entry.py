@@ -71,6 +71,7 @@ def test_the_command_line_wins_over_yaml_and_yaml_over_the_defaults(recipe):
         ("num_query_tokens: [1, 2]", "num_query_tokens takes a single value, not a list"),
         ("learning_rate:", "learning_rate takes a single value, not null"),
         ("- a list", "is not a mapping"),
+        ("lora:\n  r: 4\nseed: 1\nseed: 2", "seed given twice"),
         ("a: b: c", "cannot read the recipe"),
     ],
 )

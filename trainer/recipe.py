@@ -62,6 +62,9 @@ def _read_yaml(parser: HfArgumentParser, path: str, hints: Mapping[str, Any]) ->
         parser.error(f"cannot read the recipe {path}: {error}")
     if not isinstance(typed, dict):
         parser.error(f"the recipe {path} is not a mapping of `name: value` lines")
+    names = [key.value for key, _ in yaml.compose(text).value]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        parser.error(f"{path}: {', '.join(twice)} given twice; YAML would take the last")
     values = {}
     for name, value in zip(plain, typed.values(), strict=True):
         is_scalar = not (value is None or isinstance(value, dict | list))
