@@ -153,7 +153,8 @@ def _set_up_logging(args: TrainingArguments) -> None:
         ours.addHandler(handler)
     transformers_logging.set_verbosity(args.get_process_log_level())
     if args.device.type == "cpu" and args.should_log:
-        logger.warning("No GPU is used: training runs on the CPU.")
+        slow = " bf16 may be many times slower there than --bf16 false." if args.bf16 else ""
+        logger.warning(f"No GPU is used: training runs on the CPU.{slow}")
 
 
 def _log_sizes(model: torch.nn.Module) -> None:
