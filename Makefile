@@ -17,6 +17,9 @@ QFORMER ?=
 # Further options: for `make demo` those of `lorgnette.trainer stage2`, for `make test` those of pytest
 ARGS ?=
 
+# Threads that wait sleep, rather than spin: on a machine that is shared, spinning costs many times what it saves
+export OMP_WAIT_POLICY ?= PASSIVE
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
