@@ -17,7 +17,7 @@ QFORMER ?=
 # Further options: for `make demo` those of `lorgnette.trainer stage2`, for `make test` those of pytest
 ARGS ?=
 
-# Threads that wait sleep, rather than spin: on a machine that is shared, spinning costs many times what it saves
+# Threads that wait sleep, rather than spin: a little slower on an idle machine, much faster on a shared one
 export OMP_WAIT_POLICY ?= PASSIVE
 
 BIN := $(VENV)/bin
