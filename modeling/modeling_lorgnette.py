@@ -91,7 +91,7 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
         *,
         qformer: str | Path | PreTrainedModel | None = None,
         qformer_config: dict[str, Any] | None = None,
-        num_query_tokens: int = 32,
+        num_query_tokens: int | None = None,
         lora: Any = None,
         processor: Any = None,
         vision_feature_layer: int | None = None,
@@ -109,7 +109,7 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
             text: any causal LM: Hub id, local folder, `.gguf` file or loaded model.
             qformer: a BERT to start the Q-Former from; without one it starts at random.
             qformer_config: fields of [`LorgnetteQFormerConfig`]; they win over the BERT's.
-            num_query_tokens: soft tokens per image.
+            num_query_tokens: soft tokens per image; by default as many as `processor` makes room for, or 32.
             lora: fields of `peft.LoraConfig`, or one; `{}` for peft's defaults on all attention projections; `None` for
                 no LoRA.
             processor: the [`LorgnetteProcessor`] to be used. It decides the placeholder's id and what ends an answer,
@@ -138,6 +138,8 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
             image_token_id = processor.image_token_id
         else:
             image_token_id = next_free_token_id(text, text_revision, spoken.model.config.vocab_size)
+        if num_query_tokens is None:
+            num_query_tokens = processor.num_query_tokens if processor is not None else 32
         unknown = sorted((qformer_config or {}).keys() - LorgnetteQFormerConfig().to_dict().keys())
         if unknown:
             raise ValueError(f"qformer_config has fields that LorgnetteQFormerConfig does not know: {unknown}")
@@ -219,6 +221,11 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
         super().freeze()
         for name, parameter in self.language_model.named_parameters():
             parameter.requires_grad_("lora_" in name)
+
+    @property
+    def max_text_length(self) -> int | None:
+        """Tokens the LM has positions for, the placeholders' included; None where its config does not say."""
+        return getattr(self.config.text_config, "max_position_embeddings", None)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()

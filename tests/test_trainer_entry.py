@@ -17,9 +17,9 @@ from transformers import TrainingArguments
 
 from lorgnette import LorgnetteProcessor
 from lorgnette.trainer.__main__ import main
-from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, ModelArguments
+from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, Stage2Arguments
 from lorgnette.trainer.recipe import parse_recipe
-from lorgnette.trainer.stage2 import check_arguments, checkpoint_to_resume
+from lorgnette.trainer.run import check_arguments, checkpoint_to_resume
 
 
 BASE = ["--vision", "v", "--text", "t", "--dataset", "d", "--use_cpu"]
@@ -27,7 +27,7 @@ BASE = ["--vision", "v", "--text", "t", "--dataset", "d", "--use_cpu"]
 
 def parse(*argv):
     return parse_recipe(
-        (ModelArguments, DataArguments, TrainingArguments),
+        (Stage2Arguments, DataArguments, TrainingArguments),
         argv,
         prog="test",
         description="",

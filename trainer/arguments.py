@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 
 # Defaults of `TrainingArguments` that the entry point replaces.
@@ -19,21 +19,65 @@ TRAINING_DEFAULTS = {
 
 
 @dataclass
-class ModelArguments:
-    """Which backbones are joined, and how; or which saved lorgnette model goes on training."""
+class BackboneArguments:
+    """What both stages say of the model: the ViT, the Q-Former and where they come from."""
 
     vision: str | None = field(default=None, metadata={"help": "ViT: a Hub id or a folder."})
-    text: str | None = field(default=None, metadata={"help": "Causal LM: a Hub id, a folder or a .gguf file."})
-    qformer: str | None = field(
-        default=None, metadata={"help": "BERT-shaped checkpoint the Q-Former starts from: a Hub id or a folder."}
-    )
     vision_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `vision`."})
-    text_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `text`."})
+    vision_feature_layer: int | None = field(
+        default=None, metadata={"help": "Index into the ViT's hidden states; left out, its last_hidden_state."}
+    )
+    vision_feature_select_strategy: str = field(
+        default="full", metadata={"help": "`full`: all image tokens, CLS included; `default`: the patches alone."}
+    )
+    qformer: str | None = field(
+        default=None,
+        metadata={"help": "What the Q-Former starts from: a BERT-shaped checkpoint, or in stage 2 a stage-1 model."},
+    )
     qformer_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `qformer`."})
     qformer_config: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Fields of LorgnetteQFormerConfig, a mapping (JSON on the command line)."}
     )
-    num_query_tokens: int = field(default=32, metadata={"help": "Soft image tokens per picture."})
+    num_query_tokens: int | None = field(
+        default=None, metadata={"help": "Soft image tokens per picture. Left out, those of a stage-1 `qformer`, or 32."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2 … Left out, transformers chooses."}
+    )
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "A saved model of this stage to go on from, in place of the backbones: a Hub id or a folder."
+        },
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
+
+    # What a stage cannot do without, unless a saved model is given; and all that such a model has settled.
+    NEEDED: ClassVar[tuple[str, ...]] = ("vision",)
+    JOINTS: ClassVar[tuple[str, ...]] = ("vision_revision", "qformer", "qformer_revision", "qformer_config",
+        "num_query_tokens", "vision_feature_layer", "vision_feature_select_strategy")  # fmt: skip
+
+    def __post_init__(self):
+        self.qformer_config = _mapping(self.qformer_config, "qformer_config")
+        if self.model is None:
+            missing = [name for name in self.NEEDED if getattr(self, name) is None]
+            if missing:
+                raise ValueError(f"{' and '.join(missing)} not given: name the backbones (or `model`, a saved one)")
+            if self.model_revision is not None:
+                raise ValueError("model_revision is given without model")
+        else:
+            given = [f.name for f in fields(self) if f.name in (*self.NEEDED, *self.JOINTS)
+                     and getattr(self, f.name) != f.default]  # fmt: skip
+            if given:
+                raise ValueError(f"model {self.model!r} is given: it has settled {', '.join(given)}, leave that out")
+
+
+@dataclass
+class Stage2Arguments(BackboneArguments):
+    """Which backbones stage 2 joins, and how; or which saved lorgnette model goes on training."""
+
+    text: str | None = field(default=None, metadata={"help": "Causal LM: a Hub id, a folder or a .gguf file."})
+    text_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `text`."})
     lora: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -41,45 +85,19 @@ class ModelArguments:
             "LM's attention projections; left out, the LM gets no LoRA."
         },
     )
-    vision_feature_layer: int | None = field(
-        default=None, metadata={"help": "Index into the ViT's hidden states; left out, its last_hidden_state."}
-    )
-    vision_feature_select_strategy: str = field(
-        default="full", metadata={"help": "`full`: all image tokens, CLS included; `default`: the patches alone."}
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, eager, flash_attention_2 … Left out, transformers chooses."}
-    )
-    model: str | None = field(
-        default=None,
-        metadata={"help": "A saved lorgnette model to go on from, in place of the backbones: a Hub id or a folder."},
-    )
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
     system_prompt: str | None = field(default=None, metadata={"help": "Saved with the processor."})
     query: str | None = field(
         default=None, metadata={"help": "What the model is asked of every picture. Saved with the processor."}
     )
 
-    # The fields above that `from_backbones` takes, which a saved model has settled.
-    JOINTS = ("qformer", "vision_revision", "text_revision", "qformer_revision", "qformer_config", "num_query_tokens",
-              "lora", "vision_feature_layer", "vision_feature_select_strategy")  # fmt: skip
+    NEEDED: ClassVar[tuple[str, ...]] = ("vision", "text")
+    JOINTS: ClassVar[tuple[str, ...]] = (*BackboneArguments.JOINTS, "text_revision", "lora")
 
     def __post_init__(self):
         self.lora = _mapping(self.lora, "lora")
-        self.qformer_config = _mapping(self.qformer_config, "qformer_config")
-        if self.model is None:
-            missing = [name for name in ("vision", "text") if getattr(self, name) is None]
-            if missing:
-                raise ValueError(f"{' and '.join(missing)} not given: name both backbones (or `model`, a saved one)")
-            if self.model_revision is not None:
-                raise ValueError("model_revision is given without model")
-            if self.reads_query and self.qformer is None:
-                raise ValueError("qformer_config.use_qformer_text_input needs qformer: the text's tokenizer is its own")
-        else:
-            given = [f.name for f in fields(self) if f.name in ("vision", "text", *self.JOINTS)
-                     and getattr(self, f.name) != f.default]  # fmt: skip
-            if given:
-                raise ValueError(f"model {self.model!r} is given: it has settled {', '.join(given)}, leave that out")
+        super().__post_init__()
+        if self.reads_query and self.model is None and self.qformer is None:
+            raise ValueError("qformer_config.use_qformer_text_input needs qformer: the text's tokenizer is its own")
 
     @property
     def reads_query(self) -> bool:

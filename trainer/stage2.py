@@ -1,80 +1,20 @@
 """Stage 2: between a frozen ViT and a frozen LM, Q-Former, projector and LoRA learn to put pictures into words."""
 
-import logging
-from pathlib import Path
-
-import torch
-from transformers import Trainer, TrainingArguments, enable_full_determinism, set_seed
-from transformers.utils import logging as transformers_logging
+from functools import partial
 
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.processing_lorgnette import LorgnetteProcessor
-from .arguments import TRAINING_DEFAULTS, DataArguments, ModelArguments
-from .collator import LorgnetteCollator
-from .data import load_pairs
-from .recipe import parse_recipe
-
-
-logger = logging.getLogger(__name__)
+from .arguments import Stage2Arguments
+from .run import parse, train
 
 
 def main(argv: list[str]) -> None:
     """Train as a recipe and the command line say; see `recipes/stage2.yaml`."""
-    arguments = parse_recipe(
-        (ModelArguments, DataArguments, TrainingArguments),
-        argv,
-        prog="python -m lorgnette.trainer stage2",
-        description=__doc__,
-        # Trainer refuses bf16 on a machine without an accelerator unless it is told that the CPU is meant.
-        defaults=TRAINING_DEFAULTS | {"use_cpu": not torch.accelerator.is_available()},
-        check=check_arguments,
-    )
-    train(*arguments)
+    model_args, data_args, training_args = parse("stage2", Stage2Arguments, argv, __doc__)
+    train(partial(build, model_args), data_args, training_args)
 
 
-def train(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> Trainer:
-    """Build the model, train it with the stock Trainer and save model and processor into `output_dir`.
-
-    Raises:
-        FileExistsError: `output_dir` holds an earlier run and `resume_from_checkpoint` is not set.
-        FileNotFoundError: nothing there to resume from.
-        ValueError: the data are not what the arguments say, see [`~lorgnette.trainer.data.load_pairs`].
-    """
-    checkpoint = checkpoint_to_resume(training_args)
-    _set_up_logging(training_args)
-    # Before the model is built: the Q-Former and LoRA start from random numbers.
-    (enable_full_determinism if training_args.full_determinism else set_seed)(training_args.seed)
-
-    evaluate = training_args.eval_strategy != "no"
-    if data_args.has_eval and not evaluate:
-        logger.warning("Evaluation data are named, but eval_strategy is `no`: nothing will be evaluated.")
-    with training_args.main_process_first(desc="loading the dataset"):
-        seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-        train_dataset, eval_dataset = load_pairs(data_args, evaluate=evaluate, seed=seed)
-    model, processor = build(model_args)
-    _log_sizes(model)
-
-    trainer = Trainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        data_collator=LorgnetteCollator(
-            processor,
-            image_column=data_args.image_column,
-            text_column=data_args.text_column,
-            query_column=data_args.query_column,
-            max_length=data_args.max_length or getattr(model.config.text_config, "max_position_embeddings", None),
-        ),
-        processing_class=processor,  # saved with every checkpoint
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    return trainer
-
-
-def build(args: ModelArguments) -> tuple[LorgnetteForConditionalGeneration, LorgnetteProcessor]:
+def build(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, LorgnetteProcessor]:
     """The model and its processor, joined from backbones or loaded from a saved lorgnette model."""
     prompts = {name: getattr(args, name) for name in ("system_prompt", "query") if getattr(args, name) is not None}
     if args.model is not None:
@@ -88,7 +28,7 @@ def build(args: ModelArguments) -> tuple[LorgnetteForConditionalGeneration, Lorg
         args.vision,
         args.text,
         qformer=args.qformer if args.reads_query else None,
-        num_query_tokens=args.num_query_tokens,
+        **({} if args.num_query_tokens is None else {"num_query_tokens": args.num_query_tokens}),
         vision_revision=args.vision_revision,
         text_revision=args.text_revision,
         qformer_revision=args.qformer_revision,
@@ -102,63 +42,3 @@ def build(args: ModelArguments) -> tuple[LorgnetteForConditionalGeneration, Lorg
         **{name: getattr(args, name) for name in args.JOINTS},
     )
     return model, processor
-
-
-def check_arguments(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
-    """Raise ValueError for settings that contradict each other."""
-    if training_args.remove_unused_columns:
-        raise ValueError("remove_unused_columns has to stay false: true drops the columns that hold pictures and text")
-    if training_args.eval_strategy != "no" and not data_args.has_eval:
-        raise ValueError(
-            f"eval_strategy is {training_args.eval_strategy.value}, but no evaluation data are named: "
-            "set eval_split, eval_dataset or eval_fraction"
-        )
-    if data_args.streaming and training_args.max_steps <= 0:
-        raise ValueError("streaming needs max_steps: the length of a stream is not known")
-
-
-def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """The checkpoint folder that training goes on from, or None for a fresh start.
-
-    `resume_from_checkpoint: true` is the last complete one in `output_dir`: Trainer writes `trainer_state.json` last,
-    so a folder without it was cut off.
-    """
-    folder, wish = Path(args.output_dir), str(args.resume_from_checkpoint or "")
-    checkpoints = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.rpartition("-")[2]))
-    complete = [path for path in checkpoints if (path / "trainer_state.json").is_file()]
-    if wish.lower() in ("", "false"):
-        if args.should_save and (checkpoints or (folder / "config.json").exists()):
-            raise FileExistsError(
-                f"{folder} already holds a trained model or its checkpoints: choose another output_dir, delete this "
-                "one, or go on from its last checkpoint with resume_from_checkpoint: true"
-            )
-        return None
-    if wish.lower() == "true":
-        if not complete:
-            raise FileNotFoundError(f"resume_from_checkpoint is true, but {folder} holds no complete checkpoint")
-        for path in checkpoints[checkpoints.index(complete[-1]) + 1 :]:
-            logger.warning("%s is incomplete and skipped; going on from %s.", path, complete[-1].name)
-        return str(complete[-1])
-    if not (Path(wish) / "trainer_state.json").is_file():
-        raise FileNotFoundError(f"resume_from_checkpoint: {wish} is not a complete checkpoint (no trainer_state.json)")
-    return wish
-
-
-def _set_up_logging(args: TrainingArguments) -> None:
-    ours = logging.getLogger("lorgnette")
-    ours.setLevel(logging.INFO if args.should_log else logging.WARNING)
-    if not ours.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
-        ours.addHandler(handler)
-    transformers_logging.set_verbosity(args.get_process_log_level())
-    if args.device.type == "cpu" and args.should_log:
-        slow = " bf16 may be many times slower there than --bf16 false." if args.bf16 else ""
-        logger.warning(f"No GPU is used: training runs on the CPU.{slow}")
-
-
-def _log_sizes(model: torch.nn.Module) -> None:
-    for name, part in model.named_children():
-        parameters = list(part.parameters())
-        trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        logger.info("%s: %s of %s parameters train", name, f"{trainable:,}", f"{sum(p.numel() for p in parameters):,}")
