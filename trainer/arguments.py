@@ -66,10 +66,26 @@ class BackboneArguments:
             if self.model_revision is not None:
                 raise ValueError("model_revision is given without model")
         else:
-            given = [f.name for f in fields(self) if f.name in (*self.NEEDED, *self.JOINTS)
+            given = [f.name for f in fields(self) if f.name in {*self.NEEDED, *self.JOINTS}
                      and getattr(self, f.name) != f.default]  # fmt: skip
             if given:
                 raise ValueError(f"model {self.model!r} is given: it has settled {', '.join(given)}, leave that out")
+
+
+@dataclass
+class Stage1Arguments(BackboneArguments):
+    """Which ViT and which Q-Former stage 1 aligns, and by which losses; or which stage-1 model goes on training."""
+
+    itc_weight: float = field(default=1.0, metadata={"help": "Of image-text contrast in the loss; 0 leaves it out."})
+    itm_weight: float = field(default=1.0, metadata={"help": "Of image-text matching; 0 leaves it out."})
+    itg_weight: float = field(default=1.0, metadata={"help": "Of image-grounded generation; 0 leaves it out."})
+    image_text_hidden_size: int = field(
+        default=256, metadata={"help": "Width of the space in which pictures and texts are compared."}
+    )
+
+    NEEDED: ClassVar[tuple[str, ...]] = ("vision", "qformer")
+    JOINTS: ClassVar[tuple[str, ...]] = (*BackboneArguments.JOINTS, "itc_weight", "itm_weight", "itg_weight",
+        "image_text_hidden_size")  # fmt: skip
 
 
 @dataclass
