@@ -107,6 +107,15 @@ def test_contradictions_are_one_message_and_status_2(capsys, argv, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [("--learning_rat", "1"), ("--max_steps", "few"), ("--text_column", "image")])
+def test_the_message_is_all_that_is_printed(capsys, argv):
+    with pytest.raises(SystemExit):
+        parse(*BASE, *argv)
+    message, hint = capsys.readouterr().err.splitlines()
+    assert message.startswith("test: error: ")
+    assert hint == "test --help lists all options"
+
+
 def test_an_unknown_command_lists_those_that_exist(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["stage3"])
