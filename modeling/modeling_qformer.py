@@ -9,7 +9,8 @@
 Shapes: B images, Q queries, T text tokens, L image tokens, D width, E width of the image features.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Unpack
 
 import torch
@@ -376,8 +377,8 @@ class LorgnetteQFormerModel(PreTrainedModel):
                 )
             taken[name] = source[theirs]
         self.load_state_dict(taken, strict=False)
-        fresh = sorted({name.rsplit(".", 1)[0] for name in own.keys() - taken.keys()})
-        logger.info(f"Q-Former: {len(taken)} tensors taken from {type(bert).__name__}; fresh: {', '.join(fresh)}")
+        fresh = _modules_of(name for name in own if name not in taken)
+        logger.info(f"Q-Former: {len(taken)} tensors taken from {type(bert).__name__}; fresh: {fresh}")
 
 
 def multimodal_causal(num_queries: int) -> Callable:
@@ -395,6 +396,19 @@ def _name_in_bert(name: str) -> str:
         return name.replace("layernorm", "embeddings.LayerNorm")
     name = name.replace("attention.attention.", "attention.self.")
     return name.replace("intermediate_query.", "intermediate.").replace("output_query.", "output.")
+
+
+def _modules_of(names: Iterable[str]) -> str:
+    """Which modules these parameters are in, in brief: `query_tokens; crossattention of layers 0, 2, 4`."""
+    modules: dict[str, set[int]] = {}
+    for name in names:
+        in_layer = re.search(r"\.(\d+)\.(\w+)", name)
+        module, layers = (in_layer[2], {int(in_layer[1])}) if in_layer else (name.split(".")[0], set())
+        modules.setdefault(module, set()).update(layers)
+    return "; ".join(
+        f"{module} of layers {', '.join(map(str, sorted(layers)))}" if layers else module
+        for module, layers in modules.items()
+    )
 
 
 __all__ = ["LorgnetteQFormerModel"]

@@ -297,6 +297,9 @@ class LorgnetteProcessor(ProcessorMixin):
         rows, sorted_by_caller = ([], False) if images is None else rows_of(images)
         texts = None if text is None else texts_of(text, "text")
 
+        if texts is None and not all(rows):
+            raise ValueError(f"row {rows.index([])} has an empty list of images, and no text")
+
         features: dict[str, Any] = {}
         if self.tokenizer is None:
             if texts is not None:
@@ -304,8 +307,6 @@ class LorgnetteProcessor(ProcessorMixin):
             flat = [image for row in rows for image in row]
         else:
             if texts is None:
-                if not all(rows):
-                    raise ValueError(f"row {rows.index([])} has an empty list of images, and no text")
                 asked = self._queries(queries, len(rows))
                 texts = [self.build_prompt(query, num_images=len(row)) for query, row in zip(asked, rows, strict=True)]
             ids = [self._encode_prompt(prompt, text_kwargs.get("add_special_tokens", True)) for prompt in texts]

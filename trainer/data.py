@@ -12,6 +12,8 @@ import fsspec
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, List, load_dataset, load_from_disk
 
+from ..processing.conversations import parts_of
+from ..processing.image_loading import naming
 from .arguments import DataArguments
 
 
@@ -22,9 +24,9 @@ Rows = Dataset | IterableDataset
 def load_pairs(args: DataArguments, *, evaluate: bool, seed: int) -> tuple[Rows, Rows | None]:
     """The training rows and, with `evaluate`, the evaluation rows.
 
-    A row holds `index` and the columns that `args` names. Its picture (or list of them) is a path, a URL, bytes or a
-    dict of bytes and path; a class label is its name. A streamed training set starts again when it ends, shuffled
-    within a buffer.
+    A row holds `index` and the columns that `args` names, `messages_column` as `messages`. A picture (in its column, in
+    a list there or in a message) is a path, a URL, bytes or a dict of bytes and path; a class label is its name. A
+    streamed training set starts again when it ends, shuffled within a buffer.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -53,19 +55,22 @@ def _numbered_rows(args: DataArguments, source: str, split: str) -> tuple[Rows, 
     name = f"{source} ({split})"
     # A stream may not know its columns before it is read; nothing in it is decoded then.
     features = dataset.features or next(iter(dataset), {})
-    wanted = [args.image_column, args.text_column, *([args.query_column] if args.query_column else [])]
+    wanted = [args.image_column, *args.word_columns]
+    if args.messages_column and args.image_column == DataArguments.image_column and args.image_column not in features:
+        wanted = args.word_columns  # chats may bring their pictures along; a column that was named has to be there
     missing = [column for column in wanted if column not in features]
     if features and missing:
         raise ValueError(f"{name} has no column {' or '.join(map(repr, missing))}; it has {', '.join(features)}")
     if "index" in wanted:
         raise ValueError(f'{name}: the column "index" has to be renamed: row numbers go by that name')
 
-    picture, text = features.get(args.image_column), features.get(args.text_column)
+    text = features.get(args.text_column)
     dataset = dataset.select_columns(wanted)
-    if isinstance(picture, Image):
-        dataset = dataset.cast_column(args.image_column, Image(decode=False))
-    elif isinstance(picture, List) and isinstance(picture.feature, Image):
-        dataset = dataset.cast_column(args.image_column, List(Image(decode=False)))
+    for column, feature in (dataset.features or {}).items():
+        if (undecoded := _undecoded(feature)) != feature:
+            dataset = dataset.cast_column(column, undecoded)
+    if args.messages_column not in (None, "messages"):
+        dataset = dataset.rename_column(args.messages_column, "messages")  # what the collator knows chats by
     if next(iter(dataset), None) is None:
         raise ValueError(f"{name} has no rows")
     if isinstance(dataset, Dataset):
@@ -102,6 +107,17 @@ def _load_split(args: DataArguments, source: str, split: str) -> tuple[Rows, Pat
     return load_dataset(source, args.dataset_config, split=split, streaming=streaming, revision=revision), None
 
 
+def _undecoded(feature: Any) -> Any:
+    """A column's type with its pictures, wherever they are in it, left as bytes and path."""
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, List):
+        return List(_undecoded(feature.feature), feature.length)
+    if isinstance(feature, dict):
+        return {name: _undecoded(field) for name, field in feature.items()}
+    return feature
+
+
 def _lazily(dataset: Rows, open_batch: partial) -> Rows:
     if isinstance(dataset, Dataset):
         return dataset.with_transform(open_batch)
@@ -115,11 +131,11 @@ def _with_index(row: dict, index: int) -> dict:
 def _open_batch(batch: dict, image_column: str, base: Path | None, labels: dict[str, list[str]]) -> dict:
     """A batch (column -> values) with pictures that the processor can open and class labels by name."""
     opened = dict(batch)
-    if image_column in batch:
-        numbers = batch.get("index", [None] * len(batch[image_column]))
-        opened[image_column] = [
-            _open_picture(value, base, number) for value, number in zip(batch[image_column], numbers, strict=True)
-        ]
+    numbers = batch.get("index", [None] * len(next(iter(batch.values()))))
+    for column, open_value in {image_column: _open_picture, "messages": _open_chat}.items():
+        if column in batch:
+            values = zip(batch[column], numbers, strict=True)
+            opened[column] = [open_value(value, base, number) for value, number in values]
     for column, names in labels.items():
         if column in batch:
             # Unlabelled rows (-1) go on as None: the collator names their number.
@@ -127,12 +143,23 @@ def _open_batch(batch: dict, image_column: str, base: Path | None, labels: dict[
     return opened
 
 
+def _open_chat(messages: list[dict] | None, base: Path | None, number: int | None) -> list[dict]:
+    """The messages (none for None) with their contents as parts, whose pictures are opened as those of a column are."""
+    with naming(f"row {number}"):
+        opened = [(message, parts_of(message)) for message in messages or []]
+    for _, parts in opened:
+        for part in parts:
+            if "image" in part:
+                part["image"] = _open_picture(part["image"], base, number)
+    return [{**message, "content": parts} for message, parts in opened]
+
+
 def _open_picture(value: Any, base: Path | None, number: int | None) -> Any:
     """A relative path as an absolute one, a file of a remote dataset as its bytes, anything else as it is."""
     if isinstance(value, list) and value and isinstance(value[0], dict | str):
         return [_open_picture(item, base, number) for item in value]
     if isinstance(value, dict):  # datasets' own form of an image that is not decoded
-        return value if value["bytes"] is not None else _open_picture(value["path"], base, number)
+        return value if value.get("bytes") is not None else _open_picture(value.get("path"), base, number)
     if not isinstance(value, str) or value.startswith(("http://", "https://", "data:")):
         return value
     if "://" in value:  # on the Hub or inside an archive, where a dataset is streamed
