@@ -8,6 +8,7 @@ from argparse import ArgumentParser
 # command -> what it does; the module of that name beside this file has its `main(argv)`
 COMMANDS = {
     "stage2": "train Q-Former, projector and LoRA to put pictures into words",
+    "evaluate": "generate texts for a data set with a saved model, and measure them",
 }
 
 

@@ -88,8 +88,8 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """Where the pairs come from, and which columns they stand in."""
+class SourceArguments:
+    """Where rows come from, and which columns are read."""
 
     dataset: str | None = field(
         default=None,
@@ -101,8 +101,26 @@ class DataArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     streaming: bool = field(
-        default=False, metadata={"help": "Read while training, nothing downloaded first. Needs max_steps."}
+        default=False, metadata={"help": "Read as it goes, nothing downloaded first. Training then needs max_steps."}
     )
+    image_column: str = field(default="image", metadata={"help": "Column with the picture (or a path or URL of it)."})
+    text_column: str = field(default="text", metadata={"help": "Column with the text to learn (or a class label)."})
+    query_column: str | None = field(
+        default=None, metadata={"help": "Column with what is asked of each picture, in place of the one `query`."}
+    )
+
+    def __post_init__(self):
+        if self.dataset is None:
+            raise ValueError("dataset not given: name a Hub dataset, a folder or a file")
+        columns = [self.image_column, self.text_column, *([self.query_column] if self.query_column else [])]
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"image_column, text_column and query_column name the same column: {', '.join(columns)}")
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    """What is trained and evaluated on."""
+
     shuffle_buffer_size: int = field(
         default=1000, metadata={"help": "Rows that a streamed training set is shuffled among; 0 keeps its order."}
     )
@@ -116,19 +134,28 @@ class DataArguments:
     eval_fraction: float | None = field(
         default=None, metadata={"help": "Hold out this share of the training split, drawn with `data_seed`/`seed`."}
     )
-    image_column: str = field(default="image", metadata={"help": "Column with the picture (or a path or URL of it)."})
-    text_column: str = field(default="text", metadata={"help": "Column with the text to learn (or a class label)."})
-    query_column: str | None = field(
-        default=None, metadata={"help": "Column with what is asked of each picture, in place of the one `query`."}
-    )
     max_length: int | None = field(
         default=None,
         metadata={"help": "Tokens an example may take, the picture's included; a longer one is an error, not cut."},
     )
+    generate_metrics: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Also generate texts at each evaluation and measure them: cider, bleu, rouge_l, exact_match, "
+            "vqa_accuracy. Their figures can be metric_for_best_model, eval_cider for one."
+        },
+    )
+    generate_samples: int = field(
+        default=100, metadata={"help": "Rows that generate_metrics take, the first of the evaluation data."}
+    )
+    generate_decoding: str = field(
+        default="greedy", metadata={"help": "How they are decoded: greedy, caption or short_answer."}
+    )
 
     def __post_init__(self):
-        if self.dataset is None:
-            raise ValueError("dataset not given: name a Hub dataset, a folder or a file")
+        super().__post_init__()
+        if self.generate_samples < 1:
+            raise ValueError(f"generate_samples is {self.generate_samples}; it has to be at least 1")
         if self.eval_fraction is not None:
             if not 0 < self.eval_fraction < 1:
                 raise ValueError(f"eval_fraction is {self.eval_fraction}; it has to lie between 0 and 1")
@@ -136,9 +163,6 @@ class DataArguments:
                 raise ValueError("eval_fraction holds out training rows: leave out eval_split and eval_dataset, or it")
             if self.streaming:
                 raise ValueError("eval_fraction cannot split a stream: name an eval_split or an eval_dataset")
-        columns = [self.image_column, self.text_column, *([self.query_column] if self.query_column else [])]
-        if len(set(columns)) < len(columns):
-            raise ValueError(f"image_column, text_column and query_column name the same column: {', '.join(columns)}")
 
     @property
     def has_eval(self) -> bool:

@@ -1,6 +1,7 @@
 """Stage 2: between a frozen ViT and a frozen LM, Q-Former, projector and LoRA learn to put pictures into words."""
 
 import logging
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -10,8 +11,12 @@ from transformers.utils import logging as transformers_logging
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import TRAINING_DEFAULTS, DataArguments, ModelArguments
+from .callbacks import GenerateMetricsCallback
 from .collator import LorgnetteCollator
 from .data import load_pairs
+from .decoding import decoding_of
+from .logs import set_up_logging
+from .metrics import text_metrics
 from .recipe import parse_recipe
 
 
@@ -68,6 +73,20 @@ def train(model_args: ModelArguments, data_args: DataArguments, training_args: T
         ),
         processing_class=processor,  # saved with every checkpoint
     )
+    if data_args.generate_metrics:
+        trainer.add_callback(
+            GenerateMetricsCallback(
+                processor,
+                list(islice(eval_dataset, data_args.generate_samples)),
+                metrics=data_args.generate_metrics,
+                decoding=data_args.generate_decoding,
+                batch_size=training_args.per_device_eval_batch_size,
+                image_column=data_args.image_column,
+                text_column=data_args.text_column,
+                query_column=data_args.query_column,
+                report=trainer.callback_handler.on_log,
+            )
+        )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
@@ -113,6 +132,11 @@ def check_arguments(model_args: ModelArguments, data_args: DataArguments, traini
             f"eval_strategy is {training_args.eval_strategy.value}, but no evaluation data are named: "
             "set eval_split, eval_dataset or eval_fraction"
         )
+    if data_args.generate_metrics:
+        text_metrics(data_args.generate_metrics)
+        decoding_of(data_args.generate_decoding)
+        if training_args.eval_strategy == "no":
+            raise ValueError("generate_metrics are measured at each evaluation: set eval_strategy")
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError("streaming needs max_steps: the length of a stream is not known")
 
@@ -145,12 +169,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
 
 
 def _set_up_logging(args: TrainingArguments) -> None:
-    ours = logging.getLogger("lorgnette")
-    ours.setLevel(logging.INFO if args.should_log else logging.WARNING)
-    if not ours.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
-        ours.addHandler(handler)
+    set_up_logging(args.should_log)
     transformers_logging.set_verbosity(args.get_process_log_level())
     if args.device.type == "cpu" and args.should_log:
         slow = " bf16 may be many times slower there than --bf16 false." if args.bf16 else ""
