@@ -110,9 +110,7 @@ def test_several_references_class_labels_and_questions(learned, tmp_path):
     several = Dataset.from_dict({"picture": paths, "said": [["a cat", "one cat"]] * 4, "asked": ["What?"] * 4})
     several.to_parquet(tmp_path / "several.parquet")
     columns = ["--image_column", "picture", "--text_column", "said", "--query_column", "asked"]
-    _, predictions = evaluate(
-        model, tmp_path / "several.parquet", tmp_path / "out", *columns, "--decoding", "short_answer"
-    )
+    _, predictions = evaluate(model, tmp_path / "several.parquet", tmp_path / "out", *columns)
     assert predictions[0]["references"] == ["a cat", "one cat"]
     features = Features({"image": Image(), "text": ClassLabel(names=["cat", "dog"]), "extra": Value("int64")})
     labelled = Dataset.from_dict({"image": paths, "text": [0, 1, 0, 1], "extra": [0] * 4}, features)

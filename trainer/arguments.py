@@ -104,7 +104,7 @@ class SourceArguments:
         default=False, metadata={"help": "Read as it goes, nothing downloaded first. Training then needs max_steps."}
     )
     image_column: str = field(default="image", metadata={"help": "Column with the picture (or a path or URL of it)."})
-    text_column: str = field(default="text", metadata={"help": "Column with the text to learn (or a class label)."})
+    text_column: str = field(default="text", metadata={"help": "Column with the text (or a class label)."})
     query_column: str | None = field(
         default=None, metadata={"help": "Column with what is asked of each picture, in place of the one `query`."}
     )
