@@ -242,18 +242,22 @@ def test_references_that_are_none_name_the_row(value, error):
         references_of({"index": 7, "text": value}, "text")
 
 
-def test_a_recipe_measures_texts_at_each_evaluation(tmp_path):
+def test_a_recipe_measures_texts_at_each_evaluation_and_tells_trackers(tmp_path, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
     (vision, text), data = write_backbones(tmp_path), write_pairs(tmp_path / "pictures")
     qformer = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     command = (
         f"stage2 --vision {vision} --text {text} --num_query_tokens 4 --dataset {data} --eval_fraction 0.25 --use_cpu "
-        f"--output_dir {tmp_path}/out --max_steps 2 --eval_strategy steps --eval_steps 1 --report_to none "
+        f"--output_dir {tmp_path}/out --max_steps 2 --eval_strategy steps --eval_steps 1 --report_to tensorboard "
         "--generate_metrics cider exact_match --generate_samples 2 --per_device_eval_batch_size 2 "
         "--metric_for_best_model eval_exact_match --save_strategy best"
     )
     main([*command.split(), "--qformer_config", json.dumps(qformer)])
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "eval_cider" in entry] == [1, 2]
+    told = events.EventAccumulator(str(tmp_path / "logs")).Reload().Scalars("eval/cider")
+    assert [scalar.step for scalar in told] == [1, 2]
 
 
 def test_a_recipe_that_cannot_measure_texts_is_refused(capsys):

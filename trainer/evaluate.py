@@ -154,11 +154,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
                 "in all": round(time.perf_counter() - started, 2),
             },
         }
-        (folder / "metrics.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (folder / "metrics.md").write_text(_as_markdown(report), encoding="utf-8")
-        for result in report["metrics"].values():
-            logger.info("%s", ", ".join(f"{name} {value:.4f}" for name, value in figures_of(result).items()))
-        logger.info("%s holds metrics.json, metrics.md and predictions.jsonl", folder)
+        _write(report, folder)
     accelerator.end_training()
     return report
 
@@ -176,6 +172,14 @@ def _readable(
             skipped.append({"index": row["index"], "cause": str(error)})
         else:
             yield {**row, column: opened}
+
+
+def _write(report: dict[str, Any], folder: Path) -> None:
+    (folder / "metrics.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "metrics.md").write_text(_as_markdown(report), encoding="utf-8")
+    for result in report["metrics"].values():
+        logger.info("%s", ", ".join(f"{name} {value:.4f}" for name, value in figures_of(result).items()))
+    logger.info("%s holds metrics.json, metrics.md and predictions.jsonl", folder)
 
 
 def _as_markdown(report: dict[str, Any]) -> str:

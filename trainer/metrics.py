@@ -14,6 +14,7 @@ import evaluate
 import torch
 from datasets import Features, Value
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics import BLEU
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
@@ -143,7 +144,8 @@ class RougeL(TextMetric):
     source = "Lin 2004"
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, Any]:
-        scorer = RougeScorer(["rougeL"])
+        # naming the default tokenizer keeps absl from setting up the root logger
+        scorer = RougeScorer(["rougeL"], tokenizer=DefaultTokenizer())
         scores = [
             scorer.score_multi(texts, text)["rougeL"].fmeasure
             for text, texts in zip(predictions, references, strict=True)
