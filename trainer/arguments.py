@@ -105,6 +105,19 @@ class Stage2Arguments(BackboneArguments):
     query: str | None = field(
         default=None, metadata={"help": "What the model is asked of every picture. Saved with the processor."}
     )
+    generate_metrics: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Also generate texts at each evaluation and measure them: cider, bleu, rouge_l, exact_match, "
+            "vqa_accuracy. Their figures can be metric_for_best_model, eval_cider for one."
+        },
+    )
+    generate_samples: int = field(
+        default=100, metadata={"help": "Rows that generate_metrics take, the first of the evaluation data."}
+    )
+    generate_decoding: str = field(
+        default="greedy", metadata={"help": "How they are decoded: greedy, caption or short_answer."}
+    )
 
     NEEDED: ClassVar[tuple[str, ...]] = ("vision", "text")
     JOINTS: ClassVar[tuple[str, ...]] = (*BackboneArguments.JOINTS, "text_revision", "lora")
@@ -114,6 +127,8 @@ class Stage2Arguments(BackboneArguments):
         super().__post_init__()
         if self.reads_query and self.model is None and self.qformer is None:
             raise ValueError("qformer_config.use_qformer_text_input needs qformer: the text's tokenizer is its own")
+        if self.generate_samples < 1:
+            raise ValueError(f"generate_samples is {self.generate_samples}; it has to be at least 1")
 
     @property
     def reads_query(self) -> bool:
@@ -122,8 +137,8 @@ class Stage2Arguments(BackboneArguments):
 
 
 @dataclass
-class DataArguments:
-    """Where the pairs come from, and which columns they stand in."""
+class SourceArguments:
+    """Where rows come from, and which columns are read."""
 
     dataset: str | None = field(
         default=None,
@@ -135,23 +150,10 @@ class DataArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     streaming: bool = field(
-        default=False, metadata={"help": "Read while training, nothing downloaded first. Needs max_steps."}
-    )
-    shuffle_buffer_size: int = field(
-        default=1000, metadata={"help": "Rows that a streamed training set is shuffled among; 0 keeps its order."}
-    )
-    train_split: str = field(default="train", metadata={"help": "Slices such as train[:1000] work unless streaming."})
-    eval_dataset: str | None = field(
-        default=None, metadata={"help": "Evaluation data that lie elsewhere than `dataset`, in any of the same forms."}
-    )
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split for evaluation (of `eval_dataset` where that is given: default train)."}
-    )
-    eval_fraction: float | None = field(
-        default=None, metadata={"help": "Hold out this share of the training split, drawn with `data_seed`/`seed`."}
+        default=False, metadata={"help": "Read as it goes, nothing downloaded first. Training then needs max_steps."}
     )
     image_column: str = field(default="image", metadata={"help": "Column with the picture (or a path or URL of it)."})
-    text_column: str = field(default="text", metadata={"help": "Column with the text to learn (or a class label)."})
+    text_column: str = field(default="text", metadata={"help": "Column with the text (or a class label)."})
     query_column: str | None = field(
         default=None, metadata={"help": "Column with what is asked of each picture, in place of the one `query`."}
     )
@@ -162,21 +164,10 @@ class DataArguments:
             "are in the messages' parts, or in image_column."
         },
     )
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Tokens an example may take, the picture's included; a longer one is an error, not cut."},
-    )
 
     def __post_init__(self):
         if self.dataset is None:
             raise ValueError("dataset not given: name a Hub dataset, a folder or a file")
-        if self.eval_fraction is not None:
-            if not 0 < self.eval_fraction < 1:
-                raise ValueError(f"eval_fraction is {self.eval_fraction}; it has to lie between 0 and 1")
-            if self.eval_split or self.eval_dataset:
-                raise ValueError("eval_fraction holds out training rows: leave out eval_split and eval_dataset, or it")
-            if self.streaming:
-                raise ValueError("eval_fraction cannot split a stream: name an eval_split or an eval_dataset")
         if self.messages_column is not None:
             given = [f.name for f in fields(self) if f.name in ("text_column", "query_column")
                      and getattr(self, f.name) != f.default]  # fmt: skip
@@ -195,6 +186,39 @@ class DataArguments:
         if self.messages_column is not None:
             return [self.messages_column]
         return [self.text_column, *([self.query_column] if self.query_column else [])]
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    """What is trained and evaluated on."""
+
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "Rows that a streamed training set is shuffled among; 0 keeps its order."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Slices such as train[:1000] work unless streaming."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Evaluation data that lie elsewhere than `dataset`, in any of the same forms."}
+    )
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split for evaluation (of `eval_dataset` where that is given: default train)."}
+    )
+    eval_fraction: float | None = field(
+        default=None, metadata={"help": "Hold out this share of the training split, drawn with `data_seed`/`seed`."}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens an example may take, the picture's included; a longer one is an error, not cut."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eval_fraction is not None:
+            if not 0 < self.eval_fraction < 1:
+                raise ValueError(f"eval_fraction is {self.eval_fraction}; it has to lie between 0 and 1")
+            if self.eval_split or self.eval_dataset:
+                raise ValueError("eval_fraction holds out training rows: leave out eval_split and eval_dataset, or it")
+            if self.streaming:
+                raise ValueError("eval_fraction cannot split a stream: name an eval_split or an eval_dataset")
 
     @property
     def has_eval(self) -> bool:

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, L
 
 from ..processing.conversations import parts_of
 from ..processing.image_loading import naming
-from .arguments import DataArguments
+from .arguments import DataArguments, SourceArguments
 
 
 FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
@@ -49,7 +49,15 @@ def load_pairs(args: DataArguments, *, evaluate: bool, seed: int) -> tuple[Rows,
     return _lazily(train, open_train), _lazily(evaluation, open_evaluation) if evaluate else None
 
 
-def _numbered_rows(args: DataArguments, source: str, split: str) -> tuple[Rows, partial]:
+def load_rows(args: SourceArguments, split: str) -> Rows:
+    """The rows of one split of `args.dataset`, in order; what they hold and what is raised is as in [`load_pairs`].
+
+    The text column may hold a list of texts a row.
+    """
+    return _lazily(*_numbered_rows(args, args.dataset, split))
+
+
+def _numbered_rows(args: SourceArguments, source: str, split: str) -> tuple[Rows, partial]:
     """The split's named columns and `index`; and the function that makes a batch of them ready for the collator."""
     dataset, base = _load_split(args, source, split)
     name = f"{source} ({split})"
@@ -81,7 +89,7 @@ def _numbered_rows(args: DataArguments, source: str, split: str) -> tuple[Rows, 
     return dataset, partial(_open_batch, image_column=args.image_column, base=base, labels=labels)
 
 
-def _load_split(args: DataArguments, source: str, split: str) -> tuple[Rows, Path | None]:
+def _load_split(args: SourceArguments, source: str, split: str) -> tuple[Rows, Path | None]:
     """The split, and the folder that its relative image paths start from (None for a dataset of the Hub)."""
     path = Path(source).expanduser()
     streaming = args.streaming

@@ -12,13 +12,20 @@ from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import TRAINING_DEFAULTS, BackboneArguments, DataArguments
 from .collator import LorgnetteCollator
 from .data import load_pairs
+from .logs import set_up_logging
 from .recipe import parse_recipe
 
 
 logger = logging.getLogger(__name__)
 
 
-def parse(stage: str, model_arguments: type, argv: list[str], description: str | None) -> tuple:
+def parse(
+    stage: str,
+    model_arguments: type,
+    argv: list[str],
+    description: str | None,
+    check: Callable[..., None] | None = None,
+) -> tuple:
     """The stage's model arguments, [`DataArguments`] and `TrainingArguments`, from a recipe and the command line."""
     return parse_recipe(
         (model_arguments, DataArguments, TrainingArguments),
@@ -27,7 +34,7 @@ def parse(stage: str, model_arguments: type, argv: list[str], description: str |
         description=description or "",
         # Trainer refuses bf16 on a machine without an accelerator unless it is told that the CPU is meant.
         defaults=TRAINING_DEFAULTS | {"use_cpu": not torch.accelerator.is_available()},
-        check=check_arguments,
+        check=check or check_arguments,
     )
 
 
@@ -35,12 +42,14 @@ def train(
     build: Callable[[], tuple[PreTrainedModel, LorgnetteProcessor]],
     data_args: DataArguments,
     training_args: TrainingArguments,
+    prepare: Callable[[Trainer], None] | None = None,
 ) -> Trainer:
     """Build the model, train it with the stock Trainer and save model and processor into `output_dir`.
 
     Args:
         build: makes the model and its processor; called once the data were found and the seed is set.
         data_args, training_args: see there.
+        prepare: what else the stage does to the Trainer before it trains.
 
     Raises:
         FileExistsError: `output_dir` holds an earlier run and `resume_from_checkpoint` is not set.
@@ -75,6 +84,8 @@ def train(
         ),
         processing_class=processor,  # saved with every checkpoint
     )
+    if prepare is not None:
+        prepare(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
@@ -122,12 +133,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
 
 
 def _set_up_logging(args: TrainingArguments) -> None:
-    ours = logging.getLogger("lorgnette")
-    ours.setLevel(logging.INFO if args.should_log else logging.WARNING)
-    if not ours.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
-        ours.addHandler(handler)
+    set_up_logging(args.should_log)
     transformers_logging.set_verbosity(args.get_process_log_level())
     if args.device.type == "cpu" and args.should_log:
         slow = " bf16 may be many times slower there than --bf16 false." if args.bf16 else ""
