@@ -23,7 +23,8 @@ class LorgnetteCollator:
     A row has an image (or a list of them) in one column and the text to be learnt in another, or a chat in `messages`
     whose last message, the assistant's, is to be learnt. The images of a chat are in its parts, or in the image column
     for parts `{"type": "image"}`; where a chat has no such part they come after the first user message's words, as in
-    [`~LorgnetteProcessor.build_prompt`]. A `vision_features` column `(L, E)` may stand in for the image column.
+    [`~LorgnetteProcessor.build_prompt`]. A `vision_features` column, `(L, E)` or of n images `(n, L, E)`, may stand
+    in for the image column.
 
     Rows come from a `Trainer` with `remove_unused_columns=False`. An `index` column is handed on, and names rows in
     errors; without it their position in the batch does.
@@ -140,7 +141,8 @@ class LorgnetteCollator:
 
     def _images(self, row: dict[str, Any]) -> list[Any]:
         if self.image_column not in row and "vision_features" in row:
-            return [torch.as_tensor(row["vision_features"])]
+            features = torch.as_tensor(row["vision_features"])
+            return list(features) if features.ndim == 3 else [features]
         value = _column(row, self.image_column)
         images = value if isinstance(value, (list, tuple)) else [value]
         if not images:

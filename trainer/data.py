@@ -4,6 +4,7 @@ Every row gets an `index`, its number in the split, so that an error can name it
 handed on as paths, URLs or bytes: it is the processor alone that decodes pictures.
 """
 
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import fsspec
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, List, load_dataset, load_from_disk
 
-from .arguments import DataArguments
+from .arguments import DataArguments, SourceArguments
+from .feature_cache import COLUMN, feature_opener, is_cache, load_cache
 
 
 FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
@@ -23,8 +25,8 @@ def load_pairs(args: DataArguments, *, evaluate: bool, seed: int) -> tuple[Rows,
     """The training rows and, with `evaluate`, the evaluation rows.
 
     A row holds `index` and the columns that `args` names. Its picture (or list of them) is a path, a URL, bytes or a
-    dict of bytes and path; a class label is its name. A streamed training set starts again when it ends, shuffled
-    within a buffer.
+    dict of bytes and path; of a feature cache there is `vision_features` in its place. A class label is its name. A
+    streamed training set starts again when it ends, shuffled within a buffer.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -49,37 +51,47 @@ def load_pairs(args: DataArguments, *, evaluate: bool, seed: int) -> tuple[Rows,
 
 def _numbered_rows(args: DataArguments, source: str, split: str) -> tuple[Rows, partial]:
     """The split's named columns and `index`; and the function that makes a batch of them ready for the collator."""
-    dataset, base = _load_split(args, source, split)
+    cached = is_cache(source)
+    if cached:
+        dataset, image_column = load_cache(source, split), COLUMN
+        dataset = dataset.to_iterable_dataset() if args.streaming else dataset
+        open_image = feature_opener(source)
+    else:
+        dataset, base = load_source(args, source, split, streaming=args.streaming)
+        image_column, open_image = args.image_column, partial(_open_picture, base=base)
     name = f"{source} ({split})"
     # A stream may not know its columns before it is read; nothing in it is decoded then.
     features = dataset.features or next(iter(dataset), {})
-    wanted = [args.image_column, args.text_column, *([args.query_column] if args.query_column else [])]
-    missing = [column for column in wanted if column not in features]
-    if features and missing:
-        raise ValueError(f"{name} has no column {' or '.join(map(repr, missing))}; it has {', '.join(features)}")
+    wanted = [image_column, args.text_column, *([args.query_column] if args.query_column else [])]
+    if features:
+        check_columns(features, wanted, name)
     if "index" in wanted:
         raise ValueError(f'{name}: the column "index" has to be renamed: row numbers go by that name')
 
-    picture, text = features.get(args.image_column), features.get(args.text_column)
-    dataset = dataset.select_columns(wanted)
-    if isinstance(picture, Image):
-        dataset = dataset.cast_column(args.image_column, Image(decode=False))
-    elif isinstance(picture, List) and isinstance(picture.feature, Image):
-        dataset = dataset.cast_column(args.image_column, List(Image(decode=False)))
+    text = features.get(args.text_column)
+    dataset = undecoded(dataset.select_columns([*wanted, "index"] if cached else wanted), image_column)
     if next(iter(dataset), None) is None:
         raise ValueError(f"{name} has no rows")
-    if isinstance(dataset, Dataset):
+    if cached:
+        pass  # each row says which one of its source it is
+    elif isinstance(dataset, Dataset):
         dataset = dataset.add_column("index", np.arange(len(dataset)))
     else:
         dataset = dataset.map(_with_index, with_indices=True)
     labels = {args.text_column: text.names} if isinstance(text, ClassLabel) else {}
-    return dataset, partial(_open_batch, image_column=args.image_column, base=base, labels=labels)
+    return dataset, partial(_open_batch, image_column=image_column, open_image=open_image, labels=labels)
 
 
-def _load_split(args: DataArguments, source: str, split: str) -> tuple[Rows, Path | None]:
-    """The split, and the folder that its relative image paths start from (None for a dataset of the Hub)."""
+def load_source(
+    args: SourceArguments, source: str, split: str | None = None, streaming: bool = False
+) -> tuple[Rows | DatasetDict, Path | None]:
+    """A split, or all of them, and the folder that relative image paths start from (None for a dataset of the Hub).
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: no such split, a file of an unknown kind, an empty one.
+    """
     path = Path(source).expanduser()
-    streaming = args.streaming
     if path.is_file():
         builder = FILE_BUILDERS.get(path.suffix.lower())
         if builder is None:
@@ -91,6 +103,8 @@ def _load_split(args: DataArguments, source: str, split: str) -> tuple[Rows, Pat
         saved = load_from_disk(str(path))
         if isinstance(saved, Dataset):
             saved = DatasetDict(train=saved)
+        if split is None:
+            return saved, path
         if split not in saved:
             raise ValueError(f"dataset {source!r} has no split {split!r}; it has {', '.join(saved)}")
         return saved[split].to_iterable_dataset() if streaming else saved[split], path
@@ -100,6 +114,27 @@ def _load_split(args: DataArguments, source: str, split: str) -> tuple[Rows, Pat
         raise FileNotFoundError(f"dataset {source!r}: no such file or folder")
     revision = args.dataset_revision if source == args.dataset else None
     return load_dataset(source, args.dataset_config, split=split, streaming=streaming, revision=revision), None
+
+
+def check_columns(existing: Collection[str], wanted: list[str], name: str) -> None:
+    """Raise ValueError where columns of the data set `name` are missing, with those that exist."""
+    if missing := [column for column in wanted if column not in existing]:
+        raise ValueError(f"{name} has no column {' or '.join(map(repr, missing))}; it has {', '.join(existing)}")
+
+
+def undecoded(dataset: Rows, image_column: str) -> Rows:
+    """The rows with pictures, or lists of them, as bytes and paths."""
+    picture = (dataset.features or {}).get(image_column)
+    if isinstance(picture, Image):
+        return dataset.cast_column(image_column, Image(decode=False))
+    if isinstance(picture, List) and isinstance(picture.feature, Image):
+        return dataset.cast_column(image_column, List(Image(decode=False)))
+    return dataset
+
+
+def picture_opener(image_column: str, base: Path | None) -> Callable[[dict], dict]:
+    """A transform for rows of pictures alone: the processor can open what it leaves in `image_column`."""
+    return partial(_open_batch, image_column=image_column, open_image=partial(_open_picture, base=base), labels={})
 
 
 def _lazily(dataset: Rows, open_batch: partial) -> Rows:
@@ -112,13 +147,13 @@ def _with_index(row: dict, index: int) -> dict:
     return {**row, "index": index}
 
 
-def _open_batch(batch: dict, image_column: str, base: Path | None, labels: dict[str, list[str]]) -> dict:
-    """A batch (column -> values) with pictures that the processor can open and class labels by name."""
+def _open_batch(batch: dict, image_column: str, open_image: Callable[..., Any], labels: dict[str, list[str]]) -> dict:
+    """A batch (column -> values) with pictures that the processor can open, or features, and class labels by name."""
     opened = dict(batch)
     if image_column in batch:
         numbers = batch.get("index", [None] * len(batch[image_column]))
         opened[image_column] = [
-            _open_picture(value, base, number) for value, number in zip(batch[image_column], numbers, strict=True)
+            open_image(value, number=number) for value, number in zip(batch[image_column], numbers, strict=True)
         ]
     for column, names in labels.items():
         if column in batch:
@@ -127,12 +162,12 @@ def _open_batch(batch: dict, image_column: str, base: Path | None, labels: dict[
     return opened
 
 
-def _open_picture(value: Any, base: Path | None, number: int | None) -> Any:
+def _open_picture(value: Any, number: int | None, base: Path | None) -> Any:
     """A relative path as an absolute one, a file of a remote dataset as its bytes, anything else as it is."""
     if isinstance(value, list) and value and isinstance(value[0], dict | str):
-        return [_open_picture(item, base, number) for item in value]
+        return [_open_picture(item, number, base) for item in value]
     if isinstance(value, dict):  # datasets' own form of an image that is not decoded
-        return value if value["bytes"] is not None else _open_picture(value["path"], base, number)
+        return value if value["bytes"] is not None else _open_picture(value["path"], number, base)
     if not isinstance(value, str) or value.startswith(("http://", "https://", "data:")):
         return value
     if "://" in value:  # on the Hub or inside an archive, where a dataset is streamed

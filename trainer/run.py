@@ -12,6 +12,7 @@ from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import TRAINING_DEFAULTS, BackboneArguments, DataArguments
 from .collator import LorgnetteCollator
 from .data import load_pairs
+from .feature_cache import check_cache, is_cache
 from .recipe import parse_recipe
 
 
@@ -45,10 +46,11 @@ def train(
     Raises:
         FileExistsError: `output_dir` holds an earlier run and `resume_from_checkpoint` is not set.
         FileNotFoundError: nothing there to resume from.
-        ValueError: the data are not what the arguments say, see [`~lorgnette.trainer.data.load_pairs`].
+        ValueError: the data are not what the arguments say, see [`~lorgnette.trainer.data.load_pairs`]; or a feature
+            cache is another model's.
     """
     checkpoint = checkpoint_to_resume(training_args)
-    _set_up_logging(training_args)
+    _say_what_runs(training_args)
     # Before the model is built: the Q-Former and LoRA start from random numbers.
     (enable_full_determinism if training_args.full_determinism else set_seed)(training_args.seed)
 
@@ -59,6 +61,9 @@ def train(
         seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
         train_dataset, eval_dataset = load_pairs(data_args, evaluate=evaluate, seed=seed)
     model, processor = build()
+    for source in filter(None, (data_args.dataset, data_args.eval_dataset)):
+        if is_cache(source):
+            check_cache(source, model, processor.image_processor)
     _log_sizes(model)
 
     trainer = Trainer(
@@ -121,13 +126,18 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     return wish
 
 
-def _set_up_logging(args: TrainingArguments) -> None:
+def set_up_logging(is_main_process: bool) -> None:
+    """Have what this package logs printed, by one process."""
     ours = logging.getLogger("lorgnette")
-    ours.setLevel(logging.INFO if args.should_log else logging.WARNING)
+    ours.setLevel(logging.INFO if is_main_process else logging.WARNING)
     if not ours.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
         ours.addHandler(handler)
+
+
+def _say_what_runs(args: TrainingArguments) -> None:
+    set_up_logging(args.should_log)
     transformers_logging.set_verbosity(args.get_process_log_level())
     if args.device.type == "cpu" and args.should_log:
         slow = " bf16 may be many times slower there than --bf16 false." if args.bf16 else ""
