@@ -12,9 +12,11 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "LorgnetteConfig": "configuration.configuration_lorgnette",
     "LorgnetteQFormerConfig": "configuration.configuration_lorgnette",
+    "LorgnetteRetrievalConfig": "configuration.configuration_lorgnette",
     "LorgnettePreTrainedModel": "modeling.modeling_base",
     "LorgnetteQFormerModel": "modeling.modeling_qformer",
     "LorgnetteForConditionalGeneration": "modeling.modeling_lorgnette",
+    "LorgnetteForImageTextRetrieval": "modeling.modeling_retrieval",
     "LorgnetteProcessor": "processing.processing_lorgnette",
     "LorgnetteImageToTextPipeline": "processing.pipeline_lorgnette",
     "LorgnetteCollator": "trainer.collator",

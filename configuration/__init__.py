@@ -2,9 +2,10 @@
 
 from transformers import AutoConfig
 
-from .configuration_lorgnette import LorgnetteConfig, LorgnetteQFormerConfig
+from .configuration_lorgnette import LorgnetteConfig, LorgnetteQFormerConfig, LorgnetteRetrievalConfig
 
 
 # Where lorgnette is imported, saved folders load through its classes, and nobody is asked about remote code.
 AutoConfig.register(LorgnetteConfig.model_type, LorgnetteConfig)
 AutoConfig.register(LorgnetteQFormerConfig.model_type, LorgnetteQFormerConfig)
+AutoConfig.register(LorgnetteRetrievalConfig.model_type, LorgnetteRetrievalConfig)

@@ -4,6 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+
+QFORMER_TOKENIZER = "qformer_tokenizer"  # the folder in a processor's that holds the second tokenizer
 
 
 def from_pretrained_arguments(source: str | Path, revision: str | None = None) -> tuple[str, dict[str, Any]]:
@@ -34,4 +38,16 @@ def load_tokenizer(
     return AutoTokenizer.from_pretrained(name, **keywords)
 
 
-__all__ = ["from_pretrained_arguments", "load_tokenizer"]
+def load_qformer_tokenizer(
+    source: str | Path | PreTrainedTokenizerBase | None, revision: str | None = None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the Q-Former's text: a BERT's, or a stage-1 model's, which lies in a folder of its own."""
+    if isinstance(source, (str, Path)):
+        name, keywords = from_pretrained_arguments(source, revision)
+        inside = f"{QFORMER_TOKENIZER}/tokenizer_config.json"
+        if cached_file(name, inside, _raise_exceptions_for_missing_entries=False, **keywords) is not None:
+            return AutoTokenizer.from_pretrained(name, subfolder=QFORMER_TOKENIZER, **keywords)
+    return load_tokenizer(source, revision)
+
+
+__all__ = ["QFORMER_TOKENIZER", "from_pretrained_arguments", "load_qformer_tokenizer", "load_tokenizer"]

@@ -1,4 +1,4 @@
-"""`LorgnetteConfig`: a ViT, a Q-Former and a causal LM, each with its own config, and how they are joined."""
+"""How a model is described: `LorgnetteConfig` (ViT, Q-Former, causal LM), and of stage 1 `LorgnetteRetrievalConfig`."""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,17 @@ from .remote_code import save_remote_code
 
 
 # How the Auto classes and `pipeline` find our classes in a saved folder.
+AUTO_PROCESSOR = "processing_lorgnette.LorgnetteProcessor"
 AUTO_MAP = {
     "AutoConfig": "configuration_lorgnette.LorgnetteConfig",
     "AutoModel": "modeling_lorgnette.LorgnetteForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_lorgnette.LorgnetteForConditionalGeneration",
-    "AutoProcessor": "processing_lorgnette.LorgnetteProcessor",
+    "AutoProcessor": AUTO_PROCESSOR,
+}
+RETRIEVAL_AUTO_MAP = {
+    "AutoConfig": "configuration_lorgnette.LorgnetteRetrievalConfig",
+    "AutoModel": "modeling_retrieval.LorgnetteForImageTextRetrieval",
+    "AutoProcessor": AUTO_PROCESSOR,
 }
 CUSTOM_PIPELINES = {
     "image-to-text": {
@@ -46,6 +52,7 @@ class LorgnetteQFormerConfig(PreTrainedConfig):
         cross_attention_frequency: layers 0, f, 2f, … have cross-attention.
         use_qformer_text_input: whether there is a text half (embeddings and text feed-forward), for stage 1 and for
             instructions as InstructBLIP has them.
+        dec_token_id: id of `[DEC]`, with which a text begins that is to be generated (stage 1, ITG).
 
     Raises:
         ValueError: two fields contradict each other, or one is out of its range.
@@ -70,6 +77,7 @@ class LorgnetteQFormerConfig(PreTrainedConfig):
     encoder_hidden_size: int | None = None
     use_qformer_text_input: bool = False
     num_query_tokens: int | None = None
+    dec_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
@@ -86,29 +94,114 @@ class LorgnetteQFormerConfig(PreTrainedConfig):
                 f"hidden_size ({self.hidden_size}) is not a multiple of "
                 f"num_attention_heads ({self.num_attention_heads})"
             )
+        if self.dec_token_id is not None and not 0 <= self.dec_token_id < self.vocab_size:
+            raise ValueError(f"dec_token_id ({self.dec_token_id}) is outside the vocabulary ({self.vocab_size})")
 
 
 @strict
-class LorgnetteConfig(PreTrainedConfig):
-    """Everything that is needed to build the model again: three sub-configs and the joints between them.
-
-    Follows the composite configs of transformers 5 (`models/blip_2/configuration_blip_2.py`).
+class LorgnetteBridgeConfig(PreTrainedConfig):
+    """A frozen ViT and the Q-Former that reads it: what the configs of both stages have in common.
 
     Args:
         vision_config: any ViT's config, or its dict with `model_type`.
         qformer_config: [`LorgnetteQFormerConfig`] or a dict of its fields.
-        text_config: any causal LM's config, or its dict with `model_type`.
-        num_query_tokens: soft image tokens per picture, the one place where this count is kept.
-        image_token_id: id of the `<image>` placeholder: the tokenizer's next free one. It may lie inside a padded
-            embedding table or past its end; the table is never resized, since placeholders are swapped out before the
-            look-up.
+        num_query_tokens: learned queries, and so soft image tokens per picture; the one place where this count is kept.
         vision_feature_layer: index into the ViT's `hidden_states` (-2 is the penultimate layer, which BLIP-2 and LLaVA
             train on). By default it is the ViT's `last_hidden_state`, which most pass through a final LayerNorm.
         vision_feature_select_strategy: `"full"` takes all tokens (CLS, registers, patches), `"default"` the patches
             alone. The two words are transformers' own (`LlavaConfig`).
+        vision_backbone, qformer_backbone: Hub ids the weights came from, where they came from the Hub.
+        vision_backbone_revision, qformer_backbone_revision: their commits.
+
+    Raises:
+        ValueError: two fields contradict each other, or one is out of its range.
+    """
+
+    _auto_map = AUTO_MAP
+
+    vision_config: dict | PreTrainedConfig | None = None
+    qformer_config: dict | PreTrainedConfig | None = None
+    num_query_tokens: int = 32
+    vision_feature_layer: int | None = None
+    vision_feature_select_strategy: str = "full"
+    vision_backbone: str | None = None
+    vision_backbone_revision: str | None = None
+    qformer_backbone: str | None = None
+    qformer_backbone_revision: str | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any):
+        self.vision_config = _sub_config(self.vision_config, "vision_config", default="vit")
+        if not hasattr(self.vision_config, "patch_size"):
+            raise ValueError(
+                f'vision_config.model_type "{self.vision_config.model_type}" has no patch_size: a wrong kind'
+            )
+        if self.qformer_config is None:
+            self.qformer_config = LorgnetteQFormerConfig()
+        elif isinstance(self.qformer_config, dict):
+            self.qformer_config = LorgnetteQFormerConfig(**self.qformer_config)
+
+        _require_positive(self, "num_query_tokens")
+        self._follow("encoder_hidden_size", self.vision_config.hidden_size, "vision_config.hidden_size")
+        self._follow("num_query_tokens", self.num_query_tokens, "num_query_tokens")
+
+        layers = self.vision_config.num_hidden_layers
+        if self.vision_feature_layer is not None and not -layers - 1 <= self.vision_feature_layer <= layers:
+            raise ValueError(
+                f"vision_feature_layer ({self.vision_feature_layer}) is outside the ViT's {layers + 1} hidden states "
+                f"(vision_config.num_hidden_layers is {layers})"
+            )
+        if self.vision_feature_select_strategy not in ("full", "default"):
+            raise ValueError(
+                f'vision_feature_select_strategy is "{self.vision_feature_select_strategy}"; it takes "full" (all '
+                'tokens) or "default" (patches alone)'
+            )
+        kwargs.setdefault("auto_map", dict(self._auto_map))
+        parts = [getattr(self, name) for name in self.sub_configs]
+        attention_of_parts = [part._attn_implementation for part in parts]
+        super().__post_init__(**kwargs)
+        if kwargs.get("attn_implementation") is None:
+            # transformers resets it in every sub-config, and the backbones that are joined may be loaded models
+            for part, attention in zip(parts, attention_of_parts, strict=True):
+                part._attn_implementation = attention
+
+    def _follow(self, field: str, value: int, source: str) -> None:
+        """Set a field of the Q-Former that another part of this config decides."""
+        given = getattr(self.qformer_config, field)
+        if given is not None and given != value:
+            raise ValueError(f"qformer_config.{field} ({given}) contradicts {source} ({value})")
+        setattr(self.qformer_config, field, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LorgnetteBridgeConfig":
+        """As `PreTrainedConfig.from_dict`; raises a ValueError for the config of another architecture."""
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(f'This is a "{model_type}" checkpoint, not a "{cls.model_type}" one')
+        return super().from_dict(config_dict, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """As `PreTrainedConfig.save_pretrained`, with the source files that load the folder as remote code."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        self.auto_map = dict(self._auto_map)
+        save_remote_code(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+@strict
+class LorgnetteConfig(LorgnetteBridgeConfig):
+    """Everything that is needed to build the model again: three sub-configs and the joints between them.
+
+    Follows the composite configs of transformers 5 (`models/blip_2/configuration_blip_2.py`). It has the fields of
+    [`LorgnetteBridgeConfig`] besides its own.
+
+    Args:
+        text_config: any causal LM's config, or its dict with `model_type`.
+        image_token_id: id of the `<image>` placeholder: the tokenizer's next free one. It may lie inside a padded
+            embedding table or past its end; the table is never resized, since placeholders are swapped out before the
+            look-up.
         lora_config: fields of `peft.LoraConfig`, or `None` for a language model without LoRA.
-        vision_backbone, text_backbone, qformer_backbone: Hub ids the weights came from, where they came from the Hub.
-        vision_backbone_revision, text_backbone_revision, qformer_backbone_revision: their commits.
+        text_backbone, text_backbone_revision: Hub id and commit the LM came from, where it came from the Hub.
 
     Raises:
         ValueError: two fields contradict each other, or one is out of its range.
@@ -122,64 +215,25 @@ class LorgnetteConfig(PreTrainedConfig):
         "text_config": AutoConfig,
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    qformer_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
-    num_query_tokens: int = 32
     image_token_id: int | None = None
-    vision_feature_layer: int | None = None
-    vision_feature_select_strategy: str = "full"
     lora_config: dict | None = None
-    vision_backbone: str | None = None
-    vision_backbone_revision: str | None = None
     text_backbone: str | None = None
     text_backbone_revision: str | None = None
-    qformer_backbone: str | None = None
-    qformer_backbone_revision: str | None = None
-    initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any):
-        self.vision_config = _sub_config(self.vision_config, "vision_config", default="vit")
         self.text_config = _sub_config(self.text_config, "text_config", default="llama")
-        for name, field in (("vision_config", "patch_size"), ("text_config", "vocab_size")):
-            if not hasattr(getattr(self, name), field):
-                raise ValueError(f'{name}.model_type "{getattr(self, name).model_type}" has no {field}: a wrong kind')
-        if self.qformer_config is None:
-            self.qformer_config = LorgnetteQFormerConfig()
-        elif isinstance(self.qformer_config, dict):
-            self.qformer_config = LorgnetteQFormerConfig(**self.qformer_config)
-
-        _require_positive(self, "num_query_tokens")
-        self._follow("encoder_hidden_size", self.vision_config.hidden_size, "vision_config.hidden_size")
-        self._follow("num_query_tokens", self.num_query_tokens, "num_query_tokens")
+        if not hasattr(self.text_config, "vocab_size"):
+            raise ValueError(f'text_config.model_type "{self.text_config.model_type}" has no vocab_size: a wrong kind')
         if self.image_token_id is None:
             self.image_token_id = self.text_config.vocab_size
         self._check_image_token_id()
-
-        layers = self.vision_config.num_hidden_layers
-        if self.vision_feature_layer is not None and not -layers - 1 <= self.vision_feature_layer <= layers:
-            raise ValueError(
-                f"vision_feature_layer ({self.vision_feature_layer}) is outside the ViT's {layers + 1} hidden states "
-                f"(vision_config.num_hidden_layers is {layers})"
-            )
-        if self.vision_feature_select_strategy not in ("full", "default"):
-            raise ValueError(
-                f'vision_feature_select_strategy is "{self.vision_feature_select_strategy}"; it takes "full" (all '
-                'tokens) or "default" (patches alone)'
-            )
         if self.text_config.is_encoder_decoder:
             raise ValueError(
                 f'text_config.model_type "{self.text_config.model_type}" is an encoder-decoder; a causal LM is needed'
             )
-        kwargs.setdefault("auto_map", dict(AUTO_MAP))
         kwargs.setdefault("custom_pipelines", CUSTOM_PIPELINES)
-        parts = [getattr(self, name) for name in self.sub_configs]
-        attention_of_parts = [part._attn_implementation for part in parts]
         super().__post_init__(**kwargs)
-        if kwargs.get("attn_implementation") is None:
-            # transformers resets it in every sub-config, and the backbones that are joined may be loaded models
-            for part, attention in zip(parts, attention_of_parts, strict=True):
-                part._attn_implementation = attention
 
     @property
     def vocab_size(self) -> int:
@@ -198,26 +252,52 @@ class LorgnetteConfig(PreTrainedConfig):
             if self.image_token_id in (taken if isinstance(taken, list) else [taken]):
                 raise ValueError(f"image_token_id ({self.image_token_id}) is also text_config.{name}")
 
-    def _follow(self, field: str, value: int, source: str) -> None:
-        """Set a field of the Q-Former that another part of this config decides."""
-        given = getattr(self.qformer_config, field)
-        if given is not None and given != value:
-            raise ValueError(f"qformer_config.{field} ({given}) contradicts {source} ({value})")
-        setattr(self.qformer_config, field, value)
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "LorgnetteConfig":
-        """As `PreTrainedConfig.from_dict`; raises a ValueError for the config of another architecture."""
-        model_type = config_dict.get("model_type", cls.model_type)
-        if model_type != cls.model_type:
-            raise ValueError(f'This is a "{model_type}" checkpoint, not a "{cls.model_type}" one')
-        return super().from_dict(config_dict, **kwargs)
+@strict
+class LorgnetteRetrievalConfig(LorgnetteBridgeConfig):
+    """Stage 1: a ViT and a Q-Former with a text half, and the losses that align picture and text (BLIP-2, section 3.1).
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As `PreTrainedConfig.save_pretrained`, with the source files that load the folder as remote code."""
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        save_remote_code(save_directory)
-        super().save_pretrained(save_directory, **kwargs)
+    It has the fields of [`LorgnetteBridgeConfig`] besides its own.
+
+    Args:
+        itc_weight, itm_weight, itg_weight: of image-text contrast, matching and image-grounded generation in the loss.
+            What serves only losses of weight 0 is not built.
+        image_text_hidden_size: width of the space in which pictures and texts are compared (`Blip2Config` has it).
+
+    Raises:
+        ValueError: a weight below 0, no weight above 0, a Q-Former without a text half, `[DEC]` missing.
+    """
+
+    model_type = "lorgnette_retrieval"
+    sub_configs = {  # noqa: RUF012 (transformers' own class attribute)
+        "vision_config": AutoConfig,
+        "qformer_config": LorgnetteQFormerConfig,
+    }
+    _auto_map = RETRIEVAL_AUTO_MAP
+
+    itc_weight: float | int = 1.0
+    itm_weight: float | int = 1.0
+    itg_weight: float | int = 1.0
+    image_text_hidden_size: int = 256
+
+    def __post_init__(self, **kwargs: Any):
+        if self.qformer_config is None:
+            self.qformer_config = LorgnetteQFormerConfig(use_qformer_text_input=True)
+            self.qformer_config.dec_token_id = self.qformer_config.vocab_size - 1
+        super().__post_init__(**kwargs)
+        _require_positive(self, "image_text_hidden_size")
+        weights = {name: getattr(self, name) for name in ("itc_weight", "itm_weight", "itg_weight")}
+        for name, weight in weights.items():
+            if weight < 0:
+                raise ValueError(f"{name} is {weight}; it has to be at least 0")
+        if not any(weights.values()):
+            raise ValueError("itc_weight, itm_weight and itg_weight are all 0: there is no loss left")
+        if not self.qformer_config.use_qformer_text_input:
+            raise ValueError("qformer_config.use_qformer_text_input is False: stage 1 needs the text half")
+        if self.itg_weight and self.qformer_config.dec_token_id is None:
+            raise ValueError(
+                "itg_weight is above 0 and qformer_config.dec_token_id is not set: generation starts there"
+            )
 
 
 def _sub_config(config: dict | PreTrainedConfig | None, name: str, default: str) -> PreTrainedConfig:
@@ -236,4 +316,12 @@ def _require_positive(config: PreTrainedConfig, field: str) -> None:
         raise ValueError(f"{field} is {getattr(config, field)}; it has to be at least 1")
 
 
-__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "LorgnetteConfig", "LorgnetteQFormerConfig"]
+__all__ = [
+    "AUTO_MAP",
+    "AUTO_PROCESSOR",
+    "CUSTOM_PIPELINES",
+    "LorgnetteBridgeConfig",
+    "LorgnetteConfig",
+    "LorgnetteQFormerConfig",
+    "LorgnetteRetrievalConfig",
+]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     # transformers copies only what a relative import names: these name the rest, whichever file is loaded first
     from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration  # noqa: F401
+    from ..modeling.modeling_retrieval import LorgnetteForImageTextRetrieval  # noqa: F401
     from ..processing.pipeline_lorgnette import LorgnetteImageToTextPipeline  # noqa: F401
     from ..processing.processing_lorgnette import LorgnetteProcessor  # noqa: F401
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from datasets import load_dataset
+from datasets import Image, load_dataset
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor
@@ -25,6 +25,9 @@ processor = LorgnetteProcessor.from_backbones(options.vision, options.text)
 model = LorgnetteForConditionalGeneration.from_backbones(
     options.vision, options.text, qformer=options.qformer, processor=processor, lora={"r": 16}
 )
+rows = load_dataset(options.dataset, split="train")
+rows = rows.cast_column("image", Image(decode=False))  # the processor decodes
+rows = rows.add_column("index", list(range(len(rows))))  # so that an error names the row
 
 trainer = Trainer(
     model=model,
@@ -36,7 +39,7 @@ trainer = Trainer(
         learning_rate=1e-4,
         remove_unused_columns=False,  # the collator reads the dataset's own columns
     ),
-    train_dataset=load_dataset(options.dataset, split="train"),
+    train_dataset=rows,
     data_collator=LorgnetteCollator(processor, text_column=options.text_column),
     processing_class=processor,
 )

@@ -1,10 +1,12 @@
-"""The Q-Former, the language model's LoRA, and the model that joins them to a frozen ViT."""
+"""The Q-Former, the language model's LoRA, and the models that join them to a frozen ViT."""
 
 from transformers import AutoModel, AutoModelForImageTextToText
 
-from ..configuration import LorgnetteConfig
+from ..configuration import LorgnetteConfig, LorgnetteRetrievalConfig
 from .modeling_lorgnette import LorgnetteForConditionalGeneration
+from .modeling_retrieval import LorgnetteForImageTextRetrieval
 
 
 AutoModel.register(LorgnetteConfig, LorgnetteForConditionalGeneration)
 AutoModelForImageTextToText.register(LorgnetteConfig, LorgnetteForConditionalGeneration)
+AutoModel.register(LorgnetteRetrievalConfig, LorgnetteForImageTextRetrieval)

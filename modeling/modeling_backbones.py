@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -17,6 +18,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from ..configuration.backbone_sources import from_pretrained_arguments, load_tokenizer
+from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig
 
 
 @dataclass
@@ -101,6 +103,20 @@ def load_bert(source: str | Path | PreTrainedModel, revision: str | None) -> Bac
     return _from_source(AutoModel.from_pretrained(name, dtype=torch.float32, **keywords), source, revision)
 
 
+def qformer_fields(bert: Backbone | None, given: dict[str, Any] | None) -> dict[str, Any]:
+    """Fields of [`LorgnetteQFormerConfig`]: those of the BERT that the Q-Former starts from, and over them the given.
+
+    Raises:
+        ValueError: a given field that the config does not know.
+    """
+    given = given or {}
+    unknown = sorted(given.keys() - LorgnetteQFormerConfig().to_dict().keys())
+    if unknown:
+        raise ValueError(f"qformer_config has fields that LorgnetteQFormerConfig does not know: {unknown}")
+    theirs = {} if bert is None else bert.model.config.to_dict()
+    return {name: theirs[name] for name in _FROM_BERT if name in theirs} | given
+
+
 def next_free_token_id(source: str | Path | PreTrainedModel, revision: str | None, vocab_size: int) -> int:
     """The id that `<image>` has, or would get, in the tokenizer beside the language model.
 
@@ -129,4 +145,19 @@ def _from_source(model: PreTrainedModel, source: str | Path, revision: str | Non
     return Backbone(model, str(source), extract_commit_hash(config_file, None))
 
 
-__all__ = ["Backbone", "load_bert", "load_language_model", "load_vision_model", "next_free_token_id"]
+_FROM_BERT = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "max_position_embeddings",
+    "layer_norm_eps",
+    "pad_token_id",
+)
+
+
+__all__ = ["Backbone", "load_bert", "load_language_model", "load_vision_model", "next_free_token_id", "qformer_fields"]

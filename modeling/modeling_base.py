@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import PROCESSOR_NAME, TransformersKwargs
 
-from ..configuration.configuration_lorgnette import AUTO_MAP, LorgnetteConfig
+from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig
 from .modeling_companions import ProcessorBeside
 
 
@@ -19,8 +19,7 @@ _PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "c
 class LorgnettePreTrainedModel(PreTrainedModel):
     """What every model here shares: a ViT that is frozen, stays in eval mode and builds no graph."""
 
-    config: LorgnetteConfig
-    config_class = LorgnetteConfig
+    config: LorgnetteBridgeConfig
     base_model_prefix = "lorgnette"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -67,7 +66,6 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         A processor that the model was joined with, or that lay beside it where it was loaded, is saved along with it,
         unless the folder has one.
         """
-        self.config.auto_map = dict(AUTO_MAP)
         hub_kwargs = {name: kwargs.pop(name) for name in _PUSH_KWARGS if name in kwargs}
         if is_main_process:
             Path(save_directory).mkdir(parents=True, exist_ok=True)

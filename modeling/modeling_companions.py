@@ -5,9 +5,13 @@ trains it and saves it would leave a folder that no pipeline loads.
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from transformers import AutoProcessor
 from transformers.utils import CHAT_TEMPLATE_FILE, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file, logging
+
+from ..configuration.remote_code import save_remote_code
 
 
 logger = logging.get_logger(__name__)
@@ -62,6 +66,13 @@ class ProcessorBeside:
         for name, content in self.files.items():
             Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
             Path(folder, name).write_bytes(content)
+
+    def load(self) -> Any:
+        """The processor itself; raises OSError where there is none."""
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            save_remote_code(folder)
+            return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 
     def _fetch(self) -> dict[str, bytes]:
         found = {}

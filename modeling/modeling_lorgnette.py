@@ -28,14 +28,15 @@ from transformers.modeling_outputs import (
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration.configuration_lorgnette import LorgnetteConfig, LorgnetteQFormerConfig
+from ..configuration.configuration_lorgnette import LorgnetteConfig
 from .modeling_adapters import LanguageModelAdapters
-from .modeling_backbones import load_bert, load_language_model, load_vision_model, next_free_token_id
+from .modeling_backbones import load_language_model, load_vision_model, next_free_token_id
 from .modeling_base import LorgnettePreTrainedModel
 from .modeling_lora import check_lora_config, resolve_lora_config
 from .modeling_outputs_lorgnette import LorgnetteCausalLMOutputWithPast, LorgnetteImageFeatures
 from .modeling_placeholders import PlaceholderBlind, check_context, check_finite, check_placeholders
 from .modeling_qformer import LorgnetteQFormerModel
+from .modeling_qformer_start import QFormerStart
 
 
 class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrainedModel, GenerationMixin):
@@ -51,6 +52,8 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
         ValueError: `config.lora_config` would train or rewrite base weights of the language model.
     """
 
+    config: LorgnetteConfig
+    config_class = LorgnetteConfig
     main_input_name = "input_ids"
 
     def __init__(
@@ -107,9 +110,10 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
         Args:
             vision: a ViT (ViT, DeiT, CLIP, SigLIP, SigLIP2, DINOv2 …): Hub id, local folder or loaded model.
             text: any causal LM: Hub id, local folder, `.gguf` file or loaded model.
-            qformer: a BERT to start the Q-Former from; without one it starts at random.
+            qformer: what the Q-Former starts from: a BERT, or a stage-1 model ([`LorgnetteForImageTextRetrieval`] or
+                its folder), whose text half is left out unless `use_qformer_text_input`. Without it: random numbers.
             qformer_config: fields of [`LorgnetteQFormerConfig`]; they win over the BERT's.
-            num_query_tokens: soft tokens per image; by default as many as `processor` makes room for, or 32.
+            num_query_tokens: soft tokens per image; by default stage 1's, as many as `processor` makes room for, or 32.
             lora: fields of `peft.LoraConfig`, or one; `{}` for peft's defaults on all attention projections; `None` for
                 no LoRA.
             processor: the [`LorgnetteProcessor`] to be used. It decides the placeholder's id and what ends an answer,
@@ -128,7 +132,8 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         seen = load_vision_model(vision, vision_revision, dtype, attn_implementation)
         spoken = load_language_model(text, text_revision, dtype, attn_implementation)
-        started = load_bert(qformer, qformer_revision) if qformer is not None else None
+        started = QFormerStart.load(qformer, qformer_revision)
+        started.check_vision(seen.model)
         if dtype is None and seen.model.dtype != spoken.model.dtype:
             raise ValueError(
                 f"The ViT is {seen.model.dtype}, the LM {spoken.model.dtype}: pass dtype= to join them in one"
@@ -138,35 +143,28 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
             image_token_id = processor.image_token_id
         else:
             image_token_id = next_free_token_id(text, text_revision, spoken.model.config.vocab_size)
-        if num_query_tokens is None:
-            num_query_tokens = processor.num_query_tokens if processor is not None else 32
-        unknown = sorted((qformer_config or {}).keys() - LorgnetteQFormerConfig().to_dict().keys())
-        if unknown:
-            raise ValueError(f"qformer_config has fields that LorgnetteQFormerConfig does not know: {unknown}")
-        fields: dict[str, Any] = {}
-        if started is not None:
-            theirs = started.model.config.to_dict()
-            fields = {name: theirs[name] for name in _FROM_BERT if name in theirs}
         config = LorgnetteConfig(
             vision_config=seen.model.config,
-            qformer_config=fields | (qformer_config or {}),
+            qformer_config=started.fields(qformer_config),
             text_config=spoken.model.config,
-            num_query_tokens=num_query_tokens,
             image_token_id=image_token_id,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
+            **started.settle(
+                processor,
+                num_query_tokens=num_query_tokens,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+            ),
             lora_config=resolve_lora_config(lora, spoken.model) if lora is not None else None,
             vision_backbone=seen.name,
             vision_backbone_revision=seen.revision,
             text_backbone=spoken.name,
             text_backbone_revision=spoken.revision,
-            qformer_backbone=started.name if started else None,
-            qformer_backbone_revision=started.revision if started else None,
+            qformer_backbone=started.name,
+            qformer_backbone_revision=started.revision,
             attn_implementation=attn_implementation,
         )
         model = cls(config, vision_model=seen.model, language_model=spoken.model)
-        if started is not None:
-            model.qformer.load_bert(started.model)
+        started.load_into(model.qformer)
         model.to(dtype or spoken.model.dtype)
         if processor is not None:
             model.check_processor(processor)
@@ -320,7 +318,7 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
         if pictures is None:
             return inputs_embeds, None
-        check_finite(pictures, mask, self.config, row_index)
+        check_finite(pictures, mask.sum(dim=1) // self.config.num_query_tokens, row_index)
         soft = self.get_image_features(**images).pooler_output.to(inputs_embeds)
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), soft), soft
 
@@ -464,19 +462,6 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
 
 
 _READS_IDS_ALONE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
-_FROM_BERT = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "max_position_embeddings",
-    "layer_norm_eps",
-    "pad_token_id",
-)
 
 
 __all__ = ["LorgnetteForConditionalGeneration"]

@@ -42,4 +42,21 @@ class LorgnetteCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.Tensor | None = None
 
 
-__all__ = ["LorgnetteCausalLMOutputWithPast", "LorgnetteImageFeatures"]
+@dataclass
+class LorgnetteImageTextOutput(ModelOutput):
+    """What [`LorgnetteForImageTextRetrieval`] returns.
+
+    Args:
+        loss: the weighted sum of the three, where they were asked for.
+        loss_itc, loss_itm, loss_itg: scalars; None where the weight is 0.
+        logits_per_image: `(B, B)` float32, cosines of the pictures and texts of this process; None without ITC.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_itc: torch.Tensor | None = None
+    loss_itm: torch.Tensor | None = None
+    loss_itg: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+
+
+__all__ = ["LorgnetteCausalLMOutputWithPast", "LorgnetteImageFeatures", "LorgnetteImageTextOutput"]

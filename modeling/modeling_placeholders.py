@@ -40,10 +40,13 @@ def check_placeholders(
             raise ValueError(f"{row_name(row, row_index)} has labels on image placeholders: they have to be -100 there")
 
 
-def check_finite(
-    pictures: torch.Tensor, mask: torch.Tensor, config: PreTrainedConfig, row_index: torch.Tensor | None
-) -> None:
+def check_finite(pictures: torch.Tensor, images_per_row: torch.Tensor | None, row_index: torch.Tensor | None) -> None:
     """Refuse pictures (or features) `(N, …)` with NaN or inf in them.
+
+    Args:
+        pictures: of all rows, in their order.
+        images_per_row: `(B,)`; None for one each.
+        row_index: as in [`check_placeholders`].
 
     Raises:
         ValueError: names the image and its row.
@@ -51,8 +54,7 @@ def check_finite(
     broken = ~torch.isfinite(pictures.flatten(1)).all(dim=1)
     if broken.any():
         image = int(broken.nonzero()[0])
-        images_so_far = (mask.sum(dim=1) // config.num_query_tokens).cumsum(0)
-        row = int((images_so_far <= image).sum())
+        row = image if images_per_row is None else int((images_per_row.cumsum(0) <= image).sum())
         raise ValueError(
             f"{row_name(row, row_index)}: image {image} of the batch has values that are not finite (NaN or inf)"
         )

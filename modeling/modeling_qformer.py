@@ -9,7 +9,8 @@
 Shapes: B images, Q queries, T text tokens, L image tokens, D width, E width of the image features.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Unpack
 
 import torch
@@ -143,7 +144,7 @@ class LorgnetteQFormerLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,  # (B, Q + T, D)
-        encoder_hidden_states: torch.Tensor,  # (B, L, E)
+        encoder_hidden_states: torch.Tensor | None,  # (B, L, E); None where there are no queries
         attention_mask: torch.Tensor | None,
         encoder_attention_mask: torch.Tensor | None,
         query_length: int,
@@ -151,12 +152,13 @@ class LorgnetteQFormerLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         hidden_states = self.attention(hidden_states, hidden_states, attention_mask, **kwargs)
         queries, text = hidden_states[:, :query_length], hidden_states[:, query_length:]
-        if self.has_cross_attention:
-            queries = self.crossattention(queries, encoder_hidden_states, encoder_attention_mask, **kwargs)
-        queries = self.output_query(self.intermediate_query(queries), queries)
-        if text.shape[1] == 0:
-            return queries
-        return torch.cat([queries, self.output(self.intermediate(text), text)], dim=1)
+        if query_length > 0:
+            if self.has_cross_attention:
+                queries = self.crossattention(queries, encoder_hidden_states, encoder_attention_mask, **kwargs)
+            queries = self.output_query(self.intermediate_query(queries), queries)
+        if text.shape[1] > 0:
+            text = self.output(self.intermediate(text), text)
+        return torch.cat([queries, text], dim=1)
 
 
 class LorgnetteQFormerEncoder(nn.Module):
@@ -239,57 +241,65 @@ class LorgnetteQFormerModel(PreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         query_embeds: torch.Tensor | None = None,
+        causal_text: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """Let the queries read the image, and the text where there is one.
+        """Let the queries read the image, and the text where there is one; or read a text alone.
+
+        The three self-attention masks of BLIP-2 (figure 2): queries and text see each other (bi-directional);
+        queries see queries, and a token sees queries and the tokens before it (multimodal causal, `causal_text`);
+        either sees its own kind alone (uni-modal: two calls, one with the image, one with the text alone).
 
         Args:
-            encoder_hidden_states: `(B, L, E)` image features.
+            encoder_hidden_states: `(B, L, E)` image features; without them there are no queries, and text alone.
             encoder_attention_mask: `(B, L)`, 1 where there is an image token and 0 where there is padding.
-            input_ids: `(B, T)` instruction text (InstructBLIP, Dai et al. 2023, section 2.3); needs the text half.
+            input_ids: `(B, T)` text: an instruction (InstructBLIP, Dai et al. 2023, section 2.3), or stage 1's; needs
+                the text half.
             attention_mask: `(B, T)` for `input_ids`.
             query_embeds: `(B or 1, Q, D)` instead of the model's own queries.
+            causal_text: the text is to be generated: it may not look ahead, and the queries may not look at it.
             kwargs: `output_attentions` and `output_hidden_states` add self- and cross-attention maps
                 `(B, heads, Q + T, Q + T)` and `(B, heads, Q, L)`, and the layers' outputs.
 
         Returns:
-            `last_hidden_state` `(B, Q + T, D)`, the queries first; `pooler_output` `(B, D)`, the first query.
+            `last_hidden_state` `(B, Q + T, D)`, the queries first; `pooler_output` `(B, D)`, the first query, or of a
+            text alone its first token.
 
         Raises:
-            ValueError: text without a text half, a mask without text, features of another width, or no queries at all.
+            ValueError: text without a text half, a mask without text, features of another width, no queries for an
+                image, neither image nor text, `causal_text` without text.
         """
-        batch_size, _, width = encoder_hidden_states.shape
-        if width != self.config.encoder_hidden_size:
-            raise ValueError(
-                f"Image features are {width} wide; this Q-Former reads features of width "
-                f"{self.config.encoder_hidden_size} (encoder_hidden_size)"
-            )
-        if query_embeds is None:
-            if self.query_tokens is None:
-                raise ValueError("This Q-Former owns no queries (num_query_tokens is not set): give query_embeds")
-            query_embeds = self.query_tokens.weight.unsqueeze(0)
-        query_length = query_embeds.shape[1]
-        hidden_states = query_embeds.expand(batch_size, -1, -1)  # (B, Q, D)
+        parts = []
+        if encoder_hidden_states is not None:
+            parts.append(self._queries_for(encoder_hidden_states, query_embeds))  # (B, Q, D)
+        query_length = parts[0].shape[1] if parts else 0
         if input_ids is not None:
             if not self.config.use_qformer_text_input:
                 raise ValueError("The Q-Former was given text and has no text half: set use_qformer_text_input=True")
-            hidden_states = torch.cat([hidden_states, self.embeddings(input_ids)], dim=1)  # (B, Q + T, D)
-            if attention_mask is not None:
-                attention_mask = nn.functional.pad(attention_mask, (query_length, 0), value=1)
-        elif attention_mask is not None:
-            raise ValueError("The Q-Former was given an attention_mask and no input_ids: it masks the text")
-        hidden_states = self.dropout(self.layernorm(hidden_states))
-        encoder_hidden_states = encoder_hidden_states.to(hidden_states.dtype)
+            parts.append(self.embeddings(input_ids))  # (B, T, D)
+        elif attention_mask is not None or causal_text:
+            what = "an attention_mask" if attention_mask is not None else "causal_text"
+            raise ValueError(f"The Q-Former was given {what} and no input_ids: it masks the text")
+        if not parts:
+            raise ValueError("The Q-Former was given neither image features (encoder_hidden_states) nor text")
+        hidden_states = self.dropout(self.layernorm(torch.cat(parts, dim=1)))
 
         if attention_mask is not None:
+            attention_mask = nn.functional.pad(attention_mask, (query_length, 0), value=1)
+        if attention_mask is not None or causal_text:
             attention_mask = create_bidirectional_mask(
-                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                and_mask_function=multimodal_causal(query_length) if causal_text else None,
             )
+        if encoder_hidden_states is not None:
+            encoder_hidden_states = encoder_hidden_states.to(hidden_states.dtype)
         if encoder_attention_mask is not None:
             encoder_attention_mask = create_bidirectional_mask(
                 config=self.config,
@@ -303,6 +313,19 @@ class LorgnetteQFormerModel(PreTrainedModel):
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0]
         )
+
+    def _queries_for(self, encoder_hidden_states: torch.Tensor, query_embeds: torch.Tensor | None) -> torch.Tensor:
+        batch_size, _, width = encoder_hidden_states.shape
+        if width != self.config.encoder_hidden_size:
+            raise ValueError(
+                f"Image features are {width} wide; this Q-Former reads features of width "
+                f"{self.config.encoder_hidden_size} (encoder_hidden_size)"
+            )
+        if query_embeds is None:
+            if self.query_tokens is None:
+                raise ValueError("This Q-Former owns no queries (num_query_tokens is not set): give query_embeds")
+            query_embeds = self.query_tokens.weight.unsqueeze(0)
+        return query_embeds.expand(batch_size, -1, -1)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -332,6 +355,11 @@ class LorgnetteQFormerModel(PreTrainedModel):
             source["embeddings.position_embeddings.weight"] = (
                 positions + source["embeddings.token_type_embeddings.weight"][0]
             )
+        words = source.get("embeddings.word_embeddings.weight")
+        if self.config.dec_token_id is not None and words is not None and words.shape[0] == self.config.vocab_size - 1:
+            # [DEC] is ours: its row is put in, as it was drawn
+            drawn = own["embeddings.word_embeddings.weight"][self.config.dec_token_id :]
+            source["embeddings.word_embeddings.weight"] = torch.cat([words, drawn.to(words)])
         taken: dict[str, torch.Tensor] = {}
         for name, tensor in own.items():
             if "crossattention" in name or name.startswith("query_tokens"):
@@ -349,8 +377,17 @@ class LorgnetteQFormerModel(PreTrainedModel):
                 )
             taken[name] = source[theirs]
         self.load_state_dict(taken, strict=False)
-        fresh = sorted({name.rsplit(".", 1)[0] for name in own.keys() - taken.keys()})
-        logger.info(f"Q-Former: {len(taken)} tensors taken from {type(bert).__name__}; fresh: {', '.join(fresh)}")
+        fresh = _modules_of(name for name in own if name not in taken)
+        logger.info(f"Q-Former: {len(taken)} tensors taken from {type(bert).__name__}; fresh: {fresh}")
+
+
+def multimodal_causal(num_queries: int) -> Callable:
+    """BLIP-2's mask for generation (figure 2), as a mask function of `transformers.masking_utils`."""
+
+    def sees(batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor):
+        return (kv_idx < num_queries) | ((q_idx >= num_queries) & (kv_idx <= q_idx))
+
+    return sees
 
 
 def _name_in_bert(name: str) -> str:
@@ -359,6 +396,19 @@ def _name_in_bert(name: str) -> str:
         return name.replace("layernorm", "embeddings.LayerNorm")
     name = name.replace("attention.attention.", "attention.self.")
     return name.replace("intermediate_query.", "intermediate.").replace("output_query.", "output.")
+
+
+def _modules_of(names: Iterable[str]) -> str:
+    """Which modules these parameters are in, in brief: `query_tokens; crossattention of layers 0, 2, 4`."""
+    modules: dict[str, set[int]] = {}
+    for name in names:
+        in_layer = re.search(r"\.(\d+)\.(\w+)", name)
+        module, layers = (in_layer[2], {int(in_layer[1])}) if in_layer else (name.split(".")[0], set())
+        modules.setdefault(module, set()).update(layers)
+    return "; ".join(
+        f"{module} of layers {', '.join(map(str, sorted(layers)))}" if layers else module
+        for module, layers in modules.items()
+    )
 
 
 __all__ = ["LorgnetteQFormerModel"]

@@ -2,8 +2,9 @@
 
 from transformers import AutoProcessor
 
-from ..configuration import LorgnetteConfig
+from ..configuration import LorgnetteConfig, LorgnetteRetrievalConfig
 from .processing_lorgnette import LorgnetteProcessor
 
 
 AutoProcessor.register(LorgnetteConfig, LorgnetteProcessor)
+AutoProcessor.register(LorgnetteRetrievalConfig, LorgnetteProcessor)

@@ -22,7 +22,10 @@ def parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: a part of another type, a text part without text.
+        TypeError: the message is no dict.
     """
+    if not isinstance(message, dict):
+        raise TypeError(f'a message is {{"role": …, "content": …}}, not {str(message)[:100]!r}')
     content = message.get("content")
     if content is None or isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []

@@ -14,8 +14,8 @@ from transformers.models.auto.image_processing_auto import (
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.utils import PROCESSOR_NAME
 
-from ..configuration.backbone_sources import from_pretrained_arguments, load_tokenizer
-from ..configuration.configuration_lorgnette import AUTO_MAP
+from ..configuration.backbone_sources import from_pretrained_arguments, load_qformer_tokenizer, load_tokenizer
+from ..configuration.configuration_lorgnette import AUTO_PROCESSOR
 from ..configuration.remote_code import save_remote_code
 from .conversations import flatten, images_in, is_batch, query_in
 from .image_loading import load_image_for, naming
@@ -108,7 +108,7 @@ class LorgnetteProcessor(ProcessorMixin):
         return cls(
             vision,
             load_tokenizer(text, text_revision),
-            load_tokenizer(qformer, qformer_revision),
+            load_qformer_tokenizer(qformer, qformer_revision),
             num_query_tokens=num_query_tokens,
             system_prompt=system_prompt,
             query=query,
@@ -297,6 +297,9 @@ class LorgnetteProcessor(ProcessorMixin):
         rows, sorted_by_caller = ([], False) if images is None else rows_of(images)
         texts = None if text is None else texts_of(text, "text")
 
+        if texts is None and not all(rows):
+            raise ValueError(f"row {rows.index([])} has an empty list of images, and no text")
+
         features: dict[str, Any] = {}
         if self.tokenizer is None:
             if texts is not None:
@@ -304,8 +307,6 @@ class LorgnetteProcessor(ProcessorMixin):
             flat = [image for row in rows for image in row]
         else:
             if texts is None:
-                if not all(rows):
-                    raise ValueError(f"row {rows.index([])} has an empty list of images, and no text")
                 asked = self._queries(queries, len(rows))
                 texts = [self.build_prompt(query, num_images=len(row)) for query, row in zip(asked, rows, strict=True)]
             ids = [self._encode_prompt(prompt, text_kwargs.get("add_special_tokens", True)) for prompt in texts]
@@ -417,7 +418,7 @@ class LorgnetteProcessor(ProcessorMixin):
     def to_dict(self) -> dict[str, Any]:
         """What processor_config.json holds; a tokenizer that is not there is null in it."""
         absent = {name: None for name in _TOKENIZERS if getattr(self, name) is None}
-        return {**super().to_dict(), **absent, "auto_map": {"AutoProcessor": AUTO_MAP["AutoProcessor"]}}
+        return {**super().to_dict(), **absent, "auto_map": {"AutoProcessor": AUTO_PROCESSOR}}
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Save into a folder from which `AutoProcessor` loads where lorgnette is not installed, with the code for it.

@@ -134,7 +134,13 @@ def test_bad_images(pipe, tmp_path):
     for images in ([PICTURES[0], tmp_path / "cat.png"], iter([PICTURES[0], tmp_path / "cat.png"])):
         with pytest.raises(ValueError, match=r"image 1: .*cat\.png is no picture"):
             list(pipe(images, **TOKENS))
-    for nothing, message in ((None, "no images"), ([], "empty list"), ([None], "image 0: the image is None")):
+    for nothing, message in (
+        (None, "no images"),
+        ([], "images is an empty list"),
+        ([[]], "image 0 is an empty list"),
+        ([PICTURES[:1], []], "image 1 is an empty list"),
+        ([None], "image 0: the image is None"),
+    ):
         with pytest.raises(ValueError, match=message):
             pipe(nothing)
     with pytest.raises(TypeError, match="int"):
@@ -206,6 +212,10 @@ class TestImageTextToText:
     def test_text_without_a_place_for_the_image(self, stock):
         with pytest.raises(ValueError, match="each image needs its <image> in the text"):
             stock(PICTURES[0], text="What?")
+
+    def test_no_images(self, stock, parts):
+        with pytest.raises(ValueError, match="row 0: 1 <image> in the text, 0 images given"):
+            stock([[]], text=parts[1].build_prompt())
 
 
 def test_runs_in_the_models_dtype(parts):

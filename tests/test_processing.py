@@ -235,6 +235,9 @@ class TestImages:
         [
             ({}, "neither images nor text"),
             ({"images": []}, "empty list"),
+            ({"images": [[], []]}, "row 0 has an empty list of images, and no text"),
+            ({"images": [[tiny.picture()], []]}, "row 1 has an empty list of images, and no text"),
+            ({"images": [[], []], "text": ["<image>", "a"]}, "row 0: 1 <image> in the text, 0 images"),
             ({"images": [None]}, "image 0: the image is None"),
             ({"images": [tiny.picture(), [tiny.picture()]]}, "mixes"),
             ({"text": []}, "empty list"),
@@ -341,6 +344,8 @@ class TestQFormer:
         assert set(batch) == {"input_ids", "attention_mask", "pixel_values"}
         assert processor.image_token_id is None
         assert processor.decode(batch["input_ids"][0], skip_special_tokens=True) == "a cat"
+        with pytest.raises(ValueError, match="row 0 has an empty list of images"):
+            processor(images=[[], []])
         with pytest.raises(ValueError, match="stage-1"):
             processor.build_prompt()
 

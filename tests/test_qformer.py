@@ -138,6 +138,18 @@ class TestStartFromBert:
         ids = text()["input_ids"]
         torch.testing.assert_close(model.layernorm(model.embeddings(ids)), source.embeddings(ids), atol=1e-6, rtol=0)
 
+    @pytest.mark.parametrize(
+        ("fields", "fresh"),
+        [
+            ({"cross_attention_frequency": 2}, "query_tokens; crossattention of layers 0, 2"),
+            ({"cross_attention_frequency": 1, "num_query_tokens": None}, "crossattention of layers 0, 1, 2"),
+        ],
+    )
+    def test_what_is_fresh_is_logged_in_brief(self, caplog, fields, fresh):
+        with caplog.at_level("INFO", "lorgnette.modeling.modeling_qformer"):
+            qformer(**fields).load_bert(bert(num_hidden_layers=3))
+        assert caplog.messages[-1].endswith(f"tensors taken from BertModel; fresh: {fresh}")
+
     def test_another_shape_is_an_error_with_both(self):
         with pytest.raises(ValueError, match=r"\(32,\).*\(16,\)"):
             qformer().load_bert(bert(num_hidden_layers=3, hidden_size=32))

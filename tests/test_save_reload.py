@@ -118,6 +118,29 @@ def test_a_model_saves_the_processor_it_was_joined_with_or_loaded_beside(tmp_pat
     assert LorgnetteProcessor.from_pretrained(tmp_path / "own").query == "What else?"
 
 
+LOAD = """
+import sys
+from lorgnette import LorgnetteProcessor
+from transformers import AutoProcessor
+
+for auto_class in (LorgnetteProcessor, AutoProcessor):
+    for folder in sys.argv[1:]:
+        assert type(auto_class.from_pretrained(folder)) is LorgnetteProcessor
+"""
+
+
+def test_who_has_lorgnette_is_not_asked_about_remote_code(tmp_path):
+    """In a process of its own, since here all classes are registered; a question would fail there, with no stdin."""
+    built, made = build()
+    folders = [tmp_path / "whole", tmp_path / "processor-alone"]
+    built.save_pretrained(folders[0])
+    made.save_pretrained(folders[1])
+    command = [sys.executable, "-c", LOAD, *map(str, folders)]
+    finished = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "[y/N]" not in finished.stdout + finished.stderr
+
+
 def test_a_trainer_checkpoint_and_what_the_trainer_saves(tmp_path):
     built, made = build()
     rows = Dataset.from_list([{"image": picture(seed), "text": f"a {seed}"} for seed in range(4)])

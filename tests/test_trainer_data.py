@@ -5,7 +5,7 @@ from itertools import islice
 
 import datasets
 import pytest
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, List, Value
 from tiny import picture
 
 from lorgnette.processing.image_loading import load_image
@@ -93,6 +93,70 @@ def test_several_pictures_a_row(folder):
     (folder / "rows.jsonl").write_text(json.dumps({"image": ["0.png", "1.png"], "caption": "two"}))
     train, _ = load_pairs(arguments(folder / "rows.jsonl"), evaluate=False, seed=0)
     assert [load_image(path).size for path in train[0]["image"]] == [picture().size] * 2
+
+
+def chat(*parts, answer="A cat."):
+    asked = {"role": "user", "content": [{"type": "text", "text": "What?"}, *parts]}
+    return [asked, {"role": "assistant", "content": answer}]
+
+
+class TestChats:
+    @pytest.mark.parametrize("streaming", [False, True])
+    @pytest.mark.parametrize(
+        "source",
+        [{"image": "1.png"}, {"path": "1.png"}, {"url": "1.png"}, {"image": {"path": "1.png"}},
+         {"type": "image_url", "image_url": {"url": "1.png"}}],
+    )  # fmt: skip
+    def test_pictures_in_the_messages_are_relative_to_the_file(self, folder, source, streaming):
+        rows = [{"chat": chat({"type": "image", **source}), "text": "unused"}]
+        (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        args = DataArguments(str(folder / "rows.jsonl"), messages_column="chat", streaming=streaming)
+        row = next(iter(load_pairs(args, evaluate=False, seed=0)[0]))
+        assert set(row) == {"messages", "index"}
+        asked, answer = row["messages"]
+        assert (asked["role"], asked["content"][0]) == ("user", {"type": "text", "text": "What?"})
+        assert load_image(asked["content"][1]["image"]).tobytes() == picture(1).tobytes()
+        assert answer == {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
+
+    def test_pictures_in_a_column_beside_them(self, folder):
+        (folder / "rows.jsonl").write_text(json.dumps({"messages": chat({"type": "image"}), "picture": "1.png"}))
+        args = DataArguments(str(folder / "rows.jsonl"), messages_column="messages", image_column="picture")
+        row = load_pairs(args, evaluate=False, seed=0)[0][0]
+        assert load_image(row["picture"]).tobytes() == picture(1).tobytes()
+        assert row["messages"][0]["content"][1] == {"type": "image"}
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_pictures_that_the_file_holds_are_not_decoded(self, folder, streaming):
+        part = {"type": Value("string"), "text": Value("string"), "image": Image()}
+        messages = List({"role": Value("string"), "content": List(part)})
+        asked = chat({"type": "image", "image": picture(1)}, answer=[{"type": "text", "text": "A cat."}])
+        rows = Dataset.from_list([{"messages": asked}], features=Features(messages=messages))
+        rows.to_parquet(folder / "rows.parquet")
+        args = DataArguments(str(folder / "rows.parquet"), messages_column="messages", streaming=streaming)
+        row = next(iter(load_pairs(args, evaluate=False, seed=0)[0]))
+        shown = row["messages"][0]["content"][1]["image"]
+        assert isinstance(shown, dict)
+        assert load_image(shown).tobytes() == picture(1).tobytes()
+
+    @pytest.mark.parametrize(
+        ("messages", "kind", "message"),
+        [
+            (chat({"type": "video"}), ValueError, 'row 0: a part is .*"type": "image".*video'),
+            ("What?", TypeError, "row 0: a message is .*not 'W'"),
+        ],
+    )
+    def test_what_is_no_chat_is_named(self, folder, messages, kind, message):
+        (folder / "rows.jsonl").write_text(json.dumps({"messages": messages}))
+        args = DataArguments(str(folder / "rows.jsonl"), messages_column="messages")
+        rows, _ = load_pairs(args, evaluate=False, seed=0)
+        with pytest.raises(kind, match=message):
+            _ = rows[0]
+
+    def test_a_column_that_is_named_has_to_be_there(self, folder):
+        (folder / "rows.jsonl").write_text(json.dumps({"messages": chat()}))
+        for columns in ({"messages_column": "chat"}, {"messages_column": "messages", "image_column": "photo"}):
+            with pytest.raises(ValueError, match=r"no column '(chat|photo)'; it has messages"):
+                load_pairs(DataArguments(str(folder / "rows.jsonl"), **columns), evaluate=False, seed=0)
 
 
 def test_class_folders_give_their_names_as_text(tmp_path):

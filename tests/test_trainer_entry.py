@@ -96,7 +96,9 @@ def test_a_mistake_in_the_recipe_is_one_message_and_status_2(recipe, capsys, tex
         ([*BASE, "--eval_fraction", "2"], "has to lie between 0 and 1"),
         ([*BASE, "--streaming"], "streaming needs max_steps"),
         ([*BASE, "--remove_unused_columns", "true"], "remove_unused_columns has to stay false"),
-        ([*BASE, "--text_column", "image"], "name the same column"),
+        ([*BASE, "--text_column", "image"], "have the same name: image, image"),
+        ([*BASE, "--messages_column", "image"], "have the same name: image, image"),
+        ([*BASE, "--messages_column", "chat", "--query_column", "q"], "hold the words, leave out query_column"),
         ([*BASE, "--load_best_model_at_end"], "save and eval strategy to match"),
     ],
 )
@@ -105,6 +107,15 @@ def test_contradictions_are_one_message_and_status_2(capsys, argv, message):
         parse(*argv)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [("--learning_rat", "1"), ("--max_steps", "few"), ("--text_column", "image")])
+def test_the_message_is_all_that_is_printed(capsys, argv):
+    with pytest.raises(SystemExit):
+        parse(*BASE, *argv)
+    message, hint = capsys.readouterr().err.splitlines()
+    assert message.startswith("test: error: ")
+    assert hint == "test --help lists all options"
 
 
 def test_an_unknown_command_lists_those_that_exist(capsys):
@@ -185,6 +196,24 @@ def test_a_recipe_trains_resumes_and_leaves_a_model_to_go_on_from(tmp_path, reci
     )
     processor = LorgnetteProcessor.from_pretrained(tmp_path / "next")
     assert (processor.query, processor.system_prompt) == ("What is this?", "Briefly.")
+
+
+def test_chats_train(tmp_path, recipe, monkeypatch):
+    """Pictures in the messages' parts, their paths relative to the file; the broken one is named with its row."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (vision, text), pictures = write_backbones(tmp_path), write_pairs(tmp_path / "pictures")
+    asked = [[{"type": "text", "text": "What?"}, {"type": "image", "path": f"{n}.png"}] for n in range(4)]
+    rows = [
+        {"chat": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a cat"}]} for parts in asked
+    ]
+    (pictures / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = recipe(RECIPE.format(vision=vision, text=text, data=pictures / "rows.jsonl", output=tmp_path / "out"))
+    chats = ["stage2", "--config", path, "--messages_column", "chat", "--max_steps", "2"]
+    main(chats)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    (pictures / "2.png").write_bytes(b"words")
+    with pytest.raises(ValueError, match=r"^row 2: .*2\.png is no picture"):
+        main([*chats, "--output_dir", str(tmp_path / "other")])
 
 
 def test_trackers_are_told_of_a_run_whose_qformer_reads_the_query(tmp_path, recipe, monkeypatch):

@@ -53,7 +53,7 @@ class VisionArguments:
             if self.model_revision is not None:
                 raise ValueError("model_revision is given without model")
         else:
-            given = [f.name for f in fields(self) if f.name in (*self.NEEDED, *self.JOINTS)
+            given = [f.name for f in fields(self) if f.name in {*self.NEEDED, *self.JOINTS}
                      and getattr(self, f.name) != f.default]  # fmt: skip
             if given:
                 raise ValueError(f"model {self.model!r} is given: it has settled {', '.join(given)}, leave that out")
@@ -81,6 +81,22 @@ class BackboneArguments(VisionArguments):
     def __post_init__(self):
         self.qformer_config = _mapping(self.qformer_config, "qformer_config")
         super().__post_init__()
+
+
+@dataclass
+class Stage1Arguments(BackboneArguments):
+    """Which ViT and which Q-Former stage 1 aligns, and by which losses; or which stage-1 model goes on training."""
+
+    itc_weight: float = field(default=1.0, metadata={"help": "Of image-text contrast in the loss; 0 leaves it out."})
+    itm_weight: float = field(default=1.0, metadata={"help": "Of image-text matching; 0 leaves it out."})
+    itg_weight: float = field(default=1.0, metadata={"help": "Of image-grounded generation; 0 leaves it out."})
+    image_text_hidden_size: int = field(
+        default=256, metadata={"help": "Width of the space in which pictures and texts are compared."}
+    )
+
+    NEEDED: ClassVar[tuple[str, ...]] = ("vision", "qformer")
+    JOINTS: ClassVar[tuple[str, ...]] = (*BackboneArguments.JOINTS, "itc_weight", "itm_weight", "itg_weight",
+        "image_text_hidden_size")  # fmt: skip
 
 
 @dataclass
@@ -160,6 +176,13 @@ class DataArguments(SourceArguments):
     query_column: str | None = field(
         default=None, metadata={"help": "Column with what is asked of each picture, in place of the one `query`."}
     )
+    messages_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with chats, in place of text_column and query_column: the last answer is learnt. Pictures "
+            "are in the messages' parts, or in image_column."
+        },
+    )
     max_length: int | None = field(
         default=None,
         metadata={"help": "Tokens an example may take, the picture's included; a longer one is an error, not cut."},
@@ -174,9 +197,24 @@ class DataArguments(SourceArguments):
                 raise ValueError("eval_fraction holds out training rows: leave out eval_split and eval_dataset, or it")
             if self.streaming:
                 raise ValueError("eval_fraction cannot split a stream: name an eval_split or an eval_dataset")
-        columns = [self.image_column, self.text_column, *([self.query_column] if self.query_column else [])]
+        if self.messages_column is not None:
+            given = [f.name for f in fields(self) if f.name in ("text_column", "query_column")
+                     and getattr(self, f.name) != f.default]  # fmt: skip
+            if given:
+                raise ValueError(
+                    f"messages_column {self.messages_column!r} is given: its chats hold the words, leave out "
+                    f"{' and '.join(given)}"
+                )
+        columns = [self.image_column, *self.word_columns]
         if len(set(columns)) < len(columns):
-            raise ValueError(f"image_column, text_column and query_column name the same column: {', '.join(columns)}")
+            raise ValueError(f"columns for different things have the same name: {', '.join(columns)}")
+
+    @property
+    def word_columns(self) -> list[str]:
+        """The columns that words come from: chats, or texts and what is asked."""
+        if self.messages_column is not None:
+            return [self.messages_column]
+        return [self.text_column, *([self.query_column] if self.query_column else [])]
 
     @property
     def has_eval(self) -> bool:

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, List, Value
 from tqdm.auto import tqdm
 
 from .arguments import SourceArguments, VisionArguments
-from .data import check_columns, load_source, picture_opener, undecoded
+from .data import check_columns, load_source, numbered, picture_opener, undecoded
 from .feature_cache import (
     COLUMN,
     METADATA,
@@ -131,8 +130,7 @@ def load_splits(args: SourceArguments, names: list[str] | None) -> DatasetDict:
         check_columns(rows.features, [args.image_column], title)
         if taken := sorted({"index", COLUMN} & set(rows.features)):
             raise ValueError(f"{title}: the column {taken[0]!r} has to be renamed: a cache has one of that name")
-        rows = undecoded(rows, args.image_column).add_column("index", np.arange(len(rows)))
-        chosen[name] = rows.with_transform(picture_opener(args.image_column, base))
+        chosen[name] = numbered(undecoded(rows)).with_transform(picture_opener(args.image_column, base))
     return chosen
 
 

@@ -125,7 +125,8 @@ class LorgnetteCollator:
         output = "\n".join(part.get("text", "<image>") for part in parts_of(answer))
         if count_images([answer]) or not output.strip():
             raise ValueError(f"the assistant's answer has to be words; it is {output!r}")
-        in_column = self._images(row) if row.get(self.image_column) is not None else []
+        has_column = row.get(self.image_column) is not None or "vision_features" in row
+        in_column = self._images(row) if has_column else []
         if in_column and not count_images(messages):
             first = next((n for n, message in enumerate(messages) if message.get("role") == "user"), 0)
             shown = [*parts_of(messages[first]), *[{"type": "image"}] * len(in_column)]

@@ -13,6 +13,8 @@ import fsspec
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, List, load_dataset, load_from_disk
 
+from ..processing.conversations import parts_of
+from ..processing.image_loading import naming
 from .arguments import DataArguments, SourceArguments
 from .feature_cache import COLUMN, feature_opener, is_cache, load_cache
 
@@ -24,9 +26,10 @@ Rows = Dataset | IterableDataset
 def load_pairs(args: DataArguments, *, evaluate: bool, seed: int) -> tuple[Rows, Rows | None]:
     """The training rows and, with `evaluate`, the evaluation rows.
 
-    A row holds `index` and the columns that `args` names. Its picture (or list of them) is a path, a URL, bytes or a
-    dict of bytes and path; of a feature cache there is `vision_features` in its place. A class label is its name. A
-    streamed training set starts again when it ends, shuffled within a buffer.
+    A row holds `index` and the columns that `args` names, `messages_column` as `messages`. A picture (in its column, in
+    a list there or in a message) is a path, a URL, bytes or a dict of bytes and path; of a feature cache there is
+    `vision_features` in place of the column. A class label is its name. A streamed training set starts again when it
+    ends, shuffled within a buffer.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -53,7 +56,7 @@ def _numbered_rows(args: DataArguments, source: str, split: str) -> tuple[Rows, 
     """The split's named columns and `index`; and the function that makes a batch of them ready for the collator."""
     cached = is_cache(source)
     if cached:
-        dataset, image_column = load_cache(source, split), COLUMN
+        dataset, base, image_column = load_cache(source, split), None, COLUMN
         dataset = dataset.to_iterable_dataset() if args.streaming else dataset
         open_image = feature_opener(source)
     else:
@@ -62,24 +65,25 @@ def _numbered_rows(args: DataArguments, source: str, split: str) -> tuple[Rows, 
     name = f"{source} ({split})"
     # A stream may not know its columns before it is read; nothing in it is decoded then.
     features = dataset.features or next(iter(dataset), {})
-    wanted = [image_column, args.text_column, *([args.query_column] if args.query_column else [])]
+    wanted = [image_column, *args.word_columns]
+    if args.messages_column and image_column == DataArguments.image_column and image_column not in features:
+        wanted = args.word_columns  # chats may bring their pictures along; a column that was named has to be there
     if features:
         check_columns(features, wanted, name)
     if "index" in wanted:
         raise ValueError(f'{name}: the column "index" has to be renamed: row numbers go by that name')
 
     text = features.get(args.text_column)
-    dataset = undecoded(dataset.select_columns([*wanted, "index"] if cached else wanted), image_column)
+    dataset = undecoded(dataset.select_columns([*wanted, "index"] if cached else wanted))
+    if args.messages_column not in (None, "messages"):
+        dataset = dataset.rename_column(args.messages_column, "messages")  # what the collator knows chats by
     if next(iter(dataset), None) is None:
         raise ValueError(f"{name} has no rows")
-    if cached:
-        pass  # each row says which one of its source it is
-    elif isinstance(dataset, Dataset):
-        dataset = dataset.add_column("index", np.arange(len(dataset)))
-    else:
-        dataset = dataset.map(_with_index, with_indices=True)
+    if not cached:  # whose rows say which ones of their source they are
+        dataset = numbered(dataset)
     labels = {args.text_column: text.names} if isinstance(text, ClassLabel) else {}
-    return dataset, partial(_open_batch, image_column=image_column, open_image=open_image, labels=labels)
+    openers = {image_column: open_image, "messages": partial(_open_chat, base=base)}
+    return dataset, partial(_open_batch, openers=openers, labels=labels)
 
 
 def load_source(
@@ -122,19 +126,35 @@ def check_columns(existing: Collection[str], wanted: list[str], name: str) -> No
         raise ValueError(f"{name} has no column {' or '.join(map(repr, missing))}; it has {', '.join(existing)}")
 
 
-def undecoded(dataset: Rows, image_column: str) -> Rows:
-    """The rows with pictures, or lists of them, as bytes and paths."""
-    picture = (dataset.features or {}).get(image_column)
-    if isinstance(picture, Image):
-        return dataset.cast_column(image_column, Image(decode=False))
-    if isinstance(picture, List) and isinstance(picture.feature, Image):
-        return dataset.cast_column(image_column, List(Image(decode=False)))
+def numbered(dataset: Rows) -> Rows:
+    """The rows with their numbers as `index`."""
+    if isinstance(dataset, Dataset):
+        return dataset.add_column("index", np.arange(len(dataset)))
+    return dataset.map(_with_index, with_indices=True)
+
+
+def undecoded(dataset: Rows) -> Rows:
+    """The rows with their pictures, wherever they are, left as bytes and path."""
+    for column, feature in (dataset.features or {}).items():
+        if (plain := _undecoded(feature)) != feature:
+            dataset = dataset.cast_column(column, plain)
     return dataset
 
 
 def picture_opener(image_column: str, base: Path | None) -> Callable[[dict], dict]:
     """A transform for rows of pictures alone: the processor can open what it leaves in `image_column`."""
-    return partial(_open_batch, image_column=image_column, open_image=partial(_open_picture, base=base), labels={})
+    return partial(_open_batch, openers={image_column: partial(_open_picture, base=base)}, labels={})
+
+
+def _undecoded(feature: Any) -> Any:
+    """A column's type with its pictures, wherever they are in it, left as bytes and path."""
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, List):
+        return List(_undecoded(feature.feature), feature.length)
+    if isinstance(feature, dict):
+        return {name: _undecoded(field) for name, field in feature.items()}
+    return feature
 
 
 def _lazily(dataset: Rows, open_batch: partial) -> Rows:
@@ -147,14 +167,13 @@ def _with_index(row: dict, index: int) -> dict:
     return {**row, "index": index}
 
 
-def _open_batch(batch: dict, image_column: str, open_image: Callable[..., Any], labels: dict[str, list[str]]) -> dict:
+def _open_batch(batch: dict, openers: dict[str, Callable[..., Any]], labels: dict[str, list[str]]) -> dict:
     """A batch (column -> values) with pictures that the processor can open, or features, and class labels by name."""
     opened = dict(batch)
-    if image_column in batch:
-        numbers = batch.get("index", [None] * len(batch[image_column]))
-        opened[image_column] = [
-            open_image(value, number=number) for value, number in zip(batch[image_column], numbers, strict=True)
-        ]
+    numbers = batch.get("index", [None] * len(next(iter(batch.values()))))
+    for column, open_value in openers.items():
+        if column in batch:
+            opened[column] = [open_value(value, n) for value, n in zip(batch[column], numbers, strict=True)]
     for column, names in labels.items():
         if column in batch:
             # Unlabelled rows (-1) go on as None: the collator names their number.
@@ -162,12 +181,23 @@ def _open_batch(batch: dict, image_column: str, open_image: Callable[..., Any], 
     return opened
 
 
+def _open_chat(messages: list[dict] | None, number: int | None, base: Path | None) -> list[dict]:
+    """The messages (none for None) with their contents as parts, whose pictures are opened as those of a column are."""
+    with naming(f"row {number}"):
+        opened = [(message, parts_of(message)) for message in messages or []]
+    for _, parts in opened:
+        for part in parts:
+            if "image" in part:
+                part["image"] = _open_picture(part["image"], number, base)
+    return [{**message, "content": parts} for message, parts in opened]
+
+
 def _open_picture(value: Any, number: int | None, base: Path | None) -> Any:
     """A relative path as an absolute one, a file of a remote dataset as its bytes, anything else as it is."""
     if isinstance(value, list) and value and isinstance(value[0], dict | str):
         return [_open_picture(item, number, base) for item in value]
     if isinstance(value, dict):  # datasets' own form of an image that is not decoded
-        return value if value["bytes"] is not None else _open_picture(value["path"], number, base)
+        return value if value.get("bytes") is not None else _open_picture(value.get("path"), number, base)
     if not isinstance(value, str) or value.startswith(("http://", "https://", "data:")):
         return value
     if "://" in value:  # on the Hub or inside an archive, where a dataset is streamed

@@ -127,9 +127,11 @@ def differences(first: Any, second: Any, name: str = "") -> Iterator[tuple[str, 
         yield name, first, second
 
 
-def _open_features(value: bytes | list[bytes], number: int, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
+def _open_features(
+    value: bytes | list[bytes], _number: int, dtype: torch.dtype, shape: tuple[int, int]
+) -> torch.Tensor:
     if isinstance(value, list):
-        return torch.stack([_open_features(item, number, dtype, shape) for item in value])
+        return torch.stack([_open_features(item, _number, dtype, shape) for item in value])
     return torch.frombuffer(bytearray(value), dtype=dtype).view(shape)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -28,9 +28,10 @@ def parse_recipe(
     mappings are written as JSON on the command line. `defaults` replace those of the dataclasses' own.
 
     A mistake in either (an unknown field, a value of the wrong type, something that a dataclass' `__post_init__` or
-    `check` refuses with a ValueError) prints one message naming the field and exits with status 2, as argparse does.
+    `check` refuses with a ValueError) prints one message naming the field and exits with status 2, as argparse does,
+    but without the usage of all the options, which would fill several screens.
     """
-    parser = HfArgumentParser(dataclass_types, prog=prog, description=description, allow_abbrev=False)
+    parser = _Parser(dataclass_types, prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="a recipe: any of the options below, as `name: value`")
     for kind in (str, int, float):
         parser.register("type", kind, partial(_or_null, kind))
@@ -49,6 +50,11 @@ def parse_recipe(
     except ValueError as error:
         parser.error(str(error))
     return tuple(filled)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
 
 
 def _read_yaml(parser: HfArgumentParser, path: str, hints: Mapping[str, Any]) -> dict[str, Any]:

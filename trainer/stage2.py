@@ -2,6 +2,8 @@
 
 from functools import partial
 
+from transformers import AutoConfig
+
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import Stage2Arguments
@@ -24,11 +26,15 @@ def build(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, Lor
         )
         model.check_processor(processor)
         return model, processor
+    num_query_tokens = args.num_query_tokens
+    if num_query_tokens is None and args.qformer is not None:  # a stage-1 model has settled it, a BERT knows of none
+        config = AutoConfig.from_pretrained(args.qformer, revision=args.qformer_revision)
+        num_query_tokens = getattr(config, "num_query_tokens", None)
     processor = LorgnetteProcessor.from_backbones(
         args.vision,
         args.text,
         qformer=args.qformer if args.reads_query else None,
-        **({} if args.num_query_tokens is None else {"num_query_tokens": args.num_query_tokens}),
+        **({} if num_query_tokens is None else {"num_query_tokens": num_query_tokens}),
         vision_revision=args.vision_revision,
         text_revision=args.text_revision,
         qformer_revision=args.qformer_revision,

@@ -1,0 +1,119 @@
+"""The losses that align pictures and texts in stage 1 (BLIP-2, Li et al. 2023, section 3.1), as pure functions.
+
+- image-text contrast (ITC) compares each picture with each text of all processes
+- image-text matching (ITM) tells a pair from a hard negative, drawn by the same similarity
+- image-grounded generation (ITG) predicts a text's tokens from the picture
+
+Pairs that share a caption are no negatives of each other. Everything is computed in float32.
+
+Shapes: B pairs of this process, N pairs of all processes, Q queries, E width of the space they are compared in.
+"""
+
+import torch
+from torch import nn
+
+
+def similarities(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    """Cosine of each picture and each text: of a picture's queries, the one that is nearest counts.
+
+    Args:
+        image_embeds: `(M, Q, E)`, normalised.
+        text_embeds: `(N, E)`, normalised.
+
+    Returns:
+        `(M, N)` float32, as `logits_per_image` of `transformers.Blip2ForImageTextRetrieval`.
+    """
+    return torch.einsum("mqe,ne->mqn", image_embeds.float(), text_embeds.float()).amax(dim=1)
+
+
+def same_caption(input_ids: torch.Tensor) -> torch.Tensor:
+    """`(N, N)` bool: whether two of N texts, `(N, T)` ids whose padding is one value, are the same."""
+    caption = input_ids.unique(dim=0, return_inverse=True)[1]  # (N,) one number for each distinct text
+    return caption[:, None] == caption[None]
+
+
+def contrastive_loss(
+    similarity: torch.Tensor,
+    targets: torch.Tensor,
+    candidates: torch.Tensor,
+    logit_scale: torch.Tensor,
+    label_smoothing: float = 0.1,
+) -> torch.Tensor:
+    """ITC in one direction: cross-entropy of each row's own column among that column and its candidates.
+
+    Args:
+        similarity: `(B, N)` cosines.
+        targets: `(B,)` int64, the column of each row's own partner.
+        candidates: `(B, N)` bool, the columns that are its negatives.
+        logit_scale: scalar, one over the temperature.
+        label_smoothing: the share of the label that is spread evenly over the row's own column and its candidates.
+
+    Returns:
+        The mean over rows, a scalar; a row without candidates counts 0.
+    """
+    own = nn.functional.one_hot(targets, similarity.shape[1]).bool()
+    counted = candidates | own
+    logits = (similarity.float() * logit_scale.float()).masked_fill(~counted, -torch.inf)
+    log_probabilities = logits.log_softmax(dim=-1).masked_fill(~counted, 0.0)
+    smooth = log_probabilities.sum(-1) / counted.sum(-1)
+    nearest = log_probabilities.gather(1, targets[:, None]).squeeze(1)
+    return -((1 - label_smoothing) * nearest + label_smoothing * smooth).mean()
+
+
+def draw_negatives(
+    logits: torch.Tensor, candidates: torch.Tensor, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a hard negative for each row that has a candidate, the likelier the more similar (ALBEF, section 3.2).
+
+    Args:
+        logits: `(B, N)` similarities over the temperature.
+        candidates: `(B, N)` bool.
+        generator: where the random numbers come from, on the device of `logits`; the device's own by default.
+
+    Returns:
+        `rows` and `negatives`, `(R,)` int64 each: the rows that have a candidate, and the column drawn for each.
+    """
+    rows = candidates.any(dim=1).nonzero().squeeze(1)
+    weights = logits.float().masked_fill(~candidates, -torch.inf)[rows].softmax(dim=1)
+    # the floor, also BLIP-2's, keeps every candidate possible: a softmax may round all but one to 0
+    weights = (weights + 1e-4).masked_fill(~candidates[rows], 0.0)
+    if rows.numel() == 0:
+        return rows, rows
+    return rows, torch.multinomial(weights, 1, generator=generator).squeeze(1)
+
+
+def matching_loss(logits: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
+    """ITM: cross-entropy of `(R, 2)` logits (no match, match) and `(R,)` 0 or 1, a scalar."""
+    return nn.functional.cross_entropy(logits.float(), matches)
+
+
+def generation_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.1) -> torch.Tensor:
+    """ITG: cross-entropy of `(R, vocabulary)` logits and the `(R,)` tokens they are to predict, a scalar."""
+    return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+
+def gather(tensor: torch.Tensor) -> torch.Tensor:
+    """Rows of all processes, `(B, …)` to `(N, …)` in the processes' order; gradients flow back to each of them.
+
+    In one process, with or without a process group, it is the tensor itself.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return tensor
+    if not tensor.requires_grad:
+        parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(tensor.contiguous()))
+
+
+__all__ = [
+    "contrastive_loss",
+    "draw_negatives",
+    "gather",
+    "generation_loss",
+    "matching_loss",
+    "same_caption",
+    "similarities",
+]

@@ -1,0 +1,108 @@
+"""Which text fits which picture: retrieval with a stage-1 model, by ITC, re-ranked by ITM (BLIP-2, section 4.4)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from .modeling_companions import ProcessorBeside
+from .modeling_losses import similarities
+
+
+RERANKED = 128  # candidates that ITM looks at, as in BLIP-2's evaluation
+
+
+class ImageTextRanking:
+    """`retrieve`, for a model that projects pictures and texts into one space and tells whether they match."""
+
+    @torch.no_grad()
+    def retrieve(
+        self,
+        images: Sequence[Any] | torch.Tensor,
+        texts: Sequence[str],
+        *,
+        rerank: bool | int = False,
+        processor: Any = None,
+        batch_size: int = 32,
+    ) -> torch.Tensor:
+        """How well each text fits each picture. Sort along either axis.
+
+        Args:
+            images: M pictures, of any kind that [`LorgnetteProcessor`] takes; or the ViT's features of them,
+                `(M, L, E)`.
+            texts: N strings.
+            rerank: let ITM look at the best pairs: of each picture its nearest texts and of each text its nearest
+                pictures, 128 each as in BLIP-2 (appendix), or this number. They come before all other pairs.
+            processor: by default the one that the model was joined with or lay beside.
+            batch_size: pictures, texts or pairs at a time.
+
+        Returns:
+            `(M, N)` float32 on the CPU: cosines, from -1 to 1; where re-ranked, 2 + the cosine + ITM's probability.
+
+        Raises:
+            ValueError: nothing to compare; a model without ITC, or, to re-rank, without ITM; no processor known.
+        """
+        if rerank:
+            self._require("itm_weight", "nothing can re-rank")
+        if len(images) == 0 or len(texts) == 0:
+            raise ValueError(f"{len(images)} images and {len(texts)} texts: there is nothing to compare")
+        processor = self._known_processor() if processor is None else processor
+        encoded = processor(text=list(texts), padding=True, return_tensors="pt").to(self.device)
+        text_embeds = torch.cat(
+            [self.embed_texts(**take_rows(encoded, rows)) for rows in _batches(len(texts), batch_size, "texts")]
+        )
+        scores, kept = [], []
+        for rows in _batches(len(images), batch_size, "images"):
+            if isinstance(images, torch.Tensor):
+                seen = {"vision_features": images[rows].to(self.device)}
+            else:
+                seen = processor(images=[images[row] for row in rows], return_tensors="pt").to(self.device)
+            mask = seen.get("pixel_attention_mask")
+            features = self._look(
+                seen.get("pixel_values"), seen.get("vision_features"), mask, seen.get("spatial_shapes")
+            )
+            image = {"encoder_hidden_states": features, "encoder_attention_mask": mask}
+            queries, _ = self._read(image, None)
+            scores.append(similarities(self._project(queries), text_embeds))
+            if rerank:
+                kept.append(image)
+        scores = torch.cat(scores)
+        if rerank:
+            pairs = _best_pairs(scores, RERANKED if rerank is True else rerank)  # (R, 2)
+            image = {
+                name: None if kept[0][name] is None else torch.cat([part[name] for part in kept]) for name in kept[0]
+            }
+            for rows in _batches(len(pairs), batch_size, "pairs"):
+                at = pairs[rows].T
+                logits = self._match_logits(take_rows(image, at[0]), take_rows(encoded, at[1]))
+                scores[at[0], at[1]] += 2 + logits.float().softmax(dim=-1)[:, 1]
+        return scores.cpu()
+
+    def _known_processor(self) -> Any:
+        if isinstance(self._processor, ProcessorBeside):
+            return self._processor.load()
+        if self._processor is None:
+            raise ValueError("No processor is known to this model: pass processor=")
+        return self._processor
+
+
+def take_rows(tensors: Mapping[str, torch.Tensor | None], rows: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    """The same rows of every tensor; None stays None."""
+    return {name: None if tensor is None else tensor[rows] for name, tensor in tensors.items()}
+
+
+def _batches(count: int, size: int, unit: str) -> Iterator[torch.Tensor]:
+    rows = torch.arange(count).split(size)
+    return iter(logging.tqdm(rows, desc=f"reading {unit}", disable=None if len(rows) > 1 else True))
+
+
+def _best_pairs(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """`(R, 2)`: rows and columns of the `count` highest scores in each row and in each column."""
+    best = torch.zeros_like(scores, dtype=torch.bool)
+    best.scatter_(1, scores.topk(min(count, scores.shape[1]), dim=1).indices, True)
+    best.scatter_(0, scores.topk(min(count, scores.shape[0]), dim=0).indices, True)
+    return best.nonzero()
+
+
+__all__ = ["ImageTextRanking", "take_rows"]

@@ -1,0 +1,399 @@
+"""Stage 1: its masks, its losses against transformers' BLIP-2, what trains, retrieval, saving, and the way to stage 2."""
+
+import itertools
+
+import pytest
+import torch
+from tiny import bert_tokenizer, image_processor, picture
+from tiny_models import NUM_QUERY_TOKENS, QFORMER, bert, language_model, vision_model
+from transformers import (
+    AutoModel,
+    Blip2Config,
+    Blip2ForImageTextRetrieval,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+)
+
+from lorgnette import (
+    LorgnetteForConditionalGeneration,
+    LorgnetteForImageTextRetrieval,
+    LorgnetteProcessor,
+    LorgnetteQFormerConfig,
+    LorgnetteQFormerModel,
+    LorgnetteRetrievalConfig,
+)
+from lorgnette.modeling.modeling_losses import (
+    contrastive_loss,
+    draw_negatives,
+    generation_loss,
+    matching_loss,
+    similarities,
+)
+
+
+WORDS = len(bert_tokenizer())
+CAPTIONS = ["the cat", "a dog", "the picture of a cat", "the cat"]  # the first and the last are the same
+
+
+def processor(**fields) -> LorgnetteProcessor:
+    return LorgnetteProcessor.from_backbones(
+        image_processor(), None, **{"qformer": bert_tokenizer(), "num_query_tokens": NUM_QUERY_TOKENS} | fields
+    )
+
+
+def retriever(seed: int = 0, **kwargs) -> LorgnetteForImageTextRetrieval:
+    torch.manual_seed(seed)
+    kwargs = {"qformer": bert(vocab_size=WORDS), "processor": processor(), "image_text_hidden_size": 8} | kwargs
+    return LorgnetteForImageTextRetrieval.from_backbones(vision_model(), **kwargs).eval()
+
+
+def batch(captions: list[str] = CAPTIONS) -> dict[str, torch.Tensor]:
+    images = [picture(n) for n in range(len(captions))]
+    return dict(processor()(images=images, text=captions, padding=True, return_tensors="pt"))
+
+
+class TestMasks:
+    """BLIP-2, figure 2."""
+
+    @staticmethod
+    def qformer(attention: str) -> LorgnetteQFormerModel:
+        torch.manual_seed(0)
+        config = LorgnetteQFormerConfig(
+            **QFORMER, vocab_size=60, encoder_hidden_size=24, num_query_tokens=3, use_qformer_text_input=True
+        )
+        model = LorgnetteQFormerModel._from_config(config, attn_implementation=attention).eval()
+        with torch.no_grad():  # weights of std 0.02 would make any picture look like any other
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        return model
+
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    def test_multimodal_causal(self, attention: str):
+        model, image = self.qformer(attention), torch.randn(2, 7, 24)
+        ids = torch.randint(1, 60, (2, 6))
+        mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+        with torch.no_grad():
+            seen = model(image, input_ids=ids, attention_mask=mask, causal_text=True).last_hidden_state
+            alone = model(image).last_hidden_state
+            changed = ids.clone()
+            changed[:, 3] += 1 - 2 * (changed[:, 3] == 59).long()
+            later = model(image, input_ids=changed, attention_mask=mask, causal_text=True).last_hidden_state
+            elsewhere = model(image + 1, input_ids=ids, attention_mask=mask, causal_text=True).last_hidden_state
+        torch.testing.assert_close(seen[:, :3], alone, atol=1e-5, rtol=0)  # queries do not see the text
+        torch.testing.assert_close(seen[:, 3:6], later[:, 3:6], atol=1e-5, rtol=0)  # nor does a token what follows it
+        assert (seen[:, 6] - later[:, 6]).abs().max() > 1e-3
+        assert (seen[:, 3:] - elsewhere[:, 3:]).abs().max() > 1e-3  # the text sees the picture through the queries
+
+    def test_text_alone(self):
+        model, ids = self.qformer("sdpa"), torch.randint(1, 60, (2, 6))
+        with torch.no_grad():
+            states = model(input_ids=ids)
+            padded = model(
+                input_ids=torch.cat([ids, torch.zeros(2, 2, dtype=torch.long)], dim=1),
+                attention_mask=torch.tensor([[1] * 6 + [0] * 2] * 2),
+            )
+        assert states.last_hidden_state.shape == (2, 6, 16)
+        assert torch.equal(states.pooler_output, states.last_hidden_state[:, 0])
+        torch.testing.assert_close(padded.last_hidden_state[:, :6], states.last_hidden_state, atol=1e-5, rtol=0)
+
+    def test_neither_image_nor_text_and_a_mask_without_text(self):
+        with pytest.raises(ValueError, match="neither image features"):
+            self.qformer("sdpa")()
+        with pytest.raises(ValueError, match="causal_text and no input_ids"):
+            self.qformer("sdpa")(torch.randn(1, 7, 24), causal_text=True)
+
+
+class TestLosses:
+    def test_they_are_those_of_a_plain_loop(self):
+        model, inputs = retriever(), batch()
+        with torch.no_grad():
+            out = model(**inputs)
+            features = model.get_vision_features(inputs["pixel_values"]).last_hidden_state
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            queries = model.qformer(features).last_hidden_state
+            image_embeds = torch.nn.functional.normalize(model.vision_projection(queries), dim=-1)
+            cls = model.qformer(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
+            text_embeds = torch.nn.functional.normalize(model.text_projection(cls), dim=-1)
+            cosines = similarities(image_embeds, text_embeds)
+            differ = torch.tensor([[a != b for b in CAPTIONS] for a in CAPTIONS])
+            own, scale = torch.arange(4), torch.tensor(1 / 0.07)
+            itc = (contrastive_loss(cosines, own, differ, scale) + contrastive_loss(cosines.T, own, differ, scale)) / 2
+
+            generator = torch.Generator().manual_seed(0)
+            rows, texts = draw_negatives(cosines * scale, differ, generator)
+            rows2, images = draw_negatives(cosines.T * scale, differ.T, generator)
+            pairs = [(n, n, 1) for n in range(4)]
+            pairs += [(int(i), int(t), 0) for i, t in zip(rows, texts, strict=True)]
+            pairs += [(int(i), int(t), 0) for i, t in zip(images, rows2, strict=True)]
+            logits = []
+            for i, t, _ in pairs:
+                length = int(mask[t].sum())
+                both = model.qformer(features[i : i + 1], input_ids=ids[t : t + 1, :length]).last_hidden_state
+                logits.append(model.itm_head(both[0, :NUM_QUERY_TOKENS]).mean(dim=0))
+            itm = matching_loss(torch.stack(logits), torch.tensor([match for _, _, match in pairs]))
+
+            states, targets = [], []
+            for n in range(4):
+                length = int(mask[n].sum())
+                written = ids[n : n + 1, :length].clone()
+                written[:, 0] = WORDS  # [DEC]
+                for position in range(length - 1):  # token by token, as it would be generated
+                    prefix = written[:, : position + 1]
+                    read = model.qformer(features[n : n + 1], input_ids=prefix, causal_text=True).last_hidden_state
+                    states.append(read[0, -1])
+                    targets.append(ids[n, position + 1])
+            table = model.get_input_embeddings().weight
+            itg = generation_loss(model.text_head(torch.stack(states), table), torch.stack(targets))
+        for actual, expected in ((out.loss_itc, itc), (out.loss_itm, itm), (out.loss_itg, itg)):
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(out.loss, itc + itm + itg)
+        torch.testing.assert_close(out.logits_per_image, cosines)
+
+    def test_weights(self):
+        inputs = batch()
+        plain = retriever()(**inputs)
+        weighted = retriever(itc_weight=0.5, itm_weight=2.0, itg_weight=3.0)(**inputs)
+        torch.testing.assert_close(
+            weighted.loss, 0.5 * plain.loss_itc + 2 * plain.loss_itm + 3 * plain.loss_itg, atol=1e-5, rtol=1e-5
+        )
+
+    def test_eval_repeats_and_training_draws_anew(self):
+        model, inputs = retriever(), batch(["the cat", "a dog", "a bird", "the picture", "a car", "a road"])
+        assert torch.equal(model(**inputs).loss, model(**inputs).loss)
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.config.qformer_config.attention_probs_dropout_prob = 0.0
+        assert len({model(**inputs).loss_itm.item() for _ in range(8)}) > 1
+        assert len({model(**inputs).loss_itc.item() for _ in range(3)}) == 1
+
+    def test_features_stand_in_for_pixels(self):
+        model, inputs = retriever(), batch()
+        features = model.get_vision_features(inputs["pixel_values"])
+        text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        assert torch.equal(model(**inputs).loss, model(**text, vision_features=features.last_hidden_state).loss)
+
+    def test_bfloat16_computes_its_losses_in_float32(self):
+        out = retriever(dtype="bfloat16", processor=None)(**batch())
+        assert {out.loss_itc.dtype, out.loss_itm.dtype, out.loss_itg.dtype} == {torch.float32}
+        assert out.logits_per_image.dtype == torch.float32
+        assert torch.isfinite(out.loss)
+
+
+def test_equals_blip2_with_the_same_weights():
+    """Both heads of `Blip2ForImageTextRetrieval`: the contrast's cosines and the matching's logits."""
+    sizes = QFORMER | {"vocab_size": WORDS + 1, "encoder_hidden_size": 24, "max_position_embeddings": 40}
+    vision = Blip2VisionConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    torch.manual_seed(0)
+    theirs = Blip2ForImageTextRetrieval(
+        Blip2Config(
+            vision_config=vision.to_dict(),
+            qformer_config=Blip2QFormerConfig(**sizes, use_qformer_text_input=True).to_dict(),
+            num_query_tokens=NUM_QUERY_TOKENS,
+            image_text_hidden_size=8,
+        )
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    ours = retriever()
+    names = {
+        name.replace("embeddings.", "qformer.embeddings.", 1) if name.startswith("embeddings.") else name: tensor
+        for name, tensor in theirs.state_dict().items()
+        if not name.startswith(("vision_model.", "query_tokens"))
+    }
+    keys = ours.load_state_dict(names | {"qformer.query_tokens.weight": theirs.query_tokens[0]}, strict=False)
+    assert keys.unexpected_keys == []
+    assert {name.split(".")[0] for name in keys.missing_keys} == {"vision_model", "logit_scale", "text_head"}
+
+    inputs = batch()
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        features = theirs.vision_model(inputs["pixel_values"]).last_hidden_state
+        expected = theirs(**inputs, use_image_text_matching_head=False).logits_per_image
+        actual = ours(**text, vision_features=features).logits_per_image
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+        expected = theirs(**inputs, use_image_text_matching_head=True).logits_per_image
+        image = {"encoder_hidden_states": features, "encoder_attention_mask": None}
+        torch.testing.assert_close(ours._match_logits(image, text), expected, atol=1e-5, rtol=1e-5)
+
+
+class TestWhatTrains:
+    @pytest.mark.parametrize("weights", [w for w in itertools.product((0.0, 1.0), repeat=3) if any(w)])
+    def test_every_trainable_parameter_gets_a_gradient_whatever_the_losses(self, weights):
+        model = retriever(**dict(zip(("itc_weight", "itm_weight", "itg_weight"), weights, strict=True))).train()
+        model(**batch()).loss.backward()
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trainable
+        heads = {name for name, _ in model.named_children()} - {"qformer", "vision_model"}
+        itc, itm, itg = weights
+        expected = {"vision_projection": itc, "text_projection": itc, "itm_head": itm, "text_head": itg}
+        assert heads == {name for name, weight in expected.items() if weight}
+        assert hasattr(model, "logit_scale") == bool(itc)
+        assert not any(parameter.requires_grad for parameter in model.vision_model.parameters())
+        if all(weights):
+            rest = {name for name, _ in model.named_parameters() if not name.startswith("vision_model.")}
+            assert trainable == rest
+
+    def test_a_row_without_a_candidate_adds_no_negative(self):
+        model, seen = retriever(), []
+        model.itm_head.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+        model(**batch(["a dog", "a dog", "a dog", "a cat"]))
+        assert seen == [12]  # four pairs, a wrong text for each picture, a wrong picture for each text
+        inputs = batch(["a dog", "a dog", "a dog", "a cat"])
+        image = {"encoder_hidden_states": model.get_vision_features(inputs.pop("pixel_values")).last_hidden_state}
+        candidates = torch.zeros(4, 4, dtype=torch.bool)
+        candidates[0, 3] = True
+        model._match(image, inputs, torch.zeros(4, 4), candidates)
+        assert seen == [12, 6]  # one picture has a wrong text, one text a wrong picture
+
+    def test_from_pretrained_does_not_thaw(self, tmp_path):
+        model = retriever(itc_weight=0.0, itm_weight=0.0)
+        model.save_pretrained(tmp_path)
+        loaded = LorgnetteForImageTextRetrieval.from_pretrained(tmp_path)
+        for (name, ours), (_, theirs) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+            assert ours.requires_grad == theirs.requires_grad, name
+            assert torch.equal(ours, theirs)
+
+
+class TestWrongInput:
+    def test_one_caption_for_all(self):
+        with pytest.raises(ValueError, match=r"Row 7 of the data set and the 3 others of its batch have the same cap"):
+            retriever()(**batch(["a dog"] * 4), row_index=torch.arange(7, 11))
+        assert torch.isfinite(retriever(itc_weight=0.0, itm_weight=0.0)(**batch(["a dog"] * 4)).loss)
+
+    def test_pictures_and_texts_that_do_not_pair(self):
+        inputs = batch()
+        with pytest.raises(ValueError, match="3 pictures and 4 texts"):
+            retriever()(**inputs | {"pixel_values": inputs["pixel_values"][:3]})
+
+    def test_neither_pictures_nor_features(self):
+        inputs = batch()
+        del inputs["pixel_values"]
+        with pytest.raises(ValueError, match="either pixel_values or vision_features"):
+            retriever()(**inputs)
+
+    def test_pixels_that_are_not_finite_name_the_row(self):
+        inputs = batch()
+        inputs["pixel_values"][2, 0, 0, 0] = torch.nan
+        with pytest.raises(ValueError, match="Row 2 of the batch: image 2"):
+            retriever()(**inputs)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"itc_weight": -1.0}, "itc_weight is -1"),
+            ({"itc_weight": 0, "itm_weight": 0, "itg_weight": 0}, "all 0"),
+            ({"qformer_config": {"use_qformer_text_input": False}}, "needs the text half"),
+            ({"qformer_config": {"use_qformer_text_input": True}}, "dec_token_id is not set"),
+            ({"image_text_hidden_size": 0}, "image_text_hidden_size is 0"),
+        ],
+    )
+    def test_a_config_that_contradicts_itself(self, fields: dict, message: str):
+        with pytest.raises(ValueError, match=message):
+            LorgnetteRetrievalConfig(**fields)
+
+    def test_a_processor_that_does_not_fit(self):
+        with pytest.raises(ValueError, match="num_query_tokens is 4, the processor's 5"):
+            retriever(num_query_tokens=4, processor=processor(num_query_tokens=5))
+        with pytest.raises(ValueError, match="room for 60 tokens"):
+            retriever(qformer=bert(vocab_size=60))
+
+    def test_a_stage2_folder_is_not_loaded_as_stage1_nor_the_reverse(self, tmp_path):
+        retriever().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match='"lorgnette_retrieval" checkpoint, not a "lorgnette" one'):
+            LorgnetteForConditionalGeneration.from_pretrained(tmp_path)
+
+
+class TestRetrieve:
+    def test_scores_are_the_forwards_and_do_not_depend_on_the_batch(self):
+        model, inputs = retriever(), batch()
+        images = [picture(n) for n in range(4)]
+        scores = model.retrieve(images, CAPTIONS)
+        torch.testing.assert_close(scores, model(**inputs).logits_per_image.detach(), atol=1e-6, rtol=0)
+        torch.testing.assert_close(model.retrieve(images, CAPTIONS, batch_size=1), scores, atol=1e-6, rtol=0)
+        features = model.get_vision_features(inputs["pixel_values"]).last_hidden_state
+        torch.testing.assert_close(model.retrieve(features, CAPTIONS), scores, atol=1e-6, rtol=0)
+        assert model.retrieve(images[:1], CAPTIONS[:3]).shape == (1, 3)
+
+    def test_reranked_pairs_come_first_in_the_order_of_both_heads(self):
+        model, inputs = retriever(), batch(CAPTIONS[:3])
+        images = [picture(n) for n in range(3)]
+        plain, reranked = model.retrieve(images, CAPTIONS[:3]), model.retrieve(images, CAPTIONS[:3], rerank=1)
+        best = torch.zeros(3, 3, dtype=torch.bool)
+        for n in range(3):
+            best[n, plain[n].argmax()] = best[plain[:, n].argmax(), n] = True
+        assert torch.equal(reranked[~best], plain[~best])
+        features = model.get_vision_features(inputs["pixel_values"]).last_hidden_state
+        for image, text in best.nonzero().tolist():
+            alone = {"encoder_hidden_states": features[image : image + 1], "encoder_attention_mask": None}
+            words = {name: inputs[name][text : text + 1] for name in ("input_ids", "attention_mask")}
+            probability = model._match_logits(alone, words).softmax(-1)[0, 1]
+            torch.testing.assert_close(reranked[image, text], plain[image, text] + 2 + probability, atol=1e-5, rtol=0)
+        assert (model.retrieve(images, CAPTIONS[:3], rerank=True) > 1).all()
+
+    def test_what_it_cannot_do_is_said(self):
+        images = [picture()]
+        with pytest.raises(ValueError, match="trained with itm_weight 0: nothing can re-rank"):
+            retriever(itm_weight=0.0).retrieve(images, ["a cat"], rerank=True)
+        with pytest.raises(ValueError, match="trained with itc_weight 0"):
+            retriever(itc_weight=0.0).retrieve(images, ["a cat"])
+        with pytest.raises(ValueError, match="1 images and 0 texts"):
+            retriever().retrieve(images, [])
+        with pytest.raises(ValueError, match="No processor is known"):
+            retriever(processor=None).retrieve(images, ["a cat"])
+
+    def test_a_loaded_model_knows_its_processor(self, tmp_path):
+        model, images = retriever(), [picture(n) for n in range(2)]
+        model.save_pretrained(tmp_path)
+        for auto_class in (LorgnetteForImageTextRetrieval, AutoModel):
+            loaded = auto_class.from_pretrained(tmp_path)
+            assert isinstance(loaded, LorgnetteForImageTextRetrieval)
+            assert torch.equal(loaded.retrieve(images, CAPTIONS), model.retrieve(images, CAPTIONS))
+
+
+class TestTheWayToStage2:
+    def test_the_qformer_is_taken_over_without_its_text_half(self, tmp_path):
+        stage1 = retriever(vision_feature_layer=-2)
+        stage1.save_pretrained(tmp_path)
+        for source in (tmp_path, stage1):
+            built = LorgnetteForConditionalGeneration.from_backbones(vision_model(), language_model(), qformer=source)
+            assert built.config.num_query_tokens == NUM_QUERY_TOKENS
+            assert built.config.vision_feature_layer == -2
+            assert not built.config.qformer_config.use_qformer_text_input
+            own = built.qformer.state_dict()
+            text_half = ("embeddings.", "encoder.layer.0.intermediate.", "encoder.layer.0.output.")
+            assert not any(name.startswith(text_half) for name in own)
+            assert all(torch.equal(tensor, stage1.qformer.state_dict()[name]) for name, tensor in own.items())
+
+    def test_with_its_text_half_where_the_query_is_read(self, tmp_path):
+        stage1 = retriever()
+        stage1.save_pretrained(tmp_path)
+        built = LorgnetteForConditionalGeneration.from_backbones(
+            vision_model(), language_model(), qformer=tmp_path, qformer_config={"use_qformer_text_input": True}
+        )
+        own = built.qformer.state_dict()
+        assert own.keys() == stage1.qformer.state_dict().keys()
+        tokenizer = LorgnetteProcessor.from_backbones(image_processor(), None, qformer=tmp_path).qformer_tokenizer
+        assert tokenizer.get_vocab() == bert_tokenizer().get_vocab()
+
+    def test_what_stage1_has_settled_is_not_changed_in_silence(self):
+        stage1 = retriever(vision_feature_layer=-2)
+        for wished, message in (
+            ({"num_query_tokens": 5}, "num_query_tokens is 5; the stage-1 Q-Former has learned with 4"),
+            ({"vision_feature_layer": 1}, "vision_feature_layer is 1; the stage-1 Q-Former has learned with -2"),
+            ({"qformer_config": {"num_hidden_layers": 1}}, "num_hidden_layers is 1; the stage-1 Q-Former's is 2"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                LorgnetteForConditionalGeneration.from_backbones(
+                    vision_model(), language_model(), qformer=stage1, **wished
+                )
+
+    def test_another_vit(self):
+        with pytest.raises(ValueError, match=r"learned to read another ViT: '.*' differs"):
+            LorgnetteForConditionalGeneration.from_backbones(
+                vision_model(seed=1), language_model(), qformer=retriever()
+            )
