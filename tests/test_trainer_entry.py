@@ -122,7 +122,7 @@ def test_an_unknown_command_lists_those_that_exist(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["stage3"])
     assert exit_.value.code == 2
-    assert "choose from stage2" in capsys.readouterr().err.replace("'", "")
+    assert "choose from stage1, stage2" in capsys.readouterr().err.replace("'", "")
 
 
 def test_resuming_takes_the_last_complete_checkpoint_and_nothing_is_overwritten(tmp_path):

@@ -7,9 +7,9 @@ from argparse import ArgumentParser
 
 # command -> what it does; the module of that name beside this file has its `main(argv)`
 COMMANDS = {
-    "cache": "write what the frozen ViT sees to disk, for both stages to read in place of pictures",
     "stage1": "teach the Q-Former to see what words can say: contrast, matching, generation",
     "stage2": "train Q-Former, projector and LoRA to put pictures into words",
+    "cache": "write what the frozen ViT sees to disk, for both stages to read in place of pictures",
 }
 
 

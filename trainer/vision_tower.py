@@ -9,12 +9,12 @@ from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModel, BatchFeature, PreTrainedModel
+from transformers import AutoModel, BatchFeature, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..configuration.backbone_sources import from_pretrained_arguments
-from ..configuration.configuration_lorgnette import LorgnetteConfig
+from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig, LorgnetteConfig, LorgnetteRetrievalConfig
 from ..modeling.modeling_backbones import load_vision_model
 from ..modeling.modeling_base import LorgnettePreTrainedModel
 from ..processing.image_loading import load_image_for, naming
@@ -26,7 +26,7 @@ class VisionTower(LorgnettePreTrainedModel):
 
     _keys_to_ignore_on_load_unexpected = (r"^(?!vision_model\.)",)
 
-    def __init__(self, config: LorgnetteConfig, vision_model: PreTrainedModel | None = None):
+    def __init__(self, config: LorgnetteBridgeConfig, vision_model: PreTrainedModel | None = None):
         super().__init__(config)
         self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
         self.post_init()
@@ -34,14 +34,22 @@ class VisionTower(LorgnettePreTrainedModel):
 
 
 def load_tower(args: VisionArguments) -> tuple[VisionTower, BaseImageProcessor]:
-    """The frozen ViT that `args` name, in eval mode, and its image processor."""
+    """The frozen ViT that `args` name, in eval mode, and its image processor.
+
+    Raises:
+        OSError: it cannot be found.
+        ValueError: `model` is no lorgnette model, `vision` no ViT.
+    """
     if args.model is not None:
         name, keywords = from_pretrained_arguments(args.model, args.model_revision)
-        tower = VisionTower.from_pretrained(name, attn_implementation=args.attn_implementation, **keywords)
+        config = _saved_config(name, **keywords)
+        tower = VisionTower.from_pretrained(
+            name, config=config, attn_implementation=args.attn_implementation, **keywords
+        )
     else:
         name, keywords = from_pretrained_arguments(args.vision, args.vision_revision)
         backbone = load_vision_model(args.vision, args.vision_revision, None, args.attn_implementation)
-        config = LorgnetteConfig(
+        config = LorgnetteBridgeConfig(
             vision_config=backbone.model.config,
             vision_feature_layer=args.vision_feature_layer,
             vision_feature_select_strategy=args.vision_feature_select_strategy,
@@ -126,6 +134,16 @@ class FeatureEncoder:
                     f"row {number}: its features go up to {value:g}, and {self.dtype} ends at {limit:g}; bfloat16 and "
                     "float32 go further"
                 )
+
+
+def _saved_config(name: str, **keywords: Any) -> LorgnetteBridgeConfig:
+    kinds = {kind.model_type: kind for kind in (LorgnetteConfig, LorgnetteRetrievalConfig)}
+    model_type = PreTrainedConfig.get_config_dict(name, **keywords)[0].get("model_type")
+    if model_type not in kinds:
+        raise ValueError(
+            f"model {name!r} is a {model_type} model, not one of {', '.join(kinds)}: name a ViT in `vision`"
+        )
+    return kinds[model_type].from_pretrained(name, **keywords)
 
 
 def pictures_in(row: dict[str, Any], image_column: str) -> list[Any]:
