@@ -9,6 +9,8 @@ Pairs that share a caption are no negatives of each other. Everything is compute
 Shapes: B pairs of this process, N pairs of all processes, Q queries, E width of the space they are compared in.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -99,13 +101,23 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return tensor
-    if not tensor.requires_grad:
-        parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
-    from torch.distributed.nn.functional import all_gather
+    return _AllGather.apply(tensor.contiguous())
 
-    return torch.cat(all_gather(tensor.contiguous()))
+
+class _AllGather(torch.autograd.Function):
+    """`all_gather` whose backward adds up what every process' loss asks of this process' rows."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous()
+        torch.distributed.all_reduce(gradient)
+        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
 
 
 __all__ = [

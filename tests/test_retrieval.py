@@ -1,4 +1,4 @@
-"""Stage 1: its masks, its losses against transformers' BLIP-2, what trains, retrieval, saving, and the way to stage 2."""
+"""Stage 1: masks, losses against plain loops and against BLIP-2, what trains, retrieval, and the way to stage 2."""
 
 import itertools
 
