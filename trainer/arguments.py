@@ -146,6 +146,13 @@ class SourceArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
     image_column: str = field(default="image", metadata={"help": "Column with the picture (or a path or URL of it)."})
+    skip_unreadable: bool = field(
+        default=False,
+        metadata={
+            "help": "Read all pictures first, and leave out the rows whose cannot be read: output_dir/unreadable.json "
+            "lists them. Otherwise such a row is an error."
+        },
+    )
 
     def __post_init__(self):
         if self.dataset is None:
@@ -183,6 +190,9 @@ class DataArguments(SourceArguments):
             "are in the messages' parts, or in image_column."
         },
     )
+    augment: bool = field(
+        default=False, metadata={"help": "Crop and mirror training pictures at random, as BLIP-2 does."}
+    )
     max_length: int | None = field(
         default=None,
         metadata={"help": "Tokens an example may take, the picture's included; a longer one is an error, not cut."},
@@ -190,6 +200,8 @@ class DataArguments(SourceArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.skip_unreadable and self.streaming:
+            raise ValueError("skip_unreadable reads all pictures first, which cannot be done with a stream")
         if self.eval_fraction is not None:
             if not 0 < self.eval_fraction < 1:
                 raise ValueError(f"eval_fraction is {self.eval_fraction}; it has to lie between 0 and 1")

@@ -29,6 +29,7 @@ from .feature_cache import (
 )
 from .recipe import parse_recipe
 from .run import set_up_logging
+from .unreadable import REPORT, find_unreadable, report_unreadable
 from .vision_tower import FeatureEncoder, load_tower
 
 
@@ -85,7 +86,7 @@ def write_cache(vision: VisionArguments, source: SourceArguments, args: CacheArg
     folder = Path(args.output_dir).expanduser()
     with state.main_process_first():
         splits = load_splits(source, args.splits)
-        metadata = _begin(folder, _settings(source, args, encoder, splits))
+        metadata = _begin(folder, _settings(source, args, encoder, splits), encoder, splits)
 
     planned = [(split, *shard) for split in splits for shard in planned_shards(folder, metadata, split)]
     todo = [(split, path, rows) for split, path, rows in planned if open_shard(path, len(rows)) is None]
@@ -148,24 +149,32 @@ def _settings(
         "dataset_revision": source.dataset_revision,
         "image_column": source.image_column,
         "shard_size": args.shard_size,
-        "splits": {name: {"rows": len(rows), "unreadable": {}} for name, rows in splits.items()},
-        "complete": False,
+        "skip_unreadable": source.skip_unreadable,
+        "splits": {name: len(rows) for name, rows in splits.items()},
     }
 
 
-def _begin(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _begin(folder: Path, settings: dict[str, Any], encoder: FeatureEncoder, splits: DatasetDict) -> dict[str, Any]:
     """The metadata of the cache that `folder` holds, or is to hold."""
     if is_cache(folder):
         metadata = read_metadata(folder)
-        comparable = settings | {"complete": metadata["complete"]}
-        if found := [f"{name} is {a!r} there, {b!r} here" for name, a, b in differences(metadata, comparable)]:
+        theirs = {name: value for name, value in metadata.items() if name not in ("unreadable", "complete")}
+        if found := [f"{name} is {a!r} there, {b!r} here" for name, a, b in differences(theirs, settings)]:
             raise FileExistsError(f"{folder} holds a feature cache with other settings: {'; '.join(found)}")
         return metadata
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(path.name != REPORT for path in folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty, and no feature cache: choose another output_dir")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_metadata(folder, settings)
-    return settings
+    unreadable = {}
+    if settings["skip_unreadable"]:
+        column, workers = settings["image_column"], encoder.num_workers
+        for name, rows in splits.items():
+            pictures = rows.select_columns([column, "index"])
+            unreadable[name] = find_unreadable(pictures, column, encoder.image_processor, name, workers)
+        report_unreadable(unreadable, folder)
+    metadata = settings | {"unreadable": unreadable, "complete": False}
+    _write_metadata(folder, metadata)
+    return metadata
 
 
 def _write_shard(rows: Dataset, image_column: str, encoder: FeatureEncoder, path: Path, progress: tqdm) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..processing.conversations import count_images, images_in, parts_of, query_in
 from ..processing.image_loading import naming
 from ..processing.processing_lorgnette import LorgnetteProcessor
+from .augmentation import augment
 
 
 _IGNORED = -100  # the label that transformers' losses leave out
@@ -71,6 +73,9 @@ class LorgnetteCollator:
         for position, row in enumerate(rows):
             with naming(f"row {row['index']}" if "index" in row else f"row {position} of the batch"):
                 examples.append(self._stage1(row) if self.processor.tokenizer is None else self._stage2(row))
+            if "augmentation_seed" in row:  # a training row's, see augmentation.py
+                generator = np.random.default_rng(row["augmentation_seed"])
+                examples[-1].images = [augment(image, generator) for image in examples[-1].images]
         ids = [example.prompt + example.output for example in examples]
         pad_token_id = (self.processor.tokenizer or self.processor.qformer_tokenizer).pad_token_id
         batch = {"input_ids": _padded(ids, pad_token_id), "attention_mask": _padded([[1] * len(row) for row in ids], 0)}

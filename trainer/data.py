@@ -16,6 +16,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, L
 from ..processing.conversations import parts_of
 from ..processing.image_loading import naming
 from .arguments import DataArguments, SourceArguments
+from .augmentation import AugmentationSeeds
 from .feature_cache import COLUMN, feature_opener, is_cache, load_cache
 
 
@@ -23,18 +24,25 @@ FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arr
 Rows = Dataset | IterableDataset
 
 
-def load_pairs(args: DataArguments, *, evaluate: bool, seed: int) -> tuple[Rows, Rows | None]:
+def load_pairs(
+    args: DataArguments, *, evaluate: bool, seed: int, augmentation: AugmentationSeeds | None = None
+) -> tuple[Rows, Rows | None]:
     """The training rows and, with `evaluate`, the evaluation rows.
 
     A row holds `index` and the columns that `args` names, `messages_column` as `messages`. A picture (in its column, in
     a list there or in a message) is a path, a URL, bytes or a dict of bytes and path; of a feature cache there is
     `vision_features` in place of the column. A class label is its name. A streamed training set starts again when it
-    ends, shuffled within a buffer.
+    ends, shuffled within a buffer. With `augmentation` training rows have an `augmentation_seed`.
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: no such split, no rows, a named column is missing (those that exist are listed) or called `index`.
+        ValueError: no such split, no rows, a named column is missing (those that exist are listed) or called `index`;
+            augmentation of a feature cache.
     """
+    if augmentation is not None and is_cache(args.dataset):
+        raise ValueError(
+            f"augment changes pictures, and {args.dataset} is a feature cache, which has none: leave it out"
+        )
     train, open_train = _numbered_rows(args, args.dataset, args.train_split)
     evaluation, open_evaluation = None, open_train
     if args.eval_fraction is not None:
@@ -49,6 +57,10 @@ def load_pairs(args: DataArguments, *, evaluate: bool, seed: int) -> tuple[Rows,
         train = train.repeat(None)
         if args.shuffle_buffer_size:
             train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer_size)
+        if augmentation is not None:
+            train = train.map(_with_visit, with_indices=True)
+    if augmentation is not None:
+        open_train = partial(augmentation.mark, open_batch=open_train)
     return _lazily(train, open_train), _lazily(evaluation, open_evaluation) if evaluate else None
 
 
@@ -165,6 +177,10 @@ def _lazily(dataset: Rows, open_batch: partial) -> Rows:
 
 def _with_index(row: dict, index: int) -> dict:
     return {**row, "index": index}
+
+
+def _with_visit(row: dict, place: int) -> dict:
+    return {**row, "visit": place}
 
 
 def _open_batch(batch: dict, openers: dict[str, Callable[..., Any]], labels: dict[str, list[str]]) -> dict:

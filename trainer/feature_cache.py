@@ -75,9 +75,8 @@ def feature_opener(folder: str | Path) -> Callable[..., torch.Tensor]:
 
 def planned_shards(folder: str | Path, metadata: dict[str, Any], split: str) -> list[tuple[Path, list[int]]]:
     """The folder of each shard of a split, and the rows of the source that are to be in it."""
-    plan, size = metadata["splits"][split], metadata["shard_size"]
-    left_out = {int(index) for index in plan["unreadable"]}
-    rows = [index for index in range(plan["rows"]) if index not in left_out]
+    left_out, size = metadata["unreadable"].get(split, {}), metadata["shard_size"]
+    rows = [index for index in range(metadata["splits"][split]) if str(index) not in left_out]
     starts = range(0, len(rows), size)
     parent = Path(folder).expanduser() / split
     return [
