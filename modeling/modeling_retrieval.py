@@ -171,7 +171,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, LorgnettePreTrainedModel)
             ValueError: it is one of stage 2, or of another number of queries; its tokenizer has more tokens than the
                 Q-Former, or uses the id of `[DEC]`.
         """
-        if processor.tokenizer is not None or processor.qformer_tokenizer is None:
+        if not processor.is_stage1:
             raise ValueError("This is no stage-1 processor: make one with text=None and qformer= (the Q-Former's BERT)")
         if processor.num_query_tokens != self.config.num_query_tokens:
             raise ValueError(

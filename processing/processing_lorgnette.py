@@ -40,7 +40,8 @@ class LorgnetteProcessor(ProcessorMixin):
     Args:
         image_processor: the ViT's own.
         tokenizer: the LM's. It is copied before it is given `<image>` (the next free id) and, where it has no pad
-            token, its EOS as one. None in stage 1, where texts go to the Q-Former alone.
+            token, its EOS as one. None in stage 1, where texts go to the Q-Former alone: `processor.tokenizer` is its
+            tokenizer then, since Trainer asks every processor for one.
         qformer_tokenizer: the Q-Former's, for stage 1 and for instructions as InstructBLIP has them.
         num_query_tokens: soft tokens, and so placeholders, per image.
         system_prompt: what a prompt's system message says; None leaves it to the chat template.
@@ -69,7 +70,7 @@ class LorgnetteProcessor(ProcessorMixin):
             raise ValueError(f"num_query_tokens is {num_query_tokens}; it has to be at least 1")
         if tokenizer is not None:
             tokenizer = prepare_tokenizer(tokenizer)
-        super().__init__(image_processor, tokenizer, qformer_tokenizer)
+        super().__init__(image_processor, tokenizer or qformer_tokenizer, qformer_tokenizer)
         if chat_template is not None:
             self.chat_template = chat_template
         self.num_query_tokens = num_query_tokens
@@ -117,9 +118,14 @@ class LorgnetteProcessor(ProcessorMixin):
     # ------------------------------------------------------------------------------------------------ prompts
 
     @property
+    def is_stage1(self) -> bool:
+        """Whether there is no LM here: texts go to the Q-Former alone."""
+        return self.tokenizer is self.qformer_tokenizer
+
+    @property
     def image_token_id(self) -> int | None:
         """Id of `<image>` in the LM's tokenizer; None in stage 1."""
-        return None if self.tokenizer is None else self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        return None if self.is_stage1 else self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
@@ -291,8 +297,7 @@ class LorgnetteProcessor(ProcessorMixin):
         """
         if images is None and text is None:
             raise ValueError("neither images nor text given")
-        tokenizer = self.tokenizer or self.qformer_tokenizer
-        merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=tokenizer.init_kwargs, **kwargs)
+        merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         rows, sorted_by_caller = ([], False) if images is None else rows_of(images)
         texts = None if text is None else texts_of(text, "text")
@@ -301,7 +306,7 @@ class LorgnetteProcessor(ProcessorMixin):
             raise ValueError(f"row {rows.index([])} has an empty list of images, and no text")
 
         features: dict[str, Any] = {}
-        if self.tokenizer is None:
+        if self.is_stage1:
             if texts is not None:
                 features.update(self.encode_for_qformer(texts, **text_kwargs))
             flat = [image for row in rows for image in row]
@@ -393,20 +398,20 @@ class LorgnetteProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         names = ["input_ids", "attention_mask", *self.image_processor.model_input_names]
-        if self.tokenizer is not None and self.qformer_tokenizer is not None:
+        if self.qformer_tokenizer is not None and not self.is_stage1:
             names += ["qformer_input_ids", "qformer_attention_mask"]
         return names
 
     def decode(self, *args: Any, **kwargs: Any) -> str | list[str]:
         """The tokenizer's `decode`."""
-        return (self.tokenizer or self.qformer_tokenizer).decode(*args, **kwargs)
+        return self.tokenizer.decode(*args, **kwargs)
 
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """The tokenizer's `batch_decode`."""
-        return (self.tokenizer or self.qformer_tokenizer).batch_decode(*args, **kwargs)
+        return self.tokenizer.batch_decode(*args, **kwargs)
 
     def _lm_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
+        if self.is_stage1:
             raise ValueError("this is a stage-1 processor: without the LM's tokenizer there are no prompts")
         return self.tokenizer
 
@@ -415,9 +420,13 @@ class LorgnetteProcessor(ProcessorMixin):
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
 
+    def _own_tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        own = {name: getattr(self, name) for name in _TOKENIZERS[self.is_stage1 :]}  # stage 1's first is its second
+        return {name: tokenizer for name, tokenizer in own.items() if tokenizer is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """What processor_config.json holds; a tokenizer that is not there is null in it."""
-        absent = {name: None for name in _TOKENIZERS if getattr(self, name) is None}
+        absent = {name: None for name in _TOKENIZERS if name not in self._own_tokenizers()}
         return {**super().to_dict(), **absent, "auto_map": {"AutoProcessor": AUTO_PROCESSOR}}
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
@@ -429,9 +438,8 @@ class LorgnetteProcessor(ProcessorMixin):
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in _TOKENIZERS:
-            if getattr(self, name) is not None:
-                getattr(self, name).save_pretrained(folder if name == "tokenizer" else folder / name)
+        for name, tokenizer in self._own_tokenizers().items():
+            tokenizer.save_pretrained(folder if name == "tokenizer" else folder / name)
         self.to_json_file(folder / PROCESSOR_NAME)
         save_remote_code(folder)
         if push_to_hub:

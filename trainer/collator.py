@@ -72,14 +72,14 @@ class LorgnetteCollator:
         examples = []
         for position, row in enumerate(rows):
             with naming(f"row {row['index']}" if "index" in row else f"row {position} of the batch"):
-                examples.append(self._stage1(row) if self.processor.tokenizer is None else self._stage2(row))
+                examples.append(self._stage1(row) if self.processor.is_stage1 else self._stage2(row))
             if "augmentation_seed" in row:  # a training row's, see augmentation.py
                 generator = np.random.default_rng(row["augmentation_seed"])
                 examples[-1].images = [augment(image, generator) for image in examples[-1].images]
         ids = [example.prompt + example.output for example in examples]
-        pad_token_id = (self.processor.tokenizer or self.processor.qformer_tokenizer).pad_token_id
+        pad_token_id = self.processor.tokenizer.pad_token_id
         batch = {"input_ids": _padded(ids, pad_token_id), "attention_mask": _padded([[1] * len(row) for row in ids], 0)}
-        if self.processor.tokenizer is not None:
+        if not self.processor.is_stage1:
             labels = [[_IGNORED] * len(example.prompt) + example.output for example in examples]
             batch["labels"] = _padded(labels, _IGNORED)
         if instructions := [ids for example in examples for ids in example.instructions]:
