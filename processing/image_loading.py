@@ -76,6 +76,25 @@ def load_image(source: Any, timeout: float | None = None) -> Image.Image:
         return _to_rgb(Image.open(BytesIO(data)))
 
 
+def load_image_for(image_processor: Any, source: Any, timeout: float | None = None) -> Image.Image:
+    """[`load_image`], and see to it that the ViT's image processor can take it.
+
+    Raises:
+        ValueError: as there; or so narrow a picture that resizing its shorter side would make it huge.
+    """
+    image = load_image(source, timeout)
+    size, limit = getattr(image_processor, "size", None) or {}, Image.MAX_IMAGE_PIXELS
+    edge, longest = (dict(size).get(name) for name in ("shortest_edge", "longest_edge"))
+    if edge and not longest and limit is not None:
+        pixels = edge * edge * max(image.size) // min(image.size)
+        if pixels > limit:
+            raise ValueError(
+                f"a picture of {image.width} x {image.height}, its shorter side resized to {edge}, would have "
+                f"{pixels} pixels, more than PIL.Image.MAX_IMAGE_PIXELS, {limit}"
+            )
+    return image
+
+
 def _read(source: Any, timeout: float) -> tuple[str, bytes]:
     """The name of a source for messages, and its bytes."""
     if isinstance(source, dict):

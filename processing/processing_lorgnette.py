@@ -18,7 +18,7 @@ from ..configuration.backbone_sources import from_pretrained_arguments, load_qfo
 from ..configuration.configuration_lorgnette import AUTO_PROCESSOR
 from ..configuration.remote_code import save_remote_code
 from .conversations import flatten, images_in, is_batch, query_in
-from .image_loading import load_image, naming
+from .image_loading import load_image_for, naming
 from .image_rows import match_images, rows_of, texts_of
 from .prompt_encoding import IMAGE_TOKEN, answer_frame, encode, render, truncate, with_start
 from .tokenizer_preparation import prepare_tokenizer
@@ -336,22 +336,8 @@ class LorgnetteProcessor(ProcessorMixin):
         return BatchFeature(features, tensor_type=text_kwargs.get("return_tensors"))
 
     def load_image(self, source: Any, timeout: float | None = None) -> Image.Image:
-        """[`load_image`], and see to it that the image processor can take it.
-
-        Raises:
-            ValueError: as there; or so narrow a picture that resizing its shorter side would make it huge.
-        """
-        image = load_image(source, timeout)
-        size, limit = getattr(self.image_processor, "size", None) or {}, Image.MAX_IMAGE_PIXELS
-        edge, longest = (dict(size).get(name) for name in ("shortest_edge", "longest_edge"))
-        if edge and not longest and limit is not None:
-            pixels = edge * edge * max(image.size) // min(image.size)
-            if pixels > limit:
-                raise ValueError(
-                    f"a picture of {image.width} x {image.height}, its shorter side resized to {edge}, would have "
-                    f"{pixels} pixels, more than PIL.Image.MAX_IMAGE_PIXELS, {limit}"
-                )
-        return image
+        """[`load_image`], and see to it that the image processor can take it; raises what [`load_image_for`] does."""
+        return load_image_for(self.image_processor, source, timeout)
 
     def encode_images(self, images: list[Image.Image], **images_kwargs: Any) -> BatchFeature:
         """`pixel_values` `(N, 3, H, W)`, and what else this image processor gives, for N loaded RGB images."""

@@ -55,7 +55,7 @@ def test_a_saved_model_is_measured_on_a_folder_of_pictures(learned, tmp_path):
     assert report["metrics"]["cider"] == measured
     assert set(report["metrics"]) == {"cider", "bleu", "rouge_l", "exact_match"}
     assert all("tokenization" in result for result in report["metrics"].values())
-    assert (report["rows"], report["skipped"], report["split"]) == (len(CAPTIONS), [], "train")
+    assert (report["rows"], report["skipped"], report["split"]) == (len(CAPTIONS), 0, "train")
     assert (report["model"], report["dataset"]) == (str(model), str(data))
     assert report["decoding"] == {"preset": "caption", **decoding_of("caption", 12)}
     assert report["versions"]["torch"] == torch.__version__
@@ -131,10 +131,11 @@ def test_unreadable_pictures_stop_or_are_counted(learned, tmp_path):
         evaluate(model, tmp_path / "rows.jsonl", tmp_path / "out")
     report, predictions = evaluate(model, tmp_path / "rows.jsonl", tmp_path / "out", "--skip-unreadable")
     assert [row["index"] for row in predictions] == [0, 2]
-    assert [row["index"] for row in report["skipped"]] == [1, 3]
-    assert "gone.png" in report["skipped"][1]["cause"]
+    left_out = json.loads((tmp_path / "out" / "unreadable.json").read_text())["train"]
+    assert (report["skipped"], list(left_out)) == (2, ["1", "3"])
+    assert "gone.png" in left_out["3"]
     (tmp_path / "none.jsonl").write_text(json.dumps(rows[1]))
-    with pytest.raises(ValueError, match="not one of 1 pictures can be read"):
+    with pytest.raises(ValueError, match="no picture of its 1 rows can be read"):
         evaluate(model, tmp_path / "none.jsonl", tmp_path / "out", "--skip-unreadable")
 
 

@@ -19,8 +19,8 @@ TRAINING_DEFAULTS = {
 
 
 @dataclass
-class BackboneArguments:
-    """What both stages say of the model: the ViT, the Q-Former and where they come from."""
+class VisionArguments:
+    """What every command says of the ViT: where it comes from, and which of its features are meant."""
 
     vision: str | None = field(default=None, metadata={"help": "ViT: a Hub id or a folder."})
     vision_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `vision`."})
@@ -30,35 +30,22 @@ class BackboneArguments:
     vision_feature_select_strategy: str = field(
         default="full", metadata={"help": "`full`: all image tokens, CLS included; `default`: the patches alone."}
     )
-    qformer: str | None = field(
-        default=None,
-        metadata={"help": "What the Q-Former starts from: a BERT-shaped checkpoint, or in stage 2 a stage-1 model."},
-    )
-    qformer_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `qformer`."})
-    qformer_config: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Fields of LorgnetteQFormerConfig, a mapping (JSON on the command line)."}
-    )
-    num_query_tokens: int | None = field(
-        default=None, metadata={"help": "Soft image tokens per picture. Left out, those of a stage-1 `qformer`, or 32."}
-    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "sdpa, eager, flash_attention_2 … Left out, transformers chooses."}
     )
     model: str | None = field(
         default=None,
         metadata={
-            "help": "A saved model of this stage to go on from, in place of the backbones: a Hub id or a folder."
+            "help": "A saved model (to train: of this stage) to take in place of backbones: a Hub id or a folder."
         },
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
 
     # What a stage cannot do without, unless a saved model is given; and all that such a model has settled.
     NEEDED: ClassVar[tuple[str, ...]] = ("vision",)
-    JOINTS: ClassVar[tuple[str, ...]] = ("vision_revision", "qformer", "qformer_revision", "qformer_config",
-        "num_query_tokens", "vision_feature_layer", "vision_feature_select_strategy")  # fmt: skip
+    JOINTS: ClassVar[tuple[str, ...]] = ("vision_revision", "vision_feature_layer", "vision_feature_select_strategy")
 
     def __post_init__(self):
-        self.qformer_config = _mapping(self.qformer_config, "qformer_config")
         if self.model is None:
             missing = [name for name in self.NEEDED if getattr(self, name) is None]
             if missing:
@@ -70,6 +57,30 @@ class BackboneArguments:
                      and getattr(self, f.name) != f.default]  # fmt: skip
             if given:
                 raise ValueError(f"model {self.model!r} is given: it has settled {', '.join(given)}, leave that out")
+
+
+@dataclass
+class BackboneArguments(VisionArguments):
+    """What both stages say of the model: the ViT, the Q-Former and where they come from."""
+
+    qformer: str | None = field(
+        default=None,
+        metadata={"help": "What the Q-Former starts from: a BERT-shaped checkpoint, or in stage 2 a stage-1 model."},
+    )
+    qformer_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `qformer`."})
+    qformer_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Fields of LorgnetteQFormerConfig, a mapping (JSON on the command line)."}
+    )
+    num_query_tokens: int | None = field(
+        default=None, metadata={"help": "Soft image tokens per picture. Left out, those of a stage-1 `qformer`, or 32."}
+    )
+
+    JOINTS: ClassVar[tuple[str, ...]] = (*VisionArguments.JOINTS,
+        "qformer", "qformer_revision", "qformer_config", "num_query_tokens")  # fmt: skip
+
+    def __post_init__(self):
+        self.qformer_config = _mapping(self.qformer_config, "qformer_config")
+        super().__post_init__()
 
 
 @dataclass
@@ -138,21 +149,38 @@ class Stage2Arguments(BackboneArguments):
 
 @dataclass
 class SourceArguments:
-    """Where rows come from, and which columns are read."""
+    """Where the pictures come from."""
 
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "A Hub dataset id; a folder (imagefolder, or one that `save_to_disk` wrote); a .jsonl, .json, "
-            ".parquet or .arrow file, in which image paths are relative to the file's folder."
+            "help": "A Hub dataset id; a folder (imagefolder, feature cache, or what `save_to_disk` wrote); a .jsonl, "
+            ".json, .parquet or .arrow file, in which image paths are relative to the file's folder."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
+    image_column: str = field(default="image", metadata={"help": "Column with the picture (or a path or URL of it)."})
+    skip_unreadable: bool = field(
+        default=False,
+        metadata={
+            "help": "Read all pictures first, and leave out the rows whose cannot be read: output_dir/unreadable.json "
+            "lists them. Otherwise such a row is an error."
+        },
+    )
+
+    def __post_init__(self):
+        if self.dataset is None:
+            raise ValueError("dataset not given: name a Hub dataset, a folder or a file")
+
+
+@dataclass
+class RowArguments(SourceArguments):
+    """How rows are read, and which columns hold their words."""
+
     streaming: bool = field(
         default=False, metadata={"help": "Read as it goes, nothing downloaded first. Training then needs max_steps."}
     )
-    image_column: str = field(default="image", metadata={"help": "Column with the picture (or a path or URL of it)."})
     text_column: str = field(default="text", metadata={"help": "Column with the text (or a class label)."})
     query_column: str | None = field(
         default=None, metadata={"help": "Column with what is asked of each picture, in place of the one `query`."}
@@ -166,8 +194,9 @@ class SourceArguments:
     )
 
     def __post_init__(self):
-        if self.dataset is None:
-            raise ValueError("dataset not given: name a Hub dataset, a folder or a file")
+        super().__post_init__()
+        if self.skip_unreadable and self.streaming:
+            raise ValueError("skip_unreadable reads all pictures first, which cannot be done with a stream")
         if self.messages_column is not None:
             given = [f.name for f in fields(self) if f.name in ("text_column", "query_column")
                      and getattr(self, f.name) != f.default]  # fmt: skip
@@ -189,7 +218,7 @@ class SourceArguments:
 
 
 @dataclass
-class DataArguments(SourceArguments):
+class DataArguments(RowArguments):
     """What is trained and evaluated on."""
 
     shuffle_buffer_size: int = field(
@@ -204,6 +233,9 @@ class DataArguments(SourceArguments):
     )
     eval_fraction: float | None = field(
         default=None, metadata={"help": "Hold out this share of the training split, drawn with `data_seed`/`seed`."}
+    )
+    augment: bool = field(
+        default=False, metadata={"help": "Crop and mirror training pictures at random, as BLIP-2 does."}
     )
     max_length: int | None = field(
         default=None,

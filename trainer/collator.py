@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..processing.conversations import count_images, images_in, parts_of, query_in
 from ..processing.image_loading import naming
 from ..processing.processing_lorgnette import LorgnetteProcessor
+from .augmentation import augment
 
 
 _IGNORED = -100  # the label that transformers' losses leave out
@@ -25,7 +27,8 @@ class LorgnetteCollator:
     A row has an image (or a list of them) in one column and the text to be learnt in another, or a chat in `messages`
     whose last message, the assistant's, is to be learnt. The images of a chat are in its parts, or in the image column
     for parts `{"type": "image"}`; where a chat has no such part they come after the first user message's words, as in
-    [`~LorgnetteProcessor.build_prompt`]. A `vision_features` column `(L, E)` may stand in for the image column.
+    [`~LorgnetteProcessor.build_prompt`]. A `vision_features` column, `(L, E)` or of n images `(n, L, E)`, may stand
+    in for the image column.
 
     Rows come from a `Trainer` with `remove_unused_columns=False`. An `index` column is handed on, and names rows in
     errors; without it their position in the batch does.
@@ -99,6 +102,9 @@ class LorgnetteCollator:
         for position, row in enumerate(rows):
             with naming(f"row {row['index']}" if "index" in row else f"row {position} of the batch"):
                 examples.append(encode(row))
+            if "augmentation_seed" in row:  # a training row's, see augmentation.py
+                generator = np.random.default_rng(row["augmentation_seed"])
+                examples[-1].images = [augment(image, generator) for image in examples[-1].images]
         return examples
 
     def _shown(self, rows: list[dict[str, Any]], examples: list["_Example"]) -> dict[str, torch.Tensor]:
@@ -153,7 +159,8 @@ class LorgnetteCollator:
         output = "\n".join(part.get("text", "<image>") for part in parts_of(answer))
         if count_images([answer]) or not output.strip():
             raise ValueError(f"the assistant's answer has to be words; it is {output!r}")
-        in_column = self._images(row) if row.get(self.image_column) is not None else []
+        has_column = row.get(self.image_column) is not None or "vision_features" in row
+        in_column = self._images(row) if has_column else []
         if in_column and not count_images(messages):
             first = next((n for n, message in enumerate(messages) if message.get("role") == "user"), 0)
             shown = [*parts_of(messages[first]), *[{"type": "image"}] * len(in_column)]
@@ -169,7 +176,8 @@ class LorgnetteCollator:
 
     def _images(self, row: dict[str, Any]) -> list[Any]:
         if self.image_column not in row and "vision_features" in row:
-            return [torch.as_tensor(row["vision_features"])]
+            features = torch.as_tensor(row["vision_features"])
+            return list(features) if features.ndim == 3 else [features]
         value = _column(row, self.image_column)
         images = value if isinstance(value, (list, tuple)) else [value]
         if not images:

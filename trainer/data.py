@@ -4,6 +4,7 @@ Every row gets an `index`, its number in the split, so that an error can name it
 handed on as paths, URLs or bytes: it is the processor alone that decodes pictures.
 """
 
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,34 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, L
 
 from ..processing.conversations import parts_of
 from ..processing.image_loading import naming
-from .arguments import DataArguments, SourceArguments
+from .arguments import DataArguments, RowArguments, SourceArguments
+from .augmentation import AugmentationSeeds
+from .feature_cache import COLUMN, feature_opener, is_cache, load_cache
 
 
 FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 Rows = Dataset | IterableDataset
 
 
-def load_pairs(args: DataArguments, *, evaluate: bool, seed: int) -> tuple[Rows, Rows | None]:
+def load_pairs(
+    args: DataArguments, *, evaluate: bool, seed: int, augmentation: AugmentationSeeds | None = None
+) -> tuple[Rows, Rows | None]:
     """The training rows and, with `evaluate`, the evaluation rows.
 
     A row holds `index` and the columns that `args` names, `messages_column` as `messages`. A picture (in its column, in
-    a list there or in a message) is a path, a URL, bytes or a dict of bytes and path; a class label is its name. A
-    streamed training set starts again when it ends, shuffled within a buffer.
+    a list there or in a message) is a path, a URL, bytes or a dict of bytes and path; of a feature cache there is
+    `vision_features` in place of the column. A class label is its name. A streamed training set starts again when it
+    ends, shuffled within a buffer. With `augmentation` training rows have an `augmentation_seed`.
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: no such split, no rows, a named column is missing (those that exist are listed) or called `index`.
+        ValueError: no such split, no rows, a named column is missing (those that exist are listed) or called `index`;
+            augmentation of a feature cache.
     """
+    if augmentation is not None and is_cache(args.dataset):
+        raise ValueError(
+            f"augment changes pictures, and {args.dataset} is a feature cache, which has none: leave it out"
+        )
     train, open_train = _numbered_rows(args, args.dataset, args.train_split)
     evaluation, open_evaluation = None, open_train
     if args.eval_fraction is not None:
@@ -46,10 +57,14 @@ def load_pairs(args: DataArguments, *, evaluate: bool, seed: int) -> tuple[Rows,
         train = train.repeat(None)
         if args.shuffle_buffer_size:
             train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer_size)
+        if augmentation is not None:
+            train = train.map(_with_visit, with_indices=True)
+    if augmentation is not None:
+        open_train = partial(augmentation.mark, open_batch=open_train)
     return _lazily(train, open_train), _lazily(evaluation, open_evaluation) if evaluate else None
 
 
-def load_rows(args: SourceArguments, split: str) -> Rows:
+def load_rows(args: RowArguments, split: str) -> Rows:
     """The rows of one split of `args.dataset`, in order; what they hold and what is raised is as in [`load_pairs`].
 
     The text column may hold a list of texts a row.
@@ -57,42 +72,50 @@ def load_rows(args: SourceArguments, split: str) -> Rows:
     return _lazily(*_numbered_rows(args, args.dataset, split))
 
 
-def _numbered_rows(args: SourceArguments, source: str, split: str) -> tuple[Rows, partial]:
+def _numbered_rows(args: RowArguments, source: str, split: str) -> tuple[Rows, partial]:
     """The split's named columns and `index`; and the function that makes a batch of them ready for the collator."""
-    dataset, base = _load_split(args, source, split)
+    cached = is_cache(source)
+    if cached:
+        dataset, base, image_column = load_cache(source, split), None, COLUMN
+        dataset = dataset.to_iterable_dataset() if args.streaming else dataset
+        open_image = feature_opener(source)
+    else:
+        dataset, base = load_source(args, source, split, streaming=args.streaming)
+        image_column, open_image = args.image_column, partial(_open_picture, base=base)
     name = f"{source} ({split})"
     # A stream may not know its columns before it is read; nothing in it is decoded then.
     features = dataset.features or next(iter(dataset), {})
-    wanted = [args.image_column, *args.word_columns]
-    if args.messages_column and args.image_column == DataArguments.image_column and args.image_column not in features:
+    wanted = [image_column, *args.word_columns]
+    if args.messages_column and image_column == DataArguments.image_column and image_column not in features:
         wanted = args.word_columns  # chats may bring their pictures along; a column that was named has to be there
-    missing = [column for column in wanted if column not in features]
-    if features and missing:
-        raise ValueError(f"{name} has no column {' or '.join(map(repr, missing))}; it has {', '.join(features)}")
+    if features:
+        check_columns(features, wanted, name)
     if "index" in wanted:
         raise ValueError(f'{name}: the column "index" has to be renamed: row numbers go by that name')
 
     text = features.get(args.text_column)
-    dataset = dataset.select_columns(wanted)
-    for column, feature in (dataset.features or {}).items():
-        if (undecoded := _undecoded(feature)) != feature:
-            dataset = dataset.cast_column(column, undecoded)
+    dataset = undecoded(dataset.select_columns([*wanted, "index"] if cached else wanted))
     if args.messages_column not in (None, "messages"):
         dataset = dataset.rename_column(args.messages_column, "messages")  # what the collator knows chats by
     if next(iter(dataset), None) is None:
         raise ValueError(f"{name} has no rows")
-    if isinstance(dataset, Dataset):
-        dataset = dataset.add_column("index", np.arange(len(dataset)))
-    else:
-        dataset = dataset.map(_with_index, with_indices=True)
+    if not cached:  # whose rows say which ones of their source they are
+        dataset = numbered(dataset)
     labels = {args.text_column: text.names} if isinstance(text, ClassLabel) else {}
-    return dataset, partial(_open_batch, image_column=args.image_column, base=base, labels=labels)
+    openers = {image_column: open_image, "messages": partial(_open_chat, base=base)}
+    return dataset, partial(_open_batch, openers=openers, labels=labels)
 
 
-def _load_split(args: SourceArguments, source: str, split: str) -> tuple[Rows, Path | None]:
-    """The split, and the folder that its relative image paths start from (None for a dataset of the Hub)."""
+def load_source(
+    args: SourceArguments, source: str, split: str | None = None, streaming: bool = False
+) -> tuple[Rows | DatasetDict, Path | None]:
+    """A split, or all of them, and the folder that relative image paths start from (None for a dataset of the Hub).
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        ValueError: no such split, a file of an unknown kind, an empty one.
+    """
     path = Path(source).expanduser()
-    streaming = args.streaming
     if path.is_file():
         builder = FILE_BUILDERS.get(path.suffix.lower())
         if builder is None:
@@ -104,6 +127,8 @@ def _load_split(args: SourceArguments, source: str, split: str) -> tuple[Rows, P
         saved = load_from_disk(str(path))
         if isinstance(saved, Dataset):
             saved = DatasetDict(train=saved)
+        if split is None:
+            return saved, path
         if split not in saved:
             raise ValueError(f"dataset {source!r} has no split {split!r}; it has {', '.join(saved)}")
         return saved[split].to_iterable_dataset() if streaming else saved[split], path
@@ -113,6 +138,32 @@ def _load_split(args: SourceArguments, source: str, split: str) -> tuple[Rows, P
         raise FileNotFoundError(f"dataset {source!r}: no such file or folder")
     revision = args.dataset_revision if source == args.dataset else None
     return load_dataset(source, args.dataset_config, split=split, streaming=streaming, revision=revision), None
+
+
+def check_columns(existing: Collection[str], wanted: list[str], name: str) -> None:
+    """Raise ValueError where columns of the data set `name` are missing, with those that exist."""
+    if missing := [column for column in wanted if column not in existing]:
+        raise ValueError(f"{name} has no column {' or '.join(map(repr, missing))}; it has {', '.join(existing)}")
+
+
+def numbered(dataset: Rows) -> Rows:
+    """The rows with their numbers as `index`."""
+    if isinstance(dataset, Dataset):
+        return dataset.add_column("index", np.arange(len(dataset)))
+    return dataset.map(_with_index, with_indices=True)
+
+
+def undecoded(dataset: Rows) -> Rows:
+    """The rows with their pictures, wherever they are, left as bytes and path."""
+    for column, feature in (dataset.features or {}).items():
+        if (plain := _undecoded(feature)) != feature:
+            dataset = dataset.cast_column(column, plain)
+    return dataset
+
+
+def picture_opener(image_column: str, base: Path | None) -> Callable[[dict], dict]:
+    """A transform for rows of pictures alone: the processor can open what it leaves in `image_column`."""
+    return partial(_open_batch, openers={image_column: partial(_open_picture, base=base)}, labels={})
 
 
 def _undecoded(feature: Any) -> Any:
@@ -136,14 +187,17 @@ def _with_index(row: dict, index: int) -> dict:
     return {**row, "index": index}
 
 
-def _open_batch(batch: dict, image_column: str, base: Path | None, labels: dict[str, list[str]]) -> dict:
-    """A batch (column -> values) with pictures that the processor can open and class labels by name."""
+def _with_visit(row: dict, place: int) -> dict:
+    return {**row, "visit": place}
+
+
+def _open_batch(batch: dict, openers: dict[str, Callable[..., Any]], labels: dict[str, list[str]]) -> dict:
+    """A batch (column -> values) with pictures that the processor can open, or features, and class labels by name."""
     opened = dict(batch)
     numbers = batch.get("index", [None] * len(next(iter(batch.values()))))
-    for column, open_value in {image_column: _open_picture, "messages": _open_chat}.items():
+    for column, open_value in openers.items():
         if column in batch:
-            values = zip(batch[column], numbers, strict=True)
-            opened[column] = [open_value(value, base, number) for value, number in values]
+            opened[column] = [open_value(value, n) for value, n in zip(batch[column], numbers, strict=True)]
     for column, names in labels.items():
         if column in batch:
             # Unlabelled rows (-1) go on as None: the collator names their number.
@@ -151,23 +205,23 @@ def _open_batch(batch: dict, image_column: str, base: Path | None, labels: dict[
     return opened
 
 
-def _open_chat(messages: list[dict] | None, base: Path | None, number: int | None) -> list[dict]:
+def _open_chat(messages: list[dict] | None, number: int | None, base: Path | None) -> list[dict]:
     """The messages (none for None) with their contents as parts, whose pictures are opened as those of a column are."""
     with naming(f"row {number}"):
         opened = [(message, parts_of(message)) for message in messages or []]
     for _, parts in opened:
         for part in parts:
             if "image" in part:
-                part["image"] = _open_picture(part["image"], base, number)
+                part["image"] = _open_picture(part["image"], number, base)
     return [{**message, "content": parts} for message, parts in opened]
 
 
-def _open_picture(value: Any, base: Path | None, number: int | None) -> Any:
+def _open_picture(value: Any, number: int | None, base: Path | None) -> Any:
     """A relative path as an absolute one, a file of a remote dataset as its bytes, anything else as it is."""
     if isinstance(value, list) and value and isinstance(value[0], dict | str):
-        return [_open_picture(item, base, number) for item in value]
+        return [_open_picture(item, number, base) for item in value]
     if isinstance(value, dict):  # datasets' own form of an image that is not decoded
-        return value if value.get("bytes") is not None else _open_picture(value.get("path"), base, number)
+        return value if value.get("bytes") is not None else _open_picture(value.get("path"), number, base)
     if not isinstance(value, str) or value.startswith(("http://", "https://", "data:")):
         return value
     if "://" in value:  # on the Hub or inside an archive, where a dataset is streamed

@@ -7,7 +7,6 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from operator import itemgetter
@@ -20,16 +19,17 @@ from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
 from tqdm.auto import tqdm
 
-from ..processing.processing_lorgnette import LorgnetteProcessor
-from .arguments import SourceArguments, Stage2Arguments
+from .arguments import RowArguments, Stage2Arguments
 from .collator import LorgnetteCollator
 from .data import load_rows
 from .decoding import DECODING, decoding_of
+from .feature_cache import check_cache, is_cache
 from .generation import generate_texts, references_of
 from .logs import set_up_logging
 from .metrics import METRICS, figures_of, text_metrics
 from .recipe import parse_recipe
 from .stage2 import build
+from .unreadable import leave_out_unreadable
 
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ _REPORTED = ("model", "model_revision", "dataset", "dataset_config", "dataset_re
 
 
 @dataclass
-class EvaluateArguments(SourceArguments):
+class EvaluateArguments(RowArguments):
     """Which model, on which rows, measured how."""
 
     model: str | None = field(default=None, metadata={"help": "A saved lorgnette model: a folder or a Hub id."})
@@ -53,9 +53,6 @@ class EvaluateArguments(SourceArguments):
     decoding: str = field(default="caption", metadata={"help": f"How to decode: {', '.join(DECODING)}."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "In place of the decoding's own limit."})
     batch_size: int = field(default=16, metadata={"help": "Rows that a process generates for at a time."})
-    skip_unreadable: bool = field(
-        default=False, metadata={"help": "Leave rows out whose picture cannot be read, and count them."}
-    )
     output_dir: str = field(default="out/evaluate", metadata={"help": "Where the results go; overwritten."})
 
     def __post_init__(self):
@@ -89,8 +86,8 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
 
     Raises:
         ValueError: the data are not what the arguments say, a row's references are missing or not what a metric needs,
-            no picture can be read. OSError, TypeError, ValueError: a picture that cannot be read, with its row, unless
-            `skip_unreadable`.
+            no picture can be read, a feature cache is another model's. OSError, TypeError, ValueError: a picture that
+            cannot be read, with its row, unless `skip_unreadable`.
     """
     started = time.perf_counter()
     accelerator = Accelerator()
@@ -113,18 +110,24 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
         max_length=context - decoding["max_new_tokens"],
     )
 
+    if is_cache(args.dataset):
+        check_cache(args.dataset, model, processor.image_processor)
+    rows_in_all = len(dataset) if isinstance(dataset, Dataset) else None
+    if args.skip_unreadable:
+        splits = {args.split: dataset}
+        dataset = leave_out_unreadable(splits, args.image_column, processor.image_processor, args.output_dir)[
+            args.split
+        ]
+
     share = split_dataset_by_node(dataset, rank=accelerator.process_index, world_size=accelerator.num_processes)
     rows = tqdm(share, desc="generating", disable=not accelerator.is_main_process)
-    skipped: list[dict[str, Any]] = []
-    if args.skip_unreadable:
-        rows = _readable(rows, processor, args.image_column, skipped)
     generating = time.perf_counter()
     with accelerator.autocast():
         results = [
             {"index": row["index"], "prediction": text, "references": references_of(row, column)}
             for row, text in generate_texts(model, collator, rows, decoding=decoding, batch_size=args.batch_size)
         ]
-    results, skipped = (sorted(gather_object(found), key=itemgetter("index")) for found in (results, skipped))
+    results = sorted(gather_object(results), key=itemgetter("index"))
     generated = time.perf_counter()
     report = None
     if accelerator.is_main_process:
@@ -132,15 +135,13 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in results]
         (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
-        if not results:
-            raise ValueError(f"{args.dataset} ({args.split}): not one of {len(skipped)} pictures can be read")
         predictions, references = ([result[name] for result in results] for name in ("prediction", "references"))
         report = {
             "metrics": {
                 name: metric.compute(predictions=predictions, references=references) for name, metric in metrics.items()
             },
             "rows": len(results),
-            "skipped": skipped,
+            "skipped": 0 if rows_in_all is None else rows_in_all - len(results),
             **{name: getattr(args, name) for name in _REPORTED},
             "decoding": {"preset": args.decoding, **decoding},
             "device": str(accelerator.device),
@@ -156,21 +157,6 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
         _write(report, folder)
     accelerator.end_training()
     return report
-
-
-def _readable(
-    rows: Iterable[dict[str, Any]], processor: LorgnetteProcessor, column: str, skipped: list[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """The rows whose pictures can be read, opened; the others' numbers and causes go into `skipped`."""
-    for row in rows:
-        pictures = row[column] if isinstance(row[column], list) else [row[column]]
-        try:
-            opened = [processor.load_image(picture) for picture in pictures]
-        except (OSError, ValueError) as error:
-            logger.warning("row %d is skipped: %s", row["index"], error)
-            skipped.append({"index": row["index"], "cause": str(error)})
-        else:
-            yield {**row, column: opened}
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
@@ -190,6 +176,6 @@ def _as_markdown(report: dict[str, Any]) -> str:
         for figure, value in figures_of(result).items():
             lines.append(f"| {figure} | {value:.4f} | {METRICS[name].scale} | {result['tokenization']} |")
     said = ", ".join(f"{name} {value}" for name, value in decoding.items())
-    lines += ["", f"{report['rows']} pictures, {len(report['skipped'])} skipped as unreadable."]
+    lines += ["", f"{report['rows']} pictures, {report['skipped']} skipped as unreadable."]
     lines += [f"Decoding `{preset}`: {said}.", f"{report['seconds']['in all']} s on {report['device']}."]
     return "\n".join(lines) + "\n"

@@ -6,6 +6,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
@@ -18,8 +19,8 @@ def parse_recipe(
     *,
     prog: str,
     description: str,
-    defaults: Mapping[str, Any],
-    check: Callable[..., None],
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    check: Callable[..., None] = lambda *_: None,
 ) -> tuple[Any, ...]:
     """Fill `dataclass_types` from `--config FILE.yaml`, then from the other command-line options, which win.
 

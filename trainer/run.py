@@ -10,10 +10,14 @@ from transformers.utils import logging as transformers_logging
 
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import TRAINING_DEFAULTS, BackboneArguments, DataArguments
+from .augmentation import AugmentationSeeds
 from .collator import LorgnetteCollator
 from .data import load_pairs
+from .feature_cache import check_cache, is_cache
 from .logs import set_up_logging
+from .nan_guard import nan_guard
 from .recipe import parse_recipe
+from .unreadable import leave_out_unreadable
 
 
 logger = logging.getLogger(__name__)
@@ -54,10 +58,12 @@ def train(
     Raises:
         FileExistsError: `output_dir` holds an earlier run and `resume_from_checkpoint` is not set.
         FileNotFoundError: nothing there to resume from.
-        ValueError: the data are not what the arguments say, see [`~lorgnette.trainer.data.load_pairs`].
+        FloatingPointError: a loss is not finite, see [`~lorgnette.trainer.nan_guard.nan_guard`].
+        ValueError: the data are not what the arguments say, see [`~lorgnette.trainer.data.load_pairs`]; or a feature
+            cache is another model's.
     """
     checkpoint = checkpoint_to_resume(training_args)
-    _set_up_logging(training_args)
+    _say_what_runs(training_args)
     # Before the model is built: the Q-Former and LoRA start from random numbers.
     (enable_full_determinism if training_args.full_determinism else set_seed)(training_args.seed)
 
@@ -66,8 +72,22 @@ def train(
         logger.warning("Evaluation data are named, but eval_strategy is `no`: nothing will be evaluated.")
     with training_args.main_process_first(desc="loading the dataset"):
         seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-        train_dataset, eval_dataset = load_pairs(data_args, evaluate=evaluate, seed=seed)
+        augmentation = AugmentationSeeds(seed) if data_args.augment else None
+        train_dataset, eval_dataset = load_pairs(data_args, evaluate=evaluate, seed=seed, augmentation=augmentation)
     model, processor = build()
+    for source in filter(None, (data_args.dataset, data_args.eval_dataset)):
+        if is_cache(source):
+            check_cache(source, model, processor.image_processor)
+    if data_args.skip_unreadable:
+        splits = {"train": train_dataset} | ({"eval": eval_dataset} if evaluate else {})
+        kept = leave_out_unreadable(
+            splits,
+            data_args.image_column,
+            processor.image_processor,
+            training_args.output_dir,
+            training_args.dataloader_num_workers,
+        )
+        train_dataset, eval_dataset = kept["train"], kept.get("eval")
     _log_sizes(model)
 
     trainer = Trainer(
@@ -83,10 +103,12 @@ def train(
             max_length=data_args.max_length or model.max_text_length,
         ),
         processing_class=processor,  # saved with every checkpoint
+        callbacks=[augmentation] if augmentation is not None else None,
     )
     if prepare is not None:
         prepare(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with nan_guard(trainer):
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
     return trainer
@@ -132,7 +154,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     return wish
 
 
-def _set_up_logging(args: TrainingArguments) -> None:
+def _say_what_runs(args: TrainingArguments) -> None:
     set_up_logging(args.should_log)
     transformers_logging.set_verbosity(args.get_process_log_level())
     if args.device.type == "cpu" and args.should_log:

@@ -1,0 +1,196 @@
+"""Write what the frozen ViT sees in a data set's pictures to disk, once, for training to read in place of pictures."""
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict, List, Value
+from tqdm.auto import tqdm
+
+from .arguments import SourceArguments, VisionArguments
+from .data import check_columns, load_source, numbered, picture_opener, undecoded
+from .feature_cache import (
+    COLUMN,
+    METADATA,
+    differences,
+    is_cache,
+    open_shard,
+    planned_shards,
+    read_metadata,
+    vision_settings,
+)
+from .logs import set_up_logging
+from .recipe import parse_recipe
+from .unreadable import REPORT, find_unreadable, report_unreadable
+from .vision_tower import FeatureEncoder, load_tower
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CacheArguments:
+    """Where the features go, and in which form."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "The cache's folder: the `dataset` of later runs."})
+    splits: list[str] | None = field(default=None, metadata={"help": "Splits to take; left out, all there are."})
+    dtype: str = field(default="float16", metadata={"help": "float16, bfloat16 or float32."})
+    batch_size: int = field(default=32, metadata={"help": "Rows whose pictures each device sees at once."})
+    shard_size: int = field(default=1000, metadata={"help": "Rows of a shard; a run that is cut off loses one."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that decode pictures."})
+
+    def __post_init__(self):
+        if self.output_dir is None:
+            raise ValueError("output_dir not given: name the folder that the features go to")
+        if self.dtype not in ("float16", "bfloat16", "float32"):
+            raise ValueError(f"dtype is {self.dtype!r}; it takes float16, bfloat16 or float32")
+        for name in ("batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least 1")
+
+
+def main(argv: list[str]) -> None:
+    """Write a cache as a recipe and the command line say; see `recipes/cache.yaml`."""
+    arguments = parse_recipe(
+        (VisionArguments, SourceArguments, CacheArguments),
+        argv,
+        prog="python -m lorgnette.trainer cache",
+        description=__doc__ or "",
+    )
+    write_cache(*arguments)
+
+
+def write_cache(vision: VisionArguments, source: SourceArguments, args: CacheArguments) -> None:
+    """Write a cache, or what is missing of it; behind `accelerate launch` each process makes its share of the shards.
+
+    Raises:
+        FileExistsError: `output_dir` holds something else, or a cache with other settings (with each that differs).
+        FileNotFoundError: no such data set.
+        ValueError: a column that is missing or in the way; for pictures see [`FeatureEncoder`].
+    """
+    state = PartialState(timeout=timedelta(days=7))  # whoever is through waits for the slowest
+    set_up_logging(state.is_main_process)
+    tower, image_processor = load_tower(vision)
+    tower.to(state.device)
+    encoder = FeatureEncoder(
+        tower, image_processor, getattr(torch, args.dtype), args.batch_size, args.dataloader_num_workers
+    )
+    folder = Path(args.output_dir).expanduser()
+    with state.main_process_first():
+        splits = load_splits(source, args.splits)
+        metadata = _begin(folder, _settings(source, args, encoder, splits), encoder, splits)
+
+    planned = [(split, *shard) for split in splits for shard in planned_shards(folder, metadata, split)]
+    todo = [(split, path, rows) for split, path, rows in planned if open_shard(path, len(rows)) is None]
+    state.wait_for_everyone()  # nobody writes while another still looks at what is there
+    if metadata["complete"] and not todo:
+        logger.info("%s is complete and has these settings: there is nothing left to do", folder)
+        return
+    if len(todo) < len(planned):
+        logger.info("%d of %d shards are whole already", len(planned) - len(todo), len(planned))
+
+    datasets.disable_progress_bars()  # one for each part of each shard
+    start, mine = time.monotonic(), todo[state.process_index :: state.num_processes]
+    with tqdm(total=sum(len(rows) for *_, rows in mine), unit="row", disable=not state.is_main_process) as progress:
+        for split, path, rows in mine:
+            _write_shard(splits[split].select(rows), source.image_column, encoder, path, progress)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _write_metadata(folder, metadata | {"complete": True})
+        seconds, rows = time.monotonic() - start, sum(len(rows) for *_, rows in todo)
+        length, width = encoder.shape
+        logger.info(
+            "%s is complete: %s bytes per image (%d x %d, %s); %s rows written in %.0f s, %.1f pictures/s",
+            *(folder, f"{encoder.bytes_per_picture:,}", length, width, args.dtype),
+            *(f"{rows:,}", seconds, rows / seconds),
+        )
+
+
+def load_splits(args: SourceArguments, names: list[str] | None) -> DatasetDict:
+    """The splits that are to be cached, with `index` and pictures that the image processor can open.
+
+    Raises:
+        ValueError: no such split, no such image column, a column called `index` or `vision_features`, no pictures.
+    """
+    if is_cache(args.dataset):
+        raise ValueError(f"dataset {args.dataset} is a feature cache itself: it has no pictures")
+    splits, base = load_source(args, args.dataset)
+    if unknown := set(names or ()) - set(splits):
+        raise ValueError(f"{args.dataset} has no split {' or '.join(sorted(unknown))}; it has {', '.join(splits)}")
+    chosen = DatasetDict()
+    for name in names or splits:
+        rows, title = splits[name], f"{args.dataset} ({name})"
+        check_columns(rows.features, [args.image_column], title)
+        if taken := sorted({"index", COLUMN} & set(rows.features)):
+            raise ValueError(f"{title}: the column {taken[0]!r} has to be renamed: a cache has one of that name")
+        chosen[name] = numbered(undecoded(rows)).with_transform(picture_opener(args.image_column, base))
+    return chosen
+
+
+def _settings(
+    source: SourceArguments, args: CacheArguments, encoder: FeatureEncoder, splits: DatasetDict
+) -> dict[str, Any]:
+    """What the metadata says of a cache before it is written."""
+    path = Path(source.dataset).expanduser()
+    return {
+        **vision_settings(encoder.tower, encoder.image_processor),
+        "dtype": args.dtype,
+        "feature_shape": list(encoder.shape),
+        "dataset": str(path.resolve()) if path.exists() else source.dataset,
+        "dataset_config": source.dataset_config,
+        "dataset_revision": source.dataset_revision,
+        "image_column": source.image_column,
+        "shard_size": args.shard_size,
+        "skip_unreadable": source.skip_unreadable,
+        "splits": {name: len(rows) for name, rows in splits.items()},
+    }
+
+
+def _begin(folder: Path, settings: dict[str, Any], encoder: FeatureEncoder, splits: DatasetDict) -> dict[str, Any]:
+    """The metadata of the cache that `folder` holds, or is to hold."""
+    if is_cache(folder):
+        metadata = read_metadata(folder)
+        theirs = {name: value for name, value in metadata.items() if name not in ("unreadable", "complete")}
+        if found := [f"{name} is {a!r} there, {b!r} here" for name, a, b in differences(theirs, settings)]:
+            raise FileExistsError(f"{folder} holds a feature cache with other settings: {'; '.join(found)}")
+        return metadata
+    if folder.exists() and any(path.name != REPORT for path in folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty, and no feature cache: choose another output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    unreadable = {}
+    if settings["skip_unreadable"]:
+        column, workers = settings["image_column"], encoder.num_workers
+        for name, rows in splits.items():
+            pictures = rows.select_columns([column, "index"])
+            unreadable[name] = find_unreadable(pictures, column, encoder.image_processor, name, workers)
+        report_unreadable(unreadable, folder)
+    metadata = settings | {"unreadable": unreadable, "complete": False}
+    _write_metadata(folder, metadata)
+    return metadata
+
+
+def _write_shard(rows: Dataset, image_column: str, encoder: FeatureEncoder, path: Path, progress: tqdm) -> None:
+    """Save the rows, features in place of pictures, at `path`, where nothing is before all is there."""
+    form = Value(f"fixed_size_binary[{encoder.bytes_per_picture}]")
+    feature = List(form) if isinstance(rows.features[image_column], List) else form
+    features = list(encoder(rows.select_columns([image_column, "index"]), image_column, progress))
+    kept = rows.with_format(None).remove_columns(image_column).flatten_indices(keep_in_memory=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    for leftover in (unfinished, path):
+        shutil.rmtree(leftover, ignore_errors=True)
+    kept.add_column(COLUMN, features, feature=feature).save_to_disk(unfinished)
+    unfinished.rename(path)
+
+
+def _write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
+    unfinished = folder / f"{METADATA}.unfinished"
+    unfinished.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
+    unfinished.replace(folder / METADATA)

@@ -1,0 +1,145 @@
+"""What a frozen ViT sees, kept on disk: how a cache folder is laid out and read, and which model it belongs to.
+
+    CACHE/vision_features.json                      what it was made of and with; `complete` once all shards are there
+    CACHE/SPLIT/vision_features-00000-of-00003/     a shard, as `Dataset.save_to_disk` writes it
+
+A row has the columns of its source but for the pictures, `index` (its number in the source) and `vision_features`, the
+bytes of its `(L, E)` features: of all forms that Arrow knows that one is read fastest, and bfloat16 fits in as well. A
+row with several pictures has a list of them. Shards are memory-mapped, so a cache may be larger than memory.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets, load_from_disk
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..modeling.modeling_base import LorgnettePreTrainedModel
+
+
+METADATA = "vision_features.json"
+COLUMN = "vision_features"
+GO_ON = "run the command that began it again (python -m lorgnette.trainer cache …): it keeps what is whole"
+
+
+def is_cache(folder: str | Path) -> bool:
+    """Whether a folder is a feature cache, or the remains of one."""
+    folder = Path(folder).expanduser()
+    return (folder / METADATA).is_file() or next(folder.glob(f"*/{COLUMN}-*-of-*"), None) is not None
+
+
+def read_metadata(folder: str | Path) -> dict[str, Any]:
+    """What `vision_features.json` says.
+
+    Raises:
+        FileNotFoundError: there is none beside the shards.
+    """
+    path = Path(folder).expanduser() / METADATA
+    if not path.is_file():
+        raise FileNotFoundError(f"the feature cache {folder} has lost its {METADATA}: write it anew, elsewhere")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def load_cache(folder: str | Path, split: str) -> Dataset:
+    """The rows of a split, `vision_features` still as bytes.
+
+    Raises:
+        ValueError: no such split, or the cache is half written (with what is missing and how to go on).
+    """
+    metadata = read_metadata(folder)
+    if split not in metadata["splits"]:
+        raise ValueError(f"the feature cache {folder} has no split {split!r}; it has {', '.join(metadata['splits'])}")
+    planned = planned_shards(folder, metadata, split)
+    shards = [open_shard(path, len(rows)) for path, rows in planned]
+    missing = [path.name for (path, _), shard in zip(planned, shards, strict=True) if shard is None]
+    if missing:
+        raise ValueError(
+            f"the feature cache {folder} is half written: of split {split!r} {len(missing)} of {len(shards)} shards "
+            f"are missing or cut off, {missing[0]} first; {GO_ON}"
+        )
+    if not metadata["complete"]:
+        raise ValueError(f"the feature cache {folder} is half written: shards of other splits are missing; {GO_ON}")
+    return concatenate_datasets(shards)
+
+
+def feature_opener(folder: str | Path) -> Callable[..., torch.Tensor]:
+    """Makes of a row's bytes its features `(L, E)`, or `(n, L, E)` of n pictures, in the dtype they are stored in."""
+    metadata = read_metadata(folder)
+    return partial(_open_features, dtype=getattr(torch, metadata["dtype"]), shape=tuple(metadata["feature_shape"]))
+
+
+def planned_shards(folder: str | Path, metadata: dict[str, Any], split: str) -> list[tuple[Path, list[int]]]:
+    """The folder of each shard of a split, and the rows of the source that are to be in it."""
+    left_out, size = metadata["unreadable"].get(split, {}), metadata["shard_size"]
+    rows = [index for index in range(metadata["splits"][split]) if str(index) not in left_out]
+    starts = range(0, len(rows), size)
+    parent = Path(folder).expanduser() / split
+    return [
+        (parent / f"{COLUMN}-{number:05}-of-{len(starts):05}", rows[start : start + size])
+        for number, start in enumerate(starts)
+    ]
+
+
+def open_shard(path: Path, rows: int) -> Dataset | None:
+    """A shard, or None where it is missing, cut off or short of rows."""
+    try:
+        shard = load_from_disk(str(path))
+    except (OSError, ValueError):  # Arrow's own errors are ValueErrors
+        return None
+    return shard if len(shard) == rows else None
+
+
+def vision_settings(model: LorgnettePreTrainedModel, image_processor: BaseImageProcessor) -> dict[str, Any]:
+    """All that a model's vision features depend on but the picture; its values are those of JSON."""
+    return {
+        "vision_model_type": model.config.vision_config.model_type,
+        "vision_feature_layer": model.config.vision_feature_layer,
+        "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
+        "image_processor": json.loads(image_processor.to_json_string()),
+        "vision_weights_sha256": _hash_of(model.vision_model),
+    }
+
+
+def check_cache(folder: str | Path, model: LorgnettePreTrainedModel, image_processor: BaseImageProcessor) -> None:
+    """See to it that a cache holds what this model would see in the pictures.
+
+    Raises:
+        ValueError: another ViT, layer or image processor; names each field that differs, and both values.
+    """
+    theirs, ours = read_metadata(folder), vision_settings(model, image_processor)
+    found = [f"{n} is {a!r} in the cache, {b!r} here" for n, a, b in differences({n: theirs[n] for n in ours}, ours)]
+    if found:
+        raise ValueError(f"the feature cache {folder} does not belong to this model: {'; '.join(found)}")
+
+
+def differences(first: Any, second: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The dotted name of each value in which two nested mappings differ, with both values; None for one not there."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        for key in {**first, **second}:
+            yield from differences(first.get(key), second.get(key), f"{name}.{key}".lstrip("."))
+    elif first != second:
+        yield name, first, second
+
+
+def _open_features(
+    value: bytes | list[bytes], _number: int, dtype: torch.dtype, shape: tuple[int, int]
+) -> torch.Tensor:
+    if isinstance(value, list):
+        return torch.stack([_open_features(item, _number, dtype, shape) for item in value])
+    return torch.frombuffer(bytearray(value), dtype=dtype).view(shape)
+
+
+def _hash_of(vision_model: torch.nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vision_model.state_dict().items()):
+        # no feature comes from the pooler, and transformers draws a random one where a checkpoint has none
+        if not name.startswith("pooler."):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

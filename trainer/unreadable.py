@@ -1,0 +1,122 @@
+"""Which rows have pictures that cannot be read, found by reading them all before any time is spent on the others."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..processing.conversations import images_in
+from ..processing.image_loading import load_image_for
+from .feature_cache import COLUMN
+
+
+REPORT = "unreadable.json"
+_SHOWN = 20  # in the log; the report has all
+
+logger = logging.getLogger(__name__)
+
+
+def leave_out_unreadable(
+    splits: Mapping[str, Dataset],
+    image_column: str,
+    image_processor: BaseImageProcessor,
+    output_dir: str | Path,
+    num_workers: int = 0,
+) -> dict[str, Dataset]:
+    """The splits without the rows whose pictures cannot be read; one process looks, the others are told.
+
+    What is left out is logged, and listed with the reasons in `output_dir/unreadable.json`.
+
+    Args:
+        splits: rows as [`~lorgnette.trainer.data.load_pairs`] gives them; those of a feature cache have been read.
+
+    Raises:
+        ValueError: no row of a split can be read.
+    """
+    state = PartialState()
+    told: list[Any] = [None]
+    if state.is_main_process:
+        told[0] = {name: find_unreadable(rows, image_column, image_processor, name, num_workers)
+                   for name, rows in splits.items()}  # fmt: skip
+        report_unreadable(told[0], output_dir)
+    broadcast_object_list(told)
+    kept = {}
+    for name, rows in splits.items():
+        numbers = rows.with_format(None)["index"][:]
+        kept[name] = rows.select([place for place, number in enumerate(numbers) if str(number) not in told[0][name]])
+    return kept
+
+
+def find_unreadable(
+    rows: Dataset, image_column: str, image_processor: BaseImageProcessor, name: str, num_workers: int = 0
+) -> dict[str, str]:
+    """Read the pictures of all rows: the `index` of each that cannot be read, and why.
+
+    Raises:
+        ValueError: none can be read.
+        TypeError: what is in the column is no picture at all.
+    """
+    if COLUMN in rows.column_names:
+        return {}
+    # in batches, so that a worker's turn is worth its while
+    loader = DataLoader(
+        _Reasons(rows, image_column, image_processor), batch_size=32, num_workers=num_workers, collate_fn=list
+    )
+    numbers = iter(rows.with_format(None)["index"][:])
+    found = {}
+    with tqdm(total=len(rows), desc=f"reading the pictures of {name}", unit="row") as progress:
+        for reasons in loader:
+            found |= {str(next(numbers)): reason for reason in reasons}
+            progress.update(len(reasons))
+    found = {number: reason for number, reason in found.items() if reason is not None}
+    if len(found) == len(rows):
+        number, reason = next(iter(found.items()))
+        raise ValueError(f"{name}: no picture of its {len(rows)} rows can be read; row {number}: {reason}")
+    return found
+
+
+def report_unreadable(found: dict[str, dict[str, str]], output_dir: str | Path) -> None:
+    """Log and write down, for each split, the rows that are left out and why."""
+    path = Path(output_dir) / REPORT
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=2), encoding="utf-8")
+    for name, reasons in found.items():
+        if reasons:
+            shown = [f"{number} ({reason})" for number, reason in list(reasons.items())[:_SHOWN]]
+            more = f" and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
+            rows = f"{', '.join(shown)}{more}; see {path}"
+            logger.warning("%s: %d rows with unreadable pictures are left out: %s", name, len(reasons), rows)
+
+
+class _Reasons:
+    """Row by row, why its pictures cannot be read; None where they can."""
+
+    def __init__(self, rows: Dataset, image_column: str, image_processor: BaseImageProcessor):
+        self.rows, self.image_column, self.image_processor = rows, image_column, image_processor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> str | None:
+        try:
+            row = self.rows[place]
+            for picture in self._pictures(row):
+                load_image_for(self.image_processor, picture)
+        except (OSError, ValueError) as error:
+            return str(error)
+        return None
+
+    def _pictures(self, row: dict[str, Any]) -> list[Any]:
+        own = images_in(row["messages"]) if row.get("messages") else []
+        value = row.get(self.image_column)
+        if value is None and row.get("messages"):
+            return own  # a chat's column may be empty
+        return own + (value if isinstance(value, list) else [value])
