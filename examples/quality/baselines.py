@@ -1,44 +1,49 @@
 """What plain methods make of the very same frozen features: a linear classifier, and the nearest neighbour's text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler, normalize
+from tqdm import tqdm
 
 
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C
-Split = tuple[np.ndarray, Sequence[str]]  # features (N, L, D), texts (N)
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C
+Split = tuple[np.ndarray, Sequence[str]]  # features (N, L, D) and texts (N)
 
 
 def views(features: np.ndarray) -> dict[str, np.ndarray]:
     """The ViT's features (N, 1 + patches, D), CLS first, as float32 vectors: (N, D), (N, D) and (N, 2 D)."""
     cls, patches = features[:, 0].astype(np.float32), features[:, 1:].mean(axis=1, dtype=np.float32)
-    return {"CLS": cls, "patch mean": patches, "CLS and patch mean": np.concatenate([cls, patches], axis=1)}
+    return {"CLS": cls, "patch mean": patches, "both": np.concatenate([cls, patches], axis=1)}
 
 
-def probe(train: Split, validation: Split, test: Split) -> dict[str, dict[str, float]]:
-    """For each view, logistic regression's accuracy on the test pictures, and the C that did best on the validation ones.
+def probe(train: Split, validation: Split, test: Split) -> dict[str, dict[str, Any]]:
+    """Of each view, logistic regression's accuracy on the test pictures with the C that is best on the validation ones.
 
-    Features are standardised by the training pictures' mean and deviation. Of equal Cs the smallest is taken.
+    Features are standardised by the training pictures' mean and deviation. Of equally good Cs the smallest is taken.
     """
-    parts, texts = [views(part[0]) for part in (train, validation, test)], [part[1] for part in (train, validation, test)]
+    inputs = [views(features) for features, _ in (train, validation, test)]
+    labels = [texts for _, texts in (train, validation, test)]
     found = {}
-    for view in parts[0]:
-        fitted = []
-        for strength in STRENGTHS:
-            model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
-            fitted.append(model.fit(parts[0][view], texts[0]))
-        on_validation = [model.score(parts[1][view], texts[1]) for model in fitted]
-        best = int(np.argmax(on_validation))
-        accuracy = fitted[best].score(parts[2][view], texts[2])
-        found[view] = {"accuracy": accuracy, "validation_accuracy": on_validation[best], "C": STRENGTHS[best]}
+    with tqdm(total=len(inputs[0]) * len(STRENGTHS), desc="logistic regression", unit="fit") as progress:
+        for view in inputs[0]:
+            best = {"validation": -1.0}
+            for strength in STRENGTHS:
+                classifier = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
+                classifier.fit(inputs[0][view], labels[0])
+                validation_accuracy, accuracy = (classifier.score(inputs[i][view], labels[i]) for i in (1, 2))
+                if validation_accuracy > best["validation"]:
+                    best = {"exact_match": accuracy, "validation": validation_accuracy, "C": strength}
+                progress.update()
+            found[view] = best
     return found
 
 
-def nearest_texts(train: Split, features: np.ndarray) -> Mapping[str, list[str]]:
-    """For each view, the text of the training picture with the greatest cosine similarity to each of `features`."""
+def nearest_texts(train: Split, features: np.ndarray) -> dict[str, list[str]]:
+    """Of each view, the text of the training picture with the greatest cosine similarity to each of `features`."""
     queries, keys = views(features), views(train[0])
     return {
         view: [train[1][i] for i in (normalize(queries[view]) @ normalize(keys[view]).T).argmax(axis=1)]

@@ -1,4 +1,4 @@
-"""The data sets that quality is measured on: `python -m examples.quality.data cifar|emoji FOLDER`.
+"""The data sets that quality is measured on: `python -m examples.quality.data cifar|emoji`.
 
 Each is saved by `save_to_disk`, a `datasets.DatasetDict` with the columns `image` and `text` at least; a split that is
 held out shares no picture with `train` and `validation`.
@@ -111,10 +111,10 @@ BUILDERS = {"cifar": build_cifar, "emoji": build_emoji}
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m examples.quality.data", description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=BUILDERS)
-    parser.add_argument("folder", type=Path, help="where the data set is written")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the data set is written")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where downloads are kept")
     args = parser.parse_args(argv)
-    save(BUILDERS[args.name](args.cache), args.folder)
+    save(BUILDERS[args.name](args.cache), args.output_dir)
 
 
 if __name__ == "__main__":

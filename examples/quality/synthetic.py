@@ -1,8 +1,8 @@
 """Made-up pairs for named concepts: emoji, cut out, before photographs, with a caption by template.
 
-    python -m examples.quality.synthetic DATASET FOLDER --concepts frog "red apple" --pairs 20 --cap 0.25
+    python -m examples.quality.synthetic DATASET --output_dir LARGER --concepts frog "red apple" --pairs 20 --cap 0.25
 
-FOLDER gets DATASET with the pairs added to `train`, and in every split a column `synthetic` that says which they are.
+LARGER gets DATASET with the pairs added to `train`, and in every split a column `synthetic` that says which they are.
 """
 
 import sys
@@ -84,7 +84,7 @@ def compose(cut_out: Image.Image, background: np.ndarray, rng: np.random.Generat
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m examples.quality.synthetic", description=__doc__.splitlines()[0])
     parser.add_argument("dataset", type=Path, help="what `python -m examples.quality.data` wrote")
-    parser.add_argument("folder", type=Path, help="where the larger data set is written")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the larger data set is written")
     parser.add_argument("--concepts", nargs="+", help="names as emojibase has them; left out, all of `train`")
     parser.add_argument("--templates", nargs="+", default=TEMPLATES, help="captions, {name} in place of the name")
     parser.add_argument("--pairs", type=int, default=1, help="made-up pairs a concept")
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where downloads are kept")
     args = vars(parser.parse_args(argv))
-    folder, real = args.pop("folder"), load_from_disk(args.pop("dataset"))
+    folder, real = args.pop("output_dir"), load_from_disk(args.pop("dataset"))
     splits = add_pairs(real, **args)
     save(splits, folder)
     made_up, rows = len(splits["train"]) - len(real["train"]), len(splits["train"])
