@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import load_from_disk
@@ -73,7 +72,7 @@ def run(name: str, cache: Path, work: Path, results: Path) -> None:
         "row": asdict(row),
         **figures,
         "seconds": seconds,
-        "data": {split: len(rows) for split, rows in load_from_disk(folders["data"]).items()},
+        "data": {split: len(rows) for split, rows in load_from_disk(folders.get("synthetic", folders["data"])).items()},
         "training": {stage: {"steps": log["global_step"], "epochs": log["epoch"]} for stage, log in logs.items()},
         "commands": {step: done["command"] for step, done in steps.done.items()},
         "backbones": {part: f"{a.content}: {a.registry}, {a.requirement}" for part, (a, _) in BACKBONES.items()},
@@ -100,7 +99,7 @@ def take_steps(row: Row, steps: Steps, sources: Mapping[str, str], cache: Path) 
     data = step("data", ["examples.quality.data", row.dataset, *downloads])
     if row.synthetic:
         made_up = ["--pairs", str(task.pairs), "--templates", "{name}", *downloads]
-        data = step("data", ["examples.quality.synthetic", data, *made_up])
+        data = step("synthetic", ["examples.quality.synthetic", data, *made_up])
 
     vision = ["--vision", sources["vision"]]
     features = step("features", ["lorgnette.trainer", "cache", *vision, "--dataset", data, *layer_option(row)])

@@ -18,8 +18,8 @@ SHUFFLES = 10
 
 
 def measure(task: Task, features: Path, evaluations: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """For each held-out split the figures of the `model`, and of it with pictures `shuffled`, of the text of the `nearest`
-    neighbour and, where the texts are classes, of the `probe`; the latter two for each view of the features.
+    """For each held-out split the figures of the `model`, of its answers to `shuffled` pictures, of the `nearest`
+    neighbour's text and, where the texts are classes, of the `probe`; the latter two for each view of the features.
 
     Args:
         features: a feature cache, which has the splits `train` and `validation` as well.
