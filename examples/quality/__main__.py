@@ -77,7 +77,8 @@ def run(name: str, cache: Path, work: Path, results: Path) -> None:
         "commands": {step: done["command"] for step, done in steps.done.items()},
         "backbones": {part: f"{a.content}: {a.registry}, {a.requirement}" for part, (a, _) in BACKBONES.items()},
         "machine": machine(),
-        "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in (*PACKAGES, "scikit-learn")},
     }
     results.mkdir(parents=True, exist_ok=True)
     curves({stage: log["log_history"] for stage, log in logs.items()}, results / f"{name}.png")
