@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 
-from ..demo.report import PACKAGES, machine
+from ..demo.report import PACKAGES as SHOWN
+from ..demo.report import machine
 from ..sources import backbones
 from .curves import curves
 from .measure import measure
@@ -27,6 +28,7 @@ from .rows import ROWS, TASKS, Row, layer_option, options
 from .steps import Steps, say
 
 
+PACKAGES = (*SHOWN, "scikit-learn")
 RECIPES = Path("recipes")
 BACKBONES = {
     "vision": (backbones.VISION, backbones.vision_folder),
@@ -77,8 +79,7 @@ def run(name: str, cache: Path, work: Path, results: Path) -> None:
         "commands": {step: done["command"] for step, done in steps.done.items()},
         "backbones": {part: f"{a.content}: {a.registry}, {a.requirement}" for part, (a, _) in BACKBONES.items()},
         "machine": machine(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in (*PACKAGES, "scikit-learn")},
+        "versions": {"python": platform.python_version()} | {part: version(part) for part in PACKAGES},
     }
     results.mkdir(parents=True, exist_ok=True)
     curves({stage: log["log_history"] for stage, log in logs.items()}, results / f"{name}.png")
