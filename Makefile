@@ -1,4 +1,5 @@
 # make demo   real backbones, real photographs, training, and a stranger who captions: about ten minutes on two CPU cores
+# make quality-cifar, quality-emoji, …   what examples/quality measures, a row each; into results/quality and README.md
 # make test   the test suite; make lint: the linter
 #
 # All work in a fresh clone: the virtual environment is made first.
@@ -28,6 +29,11 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 demo: prerequisites-demo $(VENV)/installed
 	$(BIN)/python -m examples.demo --cache "$(CACHE)" --output "$(OUTPUT)" $(if $(VISION),--vision "$(VISION)") \
 		$(if $(TEXT),--text "$(TEXT)") $(if $(QFORMER),--qformer "$(QFORMER)") $(ARGS)
+
+# any row of examples/quality/rows.py: quality-cifar, quality-emoji-no-lora …
+quality-%: prerequisites-demo $(VENV)/installed
+	$(BIN)/python -m examples.quality $* --cache "$(CACHE)" $(ARGS)
+	$(BIN)/python -m examples.quality.table
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(ARGS)

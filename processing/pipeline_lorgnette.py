@@ -105,7 +105,7 @@ class LorgnetteImageToTextPipeline(Pipeline):
     ) -> dict[str, torch.Tensor]:
         generate_kwargs = dict(generate_kwargs or {})
         if "generation_config" not in generate_kwargs:
-            generate_kwargs = self._missing_tokens() | generate_kwargs
+            generate_kwargs = missing_tokens(self.model.generation_config, self.processor) | generate_kwargs
         if hasattr(self, "_prepare_generate_kwargs"):
             generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
         else:  # transformers 5.17
@@ -113,17 +113,6 @@ class LorgnetteImageToTextPipeline(Pipeline):
         ids = self.model.generate(**model_inputs, **generate_kwargs)
         rows, length = model_inputs["input_ids"].shape
         return {"answers": ids[:, length:].unflatten(0, (rows, -1))}  # (B, num_return_sequences, T)
-
-    def _missing_tokens(self) -> dict[str, Any]:
-        """What the model's generation config does not know: a base LM's has no pad token and no end of a turn."""
-        config, missing = self.model.generation_config, {}
-        if config.pad_token_id is None:
-            missing["pad_token_id"] = self.processor.tokenizer.pad_token_id
-        known = config.eos_token_id
-        known = known if isinstance(known, list) else [] if known is None else [known]
-        if unknown := set(self.processor.stop_token_ids) - set(known):
-            missing["eos_token_id"] = [*known, *sorted(unknown)]
-        return missing
 
     def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, str]]:
         texts = self.processor.batch_decode(model_outputs["answers"][0], skip_special_tokens=True)
@@ -133,6 +122,22 @@ class LorgnetteImageToTextPipeline(Pipeline):
         """Save model, processor and their code into a folder that `pipeline` loads again."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
+
+
+def missing_tokens(config: GenerationConfig, processor: Any) -> dict[str, Any]:
+    """What a model's generation config does not know: a base LM's has no pad token and no end of a turn.
+
+    Returns:
+        `pad_token_id` and `eos_token_id` (a list) for `generate`, each only where it has to be said.
+    """
+    missing: dict[str, Any] = {}
+    if config.pad_token_id is None:
+        missing["pad_token_id"] = processor.tokenizer.pad_token_id
+    known = config.eos_token_id
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    if unknown := set(processor.stop_token_ids) - set(known):
+        missing["eos_token_id"] = [*known, *sorted(unknown)]
+    return missing
 
 
 class _Item(NamedTuple):

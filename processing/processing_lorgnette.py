@@ -223,7 +223,7 @@ class LorgnetteProcessor(ProcessorMixin):
 
     def encode_example(
         self,
-        output: str,
+        output: str | None,
         *,
         query: str | None = None,
         system: str | None = None,
@@ -233,12 +233,12 @@ class LorgnetteProcessor(ProcessorMixin):
         """Token ids of a training example: of the prompt exactly as it is at inference, and of what is to be learnt.
 
         Args:
-            output: the answer. The ids that end it follow it: the template's end of turn, or EOS.
+            output: the answer. The ids that end it follow it: the template's end of turn, or EOS. None: not known yet.
             query, system, num_images: as in [`build_prompt`].
             messages: the conversation before the answer, in place of the three.
 
         Returns:
-            The prompt's ids, placeholders and all, and the answer's.
+            The prompt's ids, placeholders and all, and the answer's (none where it is not known).
 
         Raises:
             ValueError: the template refuses the conversation, or does not show where an answer ends.
@@ -248,6 +248,8 @@ class LorgnetteProcessor(ProcessorMixin):
             prompt = self.build_prompt(query, system, num_images=num_images)
         else:
             prompt = self.apply_chat_template(messages, add_generation_prompt=True)
+        if output is None:
+            return self._encode_prompt(prompt), []
         lead, end = answer_frame(tokenizer)
         answer = flatten(tokenizer, [{"content": output}])[0]["content"]
         return self._encode_prompt(prompt), encode(tokenizer, lead + answer, continues=True) + end

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch.distributed as dist
 from tiny_training import joined, pairs, trainer
 
+from lorgnette.trainer.callbacks import GenerateMetricsCallback
+
 
 def main(folder: Path) -> None:
     model, processor = joined((str(folder / "vit"), str(folder / "llama")))
@@ -26,11 +28,15 @@ def main(folder: Path) -> None:
         max_grad_norm=0.0,
     )
     assert run.args.world_size == 2
+    rows = [{**row, "text": ["a cat", "the dog"]} for row in pairs(3)]  # the first process has two of them
+    run.add_callback(GenerateMetricsCallback(processor, rows, batch_size=1))
     run.train()
     gathered = [None, None]
     dist.all_gather_object(gathered, {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
     first, second = gathered
     assert all((first[name] == second[name]).all() for name in first), "the processes have drifted apart"
+    dist.all_gather_object(gathered, run.evaluate()["eval_cider"])
+    assert gathered[0] == gathered[1], "the processes would choose different best models"
     dist.destroy_process_group()
 
 

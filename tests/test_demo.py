@@ -1,22 +1,17 @@
 """The demo's own parts, without its downloads: what it fetches, measures, draws, and whom it asks."""
 
-import io
-import json
-import sys
-import tarfile
-import zipfile
-from pathlib import Path
-
 import numpy as np
 import pytest
 from datasets import Dataset
 from PIL import Image
 from test_save_reload import build
 from tiny import picture
+from tiny_sources import cifar_archive
 
-from examples.demo import backbones, data, prerequisites, registry, report
+from examples.demo import data, prerequisites, report
 from examples.demo.__main__ import answer, ask_stranger
 from examples.demo.evaluation import permutation_test, share_right
+from examples.sources import cifar
 
 
 CLASSES = ["airplane", "automobile", "frog", "horse", "ship"]
@@ -55,114 +50,9 @@ def test_share_right_is_by_class_and_ignores_white_space():
     assert share_right([" frog", "ship", "ship"], ["frog", "frog", "ship"]) == {"frog": 0.5, "ship": 1.0}
 
 
-ARCHIVE = registry.Archive(
-    registry="pypi",
-    name="package",
-    version="1.0",
-    filename="package-1.0-py3-none-any.whl",
-    sha256="9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c",  # of b"weights"
-    licence="MIT",
-    content="nothing",
-)
-
-
-def downloading(monkeypatch, program: str) -> None:
-    """Has `program`, which finds the folder to write into in `folder`, take the place of pip and npm."""
-    monkeypatch.setattr(
-        registry,
-        "_download_command",
-        lambda archive, folder: [sys.executable, "-c", f"folder = {str(folder)!r}; {program}"],
-    )
-
-
-def test_a_download_is_checked_and_kept(monkeypatch, tmp_path):
-    downloading(monkeypatch, f"open(folder + '/{ARCHIVE.filename}', 'wb').write(b'weights')")
-    path = registry.fetch(ARCHIVE, tmp_path)
-    assert path.read_bytes() == b"weights"
-    downloading(monkeypatch, "raise SystemExit(1)")
-    assert registry.fetch(ARCHIVE, tmp_path) == path
-
-
-@pytest.mark.parametrize(
-    ("program", "error"),
-    [
-        (f"open(folder + '/{ARCHIVE.filename}', 'wb').write(b'other weights')", ValueError),
-        (f"open(folder + '/{ARCHIVE.filename}', 'wb').write(b'wei'); raise SystemExit(1)", Exception),
-        ("open(folder + '/package-2.0.whl', 'wb').write(b'weights')", FileNotFoundError),
-    ],
-    ids=["another hash", "interrupted", "another file"],
-)
-def test_a_failed_download_leaves_nothing(monkeypatch, tmp_path, program, error):
-    downloading(monkeypatch, program)
-    with pytest.raises(error):
-        registry.fetch(ARCHIVE, tmp_path)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
-def archive_of(path: Path, members: dict[str, bytes]) -> Path:
-    if path.suffix == ".whl":
-        with zipfile.ZipFile(path, "w") as wheel:
-            for name, content in members.items():
-                wheel.writestr(name, content)
-    else:
-        with tarfile.open(path, "w:gz") as tarball:
-            for name, content in members.items():
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tarball.addfile(info, io.BytesIO(content))
-    return path
-
-
-@pytest.mark.parametrize("name", ["a.whl", "a.tgz"])
-def test_members_are_unpacked_all_or_none(tmp_path, name):
-    path = archive_of(tmp_path / name, {"package/one": b"1", "package/two": b"2"})
-    with pytest.raises(KeyError):
-        registry.unpack(path, {"package/one": "one", "package/three": "three"}, tmp_path / "target")
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == [name]
-    target = registry.unpack(path, {"package/one": "uno"}, tmp_path / "target")
-    assert {entry.name: entry.read_bytes() for entry in target.iterdir()} == {"uno": b"1"}
-
-
-def test_dinov2_parameters_come_out_of_the_onnx_graph(tmp_path):
-    onnx = pytest.importorskip("onnx")
-    width = 4
-    tensors = {
-        "backbone.embeddings.cls_token": np.zeros((1, 1, width)),
-        "backbone.encoder.layer.0.attention.attention.query.bias": np.zeros(width),
-        "onnx::MatMul_7": np.arange(width * 3).reshape(width, 3),
-        "onnx::MatMul_8": np.ones((width, 3)),  # of the decoder: not wanted
-        "onnx::Concat_1": np.full((1, 1, width), 5),
-        "onnx::Reshape_2": np.full((1, 37 * 37, width), 6),
-    }
-    nodes = [
-        onnx.helper.make_node("MatMul", ["x", "onnx::MatMul_7"], ["y"], name=f"/backbone/encoder/{layer}/MatMul")
-        for layer in ["layer.0/attention/attention/query"]
-    ]
-    nodes += [onnx.helper.make_node("MatMul", ["y", "onnx::MatMul_8"], ["z"], name="/decoder/head/MatMul")]
-    values = [onnx.numpy_helper.from_array(array.astype(np.float32), name) for name, array in tensors.items()]
-    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "vit", [], [], values)), tmp_path / "vit.onnx")
-
-    state = backbones.dinov2_state_dict(tmp_path / "vit.onnx")
-    assert set(state) == {
-        "embeddings.cls_token",
-        "embeddings.mask_token",
-        "embeddings.position_embeddings",
-        "encoder.layer.0.attention.attention.query.bias",
-        "encoder.layer.0.attention.attention.query.weight",
-    }
-    assert state["encoder.layer.0.attention.attention.query.weight"].tolist() == tensors["onnx::MatMul_7"].T.tolist()
-    assert state["embeddings.position_embeddings"][0, :, 0].tolist() == [5.0] + [6.0] * 37 * 37
-
-
 def test_photographs_are_read_row_by_row_and_split_evenly(monkeypatch, tmp_path):
-    labels = [data.CIFAR10.index(name) for name in data.CLASSES for _ in range(3)]
-    pictures = np.random.default_rng(0).integers(0, 255, (len(labels), 32, 32, 3), dtype=np.uint8)
-    sheet = io.BytesIO()
-    Image.fromarray(pictures.reshape(len(labels), 1024, 3)).save(sheet, "PNG")
-    names = {"data_batch_1.png": sheet.getvalue(), "test_batch.png": sheet.getvalue()}
-    names |= dict.fromkeys(("train_lables.json", "test_lables.json"), json.dumps(labels).encode())
-    tarball = archive_of(tmp_path / "a.tgz", {f"package/{name}": content for name, content in names.items()})
-    monkeypatch.setattr(data, "fetch", lambda archive, cache: tarball)
+    labels = [cifar.CLASSES.index(name) for name in data.CLASSES for _ in range(3)]
+    pictures = cifar_archive(tmp_path, labels)
     for name, count in {"TRAIN": 2, "VALIDATION": 1, "HELD_OUT": 2}.items():
         monkeypatch.setattr(data, name, count)
 

@@ -16,7 +16,7 @@ from tiny_training import write_backbones, write_pairs
 from transformers import TrainingArguments
 
 from lorgnette import LorgnetteProcessor
-from lorgnette.trainer.__main__ import main
+from lorgnette.trainer.__main__ import COMMANDS, main
 from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, Stage2Arguments
 from lorgnette.trainer.recipe import parse_recipe
 from lorgnette.trainer.run import check_arguments, checkpoint_to_resume
@@ -122,7 +122,7 @@ def test_an_unknown_command_lists_those_that_exist(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["stage3"])
     assert exit_.value.code == 2
-    assert "choose from stage1, stage2" in capsys.readouterr().err.replace("'", "")
+    assert f"choose from {', '.join(COMMANDS)}" in capsys.readouterr().err.replace("'", "")
 
 
 def test_resuming_takes_the_last_complete_checkpoint_and_nothing_is_overwritten(tmp_path):

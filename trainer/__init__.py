@@ -1,1 +1,1 @@
-"""What surrounds the stock `transformers.Trainer`: the collator, and the entry point `python -m lorgnette.trainer`."""
+"""What surrounds the stock `transformers.Trainer`: collator, metrics, entry point (`python -m lorgnette.trainer`)."""

@@ -116,6 +116,19 @@ class Stage2Arguments(BackboneArguments):
     query: str | None = field(
         default=None, metadata={"help": "What the model is asked of every picture. Saved with the processor."}
     )
+    generate_metrics: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Also generate texts at each evaluation and measure them: cider, bleu, rouge_l, exact_match, "
+            "vqa_accuracy. Their figures can be metric_for_best_model, eval_cider for one."
+        },
+    )
+    generate_samples: int = field(
+        default=100, metadata={"help": "Rows that generate_metrics take, the first of the evaluation data."}
+    )
+    generate_decoding: str = field(
+        default="greedy", metadata={"help": "How they are decoded: greedy, caption or short_answer."}
+    )
 
     NEEDED: ClassVar[tuple[str, ...]] = ("vision", "text")
     JOINTS: ClassVar[tuple[str, ...]] = (*BackboneArguments.JOINTS, "text_revision", "lora")
@@ -125,6 +138,8 @@ class Stage2Arguments(BackboneArguments):
         super().__post_init__()
         if self.reads_query and self.model is None and self.qformer is None:
             raise ValueError("qformer_config.use_qformer_text_input needs qformer: the text's tokenizer is its own")
+        if self.generate_samples < 1:
+            raise ValueError(f"generate_samples is {self.generate_samples}; it has to be at least 1")
 
     @property
     def reads_query(self) -> bool:
@@ -160,26 +175,13 @@ class SourceArguments:
 
 
 @dataclass
-class DataArguments(SourceArguments):
-    """Where the pairs come from, and which columns they stand in."""
+class RowArguments(SourceArguments):
+    """How rows are read, and which columns hold their words."""
 
     streaming: bool = field(
-        default=False, metadata={"help": "Read while training, nothing downloaded first. Needs max_steps."}
+        default=False, metadata={"help": "Read as it goes, nothing downloaded first. Training then needs max_steps."}
     )
-    shuffle_buffer_size: int = field(
-        default=1000, metadata={"help": "Rows that a streamed training set is shuffled among; 0 keeps its order."}
-    )
-    train_split: str = field(default="train", metadata={"help": "Slices such as train[:1000] work unless streaming."})
-    eval_dataset: str | None = field(
-        default=None, metadata={"help": "Evaluation data that lie elsewhere than `dataset`, in any of the same forms."}
-    )
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split for evaluation (of `eval_dataset` where that is given: default train)."}
-    )
-    eval_fraction: float | None = field(
-        default=None, metadata={"help": "Hold out this share of the training split, drawn with `data_seed`/`seed`."}
-    )
-    text_column: str = field(default="text", metadata={"help": "Column with the text to learn (or a class label)."})
+    text_column: str = field(default="text", metadata={"help": "Column with the text (or a class label)."})
     query_column: str | None = field(
         default=None, metadata={"help": "Column with what is asked of each picture, in place of the one `query`."}
     )
@@ -190,25 +192,11 @@ class DataArguments(SourceArguments):
             "are in the messages' parts, or in image_column."
         },
     )
-    augment: bool = field(
-        default=False, metadata={"help": "Crop and mirror training pictures at random, as BLIP-2 does."}
-    )
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Tokens an example may take, the picture's included; a longer one is an error, not cut."},
-    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.skip_unreadable and self.streaming:
             raise ValueError("skip_unreadable reads all pictures first, which cannot be done with a stream")
-        if self.eval_fraction is not None:
-            if not 0 < self.eval_fraction < 1:
-                raise ValueError(f"eval_fraction is {self.eval_fraction}; it has to lie between 0 and 1")
-            if self.eval_split or self.eval_dataset:
-                raise ValueError("eval_fraction holds out training rows: leave out eval_split and eval_dataset, or it")
-            if self.streaming:
-                raise ValueError("eval_fraction cannot split a stream: name an eval_split or an eval_dataset")
         if self.messages_column is not None:
             given = [f.name for f in fields(self) if f.name in ("text_column", "query_column")
                      and getattr(self, f.name) != f.default]  # fmt: skip
@@ -227,6 +215,42 @@ class DataArguments(SourceArguments):
         if self.messages_column is not None:
             return [self.messages_column]
         return [self.text_column, *([self.query_column] if self.query_column else [])]
+
+
+@dataclass
+class DataArguments(RowArguments):
+    """What is trained and evaluated on."""
+
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "Rows that a streamed training set is shuffled among; 0 keeps its order."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Slices such as train[:1000] work unless streaming."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Evaluation data that lie elsewhere than `dataset`, in any of the same forms."}
+    )
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split for evaluation (of `eval_dataset` where that is given: default train)."}
+    )
+    eval_fraction: float | None = field(
+        default=None, metadata={"help": "Hold out this share of the training split, drawn with `data_seed`/`seed`."}
+    )
+    augment: bool = field(
+        default=False, metadata={"help": "Crop and mirror training pictures at random, as BLIP-2 does."}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens an example may take, the picture's included; a longer one is an error, not cut."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.eval_fraction is not None:
+            if not 0 < self.eval_fraction < 1:
+                raise ValueError(f"eval_fraction is {self.eval_fraction}; it has to lie between 0 and 1")
+            if self.eval_split or self.eval_dataset:
+                raise ValueError("eval_fraction holds out training rows: leave out eval_split and eval_dataset, or it")
+            if self.streaming:
+                raise ValueError("eval_fraction cannot split a stream: name an eval_split or an eval_dataset")
 
     @property
     def has_eval(self) -> bool:

@@ -27,8 +27,8 @@ from .feature_cache import (
     read_metadata,
     vision_settings,
 )
+from .logs import set_up_logging
 from .recipe import parse_recipe
-from .run import set_up_logging
 from .unreadable import REPORT, find_unreadable, report_unreadable
 from .vision_tower import FeatureEncoder, load_tower
 

@@ -1,6 +1,8 @@
 """From rows of a dataset to a batch that either stage trains on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,21 +69,47 @@ class LorgnetteCollator:
                 (with the numbers), an image that is none; for OSError and TypeError see
                 [`~LorgnetteProcessor.load_image`]. All name the row.
         """
-        if not rows:
-            raise ValueError("the batch is empty")
-        examples = []
-        for position, row in enumerate(rows):
-            with naming(f"row {row['index']}" if "index" in row else f"row {position} of the batch"):
-                examples.append(self._stage1(row) if self.processor.is_stage1 else self._stage2(row))
-            if "augmentation_seed" in row:  # a training row's, see augmentation.py
-                generator = np.random.default_rng(row["augmentation_seed"])
-                examples[-1].images = [augment(image, generator) for image in examples[-1].images]
+        examples = self._examples(rows, self._stage1 if self.processor.is_stage1 else self._stage2)
         ids = [example.prompt + example.output for example in examples]
         pad_token_id = self.processor.tokenizer.pad_token_id
         batch = {"input_ids": _padded(ids, pad_token_id), "attention_mask": _padded([[1] * len(row) for row in ids], 0)}
         if not self.processor.is_stage1:
             labels = [[_IGNORED] * len(example.prompt) + example.output for example in examples]
             batch["labels"] = _padded(labels, _IGNORED)
+        return batch | self._shown(rows, examples)
+
+    def prompts(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make of the same rows what `generate` reads: their prompts, id for id those of training, with no answers.
+
+        Returns:
+            `input_ids`, `attention_mask` `(B, S)` int64, padded on the left, and the images as in a batch. The text
+            column is not looked at.
+
+        Raises:
+            ValueError, OSError, TypeError: as for a batch; or the processor is one for stage 1, which has no prompts.
+        """
+        examples = self._examples(rows, partial(self._stage2, answered=False))
+        pad_token_id = self.processor.tokenizer.pad_token_id
+        return {
+            "input_ids": _padded([example.prompt for example in examples], pad_token_id, "left"),
+            "attention_mask": _padded([[1] * len(example.prompt) for example in examples], 0, "left"),
+        } | self._shown(rows, examples)
+
+    def _examples(self, rows: list[dict[str, Any]], encode: Callable[[dict[str, Any]], "_Example"]) -> list["_Example"]:
+        if not rows:
+            raise ValueError("the batch is empty")
+        examples = []
+        for position, row in enumerate(rows):
+            with naming(f"row {row['index']}" if "index" in row else f"row {position} of the batch"):
+                examples.append(encode(row))
+            if "augmentation_seed" in row:  # a training row's, see augmentation.py
+                generator = np.random.default_rng(row["augmentation_seed"])
+                examples[-1].images = [augment(image, generator) for image in examples[-1].images]
+        return examples
+
+    def _shown(self, rows: list[dict[str, Any]], examples: list["_Example"]) -> dict[str, torch.Tensor]:
+        """The batch's images, what the Q-Former is told of them, and the rows' numbers."""
+        batch: dict[str, torch.Tensor] = {}
         if instructions := [ids for example in examples for ids in example.instructions]:
             batch["qformer_input_ids"] = _padded(instructions, self.processor.qformer_tokenizer.pad_token_id)
             batch["qformer_attention_mask"] = _padded([[1] * len(ids) for ids in instructions], 0)
@@ -104,13 +132,14 @@ class LorgnetteCollator:
         self._check_length([], ids, self.processor.qformer_tokenizer)
         return _Example([], ids, images)
 
-    def _stage2(self, row: dict[str, Any]) -> "_Example":
+    def _stage2(self, row: dict[str, Any], answered: bool = True) -> "_Example":
         if row.get("messages") is not None:
             messages, output, images = self._chat(row)
             query = query_in(messages)
-            prompt, ids = self.processor.encode_example(output, messages=messages)
+            prompt, ids = self.processor.encode_example(output if answered else None, messages=messages)
         else:
-            output, images, query = _text(row, self.text_column), self._images(row), self.query
+            output = _text(row, self.text_column) if answered else None
+            images, query = self._images(row), self.query
             if self.query_column is not None:
                 query = _text(row, self.query_column)
             prompt, ids = self.processor.encode_example(output, query=query, num_images=len(images))
@@ -195,5 +224,5 @@ def _text(row: dict[str, Any], name: str) -> str:
     return value
 
 
-def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+def _padded(rows: list[list[int]], value: int, side: str = "right") -> torch.Tensor:
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)

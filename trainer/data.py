@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, L
 
 from ..processing.conversations import parts_of
 from ..processing.image_loading import naming
-from .arguments import DataArguments, SourceArguments
+from .arguments import DataArguments, RowArguments, SourceArguments
 from .augmentation import AugmentationSeeds
 from .feature_cache import COLUMN, feature_opener, is_cache, load_cache
 
@@ -64,7 +64,15 @@ def load_pairs(
     return _lazily(train, open_train), _lazily(evaluation, open_evaluation) if evaluate else None
 
 
-def _numbered_rows(args: DataArguments, source: str, split: str) -> tuple[Rows, partial]:
+def load_rows(args: RowArguments, split: str) -> Rows:
+    """The rows of one split of `args.dataset`, in order; what they hold and what is raised is as in [`load_pairs`].
+
+    The text column may hold a list of texts a row.
+    """
+    return _lazily(*_numbered_rows(args, args.dataset, split))
+
+
+def _numbered_rows(args: RowArguments, source: str, split: str) -> tuple[Rows, partial]:
     """The split's named columns and `index`; and the function that makes a batch of them ready for the collator."""
     cached = is_cache(source)
     if cached:

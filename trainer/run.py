@@ -14,6 +14,7 @@ from .augmentation import AugmentationSeeds
 from .collator import LorgnetteCollator
 from .data import load_pairs
 from .feature_cache import check_cache, is_cache
+from .logs import set_up_logging
 from .nan_guard import nan_guard
 from .recipe import parse_recipe
 from .unreadable import leave_out_unreadable
@@ -22,7 +23,13 @@ from .unreadable import leave_out_unreadable
 logger = logging.getLogger(__name__)
 
 
-def parse(stage: str, model_arguments: type, argv: list[str], description: str | None) -> tuple:
+def parse(
+    stage: str,
+    model_arguments: type,
+    argv: list[str],
+    description: str | None,
+    check: Callable[..., None] | None = None,
+) -> tuple:
     """The stage's model arguments, [`DataArguments`] and `TrainingArguments`, from a recipe and the command line."""
     return parse_recipe(
         (model_arguments, DataArguments, TrainingArguments),
@@ -31,7 +38,7 @@ def parse(stage: str, model_arguments: type, argv: list[str], description: str |
         description=description or "",
         # Trainer refuses bf16 on a machine without an accelerator unless it is told that the CPU is meant.
         defaults=TRAINING_DEFAULTS | {"use_cpu": not torch.accelerator.is_available()},
-        check=check_arguments,
+        check=check or check_arguments,
     )
 
 
@@ -39,12 +46,14 @@ def train(
     build: Callable[[], tuple[PreTrainedModel, LorgnetteProcessor]],
     data_args: DataArguments,
     training_args: TrainingArguments,
+    prepare: Callable[[Trainer], None] | None = None,
 ) -> Trainer:
     """Build the model, train it with the stock Trainer and save model and processor into `output_dir`.
 
     Args:
         build: makes the model and its processor; called once the data were found and the seed is set.
         data_args, training_args: see there.
+        prepare: what else the stage does to the Trainer before it trains.
 
     Raises:
         FileExistsError: `output_dir` holds an earlier run and `resume_from_checkpoint` is not set.
@@ -96,6 +105,8 @@ def train(
         processing_class=processor,  # saved with every checkpoint
         callbacks=[augmentation] if augmentation is not None else None,
     )
+    if prepare is not None:
+        prepare(trainer)
     with nan_guard(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
@@ -141,16 +152,6 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     if not (Path(wish) / "trainer_state.json").is_file():
         raise FileNotFoundError(f"resume_from_checkpoint: {wish} is not a complete checkpoint (no trainer_state.json)")
     return wish
-
-
-def set_up_logging(is_main_process: bool) -> None:
-    """Have what this package logs printed, by one process."""
-    ours = logging.getLogger("lorgnette")
-    ours.setLevel(logging.INFO if is_main_process else logging.WARNING)
-    if not ours.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
-        ours.addHandler(handler)
 
 
 def _say_what_runs(args: TrainingArguments) -> None:

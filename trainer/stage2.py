@@ -1,19 +1,51 @@
 """Stage 2: between a frozen ViT and a frozen LM, Q-Former, projector and LoRA learn to put pictures into words."""
 
 from functools import partial
+from itertools import islice
 
-from transformers import AutoConfig
+from transformers import AutoConfig, Trainer, TrainingArguments
 
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.processing_lorgnette import LorgnetteProcessor
-from .arguments import Stage2Arguments
-from .run import parse, train
+from .arguments import DataArguments, Stage2Arguments
+from .callbacks import GenerateMetricsCallback
+from .decoding import decoding_of
+from .metrics import text_metrics
+from .run import check_arguments, parse, train
 
 
 def main(argv: list[str]) -> None:
     """Train as a recipe and the command line say; see `recipes/stage2.yaml`."""
-    model_args, data_args, training_args = parse("stage2", Stage2Arguments, argv, __doc__)
-    train(partial(build, model_args), data_args, training_args)
+    model_args, data_args, training_args = parse("stage2", Stage2Arguments, argv, __doc__, check)
+    measure = partial(measure_texts, model_args, data_args) if model_args.generate_metrics else None
+    train(partial(build, model_args), data_args, training_args, measure)
+
+
+def check(model_args: Stage2Arguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """Raise ValueError for settings that contradict each other."""
+    check_arguments(model_args, data_args, training_args)
+    if model_args.generate_metrics:
+        text_metrics(model_args.generate_metrics)
+        decoding_of(model_args.generate_decoding)
+        if training_args.eval_strategy == "no":
+            raise ValueError("generate_metrics are measured at each evaluation: set eval_strategy")
+
+
+def measure_texts(model_args: Stage2Arguments, data_args: DataArguments, trainer: Trainer) -> None:
+    """Let the Trainer measure generated texts at each evaluation."""
+    trainer.add_callback(
+        GenerateMetricsCallback(
+            trainer.processing_class,
+            list(islice(trainer.eval_dataset, model_args.generate_samples)),
+            metrics=model_args.generate_metrics,
+            decoding=model_args.generate_decoding,
+            batch_size=trainer.args.per_device_eval_batch_size,
+            image_column=data_args.image_column,
+            text_column=data_args.text_column,
+            query_column=data_args.query_column,
+            report=trainer.callback_handler.on_log,
+        )
+    )
 
 
 def build(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, LorgnetteProcessor]:

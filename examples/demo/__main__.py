@@ -20,7 +20,10 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from . import backbones, data, report
+from ..sources import backbones
+from ..sources.cifar import PICTURES
+from ..sources.registry import Archive
+from . import data, report
 from .evaluation import permutation_test, share_right
 
 
@@ -61,7 +64,7 @@ def main(argv: list[str]) -> int:
         sources, pieces = resolve_backbones(args)
     with phase("pictures: CIFAR-10, downloaded once, then from the cache"):
         test = data.build(args.cache, pictures_folder)["test"]
-        pieces.append(piece("pictures", data.PICTURES))
+        pieces.append(piece("pictures", PICTURES))
 
     train = ["-m", "lorgnette.trainer", "stage2", "--config", RECIPE, "--output_dir", str(model_folder)]
     train += ["--dataset", str(pictures_folder), *(part for k, v in sources.items() for part in (f"--{k}", v))]
@@ -137,7 +140,7 @@ def resolve_backbones(args: Namespace) -> tuple[dict[str, str], list[tuple[str, 
     return sources, pieces
 
 
-def piece(name: str, archive: data.Archive) -> tuple[str, str, str]:
+def piece(name: str, archive: Archive) -> tuple[str, str, str]:
     """A line of the report's table of pieces."""
     registry = {"pypi": "PyPI", "npm": "npm"}[archive.registry]
     return f"{name}: {archive.content}", f"{registry}, {archive.name} {archive.version}", archive.licence

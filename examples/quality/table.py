@@ -1,0 +1,114 @@
+"""Write the tables of what was measured into README.md: `python -m examples.quality.table`, from the repository.
+
+They are made of results/quality/*.json alone; a row that has none stands as "not run".
+"""
+
+import json
+import sys
+from argparse import ArgumentParser
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .rows import HEADLINES, ROWS, Row
+
+
+BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
+RESULTS, README = Path("results/quality"), Path("README.md")
+CIFAR = ("row", "different", "right answers", "best linear probe", "bridge efficiency", "pictures shuffled",
+         "LM's perplexity", "minutes")  # fmt: skip
+EMOJI = ("row", "different", "unseen style: CIDEr (exact)", "shuffled", "nearest neighbour",
+         "unseen concepts: CIDEr (exact)", "shuffled", "nearest neighbour", "LM's perplexity", "minutes")  # fmt: skip
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results that are there, by row."""
+    return {n: json.loads((folder / f"{n}.json").read_text("utf-8")) for n in ROWS if (folder / f"{n}.json").exists()}
+
+
+def render(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The two tables in Markdown, all rows in each."""
+    tables = []
+    for dataset, header, cells in (("cifar", CIFAR, cifar_cells), ("emoji", EMOJI, emoji_cells)):
+        lines = [header, ("---",) * len(header)]
+        for name, row in ROWS.items():
+            if row.dataset == dataset:
+                found = cells(results[name]) if name in results else ["not run"] + [""] * (len(header) - 3)
+                lines.append([f"`{name}`", different(row), *found])
+        tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(tables)
+
+
+def different(row: Row) -> str:
+    """In words, what a row has different from its data set's headline."""
+    headline = HEADLINES[row.dataset]
+    layer = "the ViT's last layer" if row.layer is None else f"the ViT's layer {row.layer}"
+    said = {
+        "stage1": "no stage 1",
+        "lora": "no LoRA",
+        "queries": f"{row.queries} queries",
+        "layer": layer,
+        "synthetic": "made-up pairs added",
+        "seed": f"seed {row.seed}",
+    }
+    changed = [words for name, words in said.items() if getattr(row, name) != getattr(headline, name)]
+    return ", ".join(changed) or f"{row.queries} queries, {layer}, seed {row.seed}"
+
+
+def bridge_efficiency(test: Mapping[str, Any]) -> float:
+    """The share of right answers over that of the probe that does best on the test pictures: the strictest one."""
+    return test["model"]["exact_match"] / best(test["probe"], "exact_match")
+
+
+def best(views: Mapping[str, Mapping[str, float]], figure: str) -> float:
+    """The figure of the view that does best by it."""
+    return max(figures[figure] for figures in views.values())
+
+
+def cifar_cells(result: Mapping[str, Any]) -> list[str]:
+    test = result["tests"]["test"]
+    shares = (test["model"]["exact_match"], best(test["probe"], "exact_match"))
+    efficiency, shuffled = bridge_efficiency(test), test["shuffled"]["exact_match"]
+    return [*(f"{share:.1%}" for share in shares), f"**{efficiency:.3f}**", f"{shuffled:.1%}", *last_cells(result)]
+
+
+def emoji_cells(result: Mapping[str, Any]) -> list[str]:
+    cells = []
+    for split in ("test_style", "test_concept"):
+        test = result["tests"][split]
+        nearest = {figure: best(test["nearest"], figure) for figure in test["model"]}
+        cells += [f"**{pair(test['model'])}**", pair(test["shuffled"]), pair(nearest)]
+    return [*cells, *last_cells(result)]
+
+
+def pair(figures: Mapping[str, float]) -> str:
+    return f"{figures['cider']:.2f} ({figures['exact_match']:.1%})"
+
+
+def last_cells(result: Mapping[str, Any]) -> list[str]:
+    text = result["plain_text"]
+    perplexity = f"{text['perplexity_trained']:.2f} (was {text['perplexity_original']:.2f})"
+    return [perplexity, f"{sum(result['seconds'].values()) / 60:.0f}"]
+
+
+def between_markers(page: str) -> str:
+    """What stands between the markers. Raises ValueError where a page has not each of them once."""
+    for marker in (BEGIN, END):
+        if page.count(marker) != 1:
+            raise ValueError(f"{marker} stands {page.count(marker)} times in the page; once is wanted")
+    return page.partition(BEGIN)[2].partition(END)[0].strip("\n")
+
+
+def main(argv: list[str]) -> None:
+    parser = ArgumentParser(prog="python -m examples.quality.table", description=__doc__.splitlines()[0])
+    parser.parse_args(argv)
+    page = README.read_text(encoding="utf-8")
+    between_markers(page)
+    before, _, rest = page.partition(BEGIN)
+    table = render(load(RESULTS))
+    README.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    sys.stdout.write(f"{table}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

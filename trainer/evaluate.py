@@ -1,0 +1,181 @@
+"""Measure a saved model: generate texts for a data set's pictures and compare them with its references.
+
+Writes `metrics.json`, `metrics.md` and `predictions.jsonl` into `output_dir`.
+"""
+
+import json
+import logging
+import platform
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from datasets.distributed import split_dataset_by_node
+from tqdm.auto import tqdm
+
+from .arguments import RowArguments, Stage2Arguments
+from .collator import LorgnetteCollator
+from .data import load_rows
+from .decoding import DECODING, decoding_of
+from .feature_cache import check_cache, is_cache
+from .generation import generate_texts, references_of
+from .logs import set_up_logging
+from .metrics import METRICS, figures_of, text_metrics
+from .recipe import parse_recipe
+from .stage2 import build
+from .unreadable import leave_out_unreadable
+
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = ("lorgnette", "torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "rouge_score")
+_REPORTED = ("model", "model_revision", "dataset", "dataset_config", "dataset_revision", "split",
+             "image_column", "text_column", "query_column", "messages_column", "batch_size")  # fmt: skip
+
+
+@dataclass
+class EvaluateArguments(RowArguments):
+    """Which model, on which rows, measured how."""
+
+    model: str | None = field(default=None, metadata={"help": "A saved lorgnette model: a folder or a Hub id."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
+    split: str = field(default="test", metadata={"help": "Slices such as test[:500] work unless streaming."})
+    metrics: list[str] = field(
+        default_factory=lambda: ["cider", "bleu"],
+        metadata={"help": "One or more of cider, bleu, rouge_l, exact_match, vqa_accuracy."},
+    )
+    decoding: str = field(default="caption", metadata={"help": f"How to decode: {', '.join(DECODING)}."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "In place of the decoding's own limit."})
+    batch_size: int = field(default=16, metadata={"help": "Rows that a process generates for at a time."})
+    output_dir: str = field(default="out/evaluate", metadata={"help": "Where the results go; overwritten."})
+
+    def __post_init__(self):
+        if self.model is None:
+            raise ValueError("model not given: name a saved lorgnette model")
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it has to be at least 1")
+        text_metrics(self.metrics)
+        decoding_of(self.decoding, self.max_new_tokens)
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate as the command line, or a YAML file of the same names, says."""
+    (args,) = parse_recipe(
+        (EvaluateArguments,),
+        argv,
+        prog="python -m lorgnette.trainer evaluate",
+        description=__doc__,
+        defaults={},
+        check=lambda args: None,  # there is only one to check
+    )
+    evaluate(args)
+
+
+def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
+    """Generate, measure, write; under `accelerate launch` each process generates for its share of the rows.
+
+    Returns:
+        What `metrics.json` holds; None in processes other than the first.
+
+    Raises:
+        ValueError: the data are not what the arguments say, a row's references are missing or not what a metric needs,
+            no picture can be read, a feature cache is another model's. OSError, TypeError, ValueError: a picture that
+            cannot be read, with its row, unless `skip_unreadable`.
+    """
+    started = time.perf_counter()
+    accelerator = Accelerator()
+    set_up_logging(accelerator.is_main_process)
+    metrics, decoding = text_metrics(args.metrics), decoding_of(args.decoding, args.max_new_tokens)
+    with accelerator.main_process_first():
+        dataset = load_rows(args, args.split)
+    column = "messages" if args.messages_column else args.text_column
+    if isinstance(dataset, Dataset):  # before hours of generating; a stream is checked as it goes
+        references = [references_of(row, column) for row in dataset.select_columns(["index", column])]
+        for metric in metrics.values():
+            metric.check_references(references)
+    model, processor = build(Stage2Arguments(model=args.model, model_revision=args.model_revision))
+    model.to(accelerator.device)
+    context = model.max_text_length or processor.tokenizer.model_max_length
+    collator = LorgnetteCollator(
+        processor,
+        image_column=args.image_column,
+        query_column=args.query_column,
+        max_length=context - decoding["max_new_tokens"],
+    )
+
+    if is_cache(args.dataset):
+        check_cache(args.dataset, model, processor.image_processor)
+    rows_in_all = len(dataset) if isinstance(dataset, Dataset) else None
+    if args.skip_unreadable:
+        splits = {args.split: dataset}
+        dataset = leave_out_unreadable(splits, args.image_column, processor.image_processor, args.output_dir)[
+            args.split
+        ]
+
+    share = split_dataset_by_node(dataset, rank=accelerator.process_index, world_size=accelerator.num_processes)
+    rows = tqdm(share, desc="generating", disable=not accelerator.is_main_process)
+    generating = time.perf_counter()
+    with accelerator.autocast():
+        results = [
+            {"index": row["index"], "prediction": text, "references": references_of(row, column)}
+            for row, text in generate_texts(model, collator, rows, decoding=decoding, batch_size=args.batch_size)
+        ]
+    results = sorted(gather_object(results), key=itemgetter("index"))
+    generated = time.perf_counter()
+    report = None
+    if accelerator.is_main_process:
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in results]
+        (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+        predictions, references = ([result[name] for result in results] for name in ("prediction", "references"))
+        report = {
+            "metrics": {
+                name: metric.compute(predictions=predictions, references=references) for name, metric in metrics.items()
+            },
+            "rows": len(results),
+            "skipped": 0 if rows_in_all is None else rows_in_all - len(results),
+            **{name: getattr(args, name) for name in _REPORTED},
+            "decoding": {"preset": args.decoding, **decoding},
+            "device": str(accelerator.device),
+            "processes": accelerator.num_processes,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "mixed_precision": accelerator.mixed_precision,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+            "seconds": {
+                "generating": round(generated - generating, 2),
+                "in all": round(time.perf_counter() - started, 2),
+            },
+        }
+        _write(report, folder)
+    accelerator.end_training()
+    return report
+
+
+def _write(report: dict[str, Any], folder: Path) -> None:
+    (folder / "metrics.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "metrics.md").write_text(_as_markdown(report), encoding="utf-8")
+    for result in report["metrics"].values():
+        logger.info("%s", ", ".join(f"{name} {value:.4f}" for name, value in figures_of(result).items()))
+    logger.info("%s holds metrics.json, metrics.md and predictions.jsonl", folder)
+
+
+def _as_markdown(report: dict[str, Any]) -> str:
+    decoding = dict(report["decoding"])
+    preset = decoding.pop("preset")
+    lines = [f"# {report['model']} on {report['dataset']}, {report['split']}", ""]
+    lines += ["| metric | figure | scale | tokenization |", "|---|---|---|---|"]
+    for name, result in report["metrics"].items():
+        for figure, value in figures_of(result).items():
+            lines.append(f"| {figure} | {value:.4f} | {METRICS[name].scale} | {result['tokenization']} |")
+    said = ", ".join(f"{name} {value}" for name, value in decoding.items())
+    lines += ["", f"{report['rows']} pictures, {report['skipped']} skipped as unreadable."]
+    lines += [f"Decoding `{preset}`: {said}.", f"{report['seconds']['in all']} s on {report['device']}."]
+    return "\n".join(lines) + "\n"
