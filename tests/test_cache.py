@@ -13,7 +13,7 @@ import tiny
 import tiny_models
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
-from tiny_training import CAPTIONS, write_backbones
+from tiny_training import write_backbones
 from transformers import ViTModel
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
@@ -32,6 +32,7 @@ from lorgnette.trainer.vision_tower import FeatureEncoder, VisionTower, load_tow
 
 
 QFORMER = '{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}'
+CAPTIONS = [f"picture {n}, a cat" for n in range(10)]  # all different: stage 1 tells them apart
 TRAINING = (
     "--num_query_tokens 4 --max_steps 3 --per_device_train_batch_size 4 --learning_rate 1e-3 --logging_steps 1 "
     "--eval_strategy steps --eval_steps 3 --eval_split test --save_strategy no --report_to none --use_cpu"
