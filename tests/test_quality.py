@@ -209,7 +209,8 @@ def test_a_row_goes_from_data_to_figures_and_is_not_measured_twice(monkeypatch, 
     monkeypatch.setattr(quality, "RECIPES", tmp_path)
     task = Task(tests=("test",), metrics=("exact_match", "cider"), probe=True, pairs=1)
     monkeypatch.setitem(quality.TASKS, "cifar", task)
-    small = "num_query_tokens: 4\nmax_steps: 2\nper_device_train_batch_size: 4\nsave_strategy: 'no'\nreport_to: none\n"
+    small = "num_query_tokens: 4\nmax_steps: 2\nper_device_train_batch_size: 4\n"
+    small += "logging_steps: 1\nsave_strategy: 'no'\nreport_to: none\n"
     (tmp_path / "quality-cifar-stage1.yaml").write_text(small)
     (tmp_path / "quality-cifar-stage2.yaml").write_text(small + "lora: {r: 2}\n")
 
