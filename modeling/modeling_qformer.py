@@ -63,17 +63,25 @@ class LorgnetteQFormerMultiHeadAttention(nn.Module):
         self.value = nn.Linear(source_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, source: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+        self,
+        hidden_states: torch.Tensor,
+        source: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        source_rows: torch.Tensor | None = None,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         def split_heads(x: torch.Tensor) -> torch.Tensor:  # (B, N, D) -> (B, heads, N, D / heads)
             return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
+        keys, values = split_heads(self.key(source)), split_heads(self.value(source))
+        if source_rows is not None:  # a source that several rows look at is projected once
+            keys, values = keys[source_rows], values[source_rows]
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = attention(
             self,
             split_heads(self.query(hidden_states)),
-            split_heads(self.key(source)),
-            split_heads(self.value(source)),
+            keys,
+            values,
             attention_mask,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             scaling=self.scaling,
@@ -148,13 +156,16 @@ class LorgnetteQFormerLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None,
         encoder_attention_mask: torch.Tensor | None,
         query_length: int,
+        image_rows: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
         hidden_states = self.attention(hidden_states, hidden_states, attention_mask, **kwargs)
         queries, text = hidden_states[:, :query_length], hidden_states[:, query_length:]
         if query_length > 0:
             if self.has_cross_attention:
-                queries = self.crossattention(queries, encoder_hidden_states, encoder_attention_mask, **kwargs)
+                queries = self.crossattention(
+                    queries, encoder_hidden_states, encoder_attention_mask, source_rows=image_rows, **kwargs
+                )
             queries = self.output_query(self.intermediate_query(queries), queries)
         if text.shape[1] > 0:
             text = self.output(self.intermediate(text), text)
@@ -247,6 +258,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         query_embeds: torch.Tensor | None = None,
         causal_text: bool = False,
+        image_rows: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Let the queries read the image, and the text where there is one; or read a text alone.
@@ -263,6 +275,8 @@ class LorgnetteQFormerModel(PreTrainedModel):
             attention_mask: `(B, T)` for `input_ids`.
             query_embeds: `(B or 1, Q, D)` instead of the model's own queries.
             causal_text: the text is to be generated: it may not look ahead, and the queries may not look at it.
+            image_rows: `(B,)` int64, which of `(N, L, E)` image features each row looks at; row n at image n by
+                default. An image that several rows look at costs its keys and values once.
             kwargs: `output_attentions` and `output_hidden_states` add self- and cross-attention maps
                 `(B, heads, Q + T, Q + T)` and `(B, heads, Q, L)`, and the layers' outputs.
 
@@ -276,7 +290,8 @@ class LorgnetteQFormerModel(PreTrainedModel):
         """
         parts = []
         if encoder_hidden_states is not None:
-            parts.append(self._queries_for(encoder_hidden_states, query_embeds))  # (B, Q, D)
+            rows = len(encoder_hidden_states if image_rows is None else image_rows)
+            parts.append(self._queries_for(encoder_hidden_states, query_embeds, rows))  # (B, Q, D)
         query_length = parts[0].shape[1] if parts else 0
         if input_ids is not None:
             if not self.config.use_qformer_text_input:
@@ -301,6 +316,8 @@ class LorgnetteQFormerModel(PreTrainedModel):
         if encoder_hidden_states is not None:
             encoder_hidden_states = encoder_hidden_states.to(hidden_states.dtype)
         if encoder_attention_mask is not None:
+            if image_rows is not None:
+                encoder_attention_mask = encoder_attention_mask[image_rows]
             encoder_attention_mask = create_bidirectional_mask(
                 config=self.config,
                 inputs_embeds=hidden_states[:, :query_length],
@@ -308,14 +325,22 @@ class LorgnetteQFormerModel(PreTrainedModel):
                 encoder_hidden_states=encoder_hidden_states,
             )
         hidden_states = self.encoder(
-            hidden_states, encoder_hidden_states, attention_mask, encoder_attention_mask, query_length, **kwargs
+            hidden_states,
+            encoder_hidden_states,
+            attention_mask,
+            encoder_attention_mask,
+            query_length,
+            image_rows=image_rows,
+            **kwargs,
         )
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0]
         )
 
-    def _queries_for(self, encoder_hidden_states: torch.Tensor, query_embeds: torch.Tensor | None) -> torch.Tensor:
-        batch_size, _, width = encoder_hidden_states.shape
+    def _queries_for(
+        self, encoder_hidden_states: torch.Tensor, query_embeds: torch.Tensor | None, rows: int
+    ) -> torch.Tensor:
+        width = encoder_hidden_states.shape[-1]
         if width != self.config.encoder_hidden_size:
             raise ValueError(
                 f"Image features are {width} wide; this Q-Former reads features of width "
@@ -325,7 +350,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
             if self.query_tokens is None:
                 raise ValueError("This Q-Former owns no queries (num_query_tokens is not set): give query_embeds")
             query_embeds = self.query_tokens.weight.unsqueeze(0)
-        return query_embeds.expand(batch_size, -1, -1)
+        return query_embeds.expand(rows, -1, -1)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -357,7 +357,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, LorgnettePreTrainedModel)
         texts, wrong_images = draw_negatives(hardness.T, candidates.T, generator)
         all_pairs = torch.arange(pairs, device=hardness.device)
         logits = self._match_logits(
-            take_rows(image, torch.cat([all_pairs, images, wrong_images])),
+            image | {"image_rows": torch.cat([all_pairs, images, wrong_images])},
             take_rows(text, torch.cat([all_pairs, wrong_texts, texts])),
             **kwargs,
         )

@@ -77,6 +77,22 @@ def test_padded_image_tokens_and_padded_text_change_nothing():
         )
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_an_image_that_several_rows_look_at_is_projected_once(attention: str):
+    model, rows = qformer(attention, use_qformer_text_input=True), torch.tensor([1, 0, 1, 1])
+    words = {name: tensor[rows] for name, tensor in text().items()}
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+    projected = []
+    model.encoder.layer[0].crossattention.attention.key.register_forward_hook(
+        lambda module, args, output: projected.append(len(output))
+    )
+    with torch.no_grad():
+        shared = model(image(), encoder_attention_mask=mask, image_rows=rows, **words).last_hidden_state
+        copied = model(image()[rows], encoder_attention_mask=mask[rows], **words).last_hidden_state
+    torch.testing.assert_close(shared, copied, atol=1e-6, rtol=0)
+    assert projected == [2, 4]
+
+
 def test_queries_start_apart_and_every_parameter_gets_a_gradient():
     model = qformer(use_qformer_text_input=True).train()
     assert torch.pdist(model.query_tokens.weight).min() > 0
