@@ -322,7 +322,8 @@ class LorgnetteQFormerModel(PreTrainedModel):
                 config=self.config,
                 inputs_embeds=hidden_states[:, :query_length],
                 attention_mask=encoder_attention_mask,
-                encoder_hidden_states=encoder_hidden_states,
+                # its shape alone is read: one image a row
+                encoder_hidden_states=encoder_hidden_states[:1].expand(len(hidden_states), -1, -1),
             )
         hidden_states = self.encoder(
             hidden_states,
