@@ -1,6 +1,7 @@
 """Runs in a process that has never heard of lorgnette: loads a folder as a stranger would and reports what it saw.
 
 python stranger.py FOLDER INPUTS.safetensors OUTPUTS.json [PREFIX_OF_RESAVED_FOLDERS]
+python stranger.py STAGE_1_FOLDER INPUTS.safetensors OUTPUTS.safetensors RESAVED_FOLDER
 """
 
 import importlib.abc
@@ -31,7 +32,21 @@ from transformers import (  # noqa: E402
 )
 
 
+def retrieve(folder: str, inputs_file: str, outputs_file: str, resaved: str) -> None:
+    """A stage-1 folder: what `forward` and `retrieve` give, and the folder saved again."""
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    images = [Image.new("RGB", (40, 30), (200, 30, 30)), Image.new("RGB", (40, 30), (0, 0, 200))]
+    with torch.no_grad():
+        outputs = model(**load_file(inputs_file))
+    scores = model.retrieve(images, ["the cat", "a dog", "a picture"], rerank=1)
+    save_file({"logits": outputs.logits_per_image, "scores": scores}, outputs_file)
+    model.save_pretrained(resaved)
+
+
 def main(folder: str, inputs_file: str, outputs_file: str, resaved: str | None = None) -> None:
+    if outputs_file.endswith(".safetensors"):
+        retrieve(folder, inputs_file, outputs_file, resaved)
+        return
     trust = {"trust_remote_code": True}
     config = AutoConfig.from_pretrained(folder, **trust)
     processor = AutoProcessor.from_pretrained(folder, **trust)

@@ -91,7 +91,7 @@ def test_the_report_holds_the_figures(tmp_path):
     assert str(verdict) in text
     for line in ("| frog | 50% |", "| a ViT | PyPI | MIT |", "make demo", "| all | 63 s |", "| seed | 0 |"):
         assert line in text.splitlines()
-    report.loss_curve([{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0}], tmp_path / "loss.png")
+    report.curves({"stage1": [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0}]}, tmp_path / "loss.png")
     assert Image.open(tmp_path / "loss.png").width > 400
 
 

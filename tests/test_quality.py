@@ -15,9 +15,9 @@ from PIL import Image
 from tiny_training import CAPTIONS, joined, pairs, write_backbones
 from transformers import TrainingArguments
 
+from examples.demo.report import curves
 from examples.quality import __main__ as quality
 from examples.quality import baselines, plain_text, steps, table
-from examples.quality.curves import curves
 from examples.quality.measure import score, score_shuffled
 from examples.quality.rows import HEADLINES, ROWS, Row, Task, layer_option, options
 from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, Stage1Arguments, Stage2Arguments

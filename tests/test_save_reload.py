@@ -12,11 +12,16 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import chat_tokenizer, image_processor, picture
-from tiny_models import NUM_QUERY_TOKENS, QFORMER, VISION, language_model, model, vision_model
+from tiny import bert_tokenizer, chat_tokenizer, image_processor, picture
+from tiny_models import NUM_QUERY_TOKENS, QFORMER, VISION, bert, language_model, model, vision_model
 from transformers import Trainer, TrainingArguments
 
-from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor
+from lorgnette import (
+    LorgnetteCollator,
+    LorgnetteForConditionalGeneration,
+    LorgnetteForImageTextRetrieval,
+    LorgnetteProcessor,
+)
 
 
 STRANGER = Path(__file__).with_name("stranger.py")
@@ -58,11 +63,16 @@ def logits_and_captions(built, made, tmp_path: Path) -> tuple[torch.Tensor, dict
 
 def visit(folder: Path, tmp_path: Path, resaved: Path | None = None) -> tuple[dict, dict]:
     """What a process without lorgnette gets out of `folder`."""
+    arguments = [folder, tmp_path / "inputs.safetensors", tmp_path / "seen.json", *([resaved] if resaved else [])]
+    run_stranger(arguments, tmp_path)
+    return json.loads((tmp_path / "seen.json").read_text()), load_file(tmp_path / "seen.safetensors")
+
+
+def run_stranger(arguments: list[Path], tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
-    arguments = [folder, tmp_path / "inputs.safetensors", tmp_path / "seen.json", *([resaved] if resaved else [])]
     finished = subprocess.run(
         [sys.executable, str(STRANGER), *map(str, arguments)],
         cwd=elsewhere,
@@ -72,7 +82,6 @@ def visit(folder: Path, tmp_path: Path, resaved: Path | None = None) -> tuple[di
         timeout=120,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
-    return json.loads((tmp_path / "seen.json").read_text()), load_file(tmp_path / "seen.safetensors")
 
 
 def assert_same(report: dict, tensors: dict, built, logits: torch.Tensor, caption: str) -> None:
@@ -228,3 +237,24 @@ def test_in_process_reload_keeps_the_logits(architecture: str, tmp_path):
     assert type(loaded.vision_model) is VISION[architecture][0]
     with torch.no_grad():
         assert torch.equal(loaded(**inputs()).logits, built(**inputs()).logits)
+
+
+def test_a_stage1_folder(tmp_path):
+    """Retrieves where lorgnette is not installed, and so does what is saved there."""
+    made = LorgnetteProcessor.from_backbones(image_processor(), None, qformer=bert_tokenizer(), num_query_tokens=4)
+    stage1 = LorgnetteForImageTextRetrieval.from_backbones(
+        vision_model(), qformer=bert(vocab_size=len(made.qformer_tokenizer)), processor=made
+    ).eval()
+    stage1.save_pretrained(tmp_path / "a.b-1")
+    images = [Image.new("RGB", (40, 30), colour) for colour in ((200, 30, 30), (0, 0, 200))]
+    texts = ["the cat", "a dog", "a picture"]
+    batch = dict(made(images=images, text=texts[:2], padding=True, return_tensors="pt"))
+    save_file(batch, tmp_path / "inputs.safetensors")
+    folder = tmp_path / "a.b-1"
+    for turn in ("first", "again"):
+        seen, resaved = tmp_path / f"{turn}.safetensors", tmp_path / f"resaved.{turn}"
+        run_stranger([folder, tmp_path / "inputs.safetensors", seen, resaved], tmp_path)
+        told = load_file(seen)
+        assert torch.equal(told["logits"], stage1(**batch).logits_per_image)
+        assert torch.equal(told["scores"], stage1.retrieve(images, texts, rerank=1))
+        folder = resaved

@@ -13,9 +13,9 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 from tiny_training import write_backbones, write_pairs
-from transformers import TrainingArguments
+from transformers import AutoModel, TrainingArguments
 
-from lorgnette import LorgnetteProcessor
+from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval, LorgnetteProcessor
 from lorgnette.trainer.__main__ import COMMANDS, main
 from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, Stage2Arguments
 from lorgnette.trainer.recipe import parse_recipe
@@ -196,6 +196,62 @@ def test_a_recipe_trains_resumes_and_leaves_a_model_to_go_on_from(tmp_path, reci
     )
     processor = LorgnetteProcessor.from_pretrained(tmp_path / "next")
     assert (processor.query, processor.system_prompt) == ("What is this?", "Briefly.")
+
+
+def test_two_recipes_from_pictures_to_words(tmp_path, recipe, monkeypatch):
+    """Cache, stage 1, what it retrieves, stage 2 on its Q-Former; each command reads what the one before it wrote."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (vision, text), data = write_backbones(tmp_path), write_pairs(tmp_path / "pictures")
+    for part in (tiny_models.bert(vocab_size=len(tiny.bert_tokenizer())), tiny.bert_tokenizer()):
+        part.save_pretrained(tmp_path / "bert")
+    features = str(tmp_path / "features")
+    main(["cache", "--vision", vision, "--dataset", str(data), "--output_dir", features, "--dtype", "float32"])
+    run = [
+        "--max_steps",
+        "2",
+        "--per_device_train_batch_size",
+        "6",
+        "--dataloader_drop_last",
+        "--use_cpu",
+        "--report_to",
+        "none",
+    ]
+    stage1 = ["--vision", vision, "--qformer", str(tmp_path / "bert"), "--num_query_tokens", "4", *run]
+    main(["stage1", *stage1, "--dataset", features, "--output_dir", str(tmp_path / "stage1")])
+
+    model = AutoModel.from_pretrained(tmp_path / "stage1")
+    assert isinstance(model, LorgnetteForImageTextRetrieval)
+    found = ["--split", "train", "--batch_size", "4", "--rerank", "2"]
+    for source in (features, str(data)):
+        output = tmp_path / Path(source).name / "found"
+        main(
+            ["retrieval", "--model", str(tmp_path / "stage1"), "--dataset", source, *found, "--output_dir", str(output)]
+        )
+    reports = [
+        json.loads((tmp_path / name / "found" / "metrics.json").read_text()) for name in ("features", "pictures")
+    ]
+    assert reports[0]["metrics"] == reports[1]["metrics"]
+    assert (reports[0]["pictures"], reports[0]["texts"]) == (12, 4)
+    assert reports[0]["metrics"]["itc"].keys() == reports[0]["metrics"]["itc_and_itm"].keys()
+    assert reports[0]["metrics"]["itc"]["image_to_text_recall@5"] == 1  # of four texts
+
+    stage2 = ["stage2", "--vision", vision, "--text", text, "--qformer", str(tmp_path / "stage1"), *run]
+    main([*stage2, "--dataset", features, "--output_dir", str(tmp_path / "stage2"), "--max_steps", "1"])
+    built = LorgnetteForConditionalGeneration.from_pretrained(tmp_path / "stage2")
+    assert built.config.num_query_tokens == 4
+    with pytest.raises(ValueError, match=r"cache .* does not belong to this model: vision_feature_layer is None .* 1"):
+        main(
+            [
+                "stage1",
+                *stage1,
+                "--vision_feature_layer",
+                "1",
+                "--dataset",
+                features,
+                "--output_dir",
+                str(tmp_path / "x"),
+            ]
+        )
 
 
 def test_chats_train(tmp_path, recipe, monkeypatch):

@@ -9,6 +9,7 @@ from argparse import ArgumentParser
 COMMANDS = {
     "stage1": "teach the Q-Former to see what words can say: contrast, matching, generation",
     "stage2": "train Q-Former, projector and LoRA to put pictures into words",
+    "retrieval": "measure how a stage-1 model finds texts for pictures, and pictures for texts",
     "evaluate": "generate texts for a data set with a saved model, and measure them",
     "cache": "write what the frozen ViT sees to disk, for both stages to read in place of pictures",
 }

@@ -28,7 +28,7 @@ from .evaluation import permutation_test, share_right
 
 
 HERE = Path(__file__).parent
-RECIPE = "recipes/demo.yaml"
+RECIPES = {"stage1": "recipes/demo-stage1.yaml", "stage2": "recipes/demo-stage2.yaml"}
 SHEET = 40  # held-out pictures that the stranger captions: the first eight of each class
 BATCH = 32
 BACKBONES = {
@@ -54,8 +54,9 @@ class Stopwatch:
 
 def main(argv: list[str]) -> int:
     args, training_options = parse(argv)
-    model_folder, sheet_folder, pictures_folder = (args.output / name for name in ("model", "report", "pictures"))
-    for folder in (model_folder, sheet_folder, pictures_folder):
+    names = ("model", "report", "pictures", "features", "stage1")
+    model_folder, sheet_folder, pictures_folder, features_folder, stage1_folder = (args.output / name for name in names)
+    for folder in (model_folder, sheet_folder, pictures_folder, features_folder, stage1_folder):
         shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
     sheet_folder.mkdir(parents=True)
     phase = Stopwatch()
@@ -66,12 +67,26 @@ def main(argv: list[str]) -> int:
         test = data.build(args.cache, pictures_folder)["test"]
         pieces.append(piece("pictures", PICTURES))
 
-    train = ["-m", "lorgnette.trainer", "stage2", "--config", RECIPE, "--output_dir", str(model_folder)]
-    train += ["--dataset", str(pictures_folder), *(part for k, v in sources.items() for part in (f"--{k}", v))]
-    train += ["--bf16", "true"] if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else []
-    train += training_options
-    with phase("training: the stock Trainer"):
-        subprocess.run([sys.executable, *train], check=True)
+    commands = {
+        "cache": ["--vision", sources["vision"], "--dataset", pictures_folder, "--splits", "train", "validation"],
+        "stage1": ["--vision", sources["vision"], "--qformer", sources["qformer"], "--dataset", features_folder],
+        "stage2": ["--vision", sources["vision"], "--text", sources["text"], "--qformer", stage1_folder,
+                   "--dataset", features_folder],
+    }  # fmt: skip
+    bf16 = ["--bf16", "true"] if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else []
+    for name, recipe in RECIPES.items():
+        commands[name] = ["--config", recipe, *commands[name], *bf16]
+    commands["stage2"] += training_options
+    folders = {"cache": features_folder, "stage1": stage1_folder, "stage2": model_folder}
+    phases = {
+        "cache": "cache: what the frozen ViT sees",
+        "stage1": "stage 1: the Q-Former learns to see",
+        "stage2": "stage 2: the language model learns to say it",
+    }
+    for name, options in commands.items():
+        commands[name] = ["-m", "lorgnette.trainer", name, *map(str, options), "--output_dir", str(folders[name])]
+        with phase(phases[name]):
+            subprocess.run([sys.executable, *commands[name]], check=True)
 
     with phase(f"evaluation: {len(test)} held-out pictures"):
         answers, truths = answer(model_folder, test), test["text"][:]
@@ -82,18 +97,19 @@ def main(argv: list[str]) -> int:
         told = ask_stranger(model_folder, shown)
         agree = sum(a.strip() == b.strip() for a, b in zip(told, answers, strict=False))
 
-    log = json.loads((model_folder / "trainer_state.json").read_text(encoding="utf-8"))
-    report.loss_curve(log["log_history"], sheet_folder / "loss_curve.png")
+    logs = {name: json.loads((folders[name] / "trainer_state.json").read_text(encoding="utf-8")) for name in RECIPES}
+    report.curves({name: log["log_history"] for name, log in logs.items()}, sheet_folder / "loss_curve.png")
     report.contact_sheet(shown["image"][:], shown["text"][:], told, sheet_folder / "contact_sheet.png")
     settings = {
         "classes": ", ".join(data.CLASSES),
-        "pictures trained on": f"{data.TRAIN * len(data.CLASSES)} at hand, {log['global_step']} steps",
-        "recipe, seeds included": RECIPE,
+        "pictures trained on": data.TRAIN * len(data.CLASSES),
+        "steps": " and ".join(f"{name}: {log['global_step']}" for name, log in logs.items()),
+        "recipes, seeds included": ", ".join(RECIPES.values()),
         "the stranger's answers that equal the evaluation's": f"{agree} of {SHEET}",
         "the contact sheet shows": f"the first {SHEET // len(data.CLASSES)} held-out pictures of each class",
     }
-    commands = [shlex.join(["python", "-m", "examples.demo", *argv]), shlex.join(["python", *train])]
-    text = report.markdown(verdict, per_class, pieces, commands, phase.seconds, settings)
+    lines = [shlex.join(["python", *command]) for command in (["-m", "examples.demo", *argv], *commands.values())]
+    text = report.markdown(verdict, per_class, pieces, lines, phase.seconds, settings)
     (sheet_folder / "report.md").write_text(text, encoding="utf-8")
 
     say(f"=== {sum(phase.seconds.values()):.0f} s in all; model: {model_folder}; report: {sheet_folder / 'report.md'}")
@@ -113,7 +129,7 @@ def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
     parser = ArgumentParser(
         prog="python -m examples.demo",
         description=__doc__,
-        epilog=f"Any other option goes to `python -m lorgnette.trainer stage2`, over {RECIPE}: --max_steps 500, say.",
+        epilog="Any other option goes to `python -m lorgnette.trainer stage2`, over its recipe: --max_steps 500, say.",
         allow_abbrev=False,
     )
     for name, (archive, _) in BACKBONES.items():

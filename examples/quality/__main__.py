@@ -19,9 +19,8 @@ import torch
 from datasets import load_from_disk
 
 from ..demo.report import PACKAGES as SHOWN
-from ..demo.report import machine
+from ..demo.report import curves, machine
 from ..sources import backbones
-from .curves import curves
 from .measure import measure
 from .plain_text import compare
 from .rows import ROWS, TASKS, Row, layer_option, options

@@ -1,0 +1,142 @@
+"""Measure a stage-1 model: how often it finds a picture's texts among all, and a text's pictures.
+
+Writes `metrics.json` and `metrics.md` into `output_dir`: recall@1, 5 and 10, by ITC alone and re-ranked by ITM.
+"""
+
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+
+from .arguments import RowArguments, Stage1Arguments
+from .data import load_rows
+from .feature_cache import COLUMN, check_cache, is_cache
+from .generation import references_of
+from .logs import set_up_logging
+from .metrics import Recall, figures_of
+from .recipe import parse_recipe
+from .stage1 import build
+from .unreadable import leave_out_unreadable
+
+
+logger = logging.getLogger(__name__)
+
+_REPORTED = ("model", "model_revision", "dataset", "split", "image_column", "text_column", "rerank")
+
+
+@dataclass
+class RetrievalArguments(RowArguments):
+    """Which stage-1 model, on which pictures and texts."""
+
+    model: str | None = field(default=None, metadata={"help": "A saved stage-1 model: a folder or a Hub id."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
+    split: str = field(default="test", metadata={"help": "Slices such as test[:500] work."})
+    rerank: int = field(
+        default=128, metadata={"help": "Candidates of each picture and each text that ITM looks at; 0 for ITC alone."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Pictures, texts or pairs at a time."})
+    output_dir: str = field(default="out/retrieval", metadata={"help": "Where the results go; overwritten."})
+
+    def __post_init__(self):
+        if self.model is None:
+            raise ValueError("model not given: name a saved stage-1 model")
+        super().__post_init__()
+        if self.streaming or self.messages_column or self.query_column:
+            raise ValueError("retrieval has no use for streaming, messages_column and query_column: leave them out")
+        for name, least in (("batch_size", 1), ("rerank", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least {least}")
+
+
+def main(argv: list[str]) -> None:
+    """Measure as the command line, or a YAML file of the same names, says."""
+    (args,) = parse_recipe(
+        (RetrievalArguments,), argv, prog="python -m lorgnette.trainer retrieval", description=__doc__
+    )
+    measure(args)
+
+
+def measure(args: RetrievalArguments) -> dict[str, Any]:
+    """Score all pictures against all texts, and write how high the right ones come.
+
+    A text that several pictures have counts once, and is right for each of them.
+
+    Returns:
+        What `metrics.json` holds.
+
+    Raises:
+        ValueError: the data are not what the arguments say, the model lacks ITC or, to re-rank, ITM, a feature cache is
+            another model's. OSError, TypeError, ValueError: a picture that cannot be read, unless `skip_unreadable`.
+    """
+    started, accelerator = time.perf_counter(), Accelerator()
+    set_up_logging(accelerator.is_main_process)
+    rows = load_rows(args, args.split)
+    model, processor = build(Stage1Arguments(model=args.model, model_revision=args.model_revision))
+    model.to(accelerator.device).eval()
+    if is_cache(args.dataset):
+        check_cache(args.dataset, model, processor.image_processor)
+    found = len(rows)
+    if args.skip_unreadable:
+        splits = {args.split: rows}
+        (rows,) = leave_out_unreadable(splits, args.image_column, processor.image_processor, args.output_dir).values()
+
+    references = [references_of(row, args.text_column) for row in rows.select_columns(["index", args.text_column])]
+    column = {text: number for number, text in enumerate(dict.fromkeys(text for texts in references for text in texts))}
+    right = [sorted({column[text] for text in texts}) for texts in references]
+    images = _features(rows) if COLUMN in rows.column_names else _Pictures(rows, args.image_column)
+    figures, keywords = {}, {"processor": processor, "batch_size": args.batch_size}
+    for name, rerank in {"itc": 0, "itc_and_itm": args.rerank}.items():
+        if name == "itc" or rerank:
+            scores = model.retrieve(images, list(column), rerank=rerank, **keywords)
+            figures[name] = figures_of(Recall().compute(predictions=scores, references=right))
+    report = {
+        "metrics": figures,
+        "pictures": len(rows),
+        "texts": len(column),
+        "skipped": found - len(rows),
+        **{
+            name: getattr(args, name) for name in ("model", "dataset", "split", "image_column", "text_column", "rerank")
+        },
+        "device": str(accelerator.device),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    if accelerator.is_main_process:
+        _write(report, Path(args.output_dir))
+    return report
+
+
+class _Pictures:
+    """The pictures of a data set's rows, read when they are asked for."""
+
+    def __init__(self, rows: Dataset, column: str):
+        self.rows, self.column = rows, column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int | torch.Tensor) -> Any:
+        return self.rows[int(place)][self.column]
+
+
+def _features(rows: Dataset) -> torch.Tensor:
+    return torch.stack([row[COLUMN] for row in rows])
+
+
+def _write(report: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    ways = list(report["metrics"])
+    lines = [f"# {report['model']} on {report['dataset']}, {report['split']}", ""]
+    lines += [f"| figure | {' | '.join(ways)} |", f"|---|{'---|' * len(ways)}"]
+    for figure in report["metrics"][ways[0]]:
+        values = " | ".join(f"{report['metrics'][way][figure]:.4f}" for way in ways)
+        lines.append(f"| {figure} | {values} |")
+        logger.info("%s", lines[-1])
+    lines += ["", f"{report['pictures']} pictures, {report['texts']} different texts; {report['skipped']} skipped."]
+    (folder / "metrics.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
