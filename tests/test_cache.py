@@ -1,11 +1,11 @@
 """The feature cache: training on it is training on the pictures, and nothing that does not belong is read or kept."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import datasets
 import pytest
@@ -25,9 +25,11 @@ from lorgnette import (
 )
 from lorgnette.configuration.configuration_lorgnette import LorgnetteBridgeConfig
 from lorgnette.trainer.__main__ import main
-from lorgnette.trainer.arguments import DataArguments, VisionArguments
+from lorgnette.trainer.arguments import DataArguments, SourceArguments, VisionArguments
+from lorgnette.trainer.cache import CacheArguments
 from lorgnette.trainer.data import load_pairs
 from lorgnette.trainer.feature_cache import METADATA, check_cache, vision_settings
+from lorgnette.trainer.recipe import parse_recipe
 from lorgnette.trainer.vision_tower import FeatureEncoder, VisionTower, load_tower
 
 
@@ -178,10 +180,9 @@ def test_a_killed_run_goes_on_where_it_was(backbones, pictures, tmp_path):
 
 
 def test_two_processes_write_what_one_does(backbones, pictures, tmp_path):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--main_process_port=0"]
     run = [*launch, "-m", "lorgnette.trainer", *command(backbones[0], pictures, tmp_path / "two")]
-    environment = os.environ | {"MASTER_PORT": "29571"}
-    finished = subprocess.run(run, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    finished = subprocess.run(run, capture_output=True, text=True, timeout=240, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stderr.count("is complete") == 1
     assert arrow_files(tmp_path / "two") == arrow_files(write(backbones[0], pictures, tmp_path / "one"))
@@ -333,3 +334,10 @@ def test_rows_without_a_readable_picture_are_left_out_on_request(backbones, pict
     shutil.rmtree(next(cache.glob("train/*-00001-of-00002")))
     write(backbones[0], tmp_path / "rows.parquet", cache, "--skip-unreadable")
     assert len(load_pairs(DataArguments(dataset=str(cache)), evaluate=False, seed=0)[0]) == 8
+
+
+def test_the_recipe_that_is_shipped_can_be_read():
+    path = Path(__file__).parent.parent / "recipes" / "cache.yaml"
+    kinds = (VisionArguments, SourceArguments, CacheArguments)
+    _, _, args = parse_recipe(kinds, ["--config", str(path), "--splits", "train", "test"], prog="", description="")
+    assert (args.dtype, args.splits, args.shard_size) == ("float16", ["train", "test"], 1000)

@@ -101,7 +101,7 @@ def write_cache(vision: VisionArguments, source: SourceArguments, args: CacheArg
     start, mine = time.monotonic(), todo[state.process_index :: state.num_processes]
     with tqdm(total=sum(len(rows) for *_, rows in mine), unit="row", disable=not state.is_main_process) as progress:
         for split, path, rows in mine:
-            _write_shard(splits[split].select(rows), source.image_column, encoder, path, progress)
+            _write_shard(splits[split].select(rows, keep_in_memory=True), source.image_column, encoder, path, progress)
     state.wait_for_everyone()
     if state.is_main_process:
         _write_metadata(folder, metadata | {"complete": True})

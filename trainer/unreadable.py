@@ -51,7 +51,8 @@ def leave_out_unreadable(
     kept = {}
     for name, rows in splits.items():
         numbers = rows.with_format(None)["index"][:]
-        kept[name] = rows.select([place for place, number in enumerate(numbers) if str(number) not in told[0][name]])
+        places = [place for place, number in enumerate(numbers) if str(number) not in told[0][name]]
+        kept[name] = rows.select(places, keep_in_memory=True)  # the data set's folder may be read-only
     return kept
 
 
