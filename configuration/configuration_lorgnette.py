@@ -285,6 +285,7 @@ class LorgnetteRetrievalConfig(LorgnetteBridgeConfig):
             self.qformer_config = LorgnetteQFormerConfig(use_qformer_text_input=True)
             self.qformer_config.dec_token_id = self.qformer_config.vocab_size - 1
         super().__post_init__(**kwargs)
+        self.pad_token_id = self.qformer_config.pad_token_id  # where Trainer looks for it, and would otherwise warn
         _require_positive(self, "image_text_hidden_size")
         weights = {name: getattr(self, name) for name in ("itc_weight", "itm_weight", "itg_weight")}
         for name, weight in weights.items():
