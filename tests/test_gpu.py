@@ -14,7 +14,7 @@ import tiny_models
 import torch
 from tiny_training import write_backbones, write_pairs
 
-from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
+from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval, LorgnetteProcessor
 from lorgnette.trainer.__main__ import main
 
 
@@ -87,6 +87,25 @@ def test_the_entry_point_trains_in_bf16_resumes_and_generates(parts, tmp_path, g
     answers_on_gpu(folder)
     main(["stage2", *arguments, "--resume_from_checkpoint", str(folder / "checkpoint-3")])
     assert losses(folder) == pytest.approx(whole, abs=1e-3)  # kernels need not add up in the same order
+
+
+def test_both_stages_train_in_bf16_on_cached_features(parts, tmp_path):
+    for part in (tiny_models.bert(vocab_size=len(tiny.bert_tokenizer())), tiny.bert_tokenizer()):
+        part.save_pretrained(tmp_path / "bert-with-words")
+    features, stage1, stage2 = (str(tmp_path / name) for name in ("features", "stage1", "stage2"))
+    vision, pictures = ["--vision", parts["vision"]], ["--dataset", str(parts["dataset"])]
+    run = ["--dataset", features, "--max_steps", "4", "--logging_steps", "1", "--bf16", "true", "--report_to", "none"]
+    main(["cache", *vision, *pictures, "--output_dir", features, "--dtype", "bfloat16"])
+    qformer = ["--qformer", str(tmp_path / "bert-with-words"), "--num_query_tokens", "4"]
+    together = ["--per_device_train_batch_size", "6", "--dataloader_drop_last", "true"]
+    main(["stage1", *vision, *qformer, *run, *together, "--output_dir", stage1])
+    main(["stage2", *vision, "--text", parts["text"], "--qformer", stage1, *run, "--output_dir", stage2])
+    assert len(losses(Path(stage1))) == len(losses(Path(stage2))) == 4
+    answers_on_gpu(stage2)
+    model = LorgnetteForImageTextRetrieval.from_pretrained(stage1).eval()
+    asked = [tiny.picture(number) for number in range(3)], ["a cat", "the dog"]
+    on_cpu = model.retrieve(*asked, rerank=True)
+    torch.testing.assert_close(model.to("cuda").retrieve(*asked, rerank=True), on_cpu, atol=1e-3, rtol=1e-3)
 
 
 def test_the_example_trains_in_bf16(parts, tmp_path, monkeypatch):
