@@ -36,7 +36,9 @@ class RetrievalArguments(RowArguments):
 
     model: str | None = field(default=None, metadata={"help": "A saved stage-1 model: a folder or a Hub id."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
-    split: str = field(default="test", metadata={"help": "Slices such as test[:500] work."})
+    split: str = field(
+        default="test", metadata={"help": "Slices such as test[:500] work but in caches and what save_to_disk wrote."}
+    )
     rerank: int = field(
         default=128, metadata={"help": "Candidates of each picture and each text that ITM looks at; 0 for ITC alone."}
     )
@@ -100,9 +102,7 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
         "pictures": len(rows),
         "texts": len(column),
         "skipped": found - len(rows),
-        **{
-            name: getattr(args, name) for name in ("model", "dataset", "split", "image_column", "text_column", "rerank")
-        },
+        **{name: getattr(args, name) for name in _REPORTED},
         "device": str(accelerator.device),
         "seconds": round(time.perf_counter() - started, 2),
     }
