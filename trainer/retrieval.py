@@ -74,7 +74,8 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
 
     Raises:
         ValueError: the data are not what the arguments say, the model lacks ITC or, to re-rank, ITM, a feature cache is
-            another model's. OSError, TypeError, ValueError: a picture that cannot be read, unless `skip_unreadable`.
+            another model's, a row has a list of pictures. OSError, TypeError, ValueError: a picture that cannot be
+            read, unless `skip_unreadable`.
     """
     started, accelerator = time.perf_counter(), Accelerator()
     set_up_logging(accelerator.is_main_process)
@@ -121,11 +122,23 @@ class _Pictures:
         return len(self.rows)
 
     def __getitem__(self, place: int | torch.Tensor) -> Any:
-        return self.rows[int(place)][self.column]
+        row = self.rows[int(place)]
+        if isinstance(row[self.column], list):
+            raise _several_pictures(row["index"], len(row[self.column]))
+        return row[self.column]
 
 
 def _features(rows: Dataset) -> torch.Tensor:
-    return torch.stack([row[COLUMN] for row in rows])
+    features = []
+    for row in rows:
+        if row[COLUMN].ndim != 2:
+            raise _several_pictures(row["index"], len(row[COLUMN]))
+        features.append(row[COLUMN])
+    return torch.stack(features)
+
+
+def _several_pictures(index: int, count: int) -> ValueError:
+    return ValueError(f"row {index} has a list of pictures ({count}); retrieval compares one with its texts")
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:
