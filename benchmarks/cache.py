@@ -131,7 +131,8 @@ def resized(vision: Path, side: int, folder: Path) -> Path:
     path = folder / "preprocessor_config.json"
     settings = json.loads(path.read_text())
     for name in ("size", "crop_size"):
-        settings[name] = dict.fromkeys(settings.get(name, {}), side)
+        if settings.get(name) is not None:
+            settings[name] = dict.fromkeys(settings[name], side)
     path.write_text(json.dumps(settings))
     return folder
 

@@ -237,6 +237,37 @@ def test_nothing_is_overwritten(backbones, pictures, cache, tmp_path):
         load_pairs(DataArguments(dataset=str(cache)), evaluate=False, seed=0)
 
 
+def test_a_run_killed_before_its_first_shard_begins_again(backbones, pictures, tmp_path):
+    (tmp_path / "cache").mkdir()
+    for name in ("unreadable.json", f"{METADATA}.unfinished"):  # all that stands before the metadata does
+        (tmp_path / "cache" / name).write_text("{")
+    write(backbones[0], pictures, tmp_path / "cache", "--skip-unreadable")
+    assert len(load_pairs(DataArguments(dataset=str(tmp_path / "cache")), evaluate=False, seed=0)[0]) == 10
+    assert not list((tmp_path / "cache").glob("*.unfinished"))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "saved"])
+def test_a_run_does_not_go_on_with_other_rows(backbones, tmp_path, kind):
+    for n in range(2):
+        tiny.picture(n).save(tmp_path / f"{n}.png")
+
+    def write_rows(order):
+        rows = Dataset.from_list([{"image": f"{n}.png", "text": CAPTIONS[n]} for n in order])
+        if kind == "jsonl":
+            rows.to_json(tmp_path / "rows")
+        else:
+            shutil.rmtree(tmp_path / "rows", ignore_errors=True)
+            rows.save_to_disk(tmp_path / "rows")
+            for n in range(2):
+                tiny.picture(n).save(tmp_path / "rows" / f"{n}.png")
+        return (tmp_path / "rows").rename(tmp_path / "rows.jsonl") if kind == "jsonl" else tmp_path / "rows"
+
+    cache = write(backbones[0], write_rows([0, 1]), tmp_path / "cache")
+    write(backbones[0], write_rows([0, 1]) if kind == "saved" else tmp_path / "rows.jsonl", cache)
+    with pytest.raises(FileExistsError, match=r"dataset_fingerprints.train is '\w+' there, '\w+' here"):
+        write(backbones[0], write_rows([1, 0]), cache)
+
+
 def test_what_cannot_be_cached_is_said(backbones, pictures, cache, tmp_path):
     def attempt(*options, dataset=pictures):
         write(backbones[0], dataset, tmp_path / "new", *options)
@@ -250,6 +281,13 @@ def test_what_cannot_be_cached_is_said(backbones, pictures, cache, tmp_path):
     load_from_disk(pictures)["test"].rename_column("extra", "index").save_to_disk(tmp_path / "index")
     with pytest.raises(ValueError, match="column 'index' has to be renamed"):
         attempt(dataset=tmp_path / "index")
+    empty = load_from_disk(pictures)
+    empty["test"] = empty["test"].filter(lambda number: False, input_columns="extra")
+    empty.save_to_disk(tmp_path / "empty")
+    for options in ([], ["--skip-unreadable"]):
+        with pytest.raises(ValueError, match=r"empty \(test\) has no rows: name the splits"):
+            attempt(*options, dataset=tmp_path / "empty")
+    attempt("--splits", "train", dataset=tmp_path / "empty")
     with pytest.raises(SystemExit):
         attempt("--dtype", "int8")
 
@@ -269,6 +307,11 @@ def test_features_past_float16_name_the_row(backbones, pictures, tmp_path):
     with pytest.raises(ValueError, match=r"row 0: .* go up to \d+, and torch.float16 ends at 65504"):
         write(tmp_path / "vit", pictures, tmp_path / "cache")
     write(tmp_path / "vit", pictures, tmp_path / "bfloat16", "--dtype", "bfloat16")
+    with torch.no_grad():
+        vit.layernorm.weight.fill_(float("nan"))
+    vit.save_pretrained(tmp_path / "vit")
+    with pytest.raises(ValueError, match="row 0: the ViT's features are not all finite"):
+        write(tmp_path / "vit", pictures, tmp_path / "nan", "--dtype", "float32")
 
 
 def test_rows_with_several_pictures(backbones, tmp_path):

@@ -115,7 +115,6 @@ def test_the_nearest_neighbour_is_that_of_the_smallest_angle():
 
 
 def test_shuffled_pictures_are_right_by_chance():
-    pytest.importorskip("lorgnette.trainer.metrics")
     truths = ["cat", "dog"] * 200
     assert score(["exact_match"], [" cat", "dog"] * 200, truths) == {"exact_match": 1.0}
     assert score_shuffled(["exact_match"], truths, truths)["exact_match"] == pytest.approx(0.5, abs=0.05)
@@ -200,7 +199,6 @@ def test_losses_are_drawn(tmp_path):
 
 
 def test_a_row_goes_from_data_to_figures_and_is_not_measured_twice(monkeypatch, tmp_path, capsys):
-    pytest.importorskip("lorgnette.trainer.evaluate")
     vision, text = write_backbones(tmp_path)
     for part in (tiny_models.bert(vocab_size=len(tiny.bert_tokenizer())), tiny.bert_tokenizer()):
         part.save_pretrained(tmp_path / "bert")

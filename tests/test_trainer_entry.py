@@ -16,6 +16,7 @@ from tiny_training import write_backbones, write_pairs
 from transformers import AutoModel, TrainingArguments
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval, LorgnetteProcessor
+from lorgnette.trainer import retrieval
 from lorgnette.trainer.__main__ import COMMANDS, main
 from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, Stage2Arguments
 from lorgnette.trainer.recipe import parse_recipe
@@ -307,3 +308,12 @@ def test_the_recipes_that_are_shipped_can_be_read(name):
     path = Path(__file__).parent.parent / "recipes" / name
     _, data, training = parse("--config", str(path), *BASE)
     assert data.has_eval == (training.eval_strategy != "no")
+
+
+def test_retrieval_takes_one_picture_a_row():
+    rows = datasets.Dataset.from_dict({"index": [7], "image": [["a.png", "b.png"]]})
+    with pytest.raises(ValueError, match=r"row 7 has a list of pictures \(2\)"):
+        _ = retrieval._Pictures(rows, "image")[0]
+    features = [{"index": 7, "vision_features": torch.zeros(2, 17, 24)}]
+    with pytest.raises(ValueError, match=r"row 7 has a list of pictures \(2\)"):
+        retrieval._features(features)

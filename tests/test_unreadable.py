@@ -76,6 +76,13 @@ def test_pictures_in_chats_are_read_too(tmp_path):
     assert "gone.png" in found["1"]
 
 
+def test_what_is_no_picture_at_all_names_the_row(tmp_path):
+    rows = datasets.Dataset.from_dict({"index": [4, 5], "image": [1, 2]})
+    with pytest.raises(TypeError, match="row 4: int is no image"):
+        find_unreadable(rows, "image", tiny.image_processor(), "train")
+    assert find_unreadable(rows.select([]), "image", tiny.image_processor(), "train") == {}
+
+
 def test_a_stream_cannot_be_read_first():
     with pytest.raises(ValueError, match="skip_unreadable reads all pictures first"):
         DataArguments(dataset="d", streaming=True, skip_unreadable=True)

@@ -224,7 +224,10 @@ class DataArguments(RowArguments):
     shuffle_buffer_size: int = field(
         default=1000, metadata={"help": "Rows that a streamed training set is shuffled among; 0 keeps its order."}
     )
-    train_split: str = field(default="train", metadata={"help": "Slices such as train[:1000] work unless streaming."})
+    train_split: str = field(
+        default="train",
+        metadata={"help": "Slices such as train[:1000] work but in streams, caches and what save_to_disk wrote."},
+    )
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Evaluation data that lie elsewhere than `dataset`, in any of the same forms."}
     )

@@ -33,6 +33,8 @@ from .unreadable import REPORT, find_unreadable, report_unreadable
 from .vision_tower import FeatureEncoder, load_tower
 
 
+UNFINISHED_METADATA = f"{METADATA}.unfinished"
+
 logger = logging.getLogger(__name__)
 
 
@@ -85,8 +87,9 @@ def write_cache(vision: VisionArguments, source: SourceArguments, args: CacheArg
     )
     folder = Path(args.output_dir).expanduser()
     with state.main_process_first():
-        splits = load_splits(source, args.splits)
-        metadata = _begin(folder, _settings(source, args, encoder, splits), encoder, splits)
+        splits, fingerprints = load_splits(source, args.splits)
+        settings = _settings(source, args, encoder, splits) | {"dataset_fingerprints": fingerprints}
+        metadata = _begin(folder, settings, encoder, splits)
 
     planned = [(split, *shard) for split in splits for shard in planned_shards(folder, metadata, split)]
     todo = [(split, path, rows) for split, path, rows in planned if open_shard(path, len(rows)) is None]
@@ -114,25 +117,32 @@ def write_cache(vision: VisionArguments, source: SourceArguments, args: CacheArg
         )
 
 
-def load_splits(args: SourceArguments, names: list[str] | None) -> DatasetDict:
+def load_splits(args: SourceArguments, names: list[str] | None) -> tuple[DatasetDict, dict[str, str]]:
     """The splits that are to be cached, with `index` and pictures that the image processor can open.
 
+    Returns:
+        The splits, and for each the fingerprint that `datasets` gives it: rows that have changed have another.
+
     Raises:
-        ValueError: no such split, no such image column, a column called `index` or `vision_features`, no pictures.
+        ValueError: no such split, one without rows, no such image column, a column called `index` or `vision_features`,
+            no pictures.
     """
     if is_cache(args.dataset):
         raise ValueError(f"dataset {args.dataset} is a feature cache itself: it has no pictures")
     splits, base = load_source(args, args.dataset)
     if unknown := set(names or ()) - set(splits):
         raise ValueError(f"{args.dataset} has no split {' or '.join(sorted(unknown))}; it has {', '.join(splits)}")
-    chosen = DatasetDict()
+    chosen, fingerprints = DatasetDict(), {}
     for name in names or splits:
         rows, title = splits[name], f"{args.dataset} ({name})"
+        if not len(rows):
+            raise ValueError(f"{title} has no rows: name the splits that have some in `splits`")
         check_columns(rows.features, [args.image_column], title)
         if taken := sorted({"index", COLUMN} & set(rows.features)):
             raise ValueError(f"{title}: the column {taken[0]!r} has to be renamed: a cache has one of that name")
+        fingerprints[name] = rows._fingerprint
         chosen[name] = numbered(undecoded(rows)).with_transform(picture_opener(args.image_column, base))
-    return chosen
+    return chosen, fingerprints
 
 
 def _settings(
@@ -162,7 +172,8 @@ def _begin(folder: Path, settings: dict[str, Any], encoder: FeatureEncoder, spli
         if found := [f"{name} is {a!r} there, {b!r} here" for name, a, b in differences(theirs, settings)]:
             raise FileExistsError(f"{folder} holds a feature cache with other settings: {'; '.join(found)}")
         return metadata
-    if folder.exists() and any(path.name != REPORT for path in folder.iterdir()):
+    # what a run that was cut off before its first shard may leave
+    if folder.exists() and {path.name for path in folder.iterdir()} - {REPORT, UNFINISHED_METADATA}:
         raise FileExistsError(f"{folder} is not empty, and no feature cache: choose another output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     unreadable = {}
@@ -191,6 +202,6 @@ def _write_shard(rows: Dataset, image_column: str, encoder: FeatureEncoder, path
 
 
 def _write_metadata(folder: Path, metadata: dict[str, Any]) -> None:
-    unfinished = folder / f"{METADATA}.unfinished"
+    unfinished = folder / UNFINISHED_METADATA
     unfinished.write_text(json.dumps(metadata, indent=2), encoding="utf-8")
     unfinished.replace(folder / METADATA)

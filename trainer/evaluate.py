@@ -45,7 +45,10 @@ class EvaluateArguments(RowArguments):
 
     model: str | None = field(default=None, metadata={"help": "A saved lorgnette model: a folder or a Hub id."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
-    split: str = field(default="test", metadata={"help": "Slices such as test[:500] work unless streaming."})
+    split: str = field(
+        default="test",
+        metadata={"help": "Slices such as test[:500] work but in streams, caches and what save_to_disk wrote."},
+    )
     metrics: list[str] = field(
         default_factory=lambda: ["cider", "bleu"],
         metadata={"help": "One or more of cider, bleu, rouge_l, exact_match, vqa_accuracy."},
@@ -67,14 +70,7 @@ class EvaluateArguments(RowArguments):
 
 def main(argv: list[str]) -> None:
     """Evaluate as the command line, or a YAML file of the same names, says."""
-    (args,) = parse_recipe(
-        (EvaluateArguments,),
-        argv,
-        prog="python -m lorgnette.trainer evaluate",
-        description=__doc__,
-        defaults={},
-        check=lambda args: None,  # there is only one to check
-    )
+    (args,) = parse_recipe((EvaluateArguments,), argv, prog="python -m lorgnette.trainer evaluate", description=__doc__)
     evaluate(args)
 
 

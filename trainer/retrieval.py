@@ -36,7 +36,9 @@ class RetrievalArguments(RowArguments):
 
     model: str | None = field(default=None, metadata={"help": "A saved stage-1 model: a folder or a Hub id."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
-    split: str = field(default="test", metadata={"help": "Slices such as test[:500] work."})
+    split: str = field(
+        default="test", metadata={"help": "Slices such as test[:500] work but in caches and what save_to_disk wrote."}
+    )
     rerank: int = field(
         default=128, metadata={"help": "Candidates of each picture and each text that ITM looks at; 0 for ITC alone."}
     )
@@ -72,7 +74,8 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
 
     Raises:
         ValueError: the data are not what the arguments say, the model lacks ITC or, to re-rank, ITM, a feature cache is
-            another model's. OSError, TypeError, ValueError: a picture that cannot be read, unless `skip_unreadable`.
+            another model's, a row has a list of pictures. OSError, TypeError, ValueError: a picture that cannot be
+            read, unless `skip_unreadable`.
     """
     started, accelerator = time.perf_counter(), Accelerator()
     set_up_logging(accelerator.is_main_process)
@@ -100,9 +103,7 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
         "pictures": len(rows),
         "texts": len(column),
         "skipped": found - len(rows),
-        **{
-            name: getattr(args, name) for name in ("model", "dataset", "split", "image_column", "text_column", "rerank")
-        },
+        **{name: getattr(args, name) for name in _REPORTED},
         "device": str(accelerator.device),
         "seconds": round(time.perf_counter() - started, 2),
     }
@@ -121,11 +122,23 @@ class _Pictures:
         return len(self.rows)
 
     def __getitem__(self, place: int | torch.Tensor) -> Any:
-        return self.rows[int(place)][self.column]
+        row = self.rows[int(place)]
+        if isinstance(row[self.column], list):
+            raise _several_pictures(row["index"], len(row[self.column]))
+        return row[self.column]
 
 
 def _features(rows: Dataset) -> torch.Tensor:
-    return torch.stack([row[COLUMN] for row in rows])
+    features = []
+    for row in rows:
+        if row[COLUMN].ndim != 2:
+            raise _several_pictures(row["index"], len(row[COLUMN]))
+        features.append(row[COLUMN])
+    return torch.stack(features)
+
+
+def _several_pictures(index: int, count: int) -> ValueError:
+    return ValueError(f"row {index} has a list of pictures ({count}); retrieval compares one with its texts")
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:

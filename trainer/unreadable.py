@@ -63,7 +63,7 @@ def find_unreadable(
 
     Raises:
         ValueError: none can be read.
-        TypeError: what is in the column is no picture at all.
+        TypeError: what is in a row's column is no picture at all; names the row.
     """
     if COLUMN in rows.column_names:
         return {}
@@ -78,7 +78,7 @@ def find_unreadable(
             found |= {str(next(numbers)): reason for reason in reasons}
             progress.update(len(reasons))
     found = {number: reason for number, reason in found.items() if reason is not None}
-    if len(found) == len(rows):
+    if found and len(found) == len(rows):
         number, reason = next(iter(found.items()))
         raise ValueError(f"{name}: no picture of its {len(rows)} rows can be read; row {number}: {reason}")
     return found
@@ -113,6 +113,9 @@ class _Reasons:
                 load_image_for(self.image_processor, picture)
         except (OSError, ValueError) as error:
             return str(error)
+        except TypeError as error:
+            number = self.rows.with_format(None)["index"][place]
+            raise TypeError(f"row {number}: {error}") from error
         return None
 
     def _pictures(self, row: dict[str, Any]) -> list[Any]:

@@ -1,5 +1,6 @@
 """The frozen ViT by itself, and the features that it makes of a data set's pictures, ready to be stored."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -129,7 +130,9 @@ class FeatureEncoder:
             raise ValueError(f"row {numbers[0]}: its features have the shape {shape}, others have {self.shape}")
         largest, limit = features.abs().flatten(1).amax(1), torch.finfo(self.dtype).max  # (N,), NaN where there is one
         for number, value in zip(numbers, largest.tolist(), strict=True):
-            if not value <= limit:
+            if not math.isfinite(value):
+                raise ValueError(f"row {number}: the ViT's features are not all finite: NaN or infinity is among them")
+            if value > limit:
                 raise ValueError(
                     f"row {number}: its features go up to {value:g}, and {self.dtype} ends at {limit:g}; bfloat16 and "
                     "float32 go further"
