@@ -100,9 +100,7 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
         "pictures": len(rows),
         "texts": len(column),
         "skipped": found - len(rows),
-        **{
-            name: getattr(args, name) for name in ("model", "dataset", "split", "image_column", "text_column", "rerank")
-        },
+        **{name: getattr(args, name) for name in _REPORTED},
         "device": str(accelerator.device),
         "seconds": round(time.perf_counter() - started, 2),
     }
