@@ -51,6 +51,7 @@ class ProcessorBeside:
     def __init__(self, name_or_path: str | Path, **hub_kwargs: Any):
         self.name, self.hub_kwargs = str(name_or_path), hub_kwargs
         self.files: dict[str, bytes] | None = None
+        self._loaded: Any = None
         folder = Path(name_or_path)
         if folder.is_dir():
             self.files = {name: (folder / name).read_bytes() for name in _PROCESSOR_FILES if (folder / name).is_file()}
@@ -68,11 +69,13 @@ class ProcessorBeside:
             Path(folder, name).write_bytes(content)
 
     def load(self) -> Any:
-        """The processor itself; raises OSError where there is none."""
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            save_remote_code(folder)
-            return AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        """The processor itself, the same one each time; raises OSError where there is none."""
+        if self._loaded is None:
+            with TemporaryDirectory() as folder:
+                self.save_pretrained(folder)
+                save_remote_code(folder)
+                self._loaded = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        return self._loaded
 
     def _fetch(self) -> dict[str, bytes]:
         found = {}

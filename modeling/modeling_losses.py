@@ -25,7 +25,8 @@ def similarities(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch
     Returns:
         `(M, N)` float32, as `logits_per_image` of `transformers.Blip2ForImageTextRetrieval`.
     """
-    return torch.einsum("mqe,ne->mqn", image_embeds.float(), text_embeds.float()).amax(dim=1)
+    with torch.autocast(image_embeds.device.type, enabled=False):  # it would have the products in half precision
+        return torch.einsum("mqe,ne->mqn", image_embeds.float(), text_embeds.float()).amax(dim=1)
 
 
 def same_caption(input_ids: torch.Tensor) -> torch.Tensor:
@@ -73,15 +74,15 @@ def draw_negatives(
         generator: where the random numbers come from, on the device of `logits`; the device's own by default.
 
     Returns:
-        `rows` and `negatives`, `(R,)` int64 each: the rows that have a candidate, and the column drawn for each.
+        `rows` and `negatives`, `(R,)` int64 each: the rows that have a candidate, and the column drawn for each. Where
+        `logits` are NaN any column is drawn: the loss, NaN as well, is what tells of it.
     """
     rows = candidates.any(dim=1).nonzero().squeeze(1)
     weights = logits.float().masked_fill(~candidates, -torch.inf)[rows].softmax(dim=1)
     # the floor, also BLIP-2's, keeps every candidate possible: a softmax may round all but one to 0
     weights = (weights + 1e-4).masked_fill(~candidates[rows], 0.0)
-    if rows.numel() == 0:
-        return rows, rows
-    return rows, torch.multinomial(weights, 1, generator=generator).squeeze(1)
+    # as torch.multinomial draws, but for its check, which would stop one process and leave the others waiting for it
+    return rows, (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(dim=1)
 
 
 def matching_loss(logits: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:

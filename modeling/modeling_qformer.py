@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import TransformersKwargs, logging
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig
@@ -286,7 +286,8 @@ class LorgnetteQFormerModel(PreTrainedModel):
 
         Raises:
             ValueError: text without a text half, a mask without text, features of another width, no queries for an
-                image, neither image nor text, `causal_text` without text.
+                image, neither image nor text, `causal_text` without text; FlashAttention where it cannot mask:
+            `causal_text`, or padding in the image.
         """
         parts = []
         if encoder_hidden_states is not None:
@@ -306,6 +307,8 @@ class LorgnetteQFormerModel(PreTrainedModel):
 
         if attention_mask is not None:
             attention_mask = nn.functional.pad(attention_mask, (query_length, 0), value=1)
+        if causal_text and is_flash_attention_requested(self.config):  # transformers would drop the mask in silence
+            raise ValueError(self._flash_cannot("let queries and text see each other in part (causal_text, ITG)"))
         if attention_mask is not None or causal_text:
             attention_mask = create_bidirectional_mask(
                 config=self.config,
@@ -325,6 +328,9 @@ class LorgnetteQFormerModel(PreTrainedModel):
                 # its shape alone is read: one image a row
                 encoder_hidden_states=encoder_hidden_states[:1].expand(len(hidden_states), -1, -1),
             )
+            # transformers takes the mask of fewer queries than keys for the queries' own
+            if encoder_attention_mask is not None and is_flash_attention_requested(self.config):
+                raise ValueError(self._flash_cannot("leave out an image's padding"))
         hidden_states = self.encoder(
             hidden_states,
             encoder_hidden_states,
@@ -337,6 +343,9 @@ class LorgnetteQFormerModel(PreTrainedModel):
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0]
         )
+
+    def _flash_cannot(self, what: str) -> str:
+        return f'{self.config._attn_implementation} cannot {what}: set attn_implementation="sdpa"'
 
     def _queries_for(
         self, encoder_hidden_states: torch.Tensor, query_embeds: torch.Tensor | None, rows: int

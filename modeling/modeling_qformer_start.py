@@ -63,13 +63,12 @@ class QFormerStart:
         """
         if self.stage1 is None:
             return qformer_fields(self.backbone, given)
-        theirs = self.stage1.config.qformer_config.to_diff_dict()
-        for name in theirs.keys() & (given or {}).keys() - {"use_qformer_text_input", *_FREE}:
-            if given[name] != theirs[name]:
-                raise ValueError(
-                    f"qformer_config.{name} is {given[name]!r}; the stage-1 Q-Former's is {theirs[name]!r}"
-                )
-        return theirs | {"use_qformer_text_input": False} | qformer_fields(None, given)
+        given, theirs = qformer_fields(None, given), self.stage1.config.qformer_config
+        for name in given.keys() - {"use_qformer_text_input", *_FREE}:
+            settled = getattr(theirs, name)
+            if given[name] != settled:
+                raise ValueError(f"qformer_config.{name} is {given[name]!r}; the stage-1 Q-Former's is {settled!r}")
+        return theirs.to_diff_dict() | {"use_qformer_text_input": False} | given
 
     def settle(self, processor: Any, **wished: Any) -> dict[str, Any]:
         """`num_query_tokens`, `vision_feature_layer` and `vision_feature_select_strategy` of the model.
@@ -93,7 +92,7 @@ class QFormerStart:
         return settled
 
     def check_vision(self, vision_model: PreTrainedModel) -> None:
-        """See to it that stage 1 has learned to read this very ViT.
+        """See to it that stage 1 has learned to read this very ViT, in the coarser of both dtypes.
 
         Raises:
             ValueError: it has not; names the first tensor that differs.
@@ -102,7 +101,7 @@ class QFormerStart:
             return
         theirs = self.stage1.vision_model.state_dict()
         for name, ours in vision_model.state_dict().items():
-            if name not in theirs or not torch.equal(theirs[name].to(ours), ours):
+            if name not in theirs or not _equal(theirs[name], ours):
                 raise ValueError(f"The stage-1 Q-Former has learned to read another ViT: {name!r} differs")
 
     def load_into(self, qformer: LorgnetteQFormerModel) -> None:
@@ -116,6 +115,13 @@ class QFormerStart:
             qformer.load_state_dict({name: self.stage1.qformer.state_dict()[name] for name in own})
         elif self.backbone is not None:
             qformer.load_bert(self.backbone.model)
+
+
+def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors are the same, but for the rounding of the dtype that rounds more."""
+    dtypes = {first.dtype, second.dtype}
+    coarser = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps) if len(dtypes) > 1 else first.dtype
+    return torch.equal(first.to(second.device, coarser), second.to(coarser))
 
 
 def is_stage1(source: str | Path, revision: str | None = None) -> bool:

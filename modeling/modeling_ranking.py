@@ -41,13 +41,19 @@ class ImageTextRanking:
             `(M, N)` float32 on the CPU: cosines, from -1 to 1; where re-ranked, 2 + the cosine + ITM's probability.
 
         Raises:
-            ValueError: nothing to compare; a model without ITC, or, to re-rank, without ITM; no processor known.
+            TypeError: one string in place of a list of them.
+            ValueError: nothing to compare; a model without ITC, or, to re-rank, without ITM; no processor known, or
+                one that does not fit.
         """
+        for name, given in (("images", images), ("texts", texts)):
+            if isinstance(given, str):
+                raise TypeError(f"{name} is one string ({given!r}); a list is needed")
         if rerank:
             self._require("itm_weight", "nothing can re-rank")
         if len(images) == 0 or len(texts) == 0:
             raise ValueError(f"{len(images)} images and {len(texts)} texts: there is nothing to compare")
         processor = self._known_processor() if processor is None else processor
+        self.check_processor(processor)
         encoded = processor(text=list(texts), padding=True, return_tensors="pt").to(self.device)
         text_embeds = torch.cat(
             [self.embed_texts(**take_rows(encoded, rows)) for rows in _batches(len(texts), batch_size, "texts")]

@@ -124,7 +124,8 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, LorgnettePreTrainedModel)
             vision_feature_layer, vision_feature_select_strategy: see [`LorgnetteBridgeConfig`].
             vision_revision, qformer_revision: branch, tag or commit on the Hub.
             dtype: of all parts; the loaded ViT's, or float32, by default.
-            attn_implementation: `"eager"`, `"sdpa"`, `"flash_attention_2"`; transformers chooses by default.
+            attn_implementation: `"eager"`, `"sdpa"`, or where `itg_weight` is 0 `"flash_attention_2"`; transformers
+                chooses by default.
 
         Raises:
             ValueError: a backbone of the wrong kind, a BERT of another shape, a processor that does not fit.
@@ -234,7 +235,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, LorgnettePreTrainedModel)
 
         Raises:
             ValueError: both or neither of pictures and features, not as many as texts, values that are not finite, one
-                caption for all pairs, processes with batches of unequal size.
+                caption for all pairs, a pair by itself, processes with batches of unequal size.
         """
         features = self._look(pixel_values, vision_features, pixel_attention_mask, spatial_shapes, row_index)
         if len(features) != len(input_ids):
@@ -317,6 +318,11 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, LorgnettePreTrainedModel)
             pad_token_id = self.config.qformer_config.pad_token_id or 0
             ids = nn.functional.pad(ids, (0, self.max_text_length - ids.shape[1]), value=pad_token_id)
         candidates = ~same_caption(gather(ids))
+        if len(candidates) == 1:
+            raise ValueError(
+                f"{row_name(0, row_index)} is alone in its batch: there are no negatives to tell it from. "
+                "dataloader_drop_last leaves out such a last batch"
+            )
         if not candidates.any():
             raise ValueError(
                 f"{row_name(0, row_index)} and the {len(candidates) - 1} others of its batch have the same "

@@ -29,6 +29,8 @@ def test_similarities_are_those_of_the_nearest_query():
             expected = max(float(images[i, q] @ texts[j]) for q in range(4))
             assert float(actual[i, j]) == pytest.approx(expected, abs=1e-6)
     assert similarities(images.bfloat16(), texts.bfloat16()).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as Trainer's bf16 has it
+        assert torch.equal(similarities(images, texts), actual)
 
 
 def test_contrastive_loss_is_that_of_a_plain_loop():
@@ -93,6 +95,14 @@ def test_negatives_are_candidates_drawn_by_similarity_and_repeat_with_the_genera
 def test_no_candidate_anywhere_draws_nothing():
     rows, negatives = draw_negatives(torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool))
     assert len(rows) == len(negatives) == 0
+
+
+def test_similarities_that_are_not_finite_stop_no_draw():
+    """The loss of the same batch is NaN, and Trainer's guard says so in all processes."""
+    candidates = ~torch.eye(3, dtype=torch.bool)
+    rows, negatives = draw_negatives(torch.full((3, 3), torch.nan), candidates)
+    assert rows.tolist() == [0, 1, 2]
+    assert negatives.max() < 3
 
 
 def test_matching_and_generation_are_cross_entropies_in_float32():

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
-from tiny import bert_tokenizer, image_processor, picture
-from tiny_models import NUM_QUERY_TOKENS, QFORMER, bert, language_model, vision_model
+from tiny import bert_tokenizer, chat_tokenizer, image_processor, picture
+from tiny_models import NUM_PATCHES, NUM_QUERY_TOKENS, QFORMER, SIGLIP2, bert, language_model, model, vision_model
 from transformers import (
     AutoModel,
     Blip2Config,
@@ -96,6 +96,15 @@ class TestMasks:
         assert torch.equal(states.pooler_output, states.last_hidden_state[:, 0])
         torch.testing.assert_close(padded.last_hidden_state[:, :6], states.last_hidden_state, atol=1e-5, rtol=0)
 
+    def test_flash_attention_is_refused_where_it_would_not_mask(self):
+        model, image = self.qformer("sdpa"), torch.randn(2, 7, 24)
+        model.config._attn_implementation = "flash_attention_2"
+        with pytest.raises(ValueError, match="flash_attention_2 cannot let queries and text see each other in part"):
+            model(image, input_ids=torch.ones(2, 3, dtype=torch.long), causal_text=True)
+        padded = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+        with pytest.raises(ValueError, match="flash_attention_2 cannot leave out an image's padding"):
+            model(image, encoder_attention_mask=padded)
+
     def test_neither_image_nor_text_and_a_mask_without_text(self):
         with pytest.raises(ValueError, match="neither image features"):
             self.qformer("sdpa")()
@@ -179,6 +188,39 @@ class TestLosses:
         assert {out.loss_itc.dtype, out.loss_itm.dtype, out.loss_itg.dtype} == {torch.float32}
         assert out.logits_per_image.dtype == torch.float32
         assert torch.isfinite(out.loss)
+
+    def test_mixed_precision_compares_in_float32(self):
+        model, inputs = retriever(), batch()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(**inputs)
+        assert {out.loss_itc.dtype, out.loss_itm.dtype, out.loss_itg.dtype} == {torch.float32}
+        cosines = out.logits_per_image
+        assert cosines.dtype == torch.float32
+        assert not torch.equal(cosines, cosines.bfloat16().float())  # not rounded either
+
+    def test_weights_that_are_not_finite_make_a_loss_that_is_not(self):
+        model = retriever()
+        with torch.no_grad():
+            model.qformer.query_tokens.weight[0, 0] = torch.nan
+        assert model(**batch()).loss.isnan()
+
+    def test_siglip2_of_variable_resolution_masks_its_padding(self):
+        """In all three losses and in retrieval: what lies in the padding is nothing that anybody sees."""
+        model_class, config = SIGLIP2
+        torch.manual_seed(0)
+        model = LorgnetteForImageTextRetrieval.from_backbones(
+            model_class(config), qformer=bert(vocab_size=WORDS), processor=processor(), image_text_hidden_size=8
+        ).eval()
+        text = {name: tensor for name, tensor in batch().items() if name != "pixel_values"}
+        features, mask = torch.randn(4, NUM_PATCHES, 24), torch.ones(4, NUM_PATCHES)
+        mask[1, 9:] = mask[3, 4:] = 0
+        seen = {"pixel_attention_mask": mask, "vision_features": features}
+        plain = model(**text, **seen)
+        elsewhere = model(**text, **seen | {"vision_features": features + (1 - mask)[..., None] * 5})
+        for name in ("loss_itc", "loss_itm", "loss_itg", "logits_per_image"):
+            torch.testing.assert_close(plain[name], elsewhere[name], atol=1e-5, rtol=0)
+        unmasked = model(**text, vision_features=features + (1 - mask)[..., None] * 5)
+        assert (plain.logits_per_image - unmasked.logits_per_image).abs().max() > 1e-4
 
 
 def test_equals_blip2_with_the_same_weights():
@@ -265,6 +307,12 @@ class TestWrongInput:
             retriever()(**batch(["a dog"] * 4), row_index=torch.arange(7, 11))
         assert torch.isfinite(retriever(itc_weight=0.0, itm_weight=0.0)(**batch(["a dog"] * 4)).loss)
 
+    def test_a_pair_by_itself(self):
+        with pytest.raises(ValueError, match="Row 7 of the data set is alone in its batch"):
+            retriever()(**batch(["a dog"]), row_index=torch.tensor([7]))
+        assert torch.isfinite(retriever(itc_weight=0.0, itm_weight=0.0)(**batch(["a dog"])).loss)
+        assert retriever()(**batch(["a dog"]), return_loss=False).logits_per_image.shape == (1, 1)
+
     def test_pictures_and_texts_that_do_not_pair(self):
         inputs = batch()
         with pytest.raises(ValueError, match="3 pictures and 4 texts"):
@@ -306,6 +354,9 @@ class TestWrongInput:
         retriever().save_pretrained(tmp_path)
         with pytest.raises(ValueError, match='"lorgnette_retrieval" checkpoint, not a "lorgnette" one'):
             LorgnetteForConditionalGeneration.from_pretrained(tmp_path)
+        model().save_pretrained(tmp_path / "stage2")
+        with pytest.raises(ValueError, match='"lorgnette" checkpoint, not a "lorgnette_retrieval" one'):
+            LorgnetteForImageTextRetrieval.from_pretrained(tmp_path / "stage2")
 
 
 class TestRetrieve:
@@ -345,6 +396,13 @@ class TestRetrieve:
             retriever().retrieve(images, [])
         with pytest.raises(ValueError, match="No processor is known"):
             retriever(processor=None).retrieve(images, ["a cat"])
+        with pytest.raises(TypeError, match="texts is one string"):
+            retriever().retrieve(images, "a cat")
+        with pytest.raises(TypeError, match="images is one string"):
+            retriever().retrieve("cat.jpg", ["a cat"])
+        of_stage2 = LorgnetteProcessor.from_backbones(image_processor(), chat_tokenizer(), num_query_tokens=4)
+        with pytest.raises(ValueError, match="no stage-1 processor"):
+            retriever().retrieve(images, ["a cat"], processor=of_stage2)
 
     def test_a_loaded_model_knows_its_processor(self, tmp_path):
         model, images = retriever(), [picture(n) for n in range(2)]
@@ -353,6 +411,7 @@ class TestRetrieve:
             loaded = auto_class.from_pretrained(tmp_path)
             assert isinstance(loaded, LorgnetteForImageTextRetrieval)
             assert torch.equal(loaded.retrieve(images, CAPTIONS), model.retrieve(images, CAPTIONS))
+            assert loaded._known_processor() is loaded._known_processor()  # its code is not run at each call
 
 
 class TestTheWayToStage2:
@@ -386,11 +445,26 @@ class TestTheWayToStage2:
             ({"num_query_tokens": 5}, "num_query_tokens is 5; the stage-1 Q-Former has learned with 4"),
             ({"vision_feature_layer": 1}, "vision_feature_layer is 1; the stage-1 Q-Former has learned with -2"),
             ({"qformer_config": {"num_hidden_layers": 1}}, "num_hidden_layers is 1; the stage-1 Q-Former's is 2"),
+            # one that stage 1 has at its default
+            ({"qformer_config": {"cross_attention_frequency": 1}}, "frequency is 1; the stage-1 Q-Former's is 2"),
         ):
             with pytest.raises(ValueError, match=message):
                 LorgnetteForConditionalGeneration.from_backbones(
                     vision_model(), language_model(), qformer=stage1, **wished
                 )
+
+    @pytest.mark.parametrize("dtypes", [("bfloat16", None), (None, "bfloat16")])
+    def test_the_same_vit_in_another_dtype(self, dtypes):
+        stage1 = retriever(dtype=dtypes[0])
+        built = LorgnetteForConditionalGeneration.from_backbones(
+            vision_model(), language_model(), qformer=stage1, dtype=dtypes[1]
+        )
+        assert {p.dtype for p in built.qformer.parameters()} == {getattr(torch, dtypes[1] or "float32")}
+        assert torch.equal(built.qformer.query_tokens.weight.bfloat16(), stage1.qformer.query_tokens.weight.bfloat16())
+        with pytest.raises(ValueError, match="another ViT"):
+            LorgnetteForConditionalGeneration.from_backbones(
+                vision_model(seed=1), language_model(), qformer=stage1, dtype=dtypes[1]
+            )
 
     def test_another_vit(self):
         with pytest.raises(ValueError, match=r"learned to read another ViT: '.*' differs"):

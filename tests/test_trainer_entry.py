@@ -240,6 +240,11 @@ def test_two_recipes_from_pictures_to_words(tmp_path, recipe, monkeypatch):
     main([*stage2, "--dataset", features, "--output_dir", str(tmp_path / "stage2"), "--max_steps", "1"])
     built = LorgnetteForConditionalGeneration.from_pretrained(tmp_path / "stage2")
     assert built.config.num_query_tokens == 4
+    assert reports[0]["model_revision"] is None
+    too_large = [*stage1, "--dataset", features, "--per_device_train_batch_size", "13", "--output_dir"]
+    with pytest.raises(ValueError, match="the 12 rows of the training data do not fill one batch of 13 on 1 process"):
+        main([*too_large, str(tmp_path / "x")])
+    assert not (tmp_path / "x" / "config.json").exists()
     with pytest.raises(ValueError, match=r"cache .* does not belong to this model: vision_feature_layer is None .* 1"):
         main(
             [
@@ -253,6 +258,15 @@ def test_two_recipes_from_pictures_to_words(tmp_path, recipe, monkeypatch):
                 str(tmp_path / "x"),
             ]
         )
+
+
+@pytest.mark.parametrize("option", ["--query_column", "--messages_column"])
+def test_stage1_leaves_no_column_unread(tmp_path, capsys, option):
+    with pytest.raises(SystemExit):
+        main(
+            ["stage1", "--vision", "v", "--qformer", "b", "--dataset", "d", "--output_dir", str(tmp_path), option, "x"]
+        )
+    assert "leave out query_column and messages_column" in capsys.readouterr().err
 
 
 def test_chats_train(tmp_path, recipe, monkeypatch):

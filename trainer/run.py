@@ -1,8 +1,9 @@
 """What both stages share around the stock Trainer: checks, data, the run itself, and where it goes on from."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments, enable_full_determinism, set_seed
@@ -28,7 +29,7 @@ def parse(
     model_arguments: type,
     argv: list[str],
     description: str | None,
-    check: Callable[..., None] | None = None,
+    check: Callable[..., None],
 ) -> tuple:
     """The stage's model arguments, [`DataArguments`] and `TrainingArguments`, from a recipe and the command line."""
     return parse_recipe(
@@ -38,7 +39,7 @@ def parse(
         description=description or "",
         # Trainer refuses bf16 on a machine without an accelerator unless it is told that the CPU is meant.
         defaults=TRAINING_DEFAULTS | {"use_cpu": not torch.accelerator.is_available()},
-        check=check or check_arguments,
+        check=check,
     )
 
 
@@ -59,8 +60,8 @@ def train(
         FileExistsError: `output_dir` holds an earlier run and `resume_from_checkpoint` is not set.
         FileNotFoundError: nothing there to resume from.
         FloatingPointError: a loss is not finite, see [`~lorgnette.trainer.nan_guard.nan_guard`].
-        ValueError: the data are not what the arguments say, see [`~lorgnette.trainer.data.load_pairs`]; or a feature
-            cache is another model's.
+        ValueError: the data are not what the arguments say, see [`~lorgnette.trainer.data.load_pairs`]; they fill no
+            batch and `dataloader_drop_last` is set; or a feature cache is another model's.
     """
     checkpoint = checkpoint_to_resume(training_args)
     _say_what_runs(training_args)
@@ -88,6 +89,7 @@ def train(
             training_args.dataloader_num_workers,
         )
         train_dataset, eval_dataset = kept["train"], kept.get("eval")
+    _check_whole_batches(training_args, train_dataset, eval_dataset)
     _log_sizes(model)
 
     trainer = Trainer(
@@ -125,6 +127,18 @@ def check_arguments(model_args: BackboneArguments, data_args: DataArguments, tra
         )
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError("streaming needs max_steps: the length of a stream is not known")
+
+
+def _check_whole_batches(args: TrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
+    """Refuse data of which `dataloader_drop_last` would leave nothing: Trainer would save what it has not trained."""
+    batch_sizes = {"training": args.train_batch_size, "evaluation": args.eval_batch_size}
+    for (name, size), rows in zip(batch_sizes.items(), (train_dataset, eval_dataset), strict=True):
+        needed = size * args.world_size
+        if args.dataloader_drop_last and isinstance(rows, Sized) and len(rows) < needed:
+            raise ValueError(
+                f"the {len(rows)} rows of the {name} data do not fill one batch of {size} on {args.world_size} "
+                "process(es), and dataloader_drop_last leaves out all others: make the batches smaller"
+            )
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:

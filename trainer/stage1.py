@@ -2,16 +2,25 @@
 
 from functools import partial
 
+from transformers import TrainingArguments
+
 from ..modeling.modeling_retrieval import LorgnetteForImageTextRetrieval
 from ..processing.processing_lorgnette import LorgnetteProcessor
-from .arguments import Stage1Arguments
-from .run import parse, train
+from .arguments import DataArguments, Stage1Arguments
+from .run import check_arguments, parse, train
 
 
 def main(argv: list[str]) -> None:
     """Train as a recipe and the command line say; see `recipes/stage1.yaml`."""
-    model_args, data_args, training_args = parse("stage1", Stage1Arguments, argv, __doc__)
+    model_args, data_args, training_args = parse("stage1", Stage1Arguments, argv, __doc__, check)
     train(partial(build, model_args), data_args, training_args)
+
+
+def check(model_args: Stage1Arguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
+    """Raise ValueError for settings that contradict each other."""
+    check_arguments(model_args, data_args, training_args)
+    if data_args.query_column or data_args.messages_column:
+        raise ValueError("stage 1 learns from pairs of picture and text: leave out query_column and messages_column")
 
 
 def build(args: Stage1Arguments) -> tuple[LorgnetteForImageTextRetrieval, LorgnetteProcessor]:
