@@ -24,6 +24,7 @@ from ..modeling.modeling_base import LorgnettePreTrainedModel
 
 METADATA = "vision_features.json"
 COLUMN = "vision_features"
+_NOT_OF_THE_FEATURES = ("_name_or_path", "architectures", "dtype", "transformers_version")
 GO_ON = "run the command that began it again (python -m lorgnette.trainer cache …): it keeps what is whole"
 
 
@@ -96,8 +97,10 @@ def open_shard(path: Path, rows: int) -> Dataset | None:
 
 def vision_settings(model: LorgnettePreTrainedModel, image_processor: BaseImageProcessor) -> dict[str, Any]:
     """All that a model's vision features depend on but the picture; its values are those of JSON."""
+    config = model.config.vision_config.to_diff_dict()
     return {
-        "vision_model_type": model.config.vision_config.model_type,
+        # what shapes features and is in no weight: heads, activation, epsilon …
+        "vision_config": {name: value for name, value in config.items() if name not in _NOT_OF_THE_FEATURES},
         "vision_feature_layer": model.config.vision_feature_layer,
         "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
         "image_processor": json.loads(image_processor.to_json_string()),
@@ -112,7 +115,9 @@ def check_cache(folder: str | Path, model: LorgnettePreTrainedModel, image_proce
         ValueError: another ViT, layer or image processor; names each field that differs, and both values.
     """
     theirs, ours = read_metadata(folder), vision_settings(model, image_processor)
-    found = [f"{n} is {a!r} in the cache, {b!r} here" for n, a, b in differences({n: theirs[n] for n in ours}, ours)]
+    found = [
+        f"{n} is {a!r} in the cache, {b!r} here" for n, a, b in differences({n: theirs.get(n) for n in ours}, ours)
+    ]
     if found:
         raise ValueError(f"the feature cache {folder} does not belong to this model: {'; '.join(found)}")
 

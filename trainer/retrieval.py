@@ -74,11 +74,15 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
 
     Raises:
         ValueError: the data are not what the arguments say, the model lacks ITC or, to re-rank, ITM, a feature cache is
-            another model's, a row has a list of pictures. OSError, TypeError, ValueError: a picture that cannot be
-            read, unless `skip_unreadable`.
+            another model's, a row has a list of pictures, there are several processes. OSError, TypeError, ValueError:
+            a picture that cannot be read, unless `skip_unreadable`.
     """
     started, accelerator = time.perf_counter(), Accelerator()
-    set_up_logging(accelerator.is_main_process)
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f"retrieval ranks all pictures against all texts in one process, not {accelerator.num_processes}"
+        )
+    set_up_logging(True)
     rows = load_rows(args, args.split)
     model, processor = build(Stage1Arguments(model=args.model, model_revision=args.model_revision))
     model.to(accelerator.device).eval()
@@ -107,8 +111,7 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
         "device": str(accelerator.device),
         "seconds": round(time.perf_counter() - started, 2),
     }
-    if accelerator.is_main_process:
-        _write(report, Path(args.output_dir))
+    _write(report, Path(args.output_dir))
     return report
 
 

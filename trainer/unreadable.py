@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -31,7 +31,7 @@ def leave_out_unreadable(
     output_dir: str | Path,
     num_workers: int = 0,
 ) -> dict[str, Dataset]:
-    """The splits without the rows whose pictures cannot be read; one process looks, the others are told.
+    """The splits without the rows whose pictures cannot be read; each process looks at its share.
 
     What is left out is logged, and listed with the reasons in `output_dir/unreadable.json`.
 
@@ -41,17 +41,18 @@ def leave_out_unreadable(
     Raises:
         ValueError: no row of a split can be read.
     """
-    state = PartialState()
-    told: list[Any] = [None]
+    state, found = PartialState(), {}
+    for name, rows in splits.items():
+        mine = rows.select(range(state.process_index, len(rows), state.num_processes), keep_in_memory=True)
+        shares = gather_object([_reasons(mine, image_column, image_processor, name, num_workers)])
+        found[name] = {number: reason for share in shares for number, reason in share.items()}
+        _check_some_are_left(found[name], len(rows), name)
     if state.is_main_process:
-        told[0] = {name: find_unreadable(rows, image_column, image_processor, name, num_workers)
-                   for name, rows in splits.items()}  # fmt: skip
-        report_unreadable(told[0], output_dir)
-    broadcast_object_list(told)
+        report_unreadable(found, output_dir)
     kept = {}
     for name, rows in splits.items():
         numbers = rows.with_format(None)["index"][:]
-        places = [place for place, number in enumerate(numbers) if str(number) not in told[0][name]]
+        places = [place for place, number in enumerate(numbers) if str(number) not in found[name]]
         kept[name] = rows.select(places, keep_in_memory=True)  # the data set's folder may be read-only
     return kept
 
@@ -65,6 +66,14 @@ def find_unreadable(
         ValueError: none can be read.
         TypeError: what is in a row's column is no picture at all; names the row.
     """
+    found = _reasons(rows, image_column, image_processor, name, num_workers)
+    _check_some_are_left(found, len(rows), name)
+    return found
+
+
+def _reasons(
+    rows: Dataset, image_column: str, image_processor: BaseImageProcessor, name: str, num_workers: int
+) -> dict[str, str]:
     if COLUMN in rows.column_names:
         return {}
     # in batches, so that a worker's turn is worth its while
@@ -77,11 +86,13 @@ def find_unreadable(
         for reasons in loader:
             found |= {str(next(numbers)): reason for reason in reasons}
             progress.update(len(reasons))
-    found = {number: reason for number, reason in found.items() if reason is not None}
-    if found and len(found) == len(rows):
+    return {number: reason for number, reason in found.items() if reason is not None}
+
+
+def _check_some_are_left(found: dict[str, str], rows: int, name: str) -> None:
+    if found and len(found) == rows:
         number, reason = next(iter(found.items()))
-        raise ValueError(f"{name}: no picture of its {len(rows)} rows can be read; row {number}: {reason}")
-    return found
+        raise ValueError(f"{name}: no picture of its {rows} rows can be read; row {number}: {reason}")
 
 
 def report_unreadable(found: dict[str, dict[str, str]], output_dir: str | Path) -> None:
