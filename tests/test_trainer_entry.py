@@ -240,7 +240,7 @@ def test_two_recipes_from_pictures_to_words(tmp_path, recipe, monkeypatch):
     built = LorgnetteForConditionalGeneration.from_pretrained(tmp_path / "stage2")
     assert built.config.num_query_tokens == 4
     assert reports[0]["model_revision"] is None
-    too_large = [*stage1, "--dataset", features, "--per_device_train_batch_size", "13", "--output_dir"]
+    too_large = ["stage1", *stage1, "--dataset", features, "--per_device_train_batch_size", "13", "--output_dir"]
     with pytest.raises(ValueError, match="the 12 rows of the training data do not fill one batch of 13 on 1 process"):
         main([*too_large, str(tmp_path / "x")])
     assert not (tmp_path / "x" / "config.json").exists()
