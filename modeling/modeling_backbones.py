@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -96,10 +97,17 @@ def load_language_model(
 
 
 def load_bert(source: str | Path | PreTrainedModel, revision: str | None) -> Backbone:
-    """The BERT that a Q-Former starts from."""
+    """The BERT that a Q-Former starts from.
+
+    Raises:
+        ValueError: it is a lorgnette model.
+    """
     if isinstance(source, PreTrainedModel):
         return Backbone(source)
     name, keywords = from_pretrained_arguments(source, revision)
+    model_type = PreTrainedConfig.get_config_dict(name, **keywords)[0].get("model_type", "")
+    if model_type.startswith("lorgnette"):
+        raise ValueError(f"{name} is a {model_type} model: the Q-Former starts from a BERT, or in stage 2 from stage 1")
     return _from_source(AutoModel.from_pretrained(name, dtype=torch.float32, **keywords), source, revision)
 
 

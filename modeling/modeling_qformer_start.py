@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration.backbone_sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteRetrievalConfig
@@ -127,7 +127,8 @@ def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
 def is_stage1(source: str | Path, revision: str | None = None) -> bool:
     """Whether a Hub id or a folder is a stage-1 model's."""
     name, keywords = from_pretrained_arguments(source, revision)
-    return AutoConfig.from_pretrained(name, **keywords).model_type == LorgnetteRetrievalConfig.model_type
+    config, _ = PreTrainedConfig.get_config_dict(name, **keywords)
+    return config.get("model_type") == LorgnetteRetrievalConfig.model_type
 
 
 # What a Q-Former may change between the stages: it shapes no weight.

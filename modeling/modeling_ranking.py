@@ -54,6 +54,16 @@ class ImageTextRanking:
             raise ValueError(f"{len(images)} images and {len(texts)} texts: there is nothing to compare")
         processor = self._known_processor() if processor is None else processor
         self.check_processor(processor)
+        count, was_training = (RERANKED if rerank is True else int(rerank)), self.training
+        self.eval()  # in the middle of training, too
+        try:
+            return self._score(images, texts, count, processor, batch_size)
+        finally:
+            self.train(was_training)
+
+    def _score(
+        self, images: Sequence[Any] | torch.Tensor, texts: Sequence[str], rerank: int, processor: Any, batch_size: int
+    ) -> torch.Tensor:
         encoded = processor(text=list(texts), padding=True, return_tensors="pt").to(self.device)
         text_embeds = torch.cat(
             [self.embed_texts(**take_rows(encoded, rows)) for rows in _batches(len(texts), batch_size, "texts")]
@@ -72,16 +82,21 @@ class ImageTextRanking:
             queries, _ = self._read(image, None)
             scores.append(similarities(self._project(queries), text_embeds))
             if rerank:
-                kept.append(image)
+                # off the device, for they may be many
+                kept.append({name: None if tensor is None else tensor.cpu() for name, tensor in image.items()})
         scores = torch.cat(scores)
         if rerank:
-            pairs = _best_pairs(scores, RERANKED if rerank is True else rerank)  # (R, 2)
-            image = {
+            pairs = _best_pairs(scores, rerank)  # (R, 2)
+            seen = {
                 name: None if kept[0][name] is None else torch.cat([part[name] for part in kept]) for name in kept[0]
             }
             for rows in _batches(len(pairs), batch_size, "pairs"):
                 at = pairs[rows].T
-                logits = self._match_logits(take_rows(image, at[0]), take_rows(encoded, at[1]))
+                image = {
+                    name: None if tensor is None else tensor.to(self.device)
+                    for name, tensor in take_rows(seen, at[0].cpu()).items()
+                }
+                logits = self._match_logits(image, take_rows(encoded, at[1]))
                 scores[at[0], at[1]] += 2 + logits.float().softmax(dim=-1)[:, 1]
         return scores.cpu()
 

@@ -234,14 +234,17 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, LorgnettePreTrainedModel)
             [`LorgnetteImageTextOutput`]; a loss of weight 0 is None.
 
         Raises:
-            ValueError: both or neither of pictures and features, not as many as texts, values that are not finite, one
-                caption for all pairs, a pair by itself, processes with batches of unequal size.
+            ValueError: both or neither of pictures and features, not as many as texts, texts padded on the left, values
+                that are not finite, one caption for all pairs, a pair by itself, processes with batches of unequal size.
         """
         features = self._look(pixel_values, vision_features, pixel_attention_mask, spatial_shapes, row_index)
         if len(features) != len(input_ids):
             raise ValueError(f"{len(features)} pictures and {len(input_ids)} texts: stage 1 learns from pairs")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        if (attention_mask[:, 0] == 0).any():
+            row = int((attention_mask[:, 0] == 0).nonzero()[0])
+            raise ValueError(f"{row_name(row, row_index)} is padded on the left: a text begins with its [CLS]")
         ids = input_ids.masked_fill(attention_mask == 0, self.config.qformer_config.pad_token_id or 0)
         image = {"encoder_hidden_states": features, "encoder_attention_mask": pixel_attention_mask}
         text = {"input_ids": ids, "attention_mask": attention_mask}

@@ -318,6 +318,17 @@ class TestWrongInput:
         with pytest.raises(ValueError, match="3 pictures and 4 texts"):
             retriever()(**inputs | {"pixel_values": inputs["pixel_values"][:3]})
 
+    def test_texts_padded_on_the_left(self):
+        inputs = batch()
+        inputs["attention_mask"] = inputs["attention_mask"].flip(1)
+        with pytest.raises(ValueError, match="Row 0 of the batch is padded on the left"):
+            retriever()(**inputs)
+
+    def test_a_lorgnette_model_in_the_berts_place(self, tmp_path):
+        retriever().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="is a lorgnette_retrieval model: the Q-Former starts from a BERT"):
+            LorgnetteForImageTextRetrieval.from_backbones(vision_model(), qformer=tmp_path)
+
     def test_neither_pictures_nor_features(self):
         inputs = batch()
         del inputs["pixel_values"]
@@ -403,6 +414,13 @@ class TestRetrieve:
         of_stage2 = LorgnetteProcessor.from_backbones(image_processor(), chat_tokenizer(), num_query_tokens=4)
         with pytest.raises(ValueError, match="no stage-1 processor"):
             retriever().retrieve(images, ["a cat"], processor=of_stage2)
+
+    def test_in_the_middle_of_training_nothing_drops_out(self):
+        model, images = retriever(), [picture(n) for n in range(2)]
+        expected = model.retrieve(images, CAPTIONS[:2], rerank=True)
+        assert torch.equal(model.train().retrieve(images, CAPTIONS[:2], rerank=True), expected)
+        assert model.qformer.training
+        assert not model.vision_model.training
 
     def test_a_loaded_model_knows_its_processor(self, tmp_path):
         model, images = retriever(), [picture(n) for n in range(2)]

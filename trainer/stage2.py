@@ -3,8 +3,9 @@
 from functools import partial
 from itertools import islice
 
-from transformers import AutoConfig, Trainer, TrainingArguments
+from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
+from ..configuration.backbone_sources import from_pretrained_arguments
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import DataArguments, Stage2Arguments
@@ -60,8 +61,8 @@ def build(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, Lor
         return model, processor
     num_query_tokens = args.num_query_tokens
     if num_query_tokens is None and args.qformer is not None:  # a stage-1 model has settled it, a BERT knows of none
-        config = AutoConfig.from_pretrained(args.qformer, revision=args.qformer_revision)
-        num_query_tokens = getattr(config, "num_query_tokens", None)
+        name, keywords = from_pretrained_arguments(args.qformer, args.qformer_revision)
+        num_query_tokens = PreTrainedConfig.get_config_dict(name, **keywords)[0].get("num_query_tokens")
     processor = LorgnetteProcessor.from_backbones(
         args.vision,
         args.text,
