@@ -235,7 +235,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, LorgnettePreTrainedModel)
 
         Raises:
             ValueError: both or neither of pictures and features, not as many as texts, texts padded on the left, values
-                that are not finite, one caption for all pairs, a pair by itself, processes whose batches differ in size.
+                that are not finite, one caption for all pairs, a pair by itself, processes of unequal batches.
         """
         features = self._look(pixel_values, vision_features, pixel_attention_mask, spatial_shapes, row_index)
         if len(features) != len(input_ids):
