@@ -366,7 +366,7 @@ def test_a_save_replaces_shards_of_another_number(hub, tmp_path):
     for size in ("20KB", "50GB", "30KB"):
         first.save_pretrained(tmp_path, form="full")
         then.save_pretrained(tmp_path, form="thin", max_shard_size=size)
-        assert len(list(tmp_path.glob("*.safetensors"))) == 1 if size == "50GB" else 2
+        assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (size != "50GB")
         assert keys_in(tmp_path) == {name for name, p in then.named_parameters() if p.requires_grad}
         assert torch.equal(logits(load(tmp_path)), logits(then))
 
