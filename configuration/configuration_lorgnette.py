@@ -30,6 +30,9 @@ CUSTOM_PIPELINES = {
 }
 
 
+# What a saved folder holds, see `modeling_forms.py`.
+FORMS = ("thin", "full", "merged")
+
 _POSITIVE = (
     "vocab_size",
     "hidden_size",
@@ -112,6 +115,8 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
             alone. The two words are transformers' own (`LlavaConfig`).
         vision_backbone, qformer_backbone: Hub ids the weights came from, where they came from the Hub.
         vision_backbone_revision, qformer_backbone_revision: their commits.
+        saved_form: what the folder holds that this config was saved in: `"thin"` is all but the backbones, `"full"`
+            everything, `"merged"` everything with LoRA folded into the language model; None before the first save.
 
     Raises:
         ValueError: two fields contradict each other, or one is out of its range.
@@ -128,6 +133,7 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
     vision_backbone_revision: str | None = None
     qformer_backbone: str | None = None
     qformer_backbone_revision: str | None = None
+    saved_form: str | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any):
@@ -156,6 +162,8 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
                 f'vision_feature_select_strategy is "{self.vision_feature_select_strategy}"; it takes "full" (all '
                 'tokens) or "default" (patches alone)'
             )
+        if self.saved_form not in (None, *FORMS):
+            raise ValueError(f"saved_form is {self.saved_form!r}; it takes {', '.join(FORMS)}")
         kwargs.setdefault("auto_map", dict(self._auto_map))
         parts = [getattr(self, name) for name in self.sub_configs]
         attention_of_parts = [part._attn_implementation for part in parts]
@@ -321,6 +329,7 @@ __all__ = [
     "AUTO_MAP",
     "AUTO_PROCESSOR",
     "CUSTOM_PIPELINES",
+    "FORMS",
     "LorgnetteBridgeConfig",
     "LorgnetteConfig",
     "LorgnetteQFormerConfig",

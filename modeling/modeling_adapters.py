@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .modeling_lora import lora_layers
+
 
 class LanguageModelAdapters:
     """Mixin of a model whose `language_model` carries LoRA; transformers' own methods look at the whole model."""
@@ -20,10 +22,7 @@ class LanguageModelAdapters:
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the language model is the original one; after it, what it was before."""
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        layers = (layer for layer in self.language_model.modules() if isinstance(layer, BaseTunerLayer))
-        were_off = any(layer.disable_adapters for layer in layers)
+        were_off = any(layer.disable_adapters for layer in lora_layers(self.language_model).values())
         self.disable_adapters()
         try:
             yield

@@ -1,7 +1,7 @@
 """`LorgnettePreTrainedModel`: the frozen ViT that every model here has, and how a model is loaded and saved."""
 
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from transformers import PreTrainedModel
@@ -10,6 +10,9 @@ from transformers.utils import PROCESSOR_NAME, TransformersKwargs
 
 from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig
 from .modeling_companions import ProcessorBeside
+from .modeling_forms import in_form, keys_left_out, resolve_form, why_not_thin
+from .modeling_thin import is_thin, load_thin
+from .modeling_whole_folder import written_whole
 
 
 _HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only")
@@ -28,8 +31,15 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    # the submodules that a thin save leaves out; the first is loaded first, and the rest is put beside it
+    backbones: ClassVar[tuple[str, ...]] = ("vision_model",)
+    # False where they are random numbers: a config that names them was all that the model was made from
+    has_loaded_backbones = False
+
     # the processor that belongs to this model, if it is known: the one it was joined with, or the one it lay beside
     _processor: Any = None
+    # the form that `push_to_hub` was asked for, while transformers' calls `save_pretrained`
+    _form_to_push: str | None = None
 
     def freeze(self) -> None:
         """Leave gradients to what is trained; called after each way of building or loading the model."""
@@ -42,10 +52,19 @@ class LorgnettePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any):
-        """As `PreTrainedModel.from_pretrained`; frozen parts come back frozen (transformers thaws what it loads)."""
+        """As `PreTrainedModel.from_pretrained`; frozen parts come back frozen (transformers thaws what it loads).
+
+        Of a model that was saved thin the backbones are loaded too, from their repositories at their commits: see
+        [`~modeling_thin.load_thin`].
+        """
         with_info = kwargs.pop("output_loading_info", False)
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if is_thin(pretrained_model_name_or_path, **kwargs):
+            model, info = load_thin(cls, pretrained_model_name_or_path, *args, **kwargs)
+        else:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         if pretrained_model_name_or_path is not None:
             model._processor = ProcessorBeside(pretrained_model_name_or_path, **hub_kwargs)
         model._finish_loading(set(info["missing_keys"]), set(info["unexpected_keys"]))
@@ -53,28 +72,56 @@ class LorgnettePreTrainedModel(PreTrainedModel):
 
     def _finish_loading(self, missing: set[str], unexpected: set[str]) -> None:
         self.freeze()
+        self.say_backbones_are_loaded()
+
+    def say_backbones_are_loaded(self) -> None:
+        """Called where the backbones hold what was pretrained: from now on a save may leave them out."""
+        self.has_loaded_backbones = True
+        self._keys_to_ignore_on_save = keys_left_out(self, "full" if why_not_thin(self) else "thin")
 
     def save_pretrained(
         self,
         save_directory: str | Path,
         is_main_process: bool = True,
         push_to_hub: bool = False,
+        form: str | None = None,
         **kwargs: Any,
     ) -> None:
         """As `PreTrainedModel.save_pretrained`; the folder loads where lorgnette is not installed.
 
         A processor that the model was joined with, or that lay beside it where it was loaded, is saved along with it,
-        unless the folder has one.
+        unless the folder has one. An error half way leaves an older save as it was.
+
+        Args:
+            form: `"thin"`: without the backbones, which are fetched from the Hub when the model is loaded; `"full"`:
+                all that there is; `"merged"`: that, with LoRA folded into the language model, so that peft is not
+                needed. By default thin where every backbone came from the Hub, full otherwise, and merged where the
+                model was loaded from a merged one, which has no LoRA left that could be saved apart.
+
+        Raises:
+            ValueError: another form, or one that this model cannot be saved in; says why.
         """
+        form = resolve_form(self, form or self._form_to_push)
         hub_kwargs = {name: kwargs.pop(name) for name in _PUSH_KWARGS if name in kwargs}
-        if is_main_process:
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            if self._processor is not None and not Path(save_directory, PROCESSOR_NAME).exists():
-                self._processor.save_pretrained(save_directory)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        with in_form(self, form) as arguments:
+            if is_main_process:
+                with written_whole(save_directory) as folder:
+                    if self._processor is not None and not Path(save_directory, PROCESSOR_NAME).exists():
+                        self._processor.save_pretrained(folder)
+                    super().save_pretrained(folder, **(kwargs | arguments))
+            else:  # takes part in gathering the weights, and writes nothing
+                super().save_pretrained(save_directory, is_main_process=False, **(kwargs | arguments))
         if push_to_hub:  # a push of its own: transformers' would leave out what was written before its save
             repo_id = hub_kwargs.pop("repo_id", Path(save_directory).resolve().name)
-            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub_kwargs)
+            self.push_to_hub(repo_id, form=form, token=kwargs.get("token"), **hub_kwargs)
+
+    def push_to_hub(self, repo_id: str, form: str | None = None, **kwargs: Any) -> str:
+        """As `PreTrainedModel.push_to_hub`; `form` as in [`save_pretrained`]."""
+        self._form_to_push = form
+        try:
+            return super().push_to_hub(repo_id, **kwargs)
+        finally:
+            self._form_to_push = None
 
     @torch.no_grad()
     def get_vision_features(

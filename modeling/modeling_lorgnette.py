@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     BaseModelOutput,
 )
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, is_peft_available, requires_backends
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_lorgnette import LorgnetteConfig
@@ -55,6 +55,7 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
     config: LorgnetteConfig
     config_class = LorgnetteConfig
     main_input_name = "input_ids"
+    backbones = ("language_model", "vision_model")
 
     def __init__(
         self,
@@ -77,7 +78,9 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
         self.freeze()
 
     def _attach_lora(self) -> None:
-        from peft import LoraConfig
+        requires_backends(self, "peft")
+        if is_peft_available():  # said so that transformers asks for peft only where there is LoRA
+            from peft import LoraConfig
 
         check_lora_config(self.config.lora_config)
         # inside the LM, driven by the config: so that a plain reload finds every key, and targets cannot hit the ViT
@@ -166,6 +169,7 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
         model = cls(config, vision_model=seen.model, language_model=spoken.model)
         started.load_into(model.qformer)
         model.to(dtype or spoken.model.dtype)
+        model.say_backbones_are_loaded()
         if processor is not None:
             model.check_processor(processor)
             model._processor = processor

@@ -160,6 +160,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, LorgnettePreTrainedModel)
         if started is not None:
             model.qformer.load_bert(started.model)
         model.to(dtype or seen.model.dtype)
+        model.say_backbones_are_loaded()
         if processor is not None:
             model.check_processor(processor)
             model._processor = processor

@@ -5,7 +5,9 @@ python stranger.py STAGE_1_FOLDER INPUTS.safetensors OUTPUTS.safetensors RESAVED
 """
 
 import importlib.abc
+import importlib.machinery
 import json
+import os
 import sys
 
 
@@ -17,7 +19,17 @@ class NoLorgnette(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
 
 
-sys.meta_path.insert(0, NoLorgnette())
+class Without(importlib.machinery.PathFinder):
+    """Finds all that is installed but the package that the environment variable `WITHOUT` names."""
+
+    @classmethod
+    def find_spec(cls, fullname, path=None, target=None):
+        if fullname.split(".")[0] == os.environ.get("WITHOUT"):
+            return None
+        return super().find_spec(fullname, path, target)
+
+
+sys.meta_path[:] = [NoLorgnette(), *(Without if f is importlib.machinery.PathFinder else f for f in sys.meta_path)]
 sys.path[:] = [entry for entry in sys.path if entry not in ("", ".")]
 
 import torch  # noqa: E402

@@ -1,7 +1,5 @@
 """Any save reloads: where lorgnette is not installed, offline, with equal logits and both pipelines."""
 
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +10,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from strangers import run_stranger, visit
 from tiny import bert_tokenizer, chat_tokenizer, image_processor, picture
 from tiny_models import NUM_QUERY_TOKENS, QFORMER, VISION, bert, language_model, model, vision_model
 from transformers import Trainer, TrainingArguments
@@ -22,9 +21,6 @@ from lorgnette import (
     LorgnetteForImageTextRetrieval,
     LorgnetteProcessor,
 )
-
-
-STRANGER = Path(__file__).with_name("stranger.py")
 
 
 def processor() -> LorgnetteProcessor:
@@ -59,29 +55,6 @@ def logits_and_captions(built, made, tmp_path: Path) -> tuple[torch.Tensor, dict
     sequences = built.generate(**red, max_new_tokens=5, do_sample=False)
     continuation = made.batch_decode(sequences[:, red["input_ids"].shape[1] :], skip_special_tokens=True)[0]
     return logits, continuation
-
-
-def visit(folder: Path, tmp_path: Path, resaved: Path | None = None) -> tuple[dict, dict]:
-    """What a process without lorgnette gets out of `folder`."""
-    arguments = [folder, tmp_path / "inputs.safetensors", tmp_path / "seen.json", *([resaved] if resaved else [])]
-    run_stranger(arguments, tmp_path)
-    return json.loads((tmp_path / "seen.json").read_text()), load_file(tmp_path / "seen.safetensors")
-
-
-def run_stranger(arguments: list[Path], tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir(exist_ok=True)
-    finished = subprocess.run(
-        [sys.executable, str(STRANGER), *map(str, arguments)],
-        cwd=elsewhere,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
 
 
 def assert_same(report: dict, tensors: dict, built, logits: torch.Tensor, caption: str) -> None:

@@ -6,9 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainingArguments, enable_full_determinism, set_seed
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    enable_full_determinism,
+    set_seed,
+)
 from transformers.utils import logging as transformers_logging
 
+from ..modeling.modeling_forms import BACKBONES
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import TRAINING_DEFAULTS, BackboneArguments, DataArguments
 from .augmentation import AugmentationSeeds
@@ -61,7 +69,8 @@ def train(
         FileNotFoundError: nothing there to resume from.
         FloatingPointError: a loss is not finite, see [`~lorgnette.trainer.nan_guard.nan_guard`].
         ValueError: the data are not what the arguments say, see [`~lorgnette.trainer.data.load_pairs`]; they fill no
-            batch and `dataloader_drop_last` is set; or a feature cache is another model's.
+            batch and `dataloader_drop_last` is set; a feature cache is another model's; or the checkpoint to resume
+            from belongs to other backbones.
     """
     checkpoint = checkpoint_to_resume(training_args)
     _say_what_runs(training_args)
@@ -76,6 +85,8 @@ def train(
         augmentation = AugmentationSeeds(seed) if data_args.augment else None
         train_dataset, eval_dataset = load_pairs(data_args, evaluate=evaluate, seed=seed, augmentation=augmentation)
     model, processor = build()
+    if checkpoint is not None:
+        check_backbones(checkpoint, model)
     for source in filter(None, (data_args.dataset, data_args.eval_dataset)):
         if is_cache(source):
             check_cache(source, model, processor.image_processor)
@@ -166,6 +177,26 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     if not (Path(wish) / "trainer_state.json").is_file():
         raise FileNotFoundError(f"resume_from_checkpoint: {wish} is not a complete checkpoint (no trainer_state.json)")
     return wish
+
+
+def check_backbones(checkpoint: str, model: PreTrainedModel) -> None:
+    """See to it that a thin checkpoint, which has no backbones of its own, was trained on those of `model`.
+
+    Raises:
+        ValueError: it was trained on others; names both.
+    """
+    saved = PreTrainedConfig.get_config_dict(checkpoint)[0]
+    if saved.get("saved_form") != "thin":
+        return
+    for part in model.backbones:
+        what, prefix = BACKBONES[part]
+        fields = (f"{prefix}_backbone", f"{prefix}_backbone_revision")
+        theirs, ours = [saved[field] for field in fields], [getattr(model.config, field) for field in fields]
+        if theirs != ours:
+            raise ValueError(
+                f"{checkpoint} was trained on the {what} {theirs[0]} at commit {theirs[1]}, and this run has {ours[0]} "
+                f"at {ours[1]}: name the former, with its revision"
+            )
 
 
 def _say_what_runs(args: TrainingArguments) -> None:

@@ -1,0 +1,154 @@
+"""The forms in which a model is saved, and what each leaves out.
+
+| form     | in the folder                                                        | loading it needs             |
+|----------|----------------------------------------------------------------------|------------------------------|
+| `thin`   | what trains; of the backbones their Hub ids and commits              | the backbones from the Hub   |
+| `full`   | everything                                                           | nothing else                 |
+| `merged` | everything, LoRA folded into the language model, which is then plain | nothing else, not even peft  |
+
+`modeling_thin.py` loads the first; the others are loaded as transformers loads any model.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..configuration.configuration_lorgnette import FORMS
+from .modeling_lora import lora_layers
+
+
+logger = logging.get_logger(__name__)
+
+# A submodule that is a backbone -> how errors call it, and the prefix of the config's fields about it.
+BACKBONES = {"language_model": ("language model", "text"), "vision_model": ("ViT", "vision")}
+
+
+def resolve_form(model: PreTrainedModel, form: str | None) -> str:
+    """The form that `model` is saved in where `form` is asked for, or nothing is.
+
+    By default it is `thin` where every backbone is a Hub id with a commit, and `full` otherwise. A merged model has
+    all its weights and no LoRA: whatever is asked for but `thin`, it is saved as `merged`.
+
+    Raises:
+        ValueError: no such form; one that this model cannot have, with the reason.
+    """
+    if form is not None and form not in FORMS:
+        raise ValueError(f"form is {form!r}; a model is saved as {', '.join(FORMS)}")
+    obstacle = why_not_thin(model)
+    if form == "thin" and obstacle:
+        raise ValueError(f"This model cannot be saved thin: {obstacle}")
+    if form == "thin" or (form is None and not obstacle):
+        return "thin"
+    if quantizer_of(model) is not None:
+        raise ValueError(
+            f"The language model is quantised ({quantizer_of(model).quantization_config.quant_method}): only the thin "
+            "form can be saved" + (f", and {obstacle}" if obstacle else "")
+        )
+    if model.config.saved_form == "merged":
+        return "merged"
+    if form == "merged" and getattr(model.config, "lora_config", None) is None:
+        raise ValueError("This model has no LoRA to merge: save it full")
+    if form is None:
+        logger.warning_once(f"Models are saved in full, with all weights of their backbones: {obstacle}")
+    return form or "full"
+
+
+def why_not_thin(model: PreTrainedModel) -> str | None:
+    """What keeps a model from being saved without its backbones, or None."""
+    config = model.config
+    if config.saved_form == "merged":
+        return f"LoRA is folded into its language model, which is no longer {config.text_backbone or 'what it was'}"
+    for name in model.backbones:
+        what, prefix = BACKBONES[name]
+        if None in (getattr(config, f"{prefix}_backbone"), getattr(config, f"{prefix}_backbone_revision")):
+            return f"its {what} comes from a folder or from memory, not from a Hub repository at a commit"
+        if not model.has_loaded_backbones:
+            return f"its {what} is random, and not what {getattr(config, f'{prefix}_backbone')} holds"
+    trained = [key for key, value in model.named_parameters() if value.requires_grad and is_backbone_key(model, key)]
+    return f"{len(trained)} weights of its backbones train ({trained[0]}, …)" if trained else None
+
+
+def backbone_keys(model: PreTrainedModel) -> set[str]:
+    """Keys of the state dict that come with the backbones: those of the ViT and the LM, not LoRA's."""
+    return {key for key in model.state_dict() if is_backbone_key(model, key)}
+
+
+def is_backbone_key(model: PreTrainedModel, key: str) -> bool:
+    """Whether a weight of this name comes with a backbone."""
+    return key.split(".", 1)[0] in model.backbones and ".lora_" not in key
+
+
+def keys_left_out(model: PreTrainedModel, form: str) -> set[str]:
+    """What transformers is to leave out of a save (`_keys_to_ignore_on_save`): what the parts themselves never save,
+    and in a thin save the backbones. Trainer reads it too, and does not miss these when it restores a checkpoint."""
+    never = {
+        f"{name}.{key}"
+        for name, part in model.named_children()
+        for key in getattr(part, "_keys_to_ignore_on_save", None) or ()
+    }
+    return never | (backbone_keys(model) if form == "thin" else set())
+
+
+@contextmanager
+def in_form(model: PreTrainedModel, form: str) -> Iterator[dict]:
+    """Within the block `model.config` and `_keys_to_ignore_on_save` are those of the save; its weights never change.
+
+    Yields:
+        what `PreTrainedModel.save_pretrained` is to be called with.
+    """
+    config, left_out = model.config, model._keys_to_ignore_on_save
+    model.config, model._keys_to_ignore_on_save = copy.deepcopy(config), keys_left_out(model, form)
+    model.config.saved_form = form
+    for _, prefix in map(BACKBONES.get, model.backbones):  # a path of this machine is nobody else's business
+        getattr(model.config, f"{prefix}_config").name_or_path = getattr(config, f"{prefix}_backbone") or ""
+    arguments: dict = {}
+    try:
+        if form == "thin":
+            arguments["save_original_format"] = False  # names as in memory: they are loaded by `load_state_dict`
+            if quantizer_of(model) is not None and not quantizer_of(model).pre_quantized:
+                del model.config.text_config.quantization_config  # how this process has loaded it is not what it is
+        elif form == "merged" and config.lora_config is not None:
+            arguments["state_dict"] = merge_lora(model)
+            model.config.lora_config = None
+        yield arguments
+    finally:
+        model.config, model._keys_to_ignore_on_save = config, left_out
+
+
+def merge_lora(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state dict of the model without LoRA that answers as `model` does: `W + scaling · B A`, as peft merges.
+
+    A layer at a time is merged, on a copy: adding and subtracting again would not give back the weights bit for bit.
+
+    Raises:
+        ValueError: a merged weight is not finite, or is of a kind that peft cannot merge.
+    """
+    weights = dict(model.state_dict())
+    for name, layer in lora_layers(model.language_model).items():
+        merged = copy.deepcopy(layer)
+        merged.merge(safe_merge=True, adapter_names=["default"])
+        prefix = f"language_model.{name}."
+        weights = {key: value for key, value in weights.items() if not key.startswith(prefix)}
+        weights |= {prefix + key: value for key, value in merged.get_base_layer().state_dict().items()}
+    return weights
+
+
+def quantizer_of(model: PreTrainedModel):
+    """transformers' quantizer of the language model, where it was loaded with one."""
+    return getattr(getattr(model, "language_model", None), "hf_quantizer", None)
+
+
+__all__ = [
+    "BACKBONES",
+    "backbone_keys",
+    "in_form",
+    "is_backbone_key",
+    "keys_left_out",
+    "merge_lora",
+    "resolve_form",
+    "why_not_thin",
+]

@@ -1,0 +1,160 @@
+"""A thin model is put together again: its backbones from the Hub, at their commits, and its own weights over that.
+
+transformers builds a model on the meta device and fills what a checkpoint lacks with random numbers. So the backbones
+are loaded first, each by its own `from_pretrained`, and joined as `from_backbones` joins them.
+"""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from .modeling_forms import BACKBONES, is_backbone_key
+
+
+logger = logging.get_logger(__name__)
+
+_AUTO_CLASSES = {"language_model": AutoModelForCausalLM, "vision_model": AutoModel}
+_FOLDER = ("revision", "subfolder")  # of a load, what says where in a repository the thin model's own files are
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "token")  # and how any repository is reached
+_PLACING = ("max_memory", "offload_folder", "offload_buffers")  # go with device_map
+_MOOT = ("_from_auto", "_from_pipeline", "adapter_kwargs", "trust_remote_code", "use_safetensors", "weights_only")
+
+
+def is_thin(name: str | Path | None, config: PreTrainedConfig | None = None, **kwargs: Any) -> bool:
+    """Whether a folder or a Hub repository holds a thin model.
+
+    Args:
+        name: the folder or the Hub id; None where weights come from elsewhere.
+        config: its config, where the caller has it.
+        kwargs: of `from_pretrained`.
+    """
+    if name is None:
+        return False
+    if isinstance(config, PreTrainedConfig):
+        return getattr(config, "saved_form", None) == "thin"
+    where = {key: kwargs[key] for key in (*_FOLDER, *_HUB) if key in kwargs}
+    return PreTrainedConfig.get_config_dict(config or name, **where)[0].get("saved_form") == "thin"
+
+
+def load_thin(
+    cls: type[PreTrainedModel], name: str | Path, *args: Any, **kwargs: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model of class `cls` from its thin folder or Hub repository.
+
+    Args:
+        kwargs: as `PreTrainedModel.from_pretrained` takes them. `quantization_config` is for the language model alone,
+            and LoRA lies over it; so is `device_map`, and all else goes where the language model begins.
+
+    Returns:
+        the model in eval mode, and the loading info: `missing_keys` are weights that no file held.
+
+    Raises:
+        OSError: a backbone cannot be loaded; names it, its commit and what to do. Or `name` cannot.
+        ValueError: `quantization_config` for a model that has no language model.
+    """
+    hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
+    where = hub | {key: kwargs.pop(key) for key in _FOLDER if kwargs.get(key)}
+    placing = {key: kwargs.pop(key) for key in ("device_map", *_PLACING) if key in kwargs}
+    quantization, generation = kwargs.pop("quantization_config", None), kwargs.pop("generation_config", None)
+    wished_dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
+    kwargs = {key: value for key, value in kwargs.items() if key not in _MOOT}
+    if quantization is not None and "language_model" not in cls.backbones:
+        raise ValueError(f"quantization_config is for a language model, and {cls.__name__} has none")
+
+    config, kwargs = _resolve_config(cls, name, where, kwargs)
+    dtype = config.dtype or torch.float32 if wished_dtype in (None, "auto") else wished_dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    parts: dict[str, PreTrainedModel] = {}
+    missing: set[str] = set()
+    for part in cls.backbones:
+        extra = {"quantization_config": quantization} if quantization is not None and not parts else {}
+        parts[part], info = _load_backbone(part, config, name, dtype=dtype, **placing, **extra, **hub)
+        missing |= {f"{part}.{key}" for key in info["missing_keys"]}
+        setattr(config, f"{BACKBONES[part][1]}_config", parts[part].config)
+        if placing:  # what comes next lies where the first begins
+            placing = {"device_map": {"": next(iter(parts.values())).device}}
+
+    model = cls(config, *args, **parts, **kwargs)
+    unexpected = _load_own_weights(model, name, where, dtype, missing)
+    if model.can_generate():
+        model.generation_config = generation or GenerationConfig.from_pretrained(name, **where)
+    return model.eval(), {
+        "missing_keys": missing,
+        "unexpected_keys": unexpected,
+        "mismatched_keys": set(),
+        "error_msgs": [],
+    }
+
+
+def _resolve_config(
+    cls: type[PreTrainedModel], name: str | Path, where: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """A config of this model's own, and those keywords that are no fields of it."""
+    given = kwargs.pop("config", None)
+    if isinstance(given, PreTrainedConfig):
+        config = copy.deepcopy(given)
+        if "attn_implementation" in kwargs:
+            config._attn_implementation = kwargs.pop("attn_implementation")
+    else:
+        config, kwargs = cls.config_class.from_pretrained(given or name, return_unused_kwargs=True, **where, **kwargs)
+    config.name_or_path = str(name)
+    return config, kwargs
+
+
+def _load_backbone(
+    part: str, config: PreTrainedConfig, name: str | Path, **kwargs: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    what, prefix = BACKBONES[part]
+    source, revision = getattr(config, f"{prefix}_backbone"), getattr(config, f"{prefix}_backbone_revision")
+    try:
+        return _AUTO_CLASSES[part].from_pretrained(
+            source, revision=revision, config=getattr(config, f"{prefix}_config"), output_loading_info=True, **kwargs
+        )
+    except OSError as error:
+        raise OSError(
+            f"{name} was saved thin, without its {what}, which is {source} at commit {revision} and cannot be loaded. "
+            f"Fetch it where the Hub can be reached: `hf download {source} --revision {revision}` (for a gated "
+            "repository after `hf auth login`); or have the model saved with save_pretrained(…, form='full') by "
+            f"someone who has it. {error}"
+        ) from error
+
+
+def _load_own_weights(
+    model: PreTrainedModel, name: str | Path, where: dict[str, Any], dtype: torch.dtype, missing: set[str]
+) -> set[str]:
+    """Fill what is not the backbones'; add what the files lack to `missing`, return what the model has no use for."""
+    result = model.load_state_dict(_read_weights(name, where), strict=False)
+    lacking = {key for key in result.missing_keys if not is_backbone_key(model, key)}
+    if lacking:
+        logger.warning(f"{name} lacks {len(lacking)} weights, which are as a new model's: {sorted(lacking)}")
+    missing |= lacking
+    device = next(model.get_submodule(model.backbones[0]).parameters()).device
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not is_backbone_key(model, key):
+            place = tensor.device if ".lora_" in key else device  # peft has put LoRA beside the layer it adapts
+            tensor.data = tensor.data.to(place, dtype if tensor.is_floating_point() else tensor.dtype)
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    unexpected = {key for key in result.unexpected_keys if not any(re.search(rule, key) for rule in ignored)}
+    if unexpected:
+        logger.warning(f"{name} has {len(unexpected)} weights that its model does not use: {sorted(unexpected)}")
+    return unexpected
+
+
+def _read_weights(name: str | Path, where: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """All tensors of a folder or a Hub repository, sharded or not, on the CPU."""
+    file = cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **where)
+    files = [file]
+    if file is None:
+        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **where)
+        files, _ = get_checkpoint_shard_files(name, index, **where)
+    return {key: tensor for file in files for key, tensor in load_state_dict(file).items()}
+
+
+__all__ = ["is_thin", "load_thin"]

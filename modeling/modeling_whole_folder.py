@@ -1,0 +1,30 @@
+"""A folder that is saved into again is either what it was or what it is to be, also where the disk is full half way."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+
+@contextmanager
+def written_whole(folder: str | Path) -> Iterator[Path]:
+    """A place to write into; when the block ends without an error its files go into `folder`.
+
+    Files of the same names are replaced, weights of an older save go, and whatever else is there stays.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:  # inside: on the same disk, whatever is mounted
+        unfinished = Path(name)
+        yield unfinished
+        files = [path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()]
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(unfinished / file, folder / file)
+    for stale in {*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")}:
+        if stale.relative_to(folder) not in files:  # transformers would read it in place of the new ones
+            stale.unlink()
+
+
+__all__ = ["written_whole"]
