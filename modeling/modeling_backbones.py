@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -43,15 +44,32 @@ def load_vision_model(
     else:
         name, keywords = from_pretrained_arguments(source, revision)
         config = AutoConfig.from_pretrained(name, **keywords)
-        model_class = MODEL_MAPPING[type(getattr(config, "vision_config", config))]
+        model_class = _vision_model_class(getattr(config, "vision_config", config))
         keywords |= {"dtype": dtype or torch.float32, "attn_implementation": attn}
         if hasattr(config, "vision_config"):
             keywords["config"] = config.vision_config
-        backbone = _from_source(model_class.from_pretrained(name, **keywords), source, revision)
+            if config.model_type == "blip-2":  # whose ViT does not know its own prefix
+                keywords["key_mapping"] = {r"^vision_model\.": ""}
+        backbone = from_source(model_class.from_pretrained(name, **keywords), source, revision)
     for field in ("hidden_size", "num_hidden_layers", "patch_size"):
         if not hasattr(backbone.model.config, field):
             raise ValueError(f"{type(backbone.model).__name__} is no ViT: its config has no {field}")
     return backbone
+
+
+def new_vision_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A ViT of this config, not yet trained."""
+    return _vision_model_class(config)._from_config(config)
+
+
+def _vision_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    if config.model_type == "blip_2_vision_model":  # AutoModel's list has BLIP-2's Q-Former, and not its ViT
+        from transformers import Blip2VisionModel
+
+        return Blip2VisionModel
+    if type(config) not in MODEL_MAPPING:
+        raise ValueError(f'transformers has no model of the kind "{config.model_type}" that stands alone: no ViT')
+    return MODEL_MAPPING[type(config)]
 
 
 def load_language_model(
@@ -81,7 +99,7 @@ def load_language_model(
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype or torch.float32, attn_implementation=attn, **keywords
         )
-        backbone = _from_source(model, source, revision)
+        backbone = from_source(model, source, revision)
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"The language model is a {type(model).__name__} with an adapter, or no transformers model: give the bare "
@@ -100,7 +118,7 @@ def load_bert(source: str | Path | PreTrainedModel, revision: str | None) -> Bac
     if isinstance(source, PreTrainedModel):
         return Backbone(source)
     name, keywords = from_pretrained_arguments(source, revision)
-    return _from_source(AutoModel.from_pretrained(name, dtype=torch.float32, **keywords), source, revision)
+    return from_source(AutoModel.from_pretrained(name, dtype=torch.float32, **keywords), source, revision)
 
 
 def qformer_fields(bert: Backbone | None, given: dict[str, Any] | None) -> dict[str, Any]:
@@ -136,7 +154,7 @@ def _has_tokenizer(name: str, revision: str | None) -> bool:
     )
 
 
-def _from_source(model: PreTrainedModel, source: str | Path, revision: str | None) -> Backbone:
+def from_source(model: PreTrainedModel, source: str | Path, revision: str | None) -> Backbone:
     """Keep the Hub id and the commit; a local folder is nobody else's business and is not recorded."""
     if Path(source).is_dir():
         model.config.name_or_path = ""
@@ -160,4 +178,13 @@ _FROM_BERT = (
 )
 
 
-__all__ = ["Backbone", "load_bert", "load_language_model", "load_vision_model", "next_free_token_id", "qformer_fields"]
+__all__ = [
+    "Backbone",
+    "from_source",
+    "load_bert",
+    "load_language_model",
+    "load_vision_model",
+    "new_vision_model",
+    "next_free_token_id",
+    "qformer_fields",
+]

@@ -14,7 +14,6 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
@@ -30,8 +29,9 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from .modeling_adapters import LanguageModelAdapters
-from .modeling_backbones import load_language_model, load_vision_model, next_free_token_id
+from .modeling_backbones import load_language_model, load_vision_model, new_vision_model, next_free_token_id
 from .modeling_base import LorgnettePreTrainedModel
+from .modeling_blip2 import Blip2Generation
 from .modeling_lora import check_lora_config, resolve_lora_config
 from .modeling_outputs_lorgnette import LorgnetteCausalLMOutputWithPast, LorgnetteImageFeatures
 from .modeling_placeholders import PlaceholderBlind, check_context, check_finite, check_placeholders
@@ -39,7 +39,9 @@ from .modeling_qformer import LorgnetteQFormerModel
 from .modeling_qformer_start import QFormerStart
 
 
-class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrainedModel, GenerationMixin):
+class LorgnetteForConditionalGeneration(
+    LanguageModelAdapters, Blip2Generation, LorgnettePreTrainedModel, GenerationMixin
+):
     """A language model that is shown pictures: stage 2, and use.
 
     Build it with [`from_backbones`], load it with `from_pretrained`. Only the Q-Former, the projector and LoRA train.
@@ -65,7 +67,7 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
         super().__init__(config)
         # ahead of the ViT: transformers' common tests want the first checkpointed layer to be one that trains
         self.qformer = LorgnetteQFormerModel._from_config(config.qformer_config)
-        self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
+        self.vision_model = vision_model if vision_model is not None else new_vision_model(config.vision_config)
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.language_model = language_model
@@ -167,14 +169,22 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
         started.load_into(model.qformer)
         model.to(dtype or spoken.model.dtype)
         if processor is not None:
-            model.check_processor(processor)
-            model._processor = processor
-            # a base LM knows no end of a turn, which the chat template of a processor may have
-            known = model.generation_config.eos_token_id or []
-            known = known if isinstance(known, list) else [known]
-            model.generation_config.eos_token_id = sorted({*known, *processor.stop_token_ids})
-            model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+            model.adopt_processor(processor)
         return model
+
+    def adopt_processor(self, processor: Any) -> None:
+        """Make a processor this model's own: it is saved along with it, and what ends an answer there ends it here.
+
+        Raises:
+            ValueError: it does not fit, see [`check_processor`].
+        """
+        self.check_processor(processor)
+        self._processor = processor
+        # a base LM knows no end of a turn, which the chat template of a processor may have
+        known = self.generation_config.eos_token_id or []
+        known = known if isinstance(known, list) else [known]
+        self.generation_config.eos_token_id = sorted({*known, *processor.stop_token_ids})
+        self.generation_config.pad_token_id = processor.tokenizer.pad_token_id
 
     def check_processor(self, processor: Any) -> None:
         """See to it that a processor makes what this model reads.
