@@ -71,10 +71,14 @@ class LorgnettePreTrainedModel(PreTrainedModel):
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             if self._processor is not None and not Path(save_directory, PROCESSOR_NAME).exists():
                 self._processor.save_pretrained(save_directory)
+            self._save_beside(save_directory, kwargs.get("state_dict"))
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if push_to_hub:  # a push of its own: transformers' would leave out what was written before its save
             repo_id = hub_kwargs.pop("repo_id", Path(save_directory).resolve().name)
             self.push_to_hub(repo_id, token=kwargs.get("token"), **hub_kwargs)
+
+    def _save_beside(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+        """Write what belongs to a saved model besides config, weights and processor: nothing, for most."""
 
     @torch.no_grad()
     def get_vision_features(

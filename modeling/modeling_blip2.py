@@ -217,9 +217,7 @@ def _shared_fields(blip2: Backbone, **qformer_fields: Any) -> dict[str, Any]:
         "vision_config": blip2.model.vision_model.config,
         "qformer_config": fields | qformer_fields,
         "num_query_tokens": blip2.model.config.num_query_tokens,
-        "vision_backbone": blip2.name,
-        "vision_backbone_revision": blip2.revision,
-        "qformer_backbone": blip2.name,
+        "qformer_backbone": blip2.name,  # ViT and LM lie inside BLIP-2: no Hub id leads to them alone
         "qformer_backbone_revision": blip2.revision,
     }
 

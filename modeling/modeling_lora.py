@@ -1,4 +1,4 @@
-"""Which layers of a language model get LoRA, and whether a LoRA config leaves the base weights alone."""
+"""Which layers of a language model get LoRA or have it, and whether a LoRA config leaves the base weights alone."""
 
 import json
 import re
@@ -116,6 +116,11 @@ def linear_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
     return {name: layer for name, layer in language_model.named_modules() if _is_linear(layer) and layer is not head}
 
 
+def lora_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
+    """peft's layers, by their names in the LM: each holds a `base_layer` and LoRA's matrices. Needs no peft to ask."""
+    return {name: layer for name, layer in language_model.named_modules() if hasattr(layer, "lora_A")}
+
+
 def _is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.Linear, Conv1D))
 
@@ -143,4 +148,4 @@ def _kinds(layers: dict[str, nn.Module]) -> list[str]:
     return sorted({".".join(name.split(".")[-2:]) for name in layers})
 
 
-__all__ = ["attention_projections", "check_lora_config", "linear_layers", "resolve_lora_config"]
+__all__ = ["attention_projections", "check_lora_config", "linear_layers", "lora_layers", "resolve_lora_config"]
