@@ -32,6 +32,7 @@ from .modeling_adapters import LanguageModelAdapters
 from .modeling_backbones import load_language_model, load_vision_model, new_vision_model, next_free_token_id
 from .modeling_base import LorgnettePreTrainedModel
 from .modeling_blip2 import Blip2Generation
+from .modeling_bridges import Bridges
 from .modeling_lora import check_lora_config, resolve_lora_config
 from .modeling_outputs_lorgnette import LorgnetteCausalLMOutputWithPast, LorgnetteImageFeatures
 from .modeling_placeholders import PlaceholderBlind, check_context, check_finite, check_placeholders
@@ -40,7 +41,7 @@ from .modeling_qformer_start import QFormerStart
 
 
 class LorgnetteForConditionalGeneration(
-    LanguageModelAdapters, Blip2Generation, LorgnettePreTrainedModel, GenerationMixin
+    LanguageModelAdapters, Bridges, Blip2Generation, LorgnettePreTrainedModel, GenerationMixin
 ):
     """A language model that is shown pictures: stage 2, and use.
 
