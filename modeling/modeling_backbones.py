@@ -73,14 +73,22 @@ def _vision_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def load_language_model(
-    source: str | Path | PreTrainedModel, revision: str | None, dtype: torch.dtype | None, attn: str | None
+    source: str | Path | PreTrainedModel,
+    revision: str | None,
+    dtype: torch.dtype | None,
+    attn: str | None,
+    quantization_config: Any = None,
 ) -> Backbone:
     """A causal LM. A `.gguf` file is read by transformers, dequantised, and is a plain model from then on.
 
     Raises:
-        ValueError: it is no causal LM, or it carries an adapter already.
+        ValueError: it is no causal LM, it carries an adapter already, or it cannot be quantised while it is loaded.
     """
-    if not isinstance(source, (str, Path)):
+    named = isinstance(source, (str, Path))
+    if quantization_config is not None and (not named or str(source).endswith(".gguf")):
+        what = f"{source} is a GGUF file" if named else f"this {type(source).__name__} is loaded already"
+        raise ValueError(f"quantization_config takes effect while a Hub id or a folder is loaded, and {what}")
+    if not named:
         model = source
         backbone = Backbone(model)
     elif str(source).endswith(".gguf"):
@@ -96,6 +104,8 @@ def load_language_model(
         backbone = Backbone(model)
     else:
         name, keywords = from_pretrained_arguments(source, revision)
+        if quantization_config is not None:
+            keywords["quantization_config"] = quantization_config
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype or torch.float32, attn_implementation=attn, **keywords
         )

@@ -43,6 +43,11 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any):
         """As `PreTrainedModel.from_pretrained`; frozen parts come back frozen (transformers thaws what it loads)."""
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                "quantization_config would quantise the ViT, the Q-Former and LoRA as well: "
+                "from_backbones(quantization_config=…) quantises the language model alone"
+            )
         with_info = kwargs.pop("output_loading_info", False)
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)

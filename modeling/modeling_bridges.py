@@ -141,6 +141,14 @@ def _check_shared(ours: LorgnetteConfig, theirs: LorgnetteConfig) -> None:
 def _check_backbones(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
     """Raises a ValueError that names the backbone whose weights differ, and how many of them."""
     for part, name in (("vision_model", "ViT"), ("language_model", "language model")):
+        if getattr(getattr(ours, part), "is_quantized", False):
+            here, there = ((c.text_backbone, c.text_backbone_revision) for c in (ours.config, theirs.config))
+            if None in here or here != there:
+                raise ValueError(
+                    f"The language model is quantised, so that only its name can tell whether the bridge belongs to "
+                    f"it: the bridge's is {there[0]} at {there[1]}, this one is {here[0]} at {here[1]}"
+                )
+            continue
         own, other = _base_weights(getattr(ours, part)), _base_weights(getattr(theirs, part))
         differing = sorted(own.keys() ^ other.keys())
         for weight in logging.tqdm(sorted(own.keys() & other.keys()), desc=f"comparing the {name}"):

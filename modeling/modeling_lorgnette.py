@@ -45,7 +45,8 @@ class LorgnetteForConditionalGeneration(
 ):
     """A language model that is shown pictures: stage 2, and use.
 
-    Build it with [`from_backbones`], load it with `from_pretrained`. Only the Q-Former, the projector and LoRA train.
+    Build it with [`from_backbones`] or [`from_blip2`], load it with `from_pretrained`. Only the Q-Former, the projector
+    and LoRA train.
 
     Args:
         config: [`LorgnetteConfig`].
@@ -107,6 +108,7 @@ class LorgnetteForConditionalGeneration(
         qformer_revision: str | None = None,
         dtype: torch.dtype | str | None = None,
         attn_implementation: str | None = None,
+        quantization_config: Any = None,
     ) -> "LorgnetteForConditionalGeneration":
         """Join pretrained parts.
 
@@ -126,6 +128,8 @@ class LorgnetteForConditionalGeneration(
             vision_revision, text_revision, qformer_revision: branch, tag or commit on the Hub.
             dtype: of all parts; float32 by default. Loaded models keep theirs, which have to agree.
             attn_implementation: `"eager"`, `"sdpa"`, `"flash_attention_2"`; transformers chooses by default.
+            quantization_config: of the LM's base weights, `transformers.BitsAndBytesConfig` for one; all else keeps
+                `dtype`. The LM has to be a Hub id or a folder.
 
         Raises:
             ValueError: a backbone of the wrong kind, backbones of two dtypes, LoRA targets that match nothing, a BERT
@@ -134,7 +138,7 @@ class LorgnetteForConditionalGeneration(
         """
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         seen = load_vision_model(vision, vision_revision, dtype, attn_implementation)
-        spoken = load_language_model(text, text_revision, dtype, attn_implementation)
+        spoken = load_language_model(text, text_revision, dtype, attn_implementation, quantization_config)
         started = QFormerStart.load(qformer, qformer_revision)
         started.check_vision(seen.model)
         if dtype is None and seen.model.dtype != spoken.model.dtype:

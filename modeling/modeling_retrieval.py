@@ -64,7 +64,7 @@ class LorgnetteTextHead(nn.Module):
 class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, LorgnettePreTrainedModel):
     """A frozen ViT and a Q-Former with its text half: stage 1, and retrieval.
 
-    Build it with [`from_backbones`], load it with `from_pretrained`. The heads have the names that
+    Build it with [`from_backbones`] or [`from_blip2`], load it with `from_pretrained`. The heads have the names that
     `transformers.Blip2ForImageTextRetrieval` gives them; a loss of weight 0 has none.
 
     Args:
