@@ -5,6 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .modeling_lm_adapter import LM_ADAPTER, detach_lora, load_lora_weights, read_lm_adapter, write_lm_adapter
 from .modeling_lora import lora_layers
 
 
@@ -38,6 +41,37 @@ class LanguageModelAdapters:
         """Refused, for the same reason."""
         raise ValueError("An adapter on the whole model is saved without the Q-Former: give from_backbones(lora=…)")
 
+    def load_lm_adapter(self, source: str | Path, *, revision: str | None = None) -> None:
+        """Put a LoRA that was trained on the bare language model, by peft alone, in the place of this model's.
+
+        Args:
+            source: a folder or Hub repository as `PeftModel.save_pretrained` writes them; `lm_adapter/` of a saved
+                model is one too.
+            revision: branch, tag or commit on the Hub.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ValueError: it does not fit, see [`read_lm_adapter`]; nothing has changed then.
+        """
+        self._replace_lora(*read_lm_adapter(source, self.config, revision))
+
+    def _replace_lora(self, lora_config: dict[str, Any] | None, weights: dict[str, torch.Tensor]) -> None:
+        """Another LoRA, on or off as the present one is, or none at all."""
+        were_off = any(layer.disable_adapters for layer in lora_layers(self.language_model).values())
+        detach_lora(self.language_model)
+        self.config.lora_config = lora_config
+        if lora_config is None:
+            return
+        self._attach_lora()
+        for name, parameter in self.language_model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(self.projector.weight)  # its dtype and device
+        load_lora_weights(self.language_model, weights)
+        self.freeze()
+        self.train(self.training)  # new layers are in train mode
+        if were_off:
+            self.disable_adapters()
+
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """See [`~LorgnettePreTrainedModel.save_pretrained`].
 
@@ -48,6 +82,11 @@ class LanguageModelAdapters:
         if lost:
             raise ValueError(f"Adapters {lost} of the language model are not in lora_config, and would be lost")
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _save_beside(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+        super()._save_beside(folder, state_dict)
+        if self.config.lora_config is not None:
+            write_lm_adapter(Path(folder, LM_ADAPTER), self.language_model, self.config, state_dict)
 
 
 __all__ = ["LanguageModelAdapters"]

@@ -44,26 +44,51 @@ def load_vision_model(
     else:
         name, keywords = from_pretrained_arguments(source, revision)
         config = AutoConfig.from_pretrained(name, **keywords)
-        model_class = MODEL_MAPPING[type(getattr(config, "vision_config", config))]
+        model_class = _vision_model_class(getattr(config, "vision_config", config))
         keywords |= {"dtype": dtype or torch.float32, "attn_implementation": attn}
         if hasattr(config, "vision_config"):
             keywords["config"] = config.vision_config
-        backbone = _from_source(model_class.from_pretrained(name, **keywords), source, revision)
+            if config.model_type == "blip-2":  # whose ViT does not know its own prefix
+                keywords["key_mapping"] = {r"^vision_model\.": ""}
+        backbone = from_source(model_class.from_pretrained(name, **keywords), source, revision)
     for field in ("hidden_size", "num_hidden_layers", "patch_size"):
         if not hasattr(backbone.model.config, field):
             raise ValueError(f"{type(backbone.model).__name__} is no ViT: its config has no {field}")
     return backbone
 
 
+def new_vision_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A ViT of this config, not yet trained."""
+    return _vision_model_class(config)._from_config(config)
+
+
+def _vision_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    if config.model_type == "blip_2_vision_model":  # AutoModel's list has BLIP-2's Q-Former, and not its ViT
+        from transformers import Blip2VisionModel
+
+        return Blip2VisionModel
+    if type(config) not in MODEL_MAPPING:
+        raise ValueError(f'transformers has no model of the kind "{config.model_type}" that stands alone: no ViT')
+    return MODEL_MAPPING[type(config)]
+
+
 def load_language_model(
-    source: str | Path | PreTrainedModel, revision: str | None, dtype: torch.dtype | None, attn: str | None
+    source: str | Path | PreTrainedModel,
+    revision: str | None,
+    dtype: torch.dtype | None,
+    attn: str | None,
+    quantization_config: Any = None,
 ) -> Backbone:
     """A causal LM. A `.gguf` file is read by transformers, dequantised, and is a plain model from then on.
 
     Raises:
-        ValueError: it is no causal LM, or it carries an adapter already.
+        ValueError: it is no causal LM, it carries an adapter already, or it cannot be quantised while it is loaded.
     """
-    if not isinstance(source, (str, Path)):
+    named = isinstance(source, (str, Path))
+    if quantization_config is not None and (not named or str(source).endswith(".gguf")):
+        what = f"{source} is a GGUF file" if named else f"this {type(source).__name__} is loaded already"
+        raise ValueError(f"quantization_config takes effect while a Hub id or a folder is loaded, and {what}")
+    if not named:
         model = source
         backbone = Backbone(model)
     elif str(source).endswith(".gguf"):
@@ -79,10 +104,12 @@ def load_language_model(
         backbone = Backbone(model)
     else:
         name, keywords = from_pretrained_arguments(source, revision)
+        if quantization_config is not None:
+            keywords["quantization_config"] = quantization_config
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype or torch.float32, attn_implementation=attn, **keywords
         )
-        backbone = _from_source(model, source, revision)
+        backbone = from_source(model, source, revision)
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"The language model is a {type(model).__name__} with an adapter, or no transformers model: give the bare "
@@ -108,7 +135,7 @@ def load_bert(source: str | Path | PreTrainedModel, revision: str | None) -> Bac
     model_type = PreTrainedConfig.get_config_dict(name, **keywords)[0].get("model_type", "")
     if model_type.startswith("lorgnette"):
         raise ValueError(f"{name} is a {model_type} model: the Q-Former starts from a BERT, or in stage 2 from stage 1")
-    return _from_source(AutoModel.from_pretrained(name, dtype=torch.float32, **keywords), source, revision)
+    return from_source(AutoModel.from_pretrained(name, dtype=torch.float32, **keywords), source, revision)
 
 
 def qformer_fields(bert: Backbone | None, given: dict[str, Any] | None) -> dict[str, Any]:
@@ -144,7 +171,7 @@ def _has_tokenizer(name: str, revision: str | None) -> bool:
     )
 
 
-def _from_source(model: PreTrainedModel, source: str | Path, revision: str | None) -> Backbone:
+def from_source(model: PreTrainedModel, source: str | Path, revision: str | None) -> Backbone:
     """Keep the Hub id and the commit; a local folder is nobody else's business and is not recorded."""
     if Path(source).is_dir():
         model.config.name_or_path = ""
@@ -168,4 +195,13 @@ _FROM_BERT = (
 )
 
 
-__all__ = ["Backbone", "load_bert", "load_language_model", "load_vision_model", "next_free_token_id", "qformer_fields"]
+__all__ = [
+    "Backbone",
+    "from_source",
+    "load_bert",
+    "load_language_model",
+    "load_vision_model",
+    "new_vision_model",
+    "next_free_token_id",
+    "qformer_fields",
+]

@@ -61,6 +61,11 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
         if is_thin(pretrained_model_name_or_path, **kwargs):
             model, info = load_thin(cls, pretrained_model_name_or_path, *args, **kwargs)
+        elif kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                "quantization_config would quantise the ViT, the Q-Former and LoRA as well: a thin model takes it for "
+                "its language model alone, and so does from_backbones(quantization_config=…)"
+            )
         else:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -108,6 +113,7 @@ class LorgnettePreTrainedModel(PreTrainedModel):
                 with written_whole(save_directory) as folder:
                     if self._processor is not None and not Path(save_directory, PROCESSOR_NAME).exists():
                         self._processor.save_pretrained(folder)
+                    self._save_beside(folder, kwargs.get("state_dict"))
                     super().save_pretrained(folder, **(kwargs | arguments))
             else:  # takes part in gathering the weights, and writes nothing
                 super().save_pretrained(save_directory, is_main_process=False, **(kwargs | arguments))
@@ -122,6 +128,9 @@ class LorgnettePreTrainedModel(PreTrainedModel):
             return super().push_to_hub(repo_id, **kwargs)
         finally:
             self._form_to_push = None
+
+    def _save_beside(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+        """Write what belongs to a saved model besides config, weights and processor: nothing, for most."""
 
     @torch.no_grad()
     def get_vision_features(

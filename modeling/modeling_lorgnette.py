@@ -14,7 +14,6 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 from transformers import (
-    AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
@@ -30,8 +29,10 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from .modeling_adapters import LanguageModelAdapters
-from .modeling_backbones import load_language_model, load_vision_model, next_free_token_id
+from .modeling_backbones import load_language_model, load_vision_model, new_vision_model, next_free_token_id
 from .modeling_base import LorgnettePreTrainedModel
+from .modeling_blip2 import Blip2Generation
+from .modeling_bridges import Bridges
 from .modeling_lora import check_lora_config, resolve_lora_config
 from .modeling_outputs_lorgnette import LorgnetteCausalLMOutputWithPast, LorgnetteImageFeatures
 from .modeling_placeholders import PlaceholderBlind, check_context, check_finite, check_placeholders
@@ -39,10 +40,13 @@ from .modeling_qformer import LorgnetteQFormerModel
 from .modeling_qformer_start import QFormerStart
 
 
-class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrainedModel, GenerationMixin):
+class LorgnetteForConditionalGeneration(
+    LanguageModelAdapters, Bridges, Blip2Generation, LorgnettePreTrainedModel, GenerationMixin
+):
     """A language model that is shown pictures: stage 2, and use.
 
-    Build it with [`from_backbones`], load it with `from_pretrained`. Only the Q-Former, the projector and LoRA train.
+    Build it with [`from_backbones`] or [`from_blip2`], load it with `from_pretrained`. Only the Q-Former, the projector
+    and LoRA train.
 
     Args:
         config: [`LorgnetteConfig`].
@@ -66,7 +70,7 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
         super().__init__(config)
         # ahead of the ViT: transformers' common tests want the first checkpointed layer to be one that trains
         self.qformer = LorgnetteQFormerModel._from_config(config.qformer_config)
-        self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
+        self.vision_model = vision_model if vision_model is not None else new_vision_model(config.vision_config)
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.language_model = language_model
@@ -107,6 +111,7 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
         qformer_revision: str | None = None,
         dtype: torch.dtype | str | None = None,
         attn_implementation: str | None = None,
+        quantization_config: Any = None,
     ) -> "LorgnetteForConditionalGeneration":
         """Join pretrained parts.
 
@@ -126,6 +131,8 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
             vision_revision, text_revision, qformer_revision: branch, tag or commit on the Hub.
             dtype: of all parts; float32 by default. Loaded models keep theirs, which have to agree.
             attn_implementation: `"eager"`, `"sdpa"`, `"flash_attention_2"`; transformers chooses by default.
+            quantization_config: of the LM's base weights, `transformers.BitsAndBytesConfig` for one; all else keeps
+                `dtype`. The LM has to be a Hub id or a folder.
 
         Raises:
             ValueError: a backbone of the wrong kind, backbones of two dtypes, LoRA targets that match nothing, a BERT
@@ -134,7 +141,7 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
         """
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         seen = load_vision_model(vision, vision_revision, dtype, attn_implementation)
-        spoken = load_language_model(text, text_revision, dtype, attn_implementation)
+        spoken = load_language_model(text, text_revision, dtype, attn_implementation, quantization_config)
         started = QFormerStart.load(qformer, qformer_revision)
         started.check_vision(seen.model)
         if dtype is None and seen.model.dtype != spoken.model.dtype:
@@ -171,14 +178,22 @@ class LorgnetteForConditionalGeneration(LanguageModelAdapters, LorgnettePreTrain
         model.to(dtype or spoken.model.dtype)
         model.say_backbones_are_loaded()
         if processor is not None:
-            model.check_processor(processor)
-            model._processor = processor
-            # a base LM knows no end of a turn, which the chat template of a processor may have
-            known = model.generation_config.eos_token_id or []
-            known = known if isinstance(known, list) else [known]
-            model.generation_config.eos_token_id = sorted({*known, *processor.stop_token_ids})
-            model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+            model.adopt_processor(processor)
         return model
+
+    def adopt_processor(self, processor: Any) -> None:
+        """Make a processor this model's own: it is saved along with it, and what ends an answer there ends it here.
+
+        Raises:
+            ValueError: it does not fit, see [`check_processor`].
+        """
+        self.check_processor(processor)
+        self._processor = processor
+        # a base LM knows no end of a turn, which the chat template of a processor may have
+        known = self.generation_config.eos_token_id or []
+        known = known if isinstance(known, list) else [known]
+        self.generation_config.eos_token_id = sorted({*known, *processor.stop_token_ids})
+        self.generation_config.pad_token_id = processor.tokenizer.pad_token_id
 
     def check_processor(self, processor: Any) -> None:
         """See to it that a processor makes what this model reads.

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig, LorgnetteRetrievalConfig
-from .modeling_backbones import load_bert, load_vision_model, qformer_fields
+from .modeling_backbones import load_bert, load_vision_model, new_vision_model, qformer_fields
 from .modeling_base import LorgnettePreTrainedModel
+from .modeling_blip2 import Blip2Retrieval
 from .modeling_losses import (
     contrastive_loss,
     draw_negatives,
@@ -60,10 +61,10 @@ class LorgnetteTextHead(nn.Module):
         return nn.functional.linear(hidden_states, word_embeddings, self.bias)
 
 
-class LorgnetteForImageTextRetrieval(ImageTextRanking, LorgnettePreTrainedModel):
+class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, LorgnettePreTrainedModel):
     """A frozen ViT and a Q-Former with its text half: stage 1, and retrieval.
 
-    Build it with [`from_backbones`], load it with `from_pretrained`. The heads have the names that
+    Build it with [`from_backbones`] or [`from_blip2`], load it with `from_pretrained`. The heads have the names that
     `transformers.Blip2ForImageTextRetrieval` gives them; a loss of weight 0 has none.
 
     Args:
@@ -80,7 +81,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, LorgnettePreTrainedModel)
         super().__init__(config)
         width = config.qformer_config.hidden_size
         self.qformer = LorgnetteQFormerModel._from_config(config.qformer_config)
-        self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
+        self.vision_model = vision_model if vision_model is not None else new_vision_model(config.vision_config)
         if config.itc_weight:
             self.vision_projection = nn.Linear(width, config.image_text_hidden_size)
             self.text_projection = nn.Linear(width, config.image_text_hidden_size)

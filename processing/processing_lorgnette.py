@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import (
     AutoImageProcessor,
@@ -17,6 +17,7 @@ from transformers.utils import PROCESSOR_NAME
 from ..configuration.backbone_sources import from_pretrained_arguments, load_qformer_tokenizer, load_tokenizer
 from ..configuration.configuration_lorgnette import AUTO_PROCESSOR
 from ..configuration.remote_code import save_remote_code
+from .blip2_prompts import BLIP2_TEMPLATE
 from .conversations import flatten, images_in, is_batch, query_in
 from .image_loading import load_image_for, naming
 from .image_rows import match_images, rows_of, texts_of
@@ -113,6 +114,25 @@ class LorgnetteProcessor(ProcessorMixin):
             num_query_tokens=num_query_tokens,
             system_prompt=system_prompt,
             query=query,
+        )
+
+    @classmethod
+    def from_blip2(cls, source: str | Path, *, query: str = "", revision: str | None = None) -> "LorgnetteProcessor":
+        """The processor of a `Blip2ForConditionalGeneration`, with prompts as BLIP-2 has them: pictures, BOS, words.
+
+        Args:
+            source: Hub id or local folder, with its image processor and tokenizer.
+            query: what is asked where nothing else is; BLIP-2 was trained on `"Question: … Answer:"`, and on no words
+                at all for a caption.
+            revision: branch, tag or commit on the Hub.
+        """
+        name, keywords = from_pretrained_arguments(source, revision)
+        return cls(
+            AutoImageProcessor.from_pretrained(name, **keywords),
+            load_tokenizer(source, revision),
+            num_query_tokens=AutoConfig.from_pretrained(name, **keywords).num_query_tokens,
+            query=query,
+            chat_template=BLIP2_TEMPLATE,
         )
 
     # ------------------------------------------------------------------------------------------------ prompts

@@ -69,11 +69,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, continues: bool = Fals
 
 
 def with_start(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Put in front what the tokenizer adds to every text (BOS, mostly), unless the template has written it already."""
+    """Put in front what the tokenizer adds to every text (BOS, mostly), unless the template has written it already.
+
+    It may have written pictures before it, as BLIP-2 does.
+    """
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     start = next((full[:n] for n in range(len(full)) if full[n : n + len(bare)] == bare), [])
-    return ids if ids[: len(start)] == start else start + ids
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    first = next((n for n, token in enumerate(ids) if token != image_token_id), len(ids))
+    return ids if ids[first : first + len(start)] == start else start + ids
 
 
 def truncate(tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int, fixed_id: int) -> list[int]:

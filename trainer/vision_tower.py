@@ -10,13 +10,13 @@ from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModel, BatchFeature, PreTrainedConfig, PreTrainedModel
+from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..configuration.backbone_sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig, LorgnetteConfig, LorgnetteRetrievalConfig
-from ..modeling.modeling_backbones import load_vision_model
+from ..modeling.modeling_backbones import load_vision_model, new_vision_model
 from ..modeling.modeling_base import LorgnettePreTrainedModel
 from ..processing.image_loading import load_image_for, naming
 from .arguments import VisionArguments
@@ -29,7 +29,7 @@ class VisionTower(LorgnettePreTrainedModel):
 
     def __init__(self, config: LorgnetteBridgeConfig, vision_model: PreTrainedModel | None = None):
         super().__init__(config)
-        self.vision_model = vision_model if vision_model is not None else AutoModel.from_config(config.vision_config)
+        self.vision_model = vision_model if vision_model is not None else new_vision_model(config.vision_config)
         self.post_init()
         self.freeze()
 

@@ -1,0 +1,156 @@
+"""The language model's LoRA as peft keeps one: a folder that `peft.PeftModel.from_pretrained(lm, folder)` loads.
+
+It lies in a sub-folder of the model's. At the top transformers would take it for an adapter of the whole model.
+"""
+
+import copy
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import is_peft_available, requires_backends
+
+from ..configuration.backbone_sources import from_pretrained_arguments
+from ..configuration.configuration_lorgnette import LorgnetteConfig
+from .modeling_lora import lora_layers, resolve_lora_config
+
+
+LM_ADAPTER = "lm_adapter"
+_PEFT_PREFIX = "base_model.model."  # what peft's own wrapper puts before the names of an LM's weights
+
+
+def write_lm_adapter(
+    folder: str | Path, language_model: PreTrainedModel, config: LorgnetteConfig, state_dict: dict | None = None
+) -> None:
+    """Write the LoRA of a language model: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Args:
+        folder: made where it is not there.
+        language_model: with LoRA attached.
+        config: the whole model's; the LM is named by its Hub id, or not at all.
+        state_dict: the whole model's weights, where they have been gathered from several devices.
+    """
+    if is_peft_available():  # said so that transformers asks for peft only where there is LoRA
+        from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    if state_dict is not None:
+        prefix = "language_model."
+        state_dict = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+    weights = lora_weights(language_model, state_dict)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(
+        {_PEFT_PREFIX + name: tensor.contiguous() for name, tensor in weights.items()},
+        Path(folder, "adapter_model.safetensors"),
+        metadata={"format": "pt"},
+    )
+    LoraConfig(
+        **config.lora_config,
+        base_model_name_or_path=config.text_backbone,
+        revision=config.text_backbone_revision,
+        inference_mode=True,
+    ).save_pretrained(str(folder))
+
+
+def read_lm_adapter(
+    source: str | Path, config: LorgnetteConfig, revision: str | None = None
+) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Read a LoRA that was trained on this language model, and see to it that it fits.
+
+    Args:
+        source: a folder or a Hub repository as peft writes them.
+        config: of the model that it is for.
+        revision: branch, tag or commit on the Hub.
+
+    Returns:
+        `lora_config`, and the weights by the names that [`lora_weights`] gives them.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is no LoRA, belongs to another language model, trains base weights too, or has targets, names or
+            shapes that the language model has not.
+    """
+    requires_backends(read_lm_adapter, "peft")
+    if is_peft_available():
+        from peft import LoraConfig, PeftConfig
+        from peft.utils import load_peft_weights
+
+    name, keywords = from_pretrained_arguments(source, revision)
+    found = PeftConfig.from_pretrained(name, **keywords)
+    if not isinstance(found, LoraConfig):
+        raise ValueError(f"{source} holds an adapter of the type {found.peft_type}; LoRA is needed")
+    theirs, ours = found.base_model_name_or_path, config.text_backbone
+    if ours is not None and theirs is not None and _is_hub_id(theirs) and theirs != ours:
+        raise ValueError(f"{source} was trained on {theirs}; the language model here is {ours}")
+    found.inference_mode, found.revision = False, None
+    bare = _bare_language_model(config)
+    fields = resolve_lora_config(found, bare)
+    with torch.device("meta"):
+        bare.add_adapter(LoraConfig(**fields))
+    expected = {name: tensor.shape for name, tensor in lora_weights(bare).items()}
+    weights = {
+        name.removeprefix(_PEFT_PREFIX): tensor
+        for name, tensor in load_peft_weights(name, device="cpu", **keywords).items()
+    }
+    odd = sorted(expected.keys() ^ weights.keys())
+    if odd:
+        where = "only here" if odd[0] in expected else "only there"
+        raise ValueError(
+            f"{source} has {len(weights)} tensors and LoRA on this language model {len(expected)}: {odd[0]} is {where}"
+        )
+    for weight, shape in expected.items():
+        if weights[weight].shape != shape:
+            raise ValueError(
+                f"{source} does not fit the language model: {weight} is {tuple(weights[weight].shape)} there, and "
+                f"{tuple(shape)} here"
+            )
+    return fields, weights
+
+
+def lora_weights(language_model: PreTrainedModel, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of LoRA by their names in the LM, without the adapter's: `model.layers.0.….lora_A.weight`."""
+    if is_peft_available():
+        from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(language_model, state_dict, save_embedding_layers=False)
+
+
+def load_lora_weights(language_model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
+    """Copy into the LoRA of a language model what [`lora_weights`] gave of one of the same kind."""
+    if is_peft_available():
+        from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(language_model, weights)
+
+
+def detach_lora(language_model: PreTrainedModel) -> None:
+    """Take LoRA off again: the layers are the original ones, under their original names."""
+    for name, layer in lora_layers(language_model).items():
+        language_model.set_submodule(name, layer.get_base_layer())
+    if language_model._hf_peft_config_loaded:
+        language_model._hf_peft_config_loaded = False
+        del language_model.peft_config
+
+
+def _bare_language_model(config: LorgnetteConfig) -> PreTrainedModel:
+    """The language model without LoRA and without weights, to look at its layers."""
+    text_config = copy.deepcopy(config.text_config)
+    if hasattr(text_config, "quantization_config"):
+        del text_config.quantization_config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(text_config)
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name is one on the Hub and no path: peft writes down either."""
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+__all__ = [
+    "LM_ADAPTER",
+    "detach_lora",
+    "load_lora_weights",
+    "lora_weights",
+    "read_lm_adapter",
+    "write_lm_adapter",
+]

@@ -1,0 +1,58 @@
+"""A language model in 8 or 4 bit: its base weights are quantised, and nothing else is; LoRA over them trains."""
+
+import pytest
+import tiny_training
+import torch
+from tiny_models import NUM_QUERY_TOKENS, QFORMER, inputs, language_model, model, vision_model
+from transformers import BitsAndBytesConfig
+from transformers.utils import is_bitsandbytes_available
+
+from lorgnette import LorgnetteForConditionalGeneration
+
+
+needs_bitsandbytes = pytest.mark.skipif(
+    not is_bitsandbytes_available(), reason="bitsandbytes, which quantises, is not installed"
+)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(
+    ("settings", "stored"), [({"load_in_4bit": True}, torch.uint8), ({"load_in_8bit": True}, torch.int8)]
+)
+def test_only_base_weights_of_the_language_model_are_quantised(settings: dict, stored: torch.dtype, tmp_path):
+    vit, llama = tiny_training.write_backbones(tmp_path)
+    made = LorgnetteForConditionalGeneration.from_backbones(
+        vit,
+        llama,
+        qformer_config=QFORMER,
+        num_query_tokens=NUM_QUERY_TOKENS,
+        lora={"r": 2},
+        quantization_config=BitsAndBytesConfig(**settings),
+    )
+    quantised = {name for name, parameter in made.named_parameters() if parameter.dtype != torch.float32}
+    assert "language_model.model.layers.0.self_attn.q_proj.base_layer.weight" in quantised
+    assert len(quantised) == 2 * 7  # the projections of attention and feed-forward, in two layers
+    assert all(name.startswith("language_model.model.layers") and "lora_" not in name for name in quantised)
+    assert {made.get_parameter(name).dtype for name in quantised} == {stored}
+
+    before = {name: parameter.detach().clone() for name, parameter in made.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=0.1)
+    batch = inputs(image_token_id=made.config.image_token_id)
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == made.config.image_token_id, -100)
+    made.train()
+    for _ in range(2):  # LoRA's B is zero in the first step, and with it A's gradient
+        made(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, parameter in made.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name, parameter in made.named_parameters() if parameter.requires_grad}
+    assert any("lora_A" in name for name in moved)
+
+
+def test_what_cannot_be_quantised_is_refused(tmp_path):
+    settings = {"quantization_config": {"load_in_8bit": True}}
+    with pytest.raises(ValueError, match="this LlamaForCausalLM is loaded already"):
+        LorgnetteForConditionalGeneration.from_backbones(vision_model(), language_model(), **settings)
+    model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="would quantise the ViT, the Q-Former and LoRA as well"):
+        LorgnetteForConditionalGeneration.from_pretrained(tmp_path, **settings)
