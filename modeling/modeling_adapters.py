@@ -61,16 +61,22 @@ class LanguageModelAdapters:
         detach_lora(self.language_model)
         self.config.lora_config = lora_config
         if lora_config is None:
+            self._name_backbones_anew()
             return
         self._attach_lora()
         for name, parameter in self.language_model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(self.projector.weight)  # its dtype and device
         load_lora_weights(self.language_model, weights)
+        self._name_backbones_anew()
         self.freeze()
         self.train(self.training)  # new layers are in train mode
         if were_off:
             self.disable_adapters()
+
+    def _name_backbones_anew(self) -> None:
+        if self.has_loaded_backbones:  # under another LoRA their weights go by other names
+            self.say_backbones_are_loaded()
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """See [`~LorgnettePreTrainedModel.save_pretrained`].

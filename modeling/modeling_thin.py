@@ -60,7 +60,8 @@ def load_thin(
         ValueError: `quantization_config` for a model that has no language model.
     """
     hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
-    where = hub | {key: kwargs.pop(key) for key in _FOLDER if kwargs.get(key)}
+    folder = {key: kwargs.pop(key, None) for key in _FOLDER}
+    where = hub | {key: value for key, value in folder.items() if value}
     placing = {key: kwargs.pop(key) for key in ("device_map", *_PLACING) if key in kwargs}
     quantization, generation = kwargs.pop("quantization_config", None), kwargs.pop("generation_config", None)
     wished_dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)

@@ -7,6 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 
+_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "lm_adapter/adapter_*")
+
+
 @contextmanager
 def written_whole(folder: str | Path) -> Iterator[Path]:
     """A place to write into; when the block ends without an error its files go into `folder`.
@@ -22,8 +25,9 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(unfinished / file, folder / file)
-    for stale in {*folder.glob("model*.safetensors"), *folder.glob("model*.safetensors.index.json")}:
-        if stale.relative_to(folder) not in files:  # transformers would read it in place of the new ones
+    # transformers would read older shards in place of the new ones, and peft a LoRA that is no longer the model's
+    for stale in {path for pattern in _WEIGHTS for path in folder.glob(pattern)}:
+        if stale.relative_to(folder) not in files:
             stale.unlink()
 
 

@@ -101,7 +101,7 @@ def test_what_came_from_the_hub_is_saved_thin(hub, tmp_path):
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == keys_in(tmp_path / "saved")
     assert not loaded.training
     assert loaded.generation_config.eos_token_id == built.generation_config.eos_token_id
-    assert {path.suffix for path in (tmp_path / "saved").iterdir()} == {".json", ".jinja", ".py", ".safetensors"}
+    assert {path.suffix for path in (tmp_path / "saved").iterdir()} == {".json", ".jinja", ".py", ".safetensors", ""}
 
 
 @pytest.mark.parametrize(("form", "without"), [("thin", ""), ("merged", "peft")])
@@ -342,7 +342,7 @@ def test_a_full_disk_leaves_the_older_save(hub, tmp_path, monkeypatch):
     folder = tmp_path / "saved"
     built.save_pretrained(folder, form="full", max_shard_size="50KB")
     (folder / "notes.txt").write_text("mine")
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     written = []
 
     def break_off(tensors, path, **kwargs):
@@ -355,7 +355,7 @@ def test_a_full_disk_leaves_the_older_save(hub, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             joined(seed=2).save_pretrained(folder, form="thin")
     assert written
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
     assert torch.equal(logits(load(folder)), logits(built))
 
 
@@ -363,7 +363,7 @@ def test_a_save_replaces_shards_of_another_number(hub, tmp_path):
     """transformers leaves `model.safetensors` where shards come, and reads it in their place."""
     first, then = joined(), joined(seed=2)
     assert not torch.equal(logits(first), logits(then))
-    for size in ("20KB", "50GB", "30KB"):
+    for size in ("20KB", "50GB", "25KB"):
         first.save_pretrained(tmp_path, form="full")
         then.save_pretrained(tmp_path, form="thin", max_shard_size=size)
         assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (size != "50GB")
