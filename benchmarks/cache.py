@@ -118,7 +118,7 @@ def epoch(stage: str, options: Options, vision: Path | str, source: Path, output
     given |= {"per_device_train_batch_size": options.batch_size}
     own = {"stage1": {}, "stage2": {"text": options.text, "lora": '{"r": 8}'}}[stage]
     argv = [part for name, value in (RECIPE | given | own).items() for part in (f"--{name}", str(value))]
-    model_args, data_args, training_args = run.parse(stage, arguments, argv, None)
+    model_args, data_args, training_args = run.parse(stage, arguments, argv, None, run.check_arguments)
     trainer = run.train(lambda: module.build(model_args), data_args, training_args)
     shutil.rmtree(output)
     history = trainer.state.log_history

@@ -18,11 +18,12 @@ from transformers import AutoModel, TrainingArguments
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval, LorgnetteProcessor
 from lorgnette.trainer import retrieval
 from lorgnette.trainer.__main__ import COMMANDS, main
-from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, Stage2Arguments
+from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, Stage1Arguments, Stage2Arguments
 from lorgnette.trainer.recipe import parse_recipe
 from lorgnette.trainer.run import check_arguments, checkpoint_to_resume
 
 
+RECIPES = [path for path in Path(__file__).parents[1].glob("recipes/*.yaml") if path.stem != "cache"]
 BASE = ["--vision", "v", "--text", "t", "--dataset", "d", "--use_cpu"]
 
 
@@ -317,11 +318,21 @@ def test_the_module_lists_its_commands_and_a_command_its_options(capsys):
     assert "--learning_rate" in shown
 
 
-@pytest.mark.parametrize("name", ["stage2.yaml", "demo.yaml"])
-def test_the_recipes_that_are_shipped_can_be_read(name):
-    path = Path(__file__).parent.parent / "recipes" / name
-    _, data, training = parse("--config", str(path), *BASE)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_that_are_shipped_can_be_read(path):
+    arguments = {"stage1": Stage1Arguments, "stage2": Stage2Arguments}[path.stem.rpartition("-")[2]]
+    given = ["--vision", "v", "--qformer", "b", "--dataset", "d", "--use_cpu", "--output_dir", "out"]
+    given += ["--text", "t"] if arguments is Stage2Arguments else []
+    _, data, training = parse_recipe(
+        (arguments, DataArguments, TrainingArguments),
+        ["--config", str(path), *given],
+        prog="test",
+        description="",
+        defaults=TRAINING_DEFAULTS,
+        check=check_arguments,
+    )
     assert data.has_eval == (training.eval_strategy != "no")
+    assert training.dataloader_drop_last == (arguments is Stage1Arguments)
 
 
 def test_retrieval_takes_one_picture_a_row():
