@@ -10,7 +10,7 @@ from transformers.utils import PROCESSOR_NAME, TransformersKwargs
 
 from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig
 from .modeling_companions import ProcessorBeside
-from .modeling_forms import in_form, keys_left_out, resolve_form, why_not_thin
+from .modeling_forms import in_form, keys_not_to_miss, resolve_form
 from .modeling_thin import is_thin, load_thin
 from .modeling_whole_folder import written_whole
 
@@ -82,7 +82,7 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     def say_backbones_are_loaded(self) -> None:
         """Called where the backbones hold what was pretrained: from now on a save may leave them out."""
         self.has_loaded_backbones = True
-        self._keys_to_ignore_on_save = keys_left_out(self, "full" if why_not_thin(self) else "thin")
+        self._keys_to_ignore_on_save = keys_not_to_miss(self)
 
     def save_pretrained(
         self,
@@ -108,15 +108,16 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         """
         form = resolve_form(self, form or self._form_to_push)
         hub_kwargs = {name: kwargs.pop(name) for name in _PUSH_KWARGS if name in kwargs}
-        with in_form(self, form) as arguments:
+        state_dict = kwargs.pop("state_dict", None)
+        with in_form(self, form, state_dict) as arguments:
             if is_main_process:
                 with written_whole(save_directory) as folder:
                     if self._processor is not None and not Path(save_directory, PROCESSOR_NAME).exists():
                         self._processor.save_pretrained(folder)
-                    self._save_beside(folder, kwargs.get("state_dict"))
-                    super().save_pretrained(folder, **(kwargs | arguments))
+                    self._save_beside(folder, state_dict)
+                    super().save_pretrained(folder, **kwargs, **arguments)
             else:  # takes part in gathering the weights, and writes nothing
-                super().save_pretrained(save_directory, is_main_process=False, **(kwargs | arguments))
+                super().save_pretrained(save_directory, is_main_process=False, **kwargs, **arguments)
         if push_to_hub:  # a push of its own: transformers' would leave out what was written before its save
             repo_id = hub_kwargs.pop("repo_id", Path(save_directory).resolve().name)
             self.push_to_hub(repo_id, form=form, token=kwargs.get("token"), **hub_kwargs)

@@ -72,42 +72,47 @@ def why_not_thin(model: PreTrainedModel) -> str | None:
     return f"{len(trained)} weights of its backbones train ({trained[0]}, …)" if trained else None
 
 
-def backbone_keys(model: PreTrainedModel) -> set[str]:
-    """Keys of the state dict that come with the backbones: those of the ViT and the LM, not LoRA's."""
-    return {key for key in model.state_dict() if is_backbone_key(model, key)}
-
-
 def is_backbone_key(model: PreTrainedModel, key: str) -> bool:
     """Whether a weight of this name comes with a backbone."""
     return key.split(".", 1)[0] in model.backbones and ".lora_" not in key
 
 
-def keys_left_out(model: PreTrainedModel, form: str) -> set[str]:
-    """What transformers is to leave out of a save (`_keys_to_ignore_on_save`): what the parts themselves never save,
-    and in a thin save the backbones. Trainer reads it too, and does not miss these when it restores a checkpoint."""
-    never = {
+def keys_never_saved(model: PreTrainedModel) -> set[str]:
+    """What the parts themselves leave out of any save, by its name in the whole."""
+    return {
         f"{name}.{key}"
         for name, part in model.named_children()
         for key in getattr(part, "_keys_to_ignore_on_save", None) or ()
     }
-    return never | (backbone_keys(model) if form == "thin" else set())
+
+
+def keys_not_to_miss(model: PreTrainedModel) -> set[str]:
+    """`_keys_to_ignore_on_save`: Trainer does not warn that a checkpoint lacks exactly these when it restores it."""
+    if why_not_thin(model):
+        return keys_never_saved(model)
+    return keys_never_saved(model) | {key for key in model.state_dict() if is_backbone_key(model, key)}
 
 
 @contextmanager
-def in_form(model: PreTrainedModel, form: str) -> Iterator[dict]:
+def in_form(model: PreTrainedModel, form: str, state_dict: dict[str, torch.Tensor] | None) -> Iterator[dict]:
     """Within the block `model.config` and `_keys_to_ignore_on_save` are those of the save; its weights never change.
+
+    Args:
+        state_dict: what Trainer has gathered from several devices, or None.
 
     Yields:
         what `PreTrainedModel.save_pretrained` is to be called with.
     """
-    config, left_out = model.config, model._keys_to_ignore_on_save
-    model.config, model._keys_to_ignore_on_save = copy.deepcopy(config), keys_left_out(model, form)
+    config, not_to_miss = model.config, model._keys_to_ignore_on_save
+    model.config, model._keys_to_ignore_on_save = copy.deepcopy(config), keys_never_saved(model)
     model.config.saved_form = form
     for _, prefix in map(BACKBONES.get, model.backbones):  # a path of this machine is nobody else's business
         getattr(model.config, f"{prefix}_config").name_or_path = getattr(config, f"{prefix}_backbone") or ""
-    arguments: dict = {}
+    arguments: dict = {"state_dict": state_dict}
     try:
         if form == "thin":
+            weights = model.state_dict() if state_dict is None else state_dict
+            arguments["state_dict"] = {key: weights[key] for key in weights if not is_backbone_key(model, key)}
             arguments["save_original_format"] = False  # names as in memory: they are loaded by `load_state_dict`
             if quantizer_of(model) is not None and not quantizer_of(model).pre_quantized:
                 del model.config.text_config.quantization_config  # how this process has loaded it is not what it is
@@ -116,7 +121,7 @@ def in_form(model: PreTrainedModel, form: str) -> Iterator[dict]:
             model.config.lora_config = None
         yield arguments
     finally:
-        model.config, model._keys_to_ignore_on_save = config, left_out
+        model.config, model._keys_to_ignore_on_save = config, not_to_miss
 
 
 def merge_lora(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -142,13 +147,4 @@ def quantizer_of(model: PreTrainedModel):
     return getattr(getattr(model, "language_model", None), "hf_quantizer", None)
 
 
-__all__ = [
-    "BACKBONES",
-    "backbone_keys",
-    "in_form",
-    "is_backbone_key",
-    "keys_left_out",
-    "merge_lora",
-    "resolve_form",
-    "why_not_thin",
-]
+__all__ = ["BACKBONES", "in_form", "is_backbone_key", "keys_not_to_miss", "merge_lora", "resolve_form"]

@@ -24,7 +24,9 @@ _AUTO_CLASSES = {"language_model": AutoModelForCausalLM, "vision_model": AutoMod
 _FOLDER = ("revision", "subfolder")  # of a load, what says where in a repository the thin model's own files are
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "token")  # and how any repository is reached
 _PLACING = ("max_memory", "offload_folder", "offload_buffers")  # go with device_map
-_MOOT = ("_from_auto", "_from_pipeline", "adapter_kwargs", "trust_remote_code", "use_safetensors", "weights_only")
+# what means nothing here: there is one kind of file, and no adapter of its own
+_MOOT = ("_from_auto", "_from_pipeline", "adapter_kwargs", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors",
+         "weights_only")  # fmt: skip
 
 
 def is_thin(name: str | Path | None, config: PreTrainedConfig | None = None, **kwargs: Any) -> bool:
