@@ -300,7 +300,8 @@ def _routes(hub: Hub) -> FastAPI:
             hub.held.set()
             while hub.hold_after is not None and not await request.is_disconnected():
                 await anyio.sleep(0.02)
-            raise HTTPException(400, "The upload was cut off")
+            if await request.is_disconnected():
+                raise HTTPException(400, "The upload was cut off")
         if hashlib.sha256(content).hexdigest() != oid:
             raise HTTPException(400, "The content has another hash")
         hub.objects[oid] = content
