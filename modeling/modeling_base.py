@@ -25,6 +25,7 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     config: LorgnetteBridgeConfig
     base_model_prefix = "lorgnette"
     input_modalities = ("image", "text")
+    model_tags = ["lorgnette", "q-former"]  # noqa: RUF012 (transformers' own; in the card that `push_to_hub` writes)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -2,9 +2,20 @@
 
 import os
 
+import pytest
+
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they save
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """A Hub of the tests' own, on the loopback device."""
+    import hub_server
+
+    with hub_server.running() as server:
+        yield server

@@ -17,6 +17,9 @@ import torch
 from pathlib import Path
 import lorgnette
 assert "site-packages" in lorgnette.__file__ and "wheel-env" in lorgnette.__file__, lorgnette.__file__
+import lorgnette.hub_upload
+from lorgnette.publishing.card import TEMPLATE
+assert TEMPLATE.is_file(), TEMPLATE
 sys.path.insert(0, sys.argv[1])
 import test_save_reload as t
 from datasets import Dataset

@@ -27,6 +27,7 @@ from .feature_cache import check_cache, is_cache
 from .generation import generate_texts, references_of
 from .logs import set_up_logging
 from .metrics import METRICS, figures_of, text_metrics
+from .provenance import hub_dataset
 from .recipe import parse_recipe
 from .stage2 import build
 from .unreadable import leave_out_unreadable
@@ -35,7 +36,7 @@ from .unreadable import leave_out_unreadable
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("lorgnette", "torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "rouge_score")
-_REPORTED = ("model", "model_revision", "dataset", "dataset_config", "dataset_revision", "split",
+_REPORTED = ("model", "model_revision", "dataset", "split",
              "image_column", "text_column", "query_column", "messages_column", "batch_size")  # fmt: skip
 
 
@@ -139,6 +140,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
             "rows": len(results),
             "skipped": 0 if rows_in_all is None else rows_in_all - len(results),
             **{name: getattr(args, name) for name in _REPORTED},
+            **hub_dataset(args),
             "decoding": {"preset": args.decoding, **decoding},
             "device": str(accelerator.device),
             "processes": accelerator.num_processes,

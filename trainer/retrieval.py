@@ -20,6 +20,7 @@ from .feature_cache import COLUMN, check_cache, is_cache
 from .generation import references_of
 from .logs import set_up_logging
 from .metrics import Recall, figures_of
+from .provenance import hub_dataset
 from .recipe import parse_recipe
 from .stage1 import build
 from .unreadable import leave_out_unreadable
@@ -108,6 +109,7 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
         "texts": len(column),
         "skipped": found - len(rows),
         **{name: getattr(args, name) for name in _REPORTED},
+        **hub_dataset(args),
         "device": str(accelerator.device),
         "seconds": round(time.perf_counter() - started, 2),
     }

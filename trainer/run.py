@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,6 +26,7 @@ from .data import load_pairs
 from .feature_cache import check_cache, is_cache
 from .logs import set_up_logging
 from .nan_guard import nan_guard
+from .provenance import write_training_data
 from .recipe import parse_recipe
 from .unreadable import leave_out_unreadable
 
@@ -124,6 +126,9 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
+    if trainer.is_world_process_zero():
+        rows = len(train_dataset) if isinstance(train_dataset, Dataset) else None
+        write_training_data(training_args.output_dir, data_args, data_args.train_split, rows)
     return trainer
 
 

@@ -1,0 +1,137 @@
+"""Publish a trained model: `python hub_upload.py OUT --repo-id me/name`, or [`upload`] from Python.
+
+It exports OUT into a clean folder, tries that as a stranger would, writes its card, refuses what should not be
+published, pushes in one commit and reads the repository back. `--dry-run` does all but the last two, and needs no Hub.
+Log in once with `hf auth login`: the token is huggingface_hub's business, and is neither printed nor saved here.
+"""
+
+import logging
+import sys
+import tempfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, HfApi
+
+from lorgnette.configuration.configuration_lorgnette import FORMS
+from lorgnette.publishing.card import make_card
+from lorgnette.publishing.export import check, export, load
+from lorgnette.publishing.guards import check_card, check_folder
+from lorgnette.publishing.push import check_name, push
+from lorgnette.trainer.logs import set_up_logging
+
+
+logger = logging.getLogger("lorgnette.hub_upload")
+
+
+def prepare(
+    source: str | Path,
+    repo_id: str,
+    folder: str | Path,
+    *,
+    form: str | None = None,
+    license: str | None = None,
+    metrics: tuple[str | Path, ...] = (),
+    picture: str | Path | None = None,
+) -> list[str]:
+    """Fill an empty folder with all that a repository is to hold, and see to it that it works and may be published.
+
+    Args:
+        source: a saved model of either stage, or what Trainer left: a run's folder or a checkpoint.
+        repo_id: `owner/name`, which the card's examples name.
+        folder: where it goes; made where it is not there.
+        form: `"thin"`, `"full"` or `"merged"`, as `save_pretrained` takes it; None leaves it to the model.
+        license: one of the Hub's identifiers; by default the one that the backbones' cards agree on.
+        metrics: `metrics.json` files of `lorgnette.trainer evaluate` or `retrieval`, of this model.
+        picture: the file that the model is tried on; a drawn one by default.
+
+    Returns:
+        the relative paths of the folder's files.
+
+    Raises:
+        FileNotFoundError: no model, no processor, no such metrics or picture.
+        FileExistsError: `folder` is not empty.
+        ValueError: a name that the Hub forbids, a model of another kind, no such form, no licence, metrics of another
+            model, a file that must not be published.
+        RuntimeError: a stranger gets something else from the folder than the model gives here, or nothing.
+    """
+    check_name(repo_id)
+    folder = Path(folder)
+    model, processor = load(source)
+    form = export(model, processor, folder, form)
+    card = make_card(model, processor, repo_id, source, license=license, metrics=metrics, form=form)
+    card.save(folder / "README.md")
+    check_card(folder / "README.md")
+    files = check_folder(folder, private_paths=(source,))
+    logger.info("%s: %d files of the %s form, tried by a stranger now", source, len(files), form)
+    check(model, processor, folder, picture, exact=form != "merged")
+    return files
+
+
+def upload(
+    source: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    form: str | None = None,
+    revision: str | None = None,
+    license: str | None = None,
+    metrics: tuple[str | Path, ...] = (),
+    picture: str | Path | None = None,
+    replace: bool = False,
+) -> CommitInfo:
+    """[`prepare`] a folder and [`~lorgnette.publishing.push.push`] it; see there for arguments and further errors.
+
+    Raises:
+        LocalTokenNotFoundError: nobody is logged in.
+    """
+    check_name(repo_id)
+    HfApi().whoami()  # before minutes of work
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(source, repo_id, folder, form=form, license=license, metrics=metrics, picture=picture)
+        return push(folder, repo_id, private=private, revision=revision, replace=replace)
+
+
+def main(argv: list[str]) -> None:
+    """Do as the command line says; a mistake is one message and status 2."""
+    parser = ArgumentParser(prog="hub_upload.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="OUT", help="a saved lorgnette model, a Trainer's output_dir or a checkpoint")
+    parser.add_argument(
+        "--repo-id", required=True, metavar="OWNER/NAME", help="the repository; made where it is not there"
+    )
+    parser.add_argument("--private", action="store_true", help="make it private, if it is made")
+    parser.add_argument("--form", choices=FORMS, help="as save_pretrained takes it; by default the model decides")
+    parser.add_argument("--revision", help="a branch in place of main; made where it is not there")
+    parser.add_argument("--license", help="the Hub's identifier; by default what the backbones' cards agree on")
+    parser.add_argument(
+        "--metrics", nargs="+", default=(), metavar="metrics.json", help="measured results for the card"
+    )
+    parser.add_argument("--picture", help="what the export is tried on; a drawn picture by default")
+    parser.add_argument(
+        "--replace", action="store_true", help="even if the repository holds something else, which goes"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="export, check and show the card; no Hub is asked")
+    parser.add_argument("--export-dir", help="with --dry-run: where the export stays")
+    args = parser.parse_args(argv)
+    if args.export_dir and not args.dry_run:
+        parser.error("--export-dir goes with --dry-run")
+    set_up_logging(True)
+    shared = {name: getattr(args, name) for name in ("form", "license", "picture")} | {"metrics": tuple(args.metrics)}
+    try:
+        if args.dry_run:
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = Path(args.export_dir or scratch)
+                files = prepare(args.source, args.repo_id, folder, **shared)
+                sizes = [f"{(folder / name).stat().st_size:>15,}  {name}" for name in files]
+                card = (folder / "README.md").read_text(encoding="utf-8")
+            logger.info("%s would hold, in bytes:\n%s\n\n%s", args.repo_id, "\n".join(sizes), card)
+            return
+        options = {name: getattr(args, name) for name in ("private", "revision", "replace")}
+        commit = upload(args.source, args.repo_id, **shared, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    logger.info("%s", commit.commit_url)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,143 @@
+"""A trained folder to a clean one that holds what others need and nothing else, tried as they will use it."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
+
+from ..configuration.configuration_lorgnette import LorgnetteConfig, LorgnetteRetrievalConfig
+from ..modeling.modeling_base import LorgnettePreTrainedModel
+from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
+from ..modeling.modeling_retrieval import LorgnetteForImageTextRetrieval
+from ..processing.processing_lorgnette import LorgnetteProcessor
+from .stranger import look
+
+
+logger = logging.getLogger(__name__)
+
+_CLASSES = {
+    LorgnetteConfig.model_type: LorgnetteForConditionalGeneration,
+    LorgnetteRetrievalConfig.model_type: LorgnetteForImageTextRetrieval,
+}
+
+
+def load(source: str | Path) -> tuple[LorgnettePreTrainedModel, LorgnetteProcessor]:
+    """A saved model of either stage, in eval mode and the dtype it was saved in, and its processor.
+
+    Raises:
+        FileNotFoundError: no such folder, no model in it, no processor beside the model.
+        ValueError: a model of another kind, a processor that does not fit.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        raise FileNotFoundError(f"There is no folder {source}")
+    if not (source / CONFIG_NAME).is_file():
+        checkpoints = sorted(path.name for path in source.glob("checkpoint-*"))
+        hint = f": name one of its checkpoints ({', '.join(checkpoints)})" if checkpoints else ""
+        raise FileNotFoundError(f"{source} holds no model (no {CONFIG_NAME}){hint}")
+    kind = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type")
+    if kind not in _CLASSES:
+        raise ValueError(f"{source} holds a model of type {kind!r}; what is uploaded here is {' or '.join(_CLASSES)}")
+    if not (source / PROCESSOR_NAME).is_file():
+        raise FileNotFoundError(f"{source} holds no {PROCESSOR_NAME}: save the processor beside the model")
+    processor = LorgnetteProcessor.from_pretrained(source)
+    model = _CLASSES[kind].from_pretrained(source).eval()
+    model.check_processor(processor)
+    return model, processor
+
+
+def export(
+    model: LorgnettePreTrainedModel, processor: LorgnetteProcessor, folder: str | Path, form: str | None = None
+) -> str:
+    """Save model, processor and code into an empty `folder`.
+
+    Args:
+        form: `"thin"`, `"full"` or `"merged"`, see [`~LorgnettePreTrainedModel.save_pretrained`]; None leaves it to
+            the model.
+
+    Returns:
+        the form that the folder has.
+
+    Raises:
+        FileExistsError: the folder is not empty.
+        ValueError: no such form, or none that this model can have.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty: an export would be mixed with what is there")
+    model.save_pretrained(folder, form=form)
+    processor.save_pretrained(folder)
+    return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["saved_form"]
+
+
+def check(
+    model: LorgnettePreTrainedModel,
+    processor: LorgnetteProcessor,
+    folder: str | Path,
+    picture: str | Path | None = None,
+    *,
+    exact: bool = True,
+) -> None:
+    """See to it that an exported folder gives strangers what the model gives here.
+
+    A process in which lorgnette cannot be imported and no Hub is reached loads it with `AutoConfig`, `AutoProcessor`,
+    `AutoModel` and, in stage 2, both pipelines, on a picture file.
+
+    Args:
+        picture: a file; a drawn one by default.
+        exact: whether all numbers have to be equal, as they are unless weights were merged. Then they may differ by the
+            square root of the dtype's epsilon, of the largest.
+
+    Raises:
+        RuntimeError: the folder does not load there, or gives something else; with the cause and the numbers.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        here, seen = Path(scratch), Path(scratch) / "seen.safetensors"
+        picture = draw(here / "picture.png") if picture is None else Path(picture).resolve(strict=True)
+        expected = look(model, processor, str(picture))
+        environment = {name: value for name, value in os.environ.items() if name not in _NOT_THEIRS}
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(here / "modules")}
+        stranger = [sys.executable, "-P", str(Path(__file__).with_name("stranger.py"))]
+        finished = subprocess.run(
+            [*stranger, str(Path(folder).resolve()), str(picture), str(seen)],
+            cwd=here,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        if finished.returncode != 0:
+            raise RuntimeError(f"The export does not work where lorgnette is not installed:\n{finished.stderr[-3000:]}")
+        found = load_file(seen)
+    for name, wanted in expected.items():
+        tolerance = 0.0 if exact else torch.finfo(wanted.dtype).eps ** 0.5 * wanted.abs().max().item()
+        difference = (found[name] - wanted).abs().max().item()
+        if not difference <= tolerance:
+            raise RuntimeError(
+                f"The export's {name} differ from the model's by up to {difference:.3g} (allowed: {tolerance:.3g})"
+            )
+    logger.info("a stranger gets the same %s", " and ".join(expected))
+
+
+def draw(path: Path) -> Path:
+    """A house under the sun, 320 x 240, as a PNG file."""
+    image = Image.new("RGB", (320, 240), (140, 190, 240))
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((0, 170, 320, 240), fill=(90, 150, 70))
+    pen.rectangle((110, 100, 210, 200), fill=(190, 90, 60))
+    pen.polygon([(100, 100), (160, 50), (220, 100)], fill=(110, 50, 40))
+    pen.ellipse((240, 20, 290, 70), fill=(250, 220, 80))
+    image.save(path)
+    return path
+
+
+# A login, and where Python would find this checkout
+_NOT_THEIRS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PYTHONPATH")

@@ -1,0 +1,137 @@
+"""What training and evaluation have written down, read for a model's card. What is not there is not told."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+
+from ..trainer.metrics import METRICS, Recall, figures_of
+from ..trainer.provenance import TRAINING_DATA
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured figure."""
+
+    metric: str  # the metric's short name: cider, bleu …
+    figure: str  # what the figure is called: cider, bleu_4 …
+    value: float
+    scale: str
+    dataset: str
+    dataset_id: str | None  # on the Hub
+    dataset_config: str | None
+    dataset_revision: str | None
+    split: str
+    how: str  # decoding, or the way of ranking
+
+
+def training_of(source: str | Path) -> dict[str, Any]:
+    """What is known of a run, by the words for it, in order: of its data, length, settings and losses.
+
+    Args:
+        source: what Trainer saved: a run's folder or a checkpoint of it.
+    """
+    source, told = Path(source), {}
+    data = _json(source / TRAINING_DATA)
+    if data.get("dataset_id"):
+        parts = (data["dataset_id"], data["dataset_config"], data["split"])
+        told["data"] = ", ".join(filter(None, parts))
+    if data.get("rows"):
+        told["rows"] = f"{data['rows']:,}"
+    state = _json(source / TRAINER_STATE_NAME)
+    if state:
+        told["steps"] = f"{state['global_step']:,}"
+        told["epochs"] = f"{state['epoch']:.4g}"
+    if (source / TRAINING_ARGS_NAME).is_file():
+        arguments = vars(_opaque(source / TRAINING_ARGS_NAME))
+        told |= _settings(arguments)
+        if arguments.get("load_best_model_at_end") and state.get("best_global_step"):
+            told["the weights are those of step"] = f"{state['best_global_step']:,}"
+    for name, words in (("loss", "last training loss"), ("eval_loss", "last evaluation loss")):
+        logged = [(entry["step"], entry[name]) for entry in state.get("log_history", ()) if name in entry]
+        if logged:
+            told[words] = f"{logged[-1][1]:.4f} (step {logged[-1][0]:,})"
+    return told
+
+
+def datasets_of(source: str | Path) -> list[str]:
+    """Hub ids of the data that a run learned from."""
+    dataset = _json(Path(source) / TRAINING_DATA).get("dataset_id")
+    return [dataset] if dataset else []
+
+
+def results_of(metrics: str | Path, source: str | Path, repo_id: str) -> list[Result]:
+    """The figures in a `metrics.json` that `lorgnette.trainer evaluate` or `retrieval` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it tells of another model than `source` (or `repo_id` on the Hub), or of weights that have been
+            replaced since.
+    """
+    path, source = Path(metrics), Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no {path}")
+    report = _json(path)
+    measured = report.get("model")
+    if measured is None or (measured != repo_id and Path(measured).resolve() != source.resolve()):
+        raise ValueError(f"{path} tells of the model {measured}, not of {source}")
+    newest = max((file.stat().st_mtime for file in source.glob("*.safetensors")), default=0.0)
+    if measured != repo_id and path.stat().st_mtime < newest:
+        raise ValueError(f"{path} is older than the weights in {source}: measure them again")
+    shared = {
+        "dataset": report.get("dataset_id") or Path(report["dataset"]).name,
+        "dataset_id": report.get("dataset_id"),
+        **{name: report.get(name) for name in ("dataset_config", "dataset_revision", "split")},
+    }
+    return [
+        Result(
+            metric=name if name in METRICS else "recall",
+            figure=figure,
+            value=value,
+            scale=METRICS.get(name, Recall).scale,
+            how=_how(report, name),
+            **shared,
+        )
+        for name, result in report["metrics"].items()
+        for figure, value in figures_of(result).items()
+    ]
+
+
+def _how(report: dict[str, Any], name: str) -> str:
+    if "decoding" not in report:
+        return name.replace("_", " ").replace("itc", "ITC").replace("itm", "ITM")
+    decoding = dict(report["decoding"])
+    return f"{decoding.pop('preset')}: " + ", ".join(f"{field} {value}" for field, value in decoding.items())
+
+
+def _settings(arguments: dict[str, Any]) -> dict[str, str]:
+    """Of training arguments those that a reader would ask for."""
+    told = {}
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "seed"):
+        if name in arguments:
+            told[name.replace("_", " ")] = f"{arguments[name]:g}"
+    if isinstance(schedule := arguments.get("lr_scheduler_type"), _Opaque):
+        told["learning rate schedule"] = schedule.values[0]
+    told["mixed precision"] = "bf16" if arguments.get("bf16") else "fp16" if arguments.get("fp16") else "none"
+    return told
+
+
+class _Opaque:
+    """Stands for an object of whatever class in a pickle: its values are kept, and nothing of its class is run."""
+
+    def __init__(self, *values: Any):
+        self.values = values
+
+
+def _opaque(path: Path) -> _Opaque:
+    """Trainer's pickled arguments, as plain values."""
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    with torch.serialization.safe_globals([(_Opaque, name) for name in names]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

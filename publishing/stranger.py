@@ -1,0 +1,82 @@
+"""Uses an exported folder as somebody who has downloaded it: without lorgnette, without the Hub.
+
+    python -P stranger.py FOLDER PICTURE SEEN.safetensors
+
+[`look`] is all that it shares with the process that checks it, which calls it with the model that was exported.
+"""
+
+import importlib.abc
+import sys
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+
+MAX_NEW_TOKENS = 8
+
+
+class WithoutLorgnette(importlib.abc.MetaPathFinder):
+    """Makes this interpreter one in which lorgnette is not installed."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] == "lorgnette":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@torch.no_grad()
+def look(model: Any, processor: Any, picture: str) -> dict[str, torch.Tensor]:
+    """What a model makes of a picture file and of the prompt that its processor writes.
+
+    Returns:
+        of stage 2 `logits` `(1, S, vocabulary)`, and of stage 1 `states` `(1, Q + T, D)`, what the Q-Former reads in
+        picture and text.
+    """
+    image = processor.load_image(picture)
+    if hasattr(model, "language_model"):
+        inputs = processor(images=[[image]], return_tensors="pt").to(device=model.device, dtype=model.dtype)
+        return {"logits": model(**inputs).logits.cpu().contiguous()}
+    inputs = processor(images=image, text="a picture", return_tensors="pt").to(device=model.device, dtype=model.dtype)
+    text = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
+    features = model.get_vision_features(**inputs).last_hidden_state
+    states = model.qformer(
+        features, encoder_attention_mask=inputs.get("pixel_attention_mask"), **text
+    ).last_hidden_state
+    return {"states": states.cpu().contiguous()}
+
+
+def main(folder: str, picture: str, seen: str) -> None:
+    """Load `folder` by all the ways there are, and write what the model sees.
+
+    Raises:
+        RuntimeError: a pipeline does not answer as the model does, or lorgnette was imported after all.
+    """
+    sys.meta_path.insert(0, WithoutLorgnette())
+
+    from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+
+    trust = {"trust_remote_code": True}
+    config = AutoConfig.from_pretrained(folder, **trust)
+    processor = AutoProcessor.from_pretrained(folder, **trust)
+    model = AutoModel.from_pretrained(folder, **trust).eval()
+    save_file(look(model, processor, picture), seen)
+    if hasattr(config, "text_config"):
+        inputs = processor(images=[[processor.load_image(picture)]], return_tensors="pt").to(dtype=model.dtype)
+        settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
+        settings |= {"eos_token_id": processor.stop_token_ids, "pad_token_id": processor.tokenizer.pad_token_id}
+        tokens = model.generate(**inputs, **settings)
+        answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        del model
+        captions = pipeline("image-to-text", model=folder, **trust)
+        said = captions(picture, generate_kwargs=settings)[0]["generated_text"]
+        if said != answer:
+            raise RuntimeError(f"pipeline('image-to-text') says {said!r}, the model {answer!r}")
+        del captions
+        chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
+        pipeline("image-text-to-text", model=folder, **trust)(text=chat, generate_kwargs=settings)
+    if "lorgnette" in sys.modules:
+        raise RuntimeError("lorgnette was imported: this process proves nothing")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
