@@ -85,9 +85,16 @@ class Hub:
         self.puts: Counter[str] = Counter()  # finished uploads of each
         self.leaks: list[str] = []  # requests that brought a token where none belongs
         self.hold_after: int | None = None  # this many uploads are let through, further ones wait
-        self.held = threading.Event()
+        self.held, self.cut = threading.Event(), threading.Event()  # one waits, one that waited is gone
         self.lock = threading.Lock()
         self.app = _routes(self)
+
+    def hold(self, after: int) -> None:
+        """Let `after` uploads through, and keep further ones waiting until `hold_after` is None again."""
+        self.puts.clear()
+        self.held.clear()
+        self.cut.clear()
+        self.hold_after = after
 
     def repo(self, repo_id: str, token: str | None, write: bool = False) -> Repository:
         """Raises what the Hub answers to somebody who may not see, or not write, a repository."""
@@ -298,10 +305,11 @@ def _routes(hub: Hub) -> FastAPI:
         content = await body(request)
         if hub.hold_after is not None and len(hub.puts) >= hub.hold_after:
             hub.held.set()
-            while hub.hold_after is not None and not await request.is_disconnected():
+            while hub.hold_after is not None:
+                if await request.is_disconnected():
+                    hub.cut.set()
+                    raise HTTPException(400, "The upload was cut off")
                 await anyio.sleep(0.02)
-            if await request.is_disconnected():
-                raise HTTPException(400, "The upload was cut off")
         if hashlib.sha256(content).hexdigest() != oid:
             raise HTTPException(400, "The content has another hash")
         hub.objects[oid] = content

@@ -126,12 +126,12 @@ api.create_commit("me/cut", files, commit_message="all", num_threads=1)
 
 
 def test_an_upload_that_was_cut_off_goes_on(hub, tmp_path):
-    hub.held.clear()
-    hub.puts.clear()
-    hub.hold_after = 1
+    hub.hold(after=1)
     with start_client(hub, tmp_path, "-c", UPLOAD) as process:
         try:
             assert hub.held.wait(60), "no second object came"
+            process.kill()
+            assert hub.cut.wait(60), "the Hub does not see that its client is gone"
         finally:
             process.kill()
             hub.hold_after = None

@@ -320,12 +320,12 @@ def test_a_push_that_was_cut_off_goes_on_and_of_two_at_once_one_is_refused(hub, 
     folder = folder_of(tmp_path / "export")
     for name in ("model", "more"):  # no weights that another test has brought there
         save_file({name: torch.full((5,), 3.0)}, folder / f"{name}.safetensors")
-    hub.held.clear()
-    hub.puts.clear()
-    hub.hold_after = 1
+    hub.hold(after=1)
     with start_client(hub, tmp_path / "me", "-c", PUSH, folder, "me/cut-push", "{}") as process:
         try:
             assert hub.held.wait(120), "no second object came"
+            process.kill()
+            assert hub.cut.wait(60), "the Hub does not see that its client is gone"
         finally:
             process.kill()
             hub.hold_after = None
@@ -337,16 +337,20 @@ def test_a_push_that_was_cut_off_goes_on_and_of_two_at_once_one_is_refused(hub, 
     # the second has looked at the repository when the first commits
     late = folder_of(tmp_path / "late", late__md="Late.")
     save_file({"late": torch.ones(7)}, late / "late.safetensors")
-    hub.held.clear()
-    hub.hold_after = 0
+    hub.hold(after=0)
     with start_client(hub, tmp_path / "me", "-c", PUSH, late, "me/cut-push", "{}") as process:
-        assert hub.held.wait(120), "no object came"
-        (folder / "notes.md").write_text("First.")
-        assert push(hub, tmp_path / "me", folder, "me/cut-push").returncode == 0
-        hub.hold_after = None
-        _, stderr = process.communicate(timeout=120)
+        try:
+            assert hub.held.wait(120), "no object came"
+            (folder / "notes.md").write_text("First.")
+            assert push(hub, tmp_path / "me", folder, "me/cut-push").returncode == 0
+            hub.hold_after = None
+            _, stderr = process.communicate(timeout=120)
+        finally:
+            hub.hold_after = None
+            process.kill()
     assert process.returncode != 0
-    assert "late.md" not in files_of(hub, "me/cut-push"), stderr[-500:]
+    assert "412" in stderr
+    assert "late.md" not in files_of(hub, "me/cut-push")
     assert "notes.md" in files_of(hub, "me/cut-push")
 
 
