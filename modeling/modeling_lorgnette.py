@@ -21,9 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-)
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import TransformersKwargs, is_peft_available, requires_backends
 from transformers.utils.generic import can_return_tuple
 
@@ -38,6 +36,7 @@ from .modeling_outputs_lorgnette import LorgnetteCausalLMOutputWithPast, Lorgnet
 from .modeling_placeholders import PlaceholderBlind, check_context, check_finite, check_placeholders
 from .modeling_qformer import LorgnetteQFormerModel
 from .modeling_qformer_start import QFormerStart
+from .modeling_supervision import supervised_only
 
 
 class LorgnetteForConditionalGeneration(
@@ -382,6 +381,9 @@ class LorgnetteForConditionalGeneration(
             row_index: `(B,)` rows of the data set, for error messages alone.
             kwargs: for the language model (`use_cache`, `num_items_in_batch`, `output_attentions` …).
 
+        Returns:
+            `logits` `(B, S, vocabulary)`; in training with `labels` those of the K positions that any row learns from.
+
         Raises:
             ValueError: placeholders and images that do not match, labels on placeholders, pictures that are not finite;
                 each names the row.
@@ -406,15 +408,18 @@ class LorgnetteForConditionalGeneration(
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if labels is not None:
             check_context(inputs_embeds.shape[1], attention_mask, self.config, row_index)
+        supervision = {"labels": labels}
         if self.training:
             kwargs.setdefault("use_cache", False)  # Trainer turns it off in this config, not in the language model's
+            if labels is not None and not {"logits_to_keep", "shift_labels"} & set(kwargs):
+                supervision = supervised_only(self.language_model, labels)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            labels=labels,
             return_dict=True,
+            **supervision,
             **kwargs,
         )
         loss = outputs.loss

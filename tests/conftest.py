@@ -6,6 +6,7 @@ import pytest
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads cost more than they save
+os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "no")  # figures that no CPU's instructions decide
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -7,9 +7,9 @@ import pytest
 import tiny
 import tiny_models
 from datasets import Dataset, DatasetDict, Features, Image, Value
-from tiny_training import pairs, write_backbones
+from tiny_training import joined, pairs, write_backbones
 
-from benchmarks import cache
+from benchmarks import cache, forms
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +37,16 @@ def test_an_epoch_on_the_cache_is_timed_and_has_the_losses_of_the_pictures(tmp_p
     assert report["stages"]["stage2"]["losses_apart"]["float32"] <= cache.TOLERANCE["float32"]
     assert len(report["stages"]["stage2"]["losses"]) == 1
     assert "stage2: " in capsys.readouterr().out
+
+
+def test_the_forms_are_weighed_and_loaded_and_give_the_same_logits(tmp_path, capsys):
+    vision, text = write_backbones(tmp_path)
+    model, processor = joined((vision, text))
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    options = f"--model {tmp_path}/model --vision {vision} --text {text} --repeats 1 --output {tmp_path}/report.json"
+    assert forms.main(options.split()) == 0, capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())["forms"]
+    assert report["thin"]["bytes"] < report["merged"]["bytes"] <= report["full"]["bytes"]
+    assert all(len(found["seconds"]) == 1 for found in report.values())
+    assert "| `thin` | " in capsys.readouterr().out

@@ -9,9 +9,12 @@ from tiny import picture
 from tiny_sources import cifar_archive
 
 from examples.demo import data, prerequisites, report
-from examples.demo.__main__ import answer, ask_stranger
+from examples.demo.__main__ import ask_stranger
 from examples.demo.evaluation import permutation_test, share_right
 from examples.sources import cifar
+from lorgnette import LorgnetteCollator
+from lorgnette.trainer.decoding import decoding_of
+from lorgnette.trainer.generation import generate_texts
 
 
 CLASSES = ["airplane", "automobile", "frog", "horse", "ship"]
@@ -95,17 +98,18 @@ def test_the_report_holds_the_figures(tmp_path):
     assert Image.open(tmp_path / "loss.png").width > 400
 
 
-def test_a_stranger_answers_as_the_demo_itself_does(tmp_path):
+def test_a_stranger_answers_as_the_evaluation_does(tmp_path):
     model, processor = build()
     for name, parameter in model.named_parameters():  # so that, untrained, it tells pictures apart
         if "crossattention" in name or "projector" in name:
             parameter.data *= 30
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    rows = Dataset.from_list([{"image": picture(seed), "text": "a cat"} for seed in range(3)])
-    answers = answer(tmp_path / "model", rows)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "model")
+    rows = Dataset.from_list([{"image": picture(seed), "text": "a cat", "index": seed} for seed in range(3)])
+    collator, decoding = LorgnetteCollator(processor), decoding_of("greedy", max_new_tokens=8)
+    answers = [text for _, text in generate_texts(model, collator, rows, decoding=decoding, batch_size=3)]
     assert len(set(answers)) > 1
-    assert [told.strip() for told in ask_stranger(tmp_path / "model", rows)] == [a.strip() for a in answers]
+    assert [told.strip() for told in ask_stranger(tmp_path / "model", rows)] == answers
 
 
 def test_each_missing_prerequisite_gets_a_line(monkeypatch):

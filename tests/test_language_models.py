@@ -46,6 +46,24 @@ def test_the_whole_loop(architecture: str, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", TEXT)
+def test_logits_of_supervised_positions_alone_give_the_same_loss_and_gradients(architecture: str):
+    built, batch = model(text=architecture).train(), inputs()
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == built.config.image_token_id, -100)
+    labels[0, :11] = labels[1, :13] = -100
+    losses, gradients = [], []
+    for keep in ({}, {"logits_to_keep": 0}):  # 0: all of them
+        torch.manual_seed(0)  # dropout
+        outputs = built(**batch, labels=labels, num_items_in_batch=6, **keep)
+        built.zero_grad()
+        outputs.loss.backward()
+        losses.append(outputs.loss)
+        gradients.append({name: p.grad.clone() for name, p in built.named_parameters() if p.requires_grad})
+        assert outputs.logits.shape[1] == (15 if keep else 4)  # what 10 to 13 say of 11 to 14
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("architecture", TEXT)
 def test_cached_decoding_equals_a_full_pass(architecture: str):
     """The greedy continuation, token by token through the cache, is what a pass without a cache predicts."""
     built, batch = model(text=architecture), inputs(rows=1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, InitProcessGroupKwargs
 from datasets import Dataset, DatasetDict, List, Value
 from tqdm.auto import tqdm
 
@@ -28,6 +28,7 @@ from .feature_cache import (
     vision_settings,
 )
 from .logs import set_up_logging
+from .precision import default_mixed_precision
 from .recipe import parse_recipe
 from .unreadable import REPORT, find_unreadable, report_unreadable
 from .vision_tower import FeatureEncoder, load_tower
@@ -78,22 +79,29 @@ def write_cache(vision: VisionArguments, source: SourceArguments, args: CacheArg
         FileNotFoundError: no such data set.
         ValueError: a column that is missing or in the way; for pictures see [`FeatureEncoder`].
     """
-    state = PartialState(timeout=timedelta(days=7))  # whoever is through waits for the slowest
-    set_up_logging(state.is_main_process)
+    accelerator = Accelerator(
+        mixed_precision=default_mixed_precision(),
+        # whoever is through waits for the slowest
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
+    set_up_logging(accelerator.is_main_process)
     tower, image_processor = load_tower(vision)
-    tower.to(state.device)
+    tower.to(accelerator.device)
     encoder = FeatureEncoder(
         tower, image_processor, getattr(torch, args.dtype), args.batch_size, args.dataloader_num_workers
     )
     folder = Path(args.output_dir).expanduser()
-    with state.main_process_first():
+    with accelerator.main_process_first():
         splits, fingerprints = load_splits(source, args.splits)
-        settings = _settings(source, args, encoder, splits) | {"dataset_fingerprints": fingerprints}
+        settings = _settings(source, args, encoder, splits) | {
+            "mixed_precision": accelerator.mixed_precision,
+            "dataset_fingerprints": fingerprints,
+        }
         metadata = _begin(folder, settings, encoder, splits)
 
     planned = [(split, *shard) for split in splits for shard in planned_shards(folder, metadata, split)]
     todo = [(split, path, rows) for split, path, rows in planned if open_shard(path, len(rows)) is None]
-    state.wait_for_everyone()  # nobody writes while another still looks at what is there
+    accelerator.wait_for_everyone()  # nobody writes while another still looks at what is there
     if metadata["complete"] and not todo:
         logger.info("%s is complete and has these settings: there is nothing left to do", folder)
         return
@@ -101,12 +109,13 @@ def write_cache(vision: VisionArguments, source: SourceArguments, args: CacheArg
         logger.info("%d of %d shards are whole already", len(planned) - len(todo), len(planned))
 
     datasets.disable_progress_bars()  # one for each part of each shard
-    start, mine = time.monotonic(), todo[state.process_index :: state.num_processes]
-    with tqdm(total=sum(len(rows) for *_, rows in mine), unit="row", disable=not state.is_main_process) as progress:
+    start, mine = time.monotonic(), todo[accelerator.process_index :: accelerator.num_processes]
+    progress = tqdm(total=sum(len(rows) for *_, rows in mine), unit="row", disable=not accelerator.is_main_process)
+    with progress, accelerator.autocast():
         for split, path, rows in mine:
             _write_shard(splits[split].select(rows, keep_in_memory=True), source.image_column, encoder, path, progress)
-    state.wait_for_everyone()
-    if state.is_main_process:
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
         _write_metadata(folder, metadata | {"complete": True})
         seconds, rows = time.monotonic() - start, sum(len(rows) for *_, rows in todo)
         length, width = encoder.shape

@@ -26,6 +26,7 @@ from .data import load_pairs
 from .feature_cache import check_cache, is_cache
 from .logs import set_up_logging
 from .nan_guard import nan_guard
+from .precision import default_mixed_precision, has_bf16_hardware
 from .provenance import write_training_data
 from .recipe import parse_recipe
 from .unreadable import leave_out_unreadable
@@ -47,8 +48,12 @@ def parse(
         argv,
         prog=f"python -m lorgnette.trainer {stage}",
         description=description or "",
-        # Trainer refuses bf16 on a machine without an accelerator unless it is told that the CPU is meant.
-        defaults=TRAINING_DEFAULTS | {"use_cpu": not torch.accelerator.is_available()},
+        defaults=TRAINING_DEFAULTS
+        | {
+            # Trainer refuses bf16 on a machine without an accelerator unless it is told that the CPU is meant.
+            "use_cpu": not torch.accelerator.is_available(),
+            "bf16": default_mixed_precision() == "bf16",
+        },
         check=check,
     )
 
@@ -208,8 +213,11 @@ def _say_what_runs(args: TrainingArguments) -> None:
     set_up_logging(args.should_log)
     transformers_logging.set_verbosity(args.get_process_log_level())
     if args.device.type == "cpu" and args.should_log:
-        slow = " bf16 may be many times slower there than --bf16 false." if args.bf16 else ""
-        logger.warning(f"No GPU is used: training runs on the CPU.{slow}")
+        slow = " It has no bf16 instructions: --bf16 false may be many times as fast."
+        logger.warning(
+            f"No GPU is used: training runs on the CPU, in {'bf16' if args.bf16 else 'fp32'}."
+            f"{slow if args.bf16 and not has_bf16_hardware() else ''}"
+        )
 
 
 def _log_sizes(model: torch.nn.Module) -> None:

@@ -16,9 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from datasets import Dataset
-from tqdm import tqdm
 
 from ..sources import backbones
 from ..sources.cifar import PICTURES
@@ -30,7 +28,8 @@ from .evaluation import permutation_test, share_right
 HERE = Path(__file__).parent
 RECIPES = {"stage1": "recipes/demo-stage1.yaml", "stage2": "recipes/demo-stage2.yaml"}
 SHEET = 40  # held-out pictures that the stranger captions: the first eight of each class
-BATCH = 32
+REPO_ID = "me/lorgnette-demo"  # that the export's card speaks of; nothing is uploaded
+LICENSE = "other"  # of the export: its parts have several, which the report lists
 BACKBONES = {
     "vision": (backbones.VISION, backbones.vision_folder),
     "text": (backbones.TEXT, backbones.text_folder),
@@ -54,52 +53,60 @@ class Stopwatch:
 
 def main(argv: list[str]) -> int:
     args, training_options = parse(argv)
-    names = ("model", "report", "pictures", "features", "stage1")
-    model_folder, sheet_folder, pictures_folder, features_folder, stage1_folder = (args.output / name for name in names)
-    for folder in (model_folder, sheet_folder, pictures_folder, features_folder, stage1_folder):
+    names = ("pictures", "features", "stage1", "model", "evaluation", "export", "report")
+    folders = {name: args.output / name for name in names}
+    for folder in folders.values():
         shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
-    sheet_folder.mkdir(parents=True)
+    folders["report"].mkdir(parents=True)
     phase = Stopwatch()
 
     with phase("backbones: downloaded once, then from the cache"):
         sources, pieces = resolve_backbones(args)
     with phase("pictures: CIFAR-10, downloaded once, then from the cache"):
-        test = data.build(args.cache, pictures_folder)["test"]
+        test = data.build(args.cache, folders["pictures"])["test"]
         pieces.append(piece("pictures", PICTURES))
 
+    vision, pictures, trainer = ["--vision", sources["vision"]], ["--dataset", folders["pictures"]], "lorgnette.trainer"
+    features, model = ["--dataset", folders["features"]], folders["model"]
+    figures = folders["evaluation"] / "metrics.json"
     commands = {
-        "cache": ["--vision", sources["vision"], "--dataset", pictures_folder, "--splits", "train", "validation"],
-        "stage1": ["--vision", sources["vision"], "--qformer", sources["qformer"], "--dataset", features_folder],
-        "stage2": ["--vision", sources["vision"], "--text", sources["text"], "--qformer", stage1_folder,
-                   "--dataset", features_folder],
+        "cache: what the frozen ViT sees": [
+            "-m", trainer, "cache", *vision, *pictures, "--splits", "train", "validation",
+            "--output_dir", folders["features"],
+        ],
+        "stage 1: the Q-Former learns to see": [
+            "-m", trainer, "stage1", "--config", RECIPES["stage1"], *vision, "--qformer", sources["qformer"], *features,
+            "--output_dir", folders["stage1"],
+        ],
+        "stage 2: the language model learns to say it": [
+            "-m", trainer, "stage2", "--config", RECIPES["stage2"], *vision, "--text", sources["text"],
+            "--qformer", folders["stage1"], *features, *training_options, "--output_dir", model,
+        ],
+        f"evaluation: {len(test)} held-out pictures": [
+            "-m", trainer, "evaluate", "--model", model, *pictures, "--metrics", "exact_match", "--decoding", "greedy",
+            "--max_new_tokens", "8", "--batch_size", "32", "--output_dir", folders["evaluation"],
+        ],
+        "export: a clean folder, tried by a stranger, with a card": [
+            "hub_upload.py", model, "--repo-id", REPO_ID, "--license", LICENSE, "--metrics", figures,
+            "--dry-run", "--export-dir", folders["export"],
+        ],
     }  # fmt: skip
-    bf16 = ["--bf16", "true"] if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else []
-    for name, recipe in RECIPES.items():
-        commands[name] = ["--config", recipe, *commands[name], *bf16]
-    commands["stage2"] += training_options
-    folders = {"cache": features_folder, "stage1": stage1_folder, "stage2": model_folder}
-    phases = {
-        "cache": "cache: what the frozen ViT sees",
-        "stage1": "stage 1: the Q-Former learns to see",
-        "stage2": "stage 2: the language model learns to say it",
-    }
-    for name, options in commands.items():
-        commands[name] = ["-m", "lorgnette.trainer", name, *map(str, options), "--output_dir", str(folders[name])]
-        with phase(phases[name]):
-            subprocess.run([sys.executable, *commands[name]], check=True)
+    for title, command in commands.items():
+        with phase(title):
+            subprocess.run([sys.executable, *map(str, command)], check=True)
 
-    with phase(f"evaluation: {len(test)} held-out pictures"):
-        answers, truths = answer(model_folder, test), test["text"][:]
-        verdict, per_class = permutation_test(answers, truths), share_right(answers, truths)
-
+    lines = (folders["evaluation"] / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    answers, truths = [json.loads(line)["prediction"] for line in lines], test["text"][:]
+    verdict, per_class = permutation_test(answers, truths), share_right(answers, truths)
     with phase(f"a stranger: a process without lorgnette captions {SHEET} of them"):
         shown = test.select(range(SHEET))
-        told = ask_stranger(model_folder, shown)
+        told = ask_stranger(folders["export"], shown)
         agree = sum(a.strip() == b.strip() for a, b in zip(told, answers, strict=False))
 
-    logs = {name: json.loads((folders[name] / "trainer_state.json").read_text(encoding="utf-8")) for name in RECIPES}
-    report.curves({name: log["log_history"] for name, log in logs.items()}, sheet_folder / "loss_curve.png")
-    report.contact_sheet(shown["image"][:], shown["text"][:], told, sheet_folder / "contact_sheet.png")
+    runs = {"stage1": folders["stage1"], "stage2": model}
+    logs = {name: json.loads((run / "trainer_state.json").read_text(encoding="utf-8")) for name, run in runs.items()}
+    report.curves({name: log["log_history"] for name, log in logs.items()}, folders["report"] / "loss_curve.png")
+    report.contact_sheet(shown["image"][:], shown["text"][:], told, folders["report"] / "contact_sheet.png")
     settings = {
         "classes": ", ".join(data.CLASSES),
         "pictures trained on": data.TRAIN * len(data.CLASSES),
@@ -108,11 +115,18 @@ def main(argv: list[str]) -> int:
         "the stranger's answers that equal the evaluation's": f"{agree} of {SHEET}",
         "the contact sheet shows": f"the first {SHEET // len(data.CLASSES)} held-out pictures of each class",
     }
-    lines = [shlex.join(["python", *command]) for command in (["-m", "examples.demo", *argv], *commands.values())]
-    text = report.markdown(verdict, per_class, pieces, lines, phase.seconds, settings)
-    (sheet_folder / "report.md").write_text(text, encoding="utf-8")
+    run = [["-m", "examples.demo", *argv], *commands.values()]
+    text = report.markdown(
+        verdict,
+        per_class,
+        pieces,
+        [shlex.join(["python", *map(str, command)]) for command in run],
+        phase.seconds,
+        settings,
+    )
+    (folders["report"] / "report.md").write_text(text, encoding="utf-8")
 
-    say(f"=== {sum(phase.seconds.values()):.0f} s in all; model: {model_folder}; report: {sheet_folder / 'report.md'}")
+    say(f"=== {sum(phase.seconds.values()):.0f} s in all; model: {model}; report: {folders['report'] / 'report.md'}")
     say(f"the stranger's answers equal the evaluation's on {agree} of {SHEET} pictures")
     say(str(verdict))
     if agree < SHEET:
@@ -160,24 +174,6 @@ def piece(name: str, archive: Archive) -> tuple[str, str, str]:
     """A line of the report's table of pieces."""
     registry = {"pypi": "PyPI", "npm": "npm"}[archive.registry]
     return f"{name}: {archive.content}", f"{registry}, {archive.name} {archive.version}", archive.licence
-
-
-@torch.inference_mode()
-def answer(model_folder: Path, rows: Dataset) -> list[str]:
-    """The saved model's answer to each picture, by greedy decoding, with this package's own classes."""
-    from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
-
-    processor = LorgnetteProcessor.from_pretrained(model_folder)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    model = LorgnetteForConditionalGeneration.from_pretrained(model_folder).to(device).eval()
-    answers = []
-    for start in tqdm(range(0, len(rows), BATCH), desc="answering", unit="batch"):
-        images = rows[start : start + BATCH]["image"]
-        prompts = [processor.build_prompt()] * len(images)
-        inputs = processor(images=images, text=prompts, return_tensors="pt").to(device)
-        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)  # prompt and continuation
-        answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answers
 
 
 def ask_stranger(model_folder: Path, rows: Dataset) -> list[str]:

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from datasets import load_from_disk
 
 from ..demo.report import PACKAGES as SHOWN
@@ -109,7 +108,6 @@ def take_steps(row: Row, steps: Steps, sources: Mapping[str, str], cache: Path) 
         if stage == "stage2" or row.stage1:
             command = ["lorgnette.trainer", stage, "--config", str(RECIPES / f"quality-{row.dataset}-{stage}.yaml")]
             command += [*vision, *text, "--qformer", qformer, "--dataset", features, *told[stage]]
-            command += ["--bf16", "true"] if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else []
             qformer = step(stage, command)
 
     for split in task.tests:
