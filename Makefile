@@ -1,6 +1,7 @@
 # make demo   real backbones, real photographs, training, and a stranger who captions: about ten minutes on two CPU cores
 # make quality-cifar, quality-emoji, …   what examples/quality measures, a row each; into results/quality and README.md
 # make test   the test suite; make lint: the linter
+# make conformance   transformers' own common tests, on our classes and on BLIP-2
 #
 # All work in a fresh clone: the virtual environment is made first.
 
@@ -20,11 +21,13 @@ ARGS ?=
 
 # Threads that wait sleep, rather than spin: a little slower on an idle machine, much faster on a shared one
 export OMP_WAIT_POLICY ?= PASSIVE
+# Large pages where glibc has them (elsewhere this is ignored): page faults are what costs in many virtual machines
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-gpu lint prerequisites prerequisites-demo
+.PHONY: demo test test-gpu conformance lint prerequisites prerequisites-demo
 
 demo: prerequisites-demo $(VENV)/installed
 	$(BIN)/python -m examples.demo --cache "$(CACHE)" --output "$(OUTPUT)" $(if $(VISION),--vision "$(VISION)") \
@@ -37,6 +40,9 @@ quality-%: prerequisites-demo $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(ARGS)
+
+conformance: $(VENV)/installed
+	$(BIN)/python -m conformance --cache "$(CACHE)" $(ARGS)
 
 # those tests alone that need CUDA; skipped, with the reason, where there is none
 test-gpu: $(VENV)/installed

@@ -1,0 +1,151 @@
+"""Tiny random models in the form that transformers' testers take: ours and BLIP-2's, of the same parts and sizes."""
+
+from typing import Any, ClassVar
+
+import torch
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    ViTConfig,
+)
+
+from lorgnette import (
+    LorgnetteConfig,
+    LorgnetteForConditionalGeneration,
+    LorgnetteForImageTextRetrieval,
+    LorgnetteQFormerConfig,
+    LorgnetteQFormerModel,
+    LorgnetteRetrievalConfig,
+)
+
+
+WIDTH, HEADS, LAYERS, VOCABULARY = 32, 4, 2, 99
+IMAGE, PATCH, QUERIES, TEXT = 32, 8, 4, 10
+PATCHES = (IMAGE // PATCH) ** 2
+BATCH = 3
+
+_ENCODER = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 37,
+}
+_VISION = _ENCODER | {"image_size": IMAGE, "patch_size": PATCH}
+_WORDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_QFORMER = _ENCODER | {"encoder_hidden_size": WIDTH, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
+
+
+class Tester:
+    """What the mixins ask of every model tester; `parent` is the test case."""
+
+    model_class: type
+    batch_size, is_training = BATCH, True
+    hidden_size, num_hidden_layers, num_attention_heads = WIDTH, LAYERS, HEADS
+    image_size, patch_size, num_channels = IMAGE, PATCH, 3
+
+    def __init__(self, parent: Any):
+        self.parent = parent
+
+    def get_config(self) -> PreTrainedConfig:
+        raise NotImplementedError
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
+        return self.get_config(), self.inputs()
+
+
+class GenerationTester(Tester):
+    """Stage 2: `(B, Q + T)` tokens, of which the first Q are an image's placeholders."""
+
+    seq_length = encoder_seq_length = QUERIES + TEXT
+    image_token_id = VOCABULARY - 1
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        words = torch.randint(3, VOCABULARY - 2, (BATCH, TEXT))
+        image = torch.full((BATCH, QUERIES), self.image_token_id)
+        input_ids = torch.cat([image, words], dim=1)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "pixel_values": torch.rand(BATCH, 3, IMAGE, IMAGE),
+        }
+
+
+class LorgnetteTester(GenerationTester):
+    model_class = causal_lm_class = LorgnetteForConditionalGeneration
+    lora: ClassVar[dict[str, Any] | None] = None
+
+    def get_config(self) -> LorgnetteConfig:
+        return LorgnetteConfig(
+            vision_config=ViTConfig(**_VISION),
+            qformer_config=LorgnetteQFormerConfig(**_QFORMER),
+            text_config=LlamaConfig(**_ENCODER, **_WORDS, max_position_embeddings=128),
+            num_query_tokens=QUERIES,
+            image_token_id=self.image_token_id,
+            lora_config=self.lora,
+        )
+
+
+class LorgnetteWithLoraTester(LorgnetteTester):
+    lora: ClassVar = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+
+
+class Blip2Tester(GenerationTester):
+    model_class = causal_lm_class = Blip2ForConditionalGeneration
+
+    def get_config(self) -> Blip2Config:
+        opt = {name: value for name, value in _ENCODER.items() if name != "intermediate_size"}
+        text = OPTConfig(**opt, **_WORDS, ffn_dim=37, word_embed_proj_dim=WIDTH, max_position_embeddings=128)
+        return Blip2Config(
+            vision_config=Blip2VisionConfig(**_VISION),
+            qformer_config=Blip2QFormerConfig(**_QFORMER),
+            text_config=text,
+            num_query_tokens=QUERIES,
+            image_token_index=self.image_token_id,
+        )
+
+
+class RetrievalTester(Tester):
+    """Stage 1: `(B, T)` texts, each another, beside as many pictures."""
+
+    model_class = LorgnetteForImageTextRetrieval
+    seq_length = encoder_seq_length = TEXT
+
+    def get_config(self) -> LorgnetteRetrievalConfig:
+        return LorgnetteRetrievalConfig(
+            vision_config=ViTConfig(**_VISION),
+            qformer_config=LorgnetteQFormerConfig(**_QFORMER, use_qformer_text_input=True, dec_token_id=VOCABULARY - 1),
+            num_query_tokens=QUERIES,
+            image_text_hidden_size=16,
+        )
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        input_ids = torch.randint(3, VOCABULARY - 2, (BATCH, TEXT))
+        pixel_values = torch.rand(BATCH, 3, IMAGE, IMAGE)
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pixel_values}
+
+
+class QFormerTester(Tester):
+    """The Q-Former with its text half: `(B, L, E)` features and `(B, T)` texts."""
+
+    model_class = LorgnetteQFormerModel
+    seq_length = encoder_seq_length = QUERIES + TEXT
+
+    def get_config(self) -> LorgnetteQFormerConfig:
+        return LorgnetteQFormerConfig(**_QFORMER, use_qformer_text_input=True, num_query_tokens=QUERIES)
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        input_ids = torch.randint(3, VOCABULARY, (BATCH, TEXT))
+        features = torch.rand(BATCH, PATCHES + 1, WIDTH)
+        return {
+            "encoder_hidden_states": features,
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+        }

@@ -1,0 +1,69 @@
+"""`ModelTesterMixin`, `TrainingTesterMixin` and `ConfigTester` on our models, and on BLIP-2 beside them."""
+
+import unittest
+
+import torch
+from transformers_tests.test_configuration_common import ConfigTester
+from transformers_tests.test_modeling_common import ModelTesterMixin
+from transformers_tests.test_training_mixin import TrainingTesterMixin
+
+from conformance.models import (
+    Blip2Tester,
+    GenerationTester,
+    LorgnetteTester,
+    LorgnetteWithLoraTester,
+    QFormerTester,
+    RetrievalTester,
+    Tester,
+)
+
+
+class Common(ModelTesterMixin):
+    """What all have: the tester, and the config's tests."""
+
+    tester: type[Tester]
+    _is_composite = True
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.all_model_classes = (cls.tester.model_class,)
+
+    def setUp(self) -> None:
+        torch.manual_seed(0)
+        self.model_tester = self.tester(self)
+
+    def test_config(self) -> None:
+        config_class = self.model_tester.model_class.config_class
+        ConfigTester(self, config_class=config_class, has_text_modality=False).run_common_tests()
+
+
+class Generation(Common, TrainingTesterMixin):
+    tester: type[GenerationTester]
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
+        if return_labels:  # the mixin knows who takes labels by the names of models in transformers
+            image = inputs["input_ids"] == self.model_tester.image_token_id
+            inputs["labels"] = inputs["input_ids"].masked_fill(image, -100)
+        return inputs
+
+
+class LorgnetteTest(Generation, unittest.TestCase):
+    tester = LorgnetteTester
+
+
+class LorgnetteWithLoraTest(Generation, unittest.TestCase):
+    tester = LorgnetteWithLoraTester
+
+
+class Blip2Test(Generation, unittest.TestCase):
+    tester = Blip2Tester
+
+
+class RetrievalTest(Common, unittest.TestCase):
+    tester = RetrievalTester
+
+
+class QFormerTest(Common, unittest.TestCase):
+    tester = QFormerTester
+    _is_composite = False

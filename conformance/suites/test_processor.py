@@ -1,0 +1,28 @@
+"""`ProcessorTesterMixin` on our processor, of a tiny tokenizer and a ViT's image processor."""
+
+import unittest
+
+from tiny import chat_tokenizer, image_processor
+from transformers_tests.test_processing_common import ProcessorTesterMixin
+
+from lorgnette import LorgnetteProcessor
+
+
+class ProcessorTest(ProcessorTesterMixin, unittest.TestCase):
+    processor_class = LorgnetteProcessor
+
+    @classmethod
+    def _setup_image_processor(cls):
+        return image_processor()
+
+    @classmethod
+    def _setup_tokenizer(cls):
+        return chat_tokenizer()
+
+    @classmethod
+    def _setup_qformer_tokenizer(cls):
+        return None
+
+    @staticmethod
+    def prepare_processor_dict() -> dict:
+        return {"num_query_tokens": 4}
