@@ -229,6 +229,16 @@ def test_a_folder_that_is_no_model(trained, tmp_path):
         ("a.json", b'{"url": "https://me:secret@example.org"}', "a password in a URL"),
         ("a.json", b'{"path": "/home/somebody/models/vit"}', "a path of this machine, in line 1: /home/somebody"),
         ("a.json", b'{"path": "C:\\\\Users\\\\somebody\\\\vit"}', "a path of this machine"),
+        ("a.json", b'{"of": [{"path": "/mnt/disk/me/vit"}]}', "a path of this machine: /mnt/disk/me/vit"),
+        ("a.json", b'{"path": "/workspace/vit/"}', "a path of this machine: /workspace/vit/"),
+        ("a.json", b'{"path": "D:\\\\models\\\\vit"}', "a path of this machine: D:"),
+        ("a.json", b'{"path": "file:///scratch/x"}', "a path of this machine: file:///scratch/x"),
+        ("a.json", b'["~/models/vit"]', "a path of this machine: ~/models/vit"),
+        ("a.json", b"{", "no JSON"),
+        ("tokenizer.model", pickle.dumps([1]), "tokenizer.model: a pickle"),
+        ("tokenizer.model", b"PK\x03\x04", "tokenizer.model: a pickle"),
+        ("new.safetensors", save({}, {"from": "/mnt/disk/me"}), "new.safetensors: a path of this machine"),
+        ("new.safetensors", save({}, {"by": "hf_" + "a" * 34}), "new.safetensors: a Hugging Face token"),
     ],
 )
 def test_what_must_not_be_published(tmp_path, name, content, message):
@@ -249,9 +259,23 @@ def test_a_link_out_of_the_folder_and_the_source_s_own_path(tmp_path):
     with pytest.raises(ValueError, match=r"inside\.json: a link"):
         check_folder(folder)
     (folder / "inside.json").unlink()
-    (folder / "a.json").write_text(json.dumps({"dataset": str(tmp_path / "out" / "data")}))
-    with pytest.raises(ValueError, match="a path of this machine"):
-        check_folder(folder, private_paths=(tmp_path / "out",))
+    for path in (tmp_path / "out" / "data", tmp_path / "out"):
+        (folder / "notes.md").write_text(f"Made in {path}, then copied.")
+        with pytest.raises(ValueError, match=r"notes\.md: a path of this machine, in line 1"):
+            check_folder(folder, private_paths=(tmp_path / "out",))
+    (folder / "notes.md").write_text(f"Made in {tmp_path / 'output'}.")
+    check_folder(folder, private_paths=(tmp_path / "out", "/root"))
+
+
+def test_what_only_looks_like_a_path_is_published(tmp_path):
+    folder = folder_of(tmp_path / "export")
+    words = ["/", "//", "</s>", "/root", "and/or/else", "/no_think", "me/vit", "https://hf.co/me/vit", "~"]
+    template = "{% for m in messages %}\n/usr/lib/x\n{% endfor %}"
+    auto_map = {"AutoModel": "me/repo--modeling_x.Model"}
+    (folder / "tokenizer_config.json").write_text(json.dumps([words, {"chat_template": template}, auto_map]))
+    (folder / "tokenizer.json").write_text(json.dumps({"merges": ["/usr/bin", "/a/b"], "vocab": {"/usr/lib/x": 1}}))
+    (folder / "vocab.json").write_text(json.dumps({"/root": 1, "C:/": 2}))
+    assert "vocab.json" in check_folder(folder, private_paths=("/root",))
 
 
 def test_an_export_that_answers_otherwise_is_found_out(trained, tmp_path, monkeypatch):
