@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, get_token
+from huggingface_hub.constants import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
-from transformers.utils import CONFIG_NAME
 
 
 # All that a saved model, its processor, its code and its card consist of
@@ -69,7 +69,7 @@ def check_card(card: str | Path) -> None:
     """
     if not Path(card).is_file():
         raise FileNotFoundError(f"There is no card {card}")
-    if not ModelCard.load(Path(card)).data.license:
+    if ModelCard.load(Path(card)).data.license in (None, "", "unknown"):
         raise ValueError(f"{card} names no licence")
 
 
@@ -83,7 +83,7 @@ def _objections(path: Path, folder: Path) -> Iterator[str]:
         yield f"not of a model, which consists of {', '.join(_KINDS)} files (pickles can run code)"
     elif path.suffix == ".safetensors":
         try:
-            with safe_open(path, framework="pt"):
+            with safe_open(path, framework="np"):
                 pass
         except SafetensorError as error:
             yield f"no safetensors file ({error})"
@@ -105,7 +105,7 @@ def _objections(path: Path, folder: Path) -> Iterator[str]:
 def _betrayed(path: Path, private_paths: set[str]) -> Iterator[str]:
     """What a file tells that it should not."""
     if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
         yield from _betrayed_by_text("\n".join(metadata.values()), private_paths)
         yield from _paths_among(metadata)

@@ -30,7 +30,7 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 
-MAX_REQUESTS, MAX_BYTES, MAX_SECONDS, MAX_REPOS = 5000, 64 * 2**20, 900, 50
+MAX_REQUESTS, MAX_BYTES, MAX_SECONDS, MAX_REPOS = 5000, 64 * 2**20, 3600, 50
 PAGE = 20  # entries of a tree a page; the Hub's has 1,000
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".pkl")
 TOKENS = {"token-of-me": "me", "token-of-them": "them"}
