@@ -127,13 +127,13 @@ def train(
     )
     if prepare is not None:
         prepare(trainer)
+    if trainer.is_world_process_zero():  # now: a run that is cut off leaves checkpoints
+        rows = len(train_dataset) if isinstance(train_dataset, Dataset) else None
+        write_training_data(training_args.output_dir, data_args, data_args.train_split, rows)
     with nan_guard(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        rows = len(train_dataset) if isinstance(train_dataset, Dataset) else None
-        write_training_data(training_args.output_dir, data_args, data_args.train_split, rows)
     return trainer
 
 
