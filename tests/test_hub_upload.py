@@ -4,12 +4,15 @@ import json
 import pickle
 import re
 import runpy
+import shutil
+import socket
+import subprocess
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from hub_server import Blob, run_client, start_client
+from hub_server import Blob, Hub, run_client, start_client
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save, save_file
 from tiny import bert_tokenizer, image_processor, picture
@@ -20,13 +23,16 @@ from lorgnette import LorgnetteForImageTextRetrieval, LorgnetteProcessor
 from lorgnette.hub_upload import main, prepare
 from lorgnette.publishing.export import check, draw, load
 from lorgnette.publishing.guards import check_folder
+from lorgnette.publishing.push import _identity as identity
+from lorgnette.publishing.push import push as push_here
 from lorgnette.publishing.stranger import look
 from lorgnette.trainer.__main__ import main as run_command
 
 
 UPLOAD = Path(__file__).parents[1] / "hub_upload.py"
 PUSH = """
-import json, sys
+import json, logging, sys
+logging.basicConfig(level="INFO")
 from lorgnette.publishing.push import push
 print(push(*sys.argv[1:3], **json.loads(sys.argv[3])).oid)
 """
@@ -169,13 +175,14 @@ def test_a_stage_1_folder_is_prepared(tmp_path, capsys):
     assert re.match(r"tensor\(\[\[.*, .*\]\]\)", capsys.readouterr().out)
 
 
-def test_the_form_is_passed_on(trained, tmp_path, monkeypatch):
-    checked = {}
-    monkeypatch.setattr("lorgnette.hub_upload.check", lambda *_, **options: checked.update(options))
+def test_a_merged_model_is_prepared_and_tried(trained, tmp_path):
     prepare(trained, "me/eyes", tmp_path / "merged", form="merged", license="mit")
-    assert checked == {"exact": False}  # the sums are others, and so is the rounding
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["saved_form"] == "merged"
     assert "LoRA is folded into" in (tmp_path / "merged" / "README.md").read_text()
+    model, processor = load(trained)
+    expected = look(model, processor, str(draw(tmp_path / "picture.png")))["logits"]
+    merged = look(*load(tmp_path / "merged"), str(tmp_path / "picture.png"))["logits"]
+    assert 0 < (merged - expected).abs().max() < 1e-4  # the sums are others, and so is the rounding
     with pytest.raises(ValueError, match="cannot be saved thin: its language model comes from a folder"):
         prepare(trained, "me/eyes", tmp_path / "thin", form="thin", license="mit")
 
@@ -212,6 +219,39 @@ def test_a_folder_that_is_no_model(trained, tmp_path):
     folder = folder_of(tmp_path / "alone")
     with pytest.raises(FileNotFoundError, match=r"holds no processor_config\.json"):
         load(folder)
+    shutil.copytree(trained, tmp_path / "cut", ignore=shutil.ignore_patterns("checkpoint-*"))
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cut/model\.safetensors is no whole safetensors file"):
+        load(tmp_path / "cut")
+    for content in ("[]", "{"):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"alone/config\.json is not one JSON object"):
+            load(folder)
+
+
+def test_an_export_that_fails_leaves_nothing(trained, tmp_path, monkeypatch):
+    folder = tmp_path / "there" / "export"
+    metrics = tmp_path / "predictions.jsonl"
+    metrics.write_text("[1]")
+    (tmp_path / "broken.png").write_text("no picture")
+    with monkeypatch.context() as patch:
+        patch.setattr("lorgnette.LorgnettePreTrainedModel.save_pretrained", None)  # it is not come to
+        for mistake, message in [
+            ({}, "its licence is not known"),
+            ({"license": "mit", "metrics": (metrics,)}, "not one JSON object"),
+            ({"license": "mit", "picture": tmp_path / "broken.png"}, r"broken\.png"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                prepare(trained, "me/eyes", folder, **mistake)
+
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lorgnette.LorgnetteProcessor.save_pretrained", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(trained, "me/eyes", folder, license="mit")
+    assert not list(folder.parent.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -296,23 +336,35 @@ def test_an_export_that_answers_otherwise_is_found_out(trained, tmp_path, monkey
     with pytest.raises(RuntimeError, match="where lorgnette is not installed:\nImportError: no module"):
         check(model, processor, tmp_path)
 
+    def sleep(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr("lorgnette.publishing.export.subprocess.run", sleep)
+    with pytest.raises(RuntimeError, match="not loaded and tried within 3600 seconds"):
+        check(model, processor, tmp_path)
+
 
 # ---------------------------------------------------------------------------------------------------- the repository
 
 
 def test_a_new_version_replaces_what_was_loaded_and_another_model_is_refused(hub, tmp_path):
-    first = folder_of(tmp_path / "first", old__py="x = 1", notes__md="Notes.")
-    second = folder_of(tmp_path / "second", new__py="x = 2")
+    first = folder_of(tmp_path / "first", modeling_old__py="x = 1", tool__py="x = 1", notes__md="Notes.")
+    second = folder_of(tmp_path / "second", modeling_new__py="x = 2")
     other = folder_of(tmp_path / "other", model_type="lorgnette_retrieval")
+    for name in ("lm_adapter/adapter_config.json", "tables/data.json"):
+        (first / name).parent.mkdir()
+        (first / name).write_text("{}")
     assert push(hub, tmp_path / "me", first, "me/versions").returncode == 0
-    assert push(hub, tmp_path / "me", second, "me/versions").returncode == 0
-    kept = {".gitattributes", "README.md", "config.json", "model.safetensors", "new.py"}
-    assert set(files_of(hub, "me/versions")) == {*kept, "notes.md"}
+    done = push(hub, tmp_path / "me", second, "me/versions")
+    assert done.returncode == 0, done.stderr[-3000:]
+    kept = {".gitattributes", "README.md", "config.json", "model.safetensors", "modeling_new.py"}
+    assert set(files_of(hub, "me/versions")) == {*kept, "notes.md", "tool.py", "tables/data.json"}
+    assert "of what was there goes lm_adapter/adapter_config.json, modeling_old.py" in done.stderr
     refused = push(hub, tmp_path / "me", other, "me/versions")
     assert "holds another model (model_type is 'lorgnette' there, 'lorgnette_retrieval' here)" in refused.stderr
     assert push(hub, tmp_path / "me", other, "me/versions", replace=True).returncode == 0
-    assert set(files_of(hub, "me/versions")) == kept - {"new.py"}
-    assert "holds 1 files, and no model" in _push_beside_data(hub, tmp_path, first).stderr
+    assert set(files_of(hub, "me/versions")) == kept - {"modeling_new.py"}
+    assert "holds 1 file, and no model" in _push_beside_data(hub, tmp_path, first).stderr
 
 
 def _push_beside_data(hub, tmp_path, folder):
@@ -373,9 +425,42 @@ def test_a_push_that_was_cut_off_goes_on_and_of_two_at_once_one_is_refused(hub, 
             hub.hold_after = None
             process.kill()
     assert process.returncode != 0
-    assert "412" in stderr
+    assert "Somebody pushed meanwhile" in stderr
     assert "late.md" not in files_of(hub, "me/cut-push")
     assert "notes.md" in files_of(hub, "me/cut-push")
+
+
+def test_another_size_of_a_kind_is_another_model(tmp_path):
+    for name, fields in (
+        ("a", {"n_embd": 32}),
+        ("b", {"n_embd": 64, "n_head": 4}),
+        ("c", {"n_embd": 32, "n_inner": 7}),
+    ):
+        text = {"model_type": "gpt2", "n_head": 4, **fields}
+        (tmp_path / name).write_text(json.dumps({"model_type": "lorgnette", "text_config": text}))
+    a, b, c = (identity(tmp_path / name) for name in "abc")
+    assert a == c
+    assert {name for name in a if a[name] != b[name]} == {"text_config.hidden_size"}
+
+
+def test_a_push_sends_nothing_that_the_guards_refuse(hub, tmp_path):
+    folder = folder_of(tmp_path / "export", notes__md="hf_" + "a" * 34)
+    with pytest.raises(ValueError, match="a Hugging Face token"):
+        push_here(folder, "me/leaky")
+    (folder / "notes.md").unlink()
+    (folder / "README.md").write_text("---\nlicense: unknown\n---\n")
+    with pytest.raises(ValueError, match="names no licence"):
+        push_here(folder, "me/leaky")
+    assert "me/leaky" not in hub.repos
+
+
+def test_a_hub_that_is_not_there_is_one_message(hub, tmp_path):
+    nobody = Hub()
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))  # and does not listen
+        nobody.url = f"http://127.0.0.1:{port.getsockname()[1]}"
+        refused = push(nobody, tmp_path / "me", folder_of(tmp_path / "export"), "me/eyes")
+    assert re.search(r"ConnectionError: The Hub cannot be reached.*run it again, nothing is sent twice", refused.stderr)
 
 
 def test_what_the_hub_holds_afterwards_is_compared(hub, tmp_path):
