@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..configuration.configuration_lorgnette import LorgnetteConfig, LorgnetteRetrievalConfig
+from ..configuration.configuration_lorgnette import LorgnetteConfig
 from ..modeling.modeling_base import LorgnettePreTrainedModel
+from ..modeling.modeling_card import card_metadata, license_of
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .records import Result, datasets_of, results_of, training_of
 
@@ -21,12 +21,6 @@ _PARTS = {
     "projector": ("projector", None),
     "language_model": ("frozen causal LM", "text"),
 }
-# Stage 1 scores texts for a picture, which is what that task asks for.
-_TASKS = {
-    LorgnetteConfig.model_type: "image-text-to-text",
-    LorgnetteRetrievalConfig.model_type: "zero-shot-image-classification",
-}
-_NO_LICENSE = (None, "other", "unknown")
 
 
 def make_card(
@@ -52,20 +46,16 @@ def make_card(
         FileNotFoundError: no such metrics.
     """
     config, name = model.config, repo_id.split("/")[-1]
-    task = _TASKS[config.model_type]
+    metadata = card_metadata(config, form)
+    task = metadata["pipeline_tag"]
     lora = form != "merged" and bool(getattr(config, "lora_config", None))
     results = [result for path in metrics for result in results_of(path, source)]
     index = {"model_name": name, "eval_results": [_as_eval_result(result, task) for result in results]}
-    backbones = list(dict.fromkeys(name for name, _ in backbones_of(config)))
     data = ModelCardData(
         license=license or license_of(config),
-        library_name="transformers",
-        pipeline_tag=task,
-        base_model=backbones or None,
-        base_model_relation=("adapter" if form == "thin" else "finetune") if backbones else None,
+        **metadata,
         datasets=datasets_of(source) or None,
         metrics=list(dict.fromkeys(result.metric for result in results)) or None,
-        tags=["lorgnette", "q-former"],
         **(index if results else {}),
     )
     return ModelCard.from_template(
@@ -83,29 +73,6 @@ def make_card(
         training=training_of(source),
         results=results,
     )
-
-
-def backbones_of(config: Any) -> list[tuple[str, str | None]]:
-    """Hub id and commit of each part that came from the Hub."""
-    fields = [(getattr(config, f"{part}_backbone", None), part) for part in ("vision", "text", "qformer")]
-    return [(name, getattr(config, f"{part}_backbone_revision")) for name, part in fields if name]
-
-
-def license_of(config: Any) -> str:
-    """The licence that the cards of the backbones agree on.
-
-    Raises:
-        ValueError: a frozen backbone did not come from the Hub, a card has no licence or one of its own, two differ.
-    """
-    ask = "say under which licence the model may be used (license=, --license)"
-    for part, what in (("vision", "ViT"), ("text", "language model")):
-        if hasattr(config, f"{part}_config") and getattr(config, f"{part}_backbone", None) is None:
-            raise ValueError(f"The {what} came from a folder, and its licence is not known: {ask}")
-    found = {name: _license_on_hub(name, revision) for name, revision in backbones_of(config)}
-    said = ", ".join(f"{name}: {license or 'none that is known'}" for name, license in found.items())
-    if len(set(found.values())) > 1 or set(_NO_LICENSE) & set(found.values()):
-        raise ValueError(f"The licences of the backbones do not settle the model's ({said}): {ask}")
-    return next(iter(found.values()))
 
 
 def parts_of(model: LorgnettePreTrainedModel, lora: bool) -> list[dict[str, Any]]:
@@ -133,16 +100,6 @@ def parts_of(model: LorgnettePreTrainedModel, lora: bool) -> list[dict[str, Any]
             part["revision"] = getattr(model.config, f"{prefix}_backbone_revision")
         parts.append(part)
     return parts
-
-
-def _license_on_hub(name: str, revision: str | None) -> str | None:
-    """What a repository's card says, from the cache where the Hub cannot be reached; None where it says nothing."""
-    try:
-        card = hf_hub_download(name, "README.md", revision=revision)
-    except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError):
-        return None
-    license = ModelCard.load(Path(card), ignore_metadata_errors=True).data.license
-    return license if isinstance(license, str) else None
 
 
 def _as_eval_result(result: Result, task: str) -> EvalResult:

@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 from tiny_training import CAPTIONS, joined, trainer, write_backbones
 from transformers import TrainingArguments
 
-from lorgnette.publishing.card import license_of, make_card
+from lorgnette.modeling.modeling_card import license_of
+from lorgnette.publishing.card import make_card
 from lorgnette.publishing.guards import check_card
 from lorgnette.publishing.records import datasets_of, results_of, training_of
 from lorgnette.trainer.arguments import SourceArguments
@@ -63,7 +64,7 @@ def hub_cards(monkeypatch, folder: Path, **licenses: str | None) -> None:
         card.write_text(f"---\n{f'license: {said}' if said else 'tags: [x]'}\n---\nA card.")
         return str(card)
 
-    monkeypatch.setattr("lorgnette.publishing.card.hf_hub_download", download)
+    monkeypatch.setattr("lorgnette.modeling.modeling_card.hf_hub_download", download)
 
 
 def test_a_card_tells_what_is_known(trained, tmp_path, monkeypatch):

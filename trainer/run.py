@@ -24,6 +24,7 @@ from .augmentation import AugmentationSeeds
 from .collator import LorgnetteCollator
 from .data import load_pairs
 from .feature_cache import check_cache, is_cache
+from .hub import CleanPush, push_card
 from .logs import set_up_logging
 from .nan_guard import nan_guard
 from .precision import default_mixed_precision, has_bf16_hardware
@@ -123,7 +124,7 @@ def train(
             max_length=data_args.max_length or model.max_text_length,
         ),
         processing_class=processor,  # saved with every checkpoint
-        callbacks=[augmentation] if augmentation is not None else None,
+        callbacks=[CleanPush(), *([augmentation] if augmentation is not None else [])],
     )
     if prepare is not None:
         prepare(trainer)
@@ -134,6 +135,8 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
+    if training_args.push_to_hub:  # saving has pushed
+        push_card(trainer)
     return trainer
 
 
