@@ -1,5 +1,6 @@
-"""Models whose backbones are repositories of the same Hub: published thin, loaded by name, pushed by model and Trainer."""
+"""Models whose backbones are repositories of the same Hub: uploaded thin, read by name, pushed by model and Trainer."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,12 +10,14 @@ from hub_server import run_client
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from tiny import picture
+from tiny_models import QFORMER
 from tiny_training import joined, write_backbones, write_pairs
 
 from lorgnette.publishing.export import draw
 
 
 UPLOAD = Path(__file__).parents[1] / "hub_upload.py"
+TASK = "image-text-to-text"
 # A card from before, whose figures are of other weights
 OLD_CARD = """---
 license: cc0-1.0
@@ -83,10 +86,11 @@ def card_of(hub, repo_id):
 
 def test_trainer_pushes_a_clean_repository(hub, backbones, tmp_path):
     data = write_pairs(tmp_path / "pictures")
-    command = f"""-m lorgnette.trainer stage2 --vision them/vit --text them/llama --num_query_tokens 4 --lora_r 2
-        --dataset {data} --output_dir {tmp_path}/run --max_steps 1 --save_strategy steps --save_steps 1 --report_to none
+    command = f"""-m lorgnette.trainer stage2 --vision them/vit --text them/llama --num_query_tokens 4 --dataset {data}
+        --output_dir {tmp_path}/run --max_steps 1 --save_strategy steps --save_steps 1 --report_to none --use_cpu
         --push_to_hub true --hub_model_id me/run --per_device_train_batch_size 2 --bf16 false"""
-    done = run_client(hub, tmp_path / "me", *command.split(), timeout=900)
+    sizes = ["--lora", '{"r": 2}', "--qformer_config", json.dumps(QFORMER)]
+    done = run_client(hub, tmp_path / "me", *command.split(), *sizes, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     files = files_of(hub, "me/run")
     assert {"config.json", "model.safetensors", "processor_config.json", "remote_code.py"} <= set(files)
@@ -95,11 +99,7 @@ def test_trainer_pushes_a_clean_repository(hub, backbones, tmp_path):
     assert (tmp_path / "run" / "training_args.bin").is_file()
     assert not hub.holds(str(tmp_path).encode())
     data, text = card_of(hub, "me/run").data, card_of(hub, "me/run").text
-    assert (data.license, data.pipeline_tag, data.library_name) == (
-        "bsd-3-clause",
-        "image-text-to-text",
-        "transformers",
-    )
+    assert (data.license, data.pipeline_tag, data.library_name) == ("bsd-3-clause", TASK, "transformers")
     assert (data.base_model, data.base_model_relation) == (["them/vit", "them/llama"], "adapter")
     assert "model-index" not in data.to_dict()
     assert "Training hyperparameters" in text
@@ -139,7 +139,7 @@ def test_a_thin_model_is_published_and_read_by_name(hub, backbones, tmp_path):
     for name, license in (("new", "bsd-3-clause"), ("old", "cc0-1.0")):
         assert set(files) <= set(files_of(hub, f"them/{name}"))
         data = card_of(hub, f"them/{name}").data
-        assert (data.license, data.pipeline_tag, data.library_name) == (license, "image-text-to-text", "transformers")
+        assert (data.license, data.pipeline_tag, data.library_name) == (license, TASK, "transformers")
         assert (data.base_model, data.base_model_relation) == (["them/vit", "them/llama"], "adapter")
         assert not {"model-index", "model_name"} & set(data.to_dict())
     assert set(data.tags) == {"mine", "lorgnette", "q-former"}
