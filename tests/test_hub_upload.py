@@ -402,7 +402,7 @@ def test_a_push_that_was_cut_off_goes_on_and_of_two_at_once_one_is_refused(hub, 
     hub.hold(after=1)
     with start_client(hub, tmp_path / "me", "-c", PUSH, folder, "me/cut-push", "{}") as process:
         try:
-            assert hub.held.wait(120), "no second object came"
+            assert hub.held.wait(300), "no second object came"
             process.kill()
             assert hub.cut.wait(60), "the Hub does not see that its client is gone"
         finally:
@@ -419,11 +419,11 @@ def test_a_push_that_was_cut_off_goes_on_and_of_two_at_once_one_is_refused(hub, 
     hub.hold(after=0)
     with start_client(hub, tmp_path / "me", "-c", PUSH, late, "me/cut-push", "{}") as process:
         try:
-            assert hub.held.wait(120), "no object came"
+            assert hub.held.wait(300), "no object came"
             (folder / "notes.md").write_text("First.")
             assert push(hub, tmp_path / "me", folder, "me/cut-push").returncode == 0
             hub.hold_after = None
-            _, stderr = process.communicate(timeout=120)
+            _, stderr = process.communicate(timeout=300)
         finally:
             hub.hold_after = None
             process.kill()
