@@ -67,10 +67,10 @@ def prepare(
         card = make_card(model, processor, repo_id, source, license=license, metrics=metrics, form=form)
         if picture is not None:
             processor.load_image(str(picture))
-        model.save_pretrained(unfinished, form=form)
-        processor.save_pretrained(unfinished)
         card.save(unfinished / "README.md")
         check_card(unfinished / "README.md")
+        model.save_pretrained(unfinished, form=form)
+        processor.save_pretrained(unfinished)
         files = check_folder(unfinished, private_paths=(source, folder))
         if form == "thin" != model.config.saved_form:
             type(model).from_pretrained(unfinished)  # brings the backbones into the cache: the stranger asks no Hub

@@ -36,6 +36,16 @@ logging.basicConfig(level="INFO")
 from lorgnette.publishing.push import push
 print(push(*sys.argv[1:3], **json.loads(sys.argv[3])).oid)
 """
+PUSHES = """
+import json, logging, sys
+logging.basicConfig(level="INFO")
+from lorgnette.publishing.push import push
+for folder, options in json.loads(sys.argv[2]):
+    try:
+        push(folder, sys.argv[1], **options)
+    except ValueError as error:
+        print(error)
+"""
 LOSE = """
 from huggingface_hub import HfApi
 commit = HfApi.create_commit
@@ -242,6 +252,7 @@ def test_an_export_that_fails_leaves_nothing(trained, tmp_path, monkeypatch):
         patch.setattr("lorgnette.LorgnettePreTrainedModel.save_pretrained", None)  # it is not come to
         for mistake, message in [
             ({}, "its licence is not known"),
+            ({"license": "unknown"}, "names no licence"),
             ({"license": "mit", "metrics": (metrics,)}, "not one JSON object"),
             ({"license": "mit", "picture": tmp_path / "broken.png"}, r"broken\.png"),
         ]:
@@ -357,16 +368,16 @@ def test_a_new_version_replaces_what_was_loaded_and_another_model_is_refused(hub
     for name in ("lm_adapter/adapter_config.json", "tables/data.json"):
         (first / name).parent.mkdir()
         (first / name).write_text("{}")
-    assert push(hub, tmp_path / "me", first, "me/versions").returncode == 0
-    done = push(hub, tmp_path / "me", second, "me/versions")
+    pushes = [(first, {}), (second, {}), (other, {}), (other, {"replace": True})]
+    told = json.dumps([(str(folder), options) for folder, options in pushes])
+    done = run_client(hub, tmp_path / "me", "-c", PUSHES, "me/versions", told)
     assert done.returncode == 0, done.stderr[-3000:]
+    states = [set(files) for files in hub.repos["me/versions"].commits.values()]
     kept = {".gitattributes", "README.md", "config.json", "model.safetensors", "modeling_new.py"}
-    assert set(files_of(hub, "me/versions")) == {*kept, "notes.md", "tool.py", "tables/data.json"}
+    assert states[2] == {*kept, "notes.md", "tool.py", "tables/data.json"}
     assert "of what was there goes lm_adapter/adapter_config.json, modeling_old.py" in done.stderr
-    refused = push(hub, tmp_path / "me", other, "me/versions")
-    assert "holds another model (model_type is 'lorgnette' there, 'lorgnette_retrieval' here)" in refused.stderr
-    assert push(hub, tmp_path / "me", other, "me/versions", replace=True).returncode == 0
-    assert set(files_of(hub, "me/versions")) == kept - {"modeling_new.py"}
+    assert "holds another model (model_type is 'lorgnette' there, 'lorgnette_retrieval' here)" in done.stdout
+    assert states[3:] == [kept - {"modeling_new.py"}]
     assert "holds 1 file, and no model" in _push_beside_data(hub, tmp_path, first).stderr
 
 
