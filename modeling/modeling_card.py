@@ -53,8 +53,8 @@ def complete_card(card: ModelCard, config: PreTrainedConfig, form: str) -> None:
     for name, value in known.items():
         if value is not None:
             setattr(card.data, name, value)
-    for name in ("eval_results", "model_name"):
-        card.data.pop(name, None)
+    card.data.eval_results = None
+    card.data.pop("model_name", None)  # a field of the model-index alone
 
 
 def backbones_of(config: PreTrainedConfig) -> list[tuple[str, str | None]]:
