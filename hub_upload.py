@@ -1,7 +1,8 @@
 """Publish a trained model: `python hub_upload.py OUT --repo-id me/name`, or [`upload`] from Python.
 
 It exports OUT into a clean folder, tries that as a stranger would, writes its card, refuses what should not be
-published, pushes in one commit and reads the repository back. `--dry-run` does all but the last two, and needs no Hub.
+published, pushes in one commit and reads the repository back. `--dry-run` does all but the last two. It sends nothing,
+but asks the Hub for the backbones' licences, unless one is given, and for the backbones themselves of a thin export.
 Log in once with `hf auth login`: the token is huggingface_hub's business, and is neither printed nor saved here.
 """
 
@@ -14,10 +15,11 @@ from pathlib import Path
 from huggingface_hub import CommitInfo, HfApi
 
 from lorgnette.configuration.configuration_lorgnette import FORMS
+from lorgnette.modeling.modeling_forms import resolve_form
 from lorgnette.publishing.card import make_card
-from lorgnette.publishing.export import check, export, load
+from lorgnette.publishing.export import appearing_whole, check, load
 from lorgnette.publishing.guards import check_card, check_folder
-from lorgnette.publishing.push import check_name, push
+from lorgnette.publishing.push import check_name, push, told_plainly
 from lorgnette.trainer.logs import set_up_logging
 
 
@@ -35,6 +37,8 @@ def prepare(
     picture: str | Path | None = None,
 ) -> list[str]:
     """Fill an empty folder with all that a repository is to hold, and see to it that it works and may be published.
+
+    The folder appears when all is done; an error half way, a full disk for instance, leaves nothing of it.
 
     Args:
         source: a saved model of either stage, or what Trainer left: a run's folder or a checkpoint.
@@ -56,15 +60,22 @@ def prepare(
         RuntimeError: a stranger gets something else from the folder than the model gives here, or nothing.
     """
     check_name(repo_id)
-    folder = Path(folder)
-    model, processor = load(source)
-    form = export(model, processor, folder, form)
-    card = make_card(model, processor, repo_id, source, license=license, metrics=metrics, form=form)
-    card.save(folder / "README.md")
-    check_card(folder / "README.md")
-    files = check_folder(folder, private_paths=(source,))
-    logger.info("%s: %d files of the %s form, tried by a stranger now", source, len(files), form)
-    check(model, processor, folder, picture, exact=form != "merged")
+    with appearing_whole(folder) as unfinished:
+        model, processor = load(source)
+        form = resolve_form(model, form)
+        # what may be missing or wrong is found before gigabytes are written
+        card = make_card(model, processor, repo_id, source, license=license, metrics=metrics, form=form)
+        if picture is not None:
+            processor.load_image(str(picture))
+        card.save(unfinished / "README.md")
+        check_card(unfinished / "README.md")
+        model.save_pretrained(unfinished, form=form)
+        processor.save_pretrained(unfinished)
+        files = check_folder(unfinished, private_paths=(source, folder))
+        if form == "thin" != model.config.saved_form:
+            type(model).from_pretrained(unfinished)  # brings the backbones into the cache: the stranger asks no Hub
+        logger.info("%s: %d files of the %s form, tried by a stranger now", source, len(files), form)
+        check(model, processor, unfinished, picture, exact=form != "merged")
     return files
 
 
@@ -86,8 +97,10 @@ def upload(
         LocalTokenNotFoundError: nobody is logged in.
     """
     check_name(repo_id)
-    HfApi().whoami()  # before minutes of work
-    with tempfile.TemporaryDirectory() as folder:
+    with told_plainly():
+        HfApi().whoami()  # before minutes of work
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "export")
         prepare(source, repo_id, folder, form=form, license=license, metrics=metrics, picture=picture)
         return push(folder, repo_id, private=private, revision=revision, replace=replace)
 
@@ -110,7 +123,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--replace", action="store_true", help="even if the repository holds something else, which goes"
     )
-    parser.add_argument("--dry-run", action="store_true", help="export, check and show the card; no Hub is asked")
+    parser.add_argument("--dry-run", action="store_true", help="export, check and show the card; nothing is sent")
     parser.add_argument("--export-dir", help="with --dry-run: where the export stays")
     args = parser.parse_args(argv)
     if args.export_dir and not args.dry_run:
@@ -120,7 +133,7 @@ def main(argv: list[str]) -> None:
     try:
         if args.dry_run:
             with tempfile.TemporaryDirectory() as scratch:
-                folder = Path(args.export_dir or scratch)
+                folder = Path(args.export_dir or Path(scratch, "export"))
                 files = prepare(args.source, args.repo_id, folder, **shared)
                 sizes = [f"{(folder / name).stat().st_size:>15,}  {name}" for name in files]
                 card = (folder / "README.md").read_text(encoding="utf-8")

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
 import torch
-from transformers import PreTrainedModel
+from huggingface_hub import ModelCard
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import PROCESSOR_NAME, TransformersKwargs
 
 from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig
+from .modeling_card import complete_card
 from .modeling_companions import ProcessorBeside
 from .modeling_forms import in_form, keys_not_to_miss, resolve_form
 from .modeling_thin import is_thin, load_thin
@@ -124,12 +126,20 @@ class LorgnettePreTrainedModel(PreTrainedModel):
             self.push_to_hub(repo_id, form=form, token=kwargs.get("token"), **hub_kwargs)
 
     def push_to_hub(self, repo_id: str, form: str | None = None, **kwargs: Any) -> str:
-        """As `PreTrainedModel.push_to_hub`; `form` as in [`save_pretrained`]."""
+        """As `PreTrainedModel.push_to_hub`, with a card that says what is known; `form` as in [`save_pretrained`]."""
         self._form_to_push = form
         try:
             return super().push_to_hub(repo_id, **kwargs)
         finally:
             self._form_to_push = None
+
+    def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any):
+        """transformers' last step of a push: the card that it has put there is completed before."""
+        path = Path(working_dir, "README.md")
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+        complete_card(card, self.config, PreTrainedConfig.get_config_dict(working_dir)[0]["saved_form"])
+        card.save(path)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _save_beside(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None) -> None:
         """Write what belongs to a saved model besides config, weights and processor: nothing, for most."""

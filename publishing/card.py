@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..configuration.configuration_lorgnette import LorgnetteConfig
 from ..modeling.modeling_base import LorgnettePreTrainedModel
+from ..modeling.modeling_card import card_metadata, license_of
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .records import Result, datasets_of, results_of, training_of
 
@@ -20,8 +21,6 @@ _PARTS = {
     "projector": ("projector", None),
     "language_model": ("frozen causal LM", "text"),
 }
-# Stage 1 scores texts for a picture, which is what that task asks for.
-_TASKS = {"lorgnette": "image-text-to-text", "lorgnette_retrieval": "zero-shot-image-classification"}
 
 
 def make_card(
@@ -46,94 +45,61 @@ def make_card(
         ValueError: no licence was given and the backbones' are unknown or differ; metrics of another model.
         FileNotFoundError: no such metrics.
     """
-    config, task = model.config, _TASKS[model.config.model_type]
-    results = [result for path in metrics for result in results_of(path, source, repo_id)]
-    backbones = list(dict.fromkeys(name for name, _ in backbones_of(config)))
+    config, name = model.config, repo_id.split("/")[-1]
+    metadata = card_metadata(config, form)
+    task = metadata["pipeline_tag"]
+    lora = form != "merged" and bool(getattr(config, "lora_config", None))
+    results = [result for path in metrics for result in results_of(path, source)]
+    index = {"model_name": name, "eval_results": [_as_eval_result(result, task) for result in results]}
     data = ModelCardData(
         license=license or license_of(config),
-        library_name="transformers",
-        pipeline_tag=task,
-        base_model=backbones or None,
-        base_model_relation=("adapter" if form == "thin" else "finetune") if backbones else None,
+        **metadata,
         datasets=datasets_of(source) or None,
         metrics=list(dict.fromkeys(result.metric for result in results)) or None,
-        tags=["lorgnette", "q-former"],
-        model_name=repo_id.split("/")[-1],
-        eval_results=[_as_eval_result(result, task) for result in results] or None,
+        **(index if results else {}),
     )
-    if data.eval_results is None:
-        del data.model_name  # a field of the model-index alone
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         repo_id=repo_id,
-        name=repo_id.split("/")[-1],
-        stage=1 if task != _TASKS["lorgnette"] else 2,
+        name=name,
+        stage=2 if config.model_type == LorgnetteConfig.model_type else 1,
         form=form,
-        parts=parts_of(model),
+        parts=parts_of(model, lora),
         num_query_tokens=config.num_query_tokens,
-        lora=getattr(config, "lora_config", None),
-        query=processor.query,
+        lora=lora,
+        query=repr(processor.query),  # as Python writes it, in Python code
         reads_query=config.qformer_config.use_qformer_text_input,
         training=training_of(source),
         results=results,
     )
 
 
-def backbones_of(config: Any) -> list[tuple[str, str | None]]:
-    """Hub id and commit of each part that came from the Hub."""
-    fields = [(getattr(config, f"{part}_backbone", None), part) for part in ("vision", "text", "qformer")]
-    return [(name, getattr(config, f"{part}_backbone_revision")) for name, part in fields if name]
+def parts_of(model: LorgnettePreTrainedModel, lora: bool) -> list[dict[str, Any]]:
+    """Of each part its role, origin, architecture and numbers of weights: all, and those that trained.
 
-
-def license_of(config: Any) -> str:
-    """The licence that the cards of the backbones agree on.
-
-    Raises:
-        ValueError: a frozen backbone did not come from the Hub, a card has no licence or one of its own, two differ.
+    Args:
+        lora: whether the language model's LoRA stands apart where the model goes.
     """
-    ask = "say under which licence the model may be used (license=, --license)"
-    for part, what in (("vision", "ViT"), ("text", "language model")):
-        if hasattr(config, f"{part}_config") and getattr(config, f"{part}_backbone", None) is None:
-            raise ValueError(f"The {what} came from a folder, and its licence is not known: {ask}")
-    found = {name: _license_on_hub(name, revision) for name, revision in backbones_of(config)}
-    said = ", ".join(f"{name}: {license or 'none that is known'}" for name, license in found.items())
-    if len(set(found.values())) > 1 or {None, "other"} & set(found.values()):
-        raise ValueError(f"The licences of the backbones do not settle the model's ({said}): {ask}")
-    return next(iter(found.values()))
-
-
-def parts_of(model: LorgnettePreTrainedModel) -> list[dict[str, Any]]:
-    """Of each part its role, origin, architecture and numbers of weights: all, and those that trained."""
     parts = []
     for name, (role, prefix) in _PARTS.items():
         module = getattr(model, name, None)
         if module is None:
             continue
-        if name == "language_model" and getattr(model.config, "lora_config", None):
+        if name == "language_model" and lora:
             role += " with LoRA"
-        weights = {id(p): (p.numel(), p.requires_grad) for p in module.parameters()}.values()
-        parts.append(
-            {
-                "role": role,
-                "source": getattr(model.config, f"{prefix}_backbone", None),
-                "revision": getattr(model.config, f"{prefix}_backbone_revision", None),
-                "architecture": type(module).__name__.removeprefix("Lorgnette"),
-                "weights": sum(number for number, _ in weights),
-                "trained": sum(number for number, trains in weights if trains),
-            }
-        )
+        kept = [weight for key, weight in module.named_parameters() if lora or ".lora_" not in key]
+        part = {
+            "role": role,
+            "architecture": type(module).__name__.removeprefix("Lorgnette"),
+            "weights": sum(weight.numel() for weight in kept),
+            "trained": sum(weight.numel() for weight in kept if weight.requires_grad),
+        }
+        if prefix is not None:
+            part["source"] = getattr(model.config, f"{prefix}_backbone")
+            part["revision"] = getattr(model.config, f"{prefix}_backbone_revision")
+        parts.append(part)
     return parts
-
-
-def _license_on_hub(name: str, revision: str | None) -> str | None:
-    """What a repository's card says, from the cache where the Hub cannot be reached; None where it says nothing."""
-    try:
-        card = hf_hub_download(name, "README.md", revision=revision)
-    except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError):
-        return None
-    license = ModelCard.load(Path(card), ignore_metadata_errors=True).data.license
-    return license if isinstance(license, str) else None
 
 
 def _as_eval_result(result: Result, task: str) -> EvalResult:

@@ -1,15 +1,17 @@
 """A trained folder to a clean one that holds what others need and nothing else, tried as they will use it."""
 
-import json
 import logging
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
@@ -18,6 +20,7 @@ from ..modeling.modeling_base import LorgnettePreTrainedModel
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..modeling.modeling_retrieval import LorgnetteForImageTextRetrieval
 from ..processing.processing_lorgnette import LorgnetteProcessor
+from .json_object import read_json_object
 from .stranger import look
 
 
@@ -34,7 +37,7 @@ def load(source: str | Path) -> tuple[LorgnettePreTrainedModel, LorgnetteProcess
 
     Raises:
         FileNotFoundError: no such folder, no model in it, no processor beside the model.
-        ValueError: a model of another kind, a processor that does not fit.
+        ValueError: a model of another kind, a file that is broken, a processor that does not fit.
     """
     source = Path(source)
     if not source.is_dir():
@@ -43,40 +46,39 @@ def load(source: str | Path) -> tuple[LorgnettePreTrainedModel, LorgnetteProcess
         checkpoints = sorted(path.name for path in source.glob("checkpoint-*"))
         hint = f": name one of its checkpoints ({', '.join(checkpoints)})" if checkpoints else ""
         raise FileNotFoundError(f"{source} holds no model (no {CONFIG_NAME}){hint}")
-    kind = json.loads((source / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type")
+    kind = read_json_object(source / CONFIG_NAME).get("model_type")
     if kind not in _CLASSES:
         raise ValueError(f"{source} holds a model of type {kind!r}; what is uploaded here is {' or '.join(_CLASSES)}")
     if not (source / PROCESSOR_NAME).is_file():
         raise FileNotFoundError(f"{source} holds no {PROCESSOR_NAME}: save the processor beside the model")
+    for weights in source.glob("*.safetensors"):
+        try:
+            with safe_open(weights, framework="np"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{weights} is no whole safetensors file ({error})") from error
     processor = LorgnetteProcessor.from_pretrained(source)
     model = _CLASSES[kind].from_pretrained(source).eval()
     model.check_processor(processor)
     return model, processor
 
 
-def export(
-    model: LorgnettePreTrainedModel, processor: LorgnetteProcessor, folder: str | Path, form: str | None = None
-) -> str:
-    """Save model, processor and code into an empty `folder`.
-
-    Args:
-        form: `"thin"`, `"full"` or `"merged"`, see [`~LorgnettePreTrainedModel.save_pretrained`]; None leaves it to
-            the model.
-
-    Returns:
-        the form that the folder has.
+@contextmanager
+def appearing_whole(folder: str | Path) -> Iterator[Path]:
+    """A folder to make and to fill; it becomes `folder` when the block ends, and goes if that is with an error.
 
     Raises:
-        FileExistsError: the folder is not empty.
-        ValueError: no such form, or none that this model can have.
+        FileExistsError: `folder` is there and not empty.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty: an export would be mixed with what is there")
-    model.save_pretrained(folder, form=form)
-    processor.save_pretrained(folder)
-    return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["saved_form"]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as scratch:
+        yield Path(scratch, folder.name)
+        if folder.exists():
+            folder.rmdir()
+        Path(scratch, folder.name).rename(folder)
 
 
 def check(
@@ -107,13 +109,17 @@ def check(
         environment = {name: value for name, value in os.environ.items() if name not in _NOT_THEIRS}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(here / "modules")}
         stranger = [sys.executable, "-P", str(Path(__file__).with_name("stranger.py"))]
-        finished = subprocess.run(
-            [*stranger, str(Path(folder).resolve()), str(picture), str(seen)],
-            cwd=here,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
+        try:
+            finished = subprocess.run(
+                [*stranger, str(Path(folder).resolve()), str(picture), str(seen)],
+                cwd=here,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=_PATIENCE,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"The export was not loaded and tried within {_PATIENCE} seconds") from error
         if finished.returncode != 0:
             raise RuntimeError(f"The export does not work where lorgnette is not installed:\n{finished.stderr[-3000:]}")
         found = load_file(seen)
@@ -139,5 +145,6 @@ def draw(path: Path) -> Path:
     return path
 
 
+_PATIENCE = 3600  # seconds; a large model on a CPU takes its time
 # A login, and where Python would find this checkout
 _NOT_THEIRS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PYTHONPATH")

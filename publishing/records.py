@@ -1,15 +1,16 @@
 """What training and evaluation have written down, read for a model's card. What is not there is not told."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..trainer.metrics import METRICS, Recall, figures_of
 from ..trainer.provenance import TRAINING_DATA
+from .json_object import read_json_object
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ def training_of(source: str | Path) -> dict[str, Any]:
         source: what Trainer saved: a run's folder or a checkpoint of it.
     """
     source, told = Path(source), {}
-    data = _json(source / TRAINING_DATA)
+    data = _training_data(source)
     if data.get("dataset_id"):
         parts = (data["dataset_id"], data["dataset_config"], data["split"])
         told["data"] = ", ".join(filter(None, parts))
     if data.get("rows"):
         told["rows"] = f"{data['rows']:,}"
-    state = _json(source / TRAINER_STATE_NAME)
+    state = _object_if_there(source / TRAINER_STATE_NAME)
     if state:
         told["steps"] = f"{state['global_step']:,}"
         told["epochs"] = f"{state['epoch']:.4g}"
@@ -59,30 +60,32 @@ def training_of(source: str | Path) -> dict[str, Any]:
 
 def datasets_of(source: str | Path) -> list[str]:
     """Hub ids of the data that a run learned from."""
-    dataset = _json(Path(source) / TRAINING_DATA).get("dataset_id")
+    dataset = _training_data(Path(source)).get("dataset_id")
     return [dataset] if dataset else []
 
 
-def results_of(metrics: str | Path, source: str | Path, repo_id: str) -> list[Result]:
+def results_of(metrics: str | Path, source: str | Path) -> list[Result]:
     """The figures in a `metrics.json` that `lorgnette.trainer evaluate` or `retrieval` wrote.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it tells of another model than `source` (or `repo_id` on the Hub), or of weights that have been
+        ValueError: it is no such report; it tells of another model than `source`, or of weights that have been
             replaced since.
     """
     path, source = Path(metrics), Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"There is no {path}")
-    report = _json(path)
-    measured = report.get("model")
-    if measured is None or (measured != repo_id and Path(measured).resolve() != source.resolve()):
-        raise ValueError(f"{path} tells of the model {measured}, not of {source}")
+    report = read_json_object(path)
+    lacking = {"model", "dataset", "metrics"} - set(report)
+    if lacking:
+        raise ValueError(f"{path} is no metrics.json of an evaluation: it has no {', '.join(sorted(lacking))}")
+    if Path(report["model"]).resolve() != source.resolve():
+        raise ValueError(f"{path} tells of the model {report['model']}, not of {source}")
     newest = max((file.stat().st_mtime for file in source.glob("*.safetensors")), default=0.0)
-    if measured != repo_id and path.stat().st_mtime < newest:
+    if path.stat().st_mtime < newest:
         raise ValueError(f"{path} is older than the weights in {source}: measure them again")
     shared = {
-        "dataset": report.get("dataset_id") or Path(report["dataset"]).name,
+        "dataset": report.get("dataset_id") or Path(report["dataset"]).name or "a folder",
         "dataset_id": report.get("dataset_id"),
         **{name: report.get(name) for name in ("dataset_config", "dataset_revision", "split")},
     }
@@ -112,7 +115,8 @@ def _settings(arguments: dict[str, Any]) -> dict[str, str]:
     told = {}
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "seed"):
         if name in arguments:
-            told[name.replace("_", " ")] = f"{arguments[name]:g}"
+            value = arguments[name]
+            told[name.replace("_", " ")] = f"{value:g}" if isinstance(value, float) else str(value)
     if isinstance(schedule := arguments.get("lr_scheduler_type"), _Opaque):
         told["learning rate schedule"] = schedule.values[0]
     told["mixed precision"] = "bf16" if arguments.get("bf16") else "fp16" if arguments.get("fp16") else "none"
@@ -133,5 +137,11 @@ def _opaque(path: Path) -> _Opaque:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _training_data(source: Path) -> dict[str, Any]:
+    """What a run has said of its data: in its folder, above its checkpoints."""
+    of_checkpoint = source.resolve().name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+    return _object_if_there((source.resolve().parent if of_checkpoint else source) / TRAINING_DATA)
+
+
+def _object_if_there(path: Path) -> dict[str, Any]:
+    return read_json_object(path) if path.is_file() else {}

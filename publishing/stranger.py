@@ -61,19 +61,27 @@ def main(folder: str, picture: str, seen: str) -> None:
     model = AutoModel.from_pretrained(folder, **trust).eval()
     save_file(look(model, processor, picture), seen)
     if hasattr(config, "text_config"):
-        inputs = processor(images=[[processor.load_image(picture)]], return_tensors="pt").to(dtype=model.dtype)
         settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
         settings |= {"eos_token_id": processor.stop_token_ids, "pad_token_id": processor.tokenizer.pad_token_id}
-        tokens = model.generate(**inputs, **settings)
-        answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        del model
-        captions = pipeline("image-to-text", model=folder, **trust)
-        said = captions(picture, generate_kwargs=settings)[0]["generated_text"]
-        if said != answer:
-            raise RuntimeError(f"pipeline('image-to-text') says {said!r}, the model {answer!r}")
-        del captions
         chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
-        pipeline("image-text-to-text", model=folder, **trust)(text=chat, generate_kwargs=settings)
+        tensors = {"return_tensors": "pt"}
+        written = {"tokenize": True, "return_dict": True, "add_generation_prompt": True} | tensors
+        asked = {
+            "image-to-text": processor(images=[[processor.load_image(picture)]], **tensors),
+            "image-text-to-text": processor.apply_chat_template(chat, **written),
+        }
+        answers = {}
+        for task, inputs in asked.items():
+            tokens = model.generate(**inputs.to(dtype=model.dtype), **settings)
+            answers[task] = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        del model
+        for task, answer in answers.items():
+            pipe = pipeline(task, model=folder, **trust)
+            given = {"inputs": picture} if task == "image-to-text" else {"text": chat, "return_full_text": False}
+            said = pipe(**given, generate_kwargs=settings)[0]["generated_text"]
+            if said.strip() != answer.strip():
+                raise RuntimeError(f"pipeline({task!r}) says {said!r}, the model {answer!r}")
+            del pipe
     if "lorgnette" in sys.modules:
         raise RuntimeError("lorgnette was imported: this process proves nothing")
 

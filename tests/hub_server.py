@@ -30,7 +30,7 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 
-MAX_REQUESTS, MAX_BYTES, MAX_SECONDS, MAX_REPOS = 5000, 64 * 2**20, 900, 50
+MAX_REQUESTS, MAX_BYTES, MAX_SECONDS, MAX_REPOS = 5000, 64 * 2**20, 3600, 50
 PAGE = 20  # entries of a tree a page; the Hub's has 1,000
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".pkl")
 TOKENS = {"token-of-me": "me", "token-of-them": "them"}
@@ -106,6 +106,19 @@ class Hub:
         if write and user != repo_id.split("/")[0]:
             raise HTTPException(401 if user is None else 403, "You don't have the rights required")
         return found
+
+    def add(self, repo_id: str, folder: Path) -> str:
+        """Make a public repository hold a folder's files; returns the commit's hash."""
+        repo = self.repos.setdefault(repo_id, Repository(private=False))
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        blobs = {name: Blob(path.read_bytes(), path.suffix in LFS_SUFFIXES) for name, path in files.items()}
+        self.objects |= {blob.sha256: blob.content for blob in blobs.values() if blob.lfs}
+        return repo.commit("main", blobs, "initial commit")
+
+    def holds(self, content: bytes) -> bool:
+        """Whether any file of any commit contains this."""
+        commits = [files for repo in self.repos.values() for files in repo.commits.values()]
+        return any(content in blob.content for files in commits for blob in files.values())
 
     def files(self, repo_id: str, revision: str, token: str | None) -> tuple[str, dict[str, Blob]]:
         repo = self.repo(repo_id, token)
@@ -276,13 +289,15 @@ def _routes(hub: Hub) -> FastAPI:
     async def preupload(namespace: str, name: str, revision: str, request: Request) -> dict:
         hub.repo(f"{namespace}/{name}", _token(request), write=True)
         _, files = hub.files(f"{namespace}/{name}", revision, _token(request))
-        answers = []
-        for file in json.loads(await body(request))["files"]:
+        wish, answers = json.loads(await body(request)), []
+        ignored = [line for line in wish.get("gitIgnore", "").splitlines() if line]
+        for file in wish["files"]:
             present = files.get(file["path"])
             lfs = file["path"].endswith(LFS_SUFFIXES) or file["size"] > 10 * 2**20
             oid = None if present is None else present.sha256 if present.lfs else present.oid
             mode = "lfs" if lfs else "regular"
-            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            ignore = any(_is_named(line, file["path"]) for line in ignored)
+            answers.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": ignore, "oid": oid})
         return {"files": answers}
 
     @app.post(repo + ".git/info/lfs/objects/batch")
@@ -353,6 +368,11 @@ def _routes(hub: Hub) -> FastAPI:
     return app
 
 
+def _is_named(line: str, path: str) -> bool:
+    """Whether a line of a `.gitignore` that begins with `/`, a file's or a folder's, names a path."""
+    return f"/{path}" == line or (line.endswith("/") and f"/{path}".startswith(line))
+
+
 # the types that the Hub's metadata check insists on, of the fields that the cards here have
 _METADATA = {"license": str, "tags": list, "pipeline_tag": str, "library_name": str, "base_model_relation": str,
              "datasets": list, "model-index": list}  # fmt: skip
@@ -402,7 +422,7 @@ def start_client(hub: Hub, home: Path, *command: object, token: str | None = "to
 
 
 def run_client(
-    hub: Hub, home: Path, *command: object, token: str | None = "token-of-me", timeout: float = 120
+    hub: Hub, home: Path, *command: object, token: str | None = "token-of-me", timeout: float = 300
 ) -> subprocess.CompletedProcess:
     """As [`start_client`], to its end; one that hangs is killed, and an error."""
     with start_client(hub, home, *command, token=token) as process:

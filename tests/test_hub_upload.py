@@ -4,12 +4,15 @@ import json
 import pickle
 import re
 import runpy
+import shutil
+import socket
+import subprocess
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from hub_server import Blob, run_client, start_client
+from hub_server import Blob, Hub, run_client, start_client
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save, save_file
 from tiny import bert_tokenizer, image_processor, picture
@@ -20,15 +23,28 @@ from lorgnette import LorgnetteForImageTextRetrieval, LorgnetteProcessor
 from lorgnette.hub_upload import main, prepare
 from lorgnette.publishing.export import check, draw, load
 from lorgnette.publishing.guards import check_folder
+from lorgnette.publishing.push import _identity as identity
+from lorgnette.publishing.push import push as push_here
 from lorgnette.publishing.stranger import look
 from lorgnette.trainer.__main__ import main as run_command
 
 
 UPLOAD = Path(__file__).parents[1] / "hub_upload.py"
 PUSH = """
-import json, sys
+import json, logging, sys
+logging.basicConfig(level="INFO")
 from lorgnette.publishing.push import push
 print(push(*sys.argv[1:3], **json.loads(sys.argv[3])).oid)
+"""
+PUSHES = """
+import json, logging, sys
+logging.basicConfig(level="INFO")
+from lorgnette.publishing.push import push
+for folder, options in json.loads(sys.argv[2]):
+    try:
+        push(folder, sys.argv[1], **options)
+    except ValueError as error:
+        print(error)
 """
 LOSE = """
 from huggingface_hub import HfApi
@@ -61,10 +77,11 @@ model = AutoModel.from_pretrained(repo_id, revision=commit, trust_remote_code=Tr
 with torch.no_grad():
     save_file({"logits": model(**load_file(inputs)).logits}, seen)
 model.push_to_hub("them/copy")
-try:
-    AutoModel.from_pretrained("me/private", trust_remote_code=True)
-except OSError as error:
-    print("refused:", type(error).__name__, "not a valid model identifier" in str(error))
+for token in (None, False):  # another's, and none
+    try:
+        AutoModel.from_pretrained("me/private", trust_remote_code=True, token=token)
+    except OSError as error:
+        print("refused:", type(error).__name__, "not a valid model identifier" in str(error))
 """
 
 
@@ -142,11 +159,13 @@ def test_a_trained_folder_is_published_and_loads_by_name(hub, trained, tmp_path)
     assert read.returncode == 0, read.stderr[-3000:]
     with torch.no_grad():
         assert torch.equal(load_file(tmp_path / "seen.safetensors")["logits"], model(**batch).logits)
-    assert read.stdout.splitlines()[-1] == "refused: OSError True"
+    assert read.stdout.splitlines()[-2:] == ["refused: OSError True"] * 2
     copy = files_of(hub, "them/copy")
     assert set(files) <= set(copy)
     assert set(ModelCard(copy["README.md"].decode()).data.tags) >= {"lorgnette", "q-former"}
     assert not hub.leaks
+    assert not hub.holds(b"token-of-")
+    assert not re.search("token-of-", read.stdout + read.stderr)
 
 
 def test_a_stage_1_folder_is_prepared(tmp_path, capsys):
@@ -169,13 +188,14 @@ def test_a_stage_1_folder_is_prepared(tmp_path, capsys):
     assert re.match(r"tensor\(\[\[.*, .*\]\]\)", capsys.readouterr().out)
 
 
-def test_the_form_is_passed_on(trained, tmp_path, monkeypatch):
-    checked = {}
-    monkeypatch.setattr("lorgnette.hub_upload.check", lambda *_, **options: checked.update(options))
+def test_a_merged_model_is_prepared_and_tried(trained, tmp_path):
     prepare(trained, "me/eyes", tmp_path / "merged", form="merged", license="mit")
-    assert checked == {"exact": False}  # the sums are others, and so is the rounding
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["saved_form"] == "merged"
     assert "LoRA is folded into" in (tmp_path / "merged" / "README.md").read_text()
+    model, processor = load(trained)
+    expected = look(model, processor, str(draw(tmp_path / "picture.png")))["logits"]
+    merged = look(*load(tmp_path / "merged"), str(tmp_path / "picture.png"))["logits"]
+    assert 0 < (merged - expected).abs().max() < 1e-4  # the sums are others, and so is the rounding
     with pytest.raises(ValueError, match="cannot be saved thin: its language model comes from a folder"):
         prepare(trained, "me/eyes", tmp_path / "thin", form="thin", license="mit")
 
@@ -212,6 +232,40 @@ def test_a_folder_that_is_no_model(trained, tmp_path):
     folder = folder_of(tmp_path / "alone")
     with pytest.raises(FileNotFoundError, match=r"holds no processor_config\.json"):
         load(folder)
+    shutil.copytree(trained, tmp_path / "cut", ignore=shutil.ignore_patterns("checkpoint-*"))
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cut/model\.safetensors is no whole safetensors file"):
+        load(tmp_path / "cut")
+    for content in ("[]", "{"):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"alone/config\.json is not one JSON object"):
+            load(folder)
+
+
+def test_an_export_that_fails_leaves_nothing(trained, tmp_path, monkeypatch):
+    folder = tmp_path / "there" / "export"
+    metrics = tmp_path / "predictions.jsonl"
+    metrics.write_text("[1]")
+    (tmp_path / "broken.png").write_text("no picture")
+    with monkeypatch.context() as patch:
+        patch.setattr("lorgnette.LorgnettePreTrainedModel.save_pretrained", None)  # it is not come to
+        for mistake, message in [
+            ({}, "its licence is not known"),
+            ({"license": "unknown"}, "names no licence"),
+            ({"license": "mit", "metrics": (metrics,)}, "not one JSON object"),
+            ({"license": "mit", "picture": tmp_path / "broken.png"}, r"broken\.png"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                prepare(trained, "me/eyes", folder, **mistake)
+
+    def full_disk(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lorgnette.LorgnetteProcessor.save_pretrained", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(trained, "me/eyes", folder, license="mit")
+    assert not list(folder.parent.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -229,6 +283,16 @@ def test_a_folder_that_is_no_model(trained, tmp_path):
         ("a.json", b'{"url": "https://me:secret@example.org"}', "a password in a URL"),
         ("a.json", b'{"path": "/home/somebody/models/vit"}', "a path of this machine, in line 1: /home/somebody"),
         ("a.json", b'{"path": "C:\\\\Users\\\\somebody\\\\vit"}', "a path of this machine"),
+        ("a.json", b'{"of": [{"path": "/mnt/disk/me/vit"}]}', "a path of this machine: /mnt/disk/me/vit"),
+        ("a.json", b'{"path": "/workspace/vit/"}', "a path of this machine: /workspace/vit/"),
+        ("a.json", b'{"path": "D:\\\\models\\\\vit"}', "a path of this machine: D:"),
+        ("a.json", b'{"path": "file:///scratch/x"}', "a path of this machine: file:///scratch/x"),
+        ("a.json", b'["~/models/vit"]', "a path of this machine: ~/models/vit"),
+        ("a.json", b"{", "no JSON"),
+        ("tokenizer.model", pickle.dumps([1]), "tokenizer.model: a pickle"),
+        ("tokenizer.model", b"PK\x03\x04", "tokenizer.model: a pickle"),
+        ("new.safetensors", save({}, {"from": "/mnt/disk/me"}), "new.safetensors: a path of this machine"),
+        ("new.safetensors", save({}, {"by": "hf_" + "a" * 34}), "new.safetensors: a Hugging Face token"),
     ],
 )
 def test_what_must_not_be_published(tmp_path, name, content, message):
@@ -249,9 +313,23 @@ def test_a_link_out_of_the_folder_and_the_source_s_own_path(tmp_path):
     with pytest.raises(ValueError, match=r"inside\.json: a link"):
         check_folder(folder)
     (folder / "inside.json").unlink()
-    (folder / "a.json").write_text(json.dumps({"dataset": str(tmp_path / "out" / "data")}))
-    with pytest.raises(ValueError, match="a path of this machine"):
-        check_folder(folder, private_paths=(tmp_path / "out",))
+    for path in (tmp_path / "out" / "data", tmp_path / "out"):
+        (folder / "notes.md").write_text(f"Made in {path}, then copied.")
+        with pytest.raises(ValueError, match=r"notes\.md: a path of this machine, in line 1"):
+            check_folder(folder, private_paths=(tmp_path / "out",))
+    (folder / "notes.md").write_text(f"Made in {tmp_path / 'output'}.")
+    check_folder(folder, private_paths=(tmp_path / "out", "/root"))
+
+
+def test_what_only_looks_like_a_path_is_published(tmp_path):
+    folder = folder_of(tmp_path / "export")
+    words = ["/", "//", "</s>", "/root", "and/or/else", "/no_think", "me/vit", "https://hf.co/me/vit", "~"]
+    template = "{% for m in messages %}\n/usr/lib/x\n{% endfor %}"
+    auto_map = {"AutoModel": "me/repo--modeling_x.Model"}
+    (folder / "tokenizer_config.json").write_text(json.dumps([words, {"chat_template": template}, auto_map]))
+    (folder / "tokenizer.json").write_text(json.dumps({"merges": ["/usr/bin", "/a/b"], "vocab": {"/usr/lib/x": 1}}))
+    (folder / "vocab.json").write_text(json.dumps({"/root": 1, "C:/": 2}))
+    assert "vocab.json" in check_folder(folder, private_paths=("/root",))
 
 
 def test_an_export_that_answers_otherwise_is_found_out(trained, tmp_path, monkeypatch):
@@ -272,23 +350,35 @@ def test_an_export_that_answers_otherwise_is_found_out(trained, tmp_path, monkey
     with pytest.raises(RuntimeError, match="where lorgnette is not installed:\nImportError: no module"):
         check(model, processor, tmp_path)
 
+    def sleep(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr("lorgnette.publishing.export.subprocess.run", sleep)
+    with pytest.raises(RuntimeError, match="not loaded and tried within 3600 seconds"):
+        check(model, processor, tmp_path)
+
 
 # ---------------------------------------------------------------------------------------------------- the repository
 
 
 def test_a_new_version_replaces_what_was_loaded_and_another_model_is_refused(hub, tmp_path):
-    first = folder_of(tmp_path / "first", old__py="x = 1", notes__md="Notes.")
-    second = folder_of(tmp_path / "second", new__py="x = 2")
+    first = folder_of(tmp_path / "first", modeling_old__py="x = 1", tool__py="x = 1", notes__md="Notes.")
+    second = folder_of(tmp_path / "second", modeling_new__py="x = 2")
     other = folder_of(tmp_path / "other", model_type="lorgnette_retrieval")
-    assert push(hub, tmp_path / "me", first, "me/versions").returncode == 0
-    assert push(hub, tmp_path / "me", second, "me/versions").returncode == 0
-    kept = {".gitattributes", "README.md", "config.json", "model.safetensors", "new.py"}
-    assert set(files_of(hub, "me/versions")) == {*kept, "notes.md"}
-    refused = push(hub, tmp_path / "me", other, "me/versions")
-    assert "holds another model (model_type is 'lorgnette' there, 'lorgnette_retrieval' here)" in refused.stderr
-    assert push(hub, tmp_path / "me", other, "me/versions", replace=True).returncode == 0
-    assert set(files_of(hub, "me/versions")) == kept - {"new.py"}
-    assert "holds 1 files, and no model" in _push_beside_data(hub, tmp_path, first).stderr
+    for name in ("lm_adapter/adapter_config.json", "tables/data.json"):
+        (first / name).parent.mkdir()
+        (first / name).write_text("{}")
+    pushes = [(first, {}), (second, {}), (other, {}), (other, {"replace": True})]
+    told = json.dumps([(str(folder), options) for folder, options in pushes])
+    done = run_client(hub, tmp_path / "me", "-c", PUSHES, "me/versions", told)
+    assert done.returncode == 0, done.stderr[-3000:]
+    states = [set(files) for files in hub.repos["me/versions"].commits.values()]
+    kept = {".gitattributes", "README.md", "config.json", "model.safetensors", "modeling_new.py"}
+    assert states[2] == {*kept, "notes.md", "tool.py", "tables/data.json"}
+    assert "of what was there goes lm_adapter/adapter_config.json, modeling_old.py" in done.stderr
+    assert "holds another model (model_type is 'lorgnette' there, 'lorgnette_retrieval' here)" in done.stdout
+    assert states[3:] == [kept - {"modeling_new.py"}]
+    assert "holds 1 file, and no model" in _push_beside_data(hub, tmp_path, first).stderr
 
 
 def _push_beside_data(hub, tmp_path, folder):
@@ -323,7 +413,7 @@ def test_a_push_that_was_cut_off_goes_on_and_of_two_at_once_one_is_refused(hub, 
     hub.hold(after=1)
     with start_client(hub, tmp_path / "me", "-c", PUSH, folder, "me/cut-push", "{}") as process:
         try:
-            assert hub.held.wait(120), "no second object came"
+            assert hub.held.wait(300), "no second object came"
             process.kill()
             assert hub.cut.wait(60), "the Hub does not see that its client is gone"
         finally:
@@ -340,18 +430,51 @@ def test_a_push_that_was_cut_off_goes_on_and_of_two_at_once_one_is_refused(hub, 
     hub.hold(after=0)
     with start_client(hub, tmp_path / "me", "-c", PUSH, late, "me/cut-push", "{}") as process:
         try:
-            assert hub.held.wait(120), "no object came"
+            assert hub.held.wait(300), "no object came"
             (folder / "notes.md").write_text("First.")
             assert push(hub, tmp_path / "me", folder, "me/cut-push").returncode == 0
             hub.hold_after = None
-            _, stderr = process.communicate(timeout=120)
+            _, stderr = process.communicate(timeout=300)
         finally:
             hub.hold_after = None
             process.kill()
     assert process.returncode != 0
-    assert "412" in stderr
+    assert "Somebody pushed meanwhile" in stderr
     assert "late.md" not in files_of(hub, "me/cut-push")
     assert "notes.md" in files_of(hub, "me/cut-push")
+
+
+def test_another_size_of_a_kind_is_another_model(tmp_path):
+    for name, fields in (
+        ("a", {"n_embd": 32}),
+        ("b", {"n_embd": 64, "n_head": 4}),
+        ("c", {"n_embd": 32, "n_inner": 7}),
+    ):
+        text = {"model_type": "gpt2", "n_head": 4, **fields}
+        (tmp_path / name).write_text(json.dumps({"model_type": "lorgnette", "text_config": text}))
+    a, b, c = (identity(tmp_path / name) for name in "abc")
+    assert a == c
+    assert {name for name in a if a[name] != b[name]} == {"text_config.hidden_size"}
+
+
+def test_a_push_sends_nothing_that_the_guards_refuse(hub, tmp_path):
+    folder = folder_of(tmp_path / "export", notes__md="hf_" + "a" * 34)
+    with pytest.raises(ValueError, match="a Hugging Face token"):
+        push_here(folder, "me/leaky")
+    (folder / "notes.md").unlink()
+    (folder / "README.md").write_text("---\nlicense: unknown\n---\n")
+    with pytest.raises(ValueError, match="names no licence"):
+        push_here(folder, "me/leaky")
+    assert "me/leaky" not in hub.repos
+
+
+def test_a_hub_that_is_not_there_is_one_message(hub, tmp_path):
+    nobody = Hub()
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))  # and does not listen
+        nobody.url = f"http://127.0.0.1:{port.getsockname()[1]}"
+        refused = push(nobody, tmp_path / "me", folder_of(tmp_path / "export"), "me/eyes")
+    assert re.search(r"ConnectionError: The Hub cannot be reached.*run it again, nothing is sent twice", refused.stderr)
 
 
 def test_what_the_hub_holds_afterwards_is_compared(hub, tmp_path):

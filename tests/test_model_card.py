@@ -1,7 +1,9 @@
 """A model's card: its metadata, what it tells of training and measurements, and what it leaves out."""
 
+import ast
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,10 @@ from huggingface_hub import ModelCard
 from tiny_training import CAPTIONS, joined, trainer, write_backbones
 from transformers import TrainingArguments
 
-from lorgnette.publishing.card import license_of, make_card
+from lorgnette.modeling.modeling_card import license_of
+from lorgnette.publishing.card import make_card
 from lorgnette.publishing.guards import check_card
-from lorgnette.publishing.records import results_of, training_of
+from lorgnette.publishing.records import datasets_of, results_of, training_of
 from lorgnette.trainer.arguments import SourceArguments
 from lorgnette.trainer.provenance import hub_dataset, write_training_data
 
@@ -61,7 +64,7 @@ def hub_cards(monkeypatch, folder: Path, **licenses: str | None) -> None:
         card.write_text(f"---\n{f'license: {said}' if said else 'tags: [x]'}\n---\nA card.")
         return str(card)
 
-    monkeypatch.setattr("lorgnette.publishing.card.hf_hub_download", download)
+    monkeypatch.setattr("lorgnette.modeling.modeling_card.hf_hub_download", download)
 
 
 def test_a_card_tells_what_is_known(trained, tmp_path, monkeypatch):
@@ -109,12 +112,42 @@ def test_what_was_not_recorded_is_absent(trained, tmp_path):
     assert "## Results" not in card.text
 
 
+def test_the_examples_hold_the_prompt_as_python_writes_it(trained, tmp_path, monkeypatch):
+    model, processor, _ = trained
+    monkeypatch.setattr(processor, "query", 'Who\'s "this"? 🙂')
+    card = make_card(model, processor, "me/eyes", tmp_path, license="mit")
+    prompts = re.findall(r"prompt=(.*)\)\[0\]|build_prompt\((.*)\)\n", card.text)
+    assert [ast.literal_eval(one or other) for one, other in prompts] == [processor.query] * 2
+
+
+def test_a_merged_card_has_no_lora(trained, tmp_path):
+    model, processor, _ = trained
+    cards = {
+        form: make_card(model, processor, "a/b", tmp_path, license="mit", form=form) for form in ("full", "merged")
+    }
+    assert "with LoRA" in cards["full"].text
+    assert "`peft`" in cards["full"].text
+    assert "with LoRA" not in cards["merged"].text
+    assert "`peft`" not in cards["merged"].text
+    plain = sum(p.numel() for name, p in model.language_model.named_parameters() if ".lora_" not in name)
+    assert f"| {plain:,} | 0 |" in cards["merged"].text
+
+
+def test_what_a_run_learned_from_is_known_of_its_checkpoints(tmp_path):
+    write_training_data(tmp_path / "out", SourceArguments(dataset="people/pictures"), "train", 12)
+    (tmp_path / "out" / "checkpoint-2").mkdir()
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-2"):
+        assert training_of(folder) == {"data": "people/pictures, train", "rows": "12"}
+        assert datasets_of(folder) == ["people/pictures"]
+
+
 def test_the_licence_is_what_the_backbones_agree_on(trained, tmp_path, monkeypatch):
     config = trained[0].config
     for licenses, message in [
         ({"vision": "mit", "text": "apache-2.0"}, "google/tiny-vit: mit, people/tiny-llama: apache-2.0"),
         ({"vision": "mit", "text": None}, "people/tiny-llama: none that is known"),
         ({"vision": "other", "text": "other"}, "do not settle"),
+        ({"vision": "unknown", "text": "unknown"}, "do not settle"),
     ]:
         hub_cards(monkeypatch, tmp_path, **licenses)
         with pytest.raises(ValueError, match=message):
@@ -131,20 +164,30 @@ def test_the_licence_is_what_the_backbones_agree_on(trained, tmp_path, monkeypat
 def test_figures_of_another_model_or_of_older_weights_are_refused(trained, tmp_path):
     source = trained[2]
     with pytest.raises(ValueError, match=r"tells of the model .*other, not of"):
-        results_of(metrics_file(tmp_path / "a.json", tmp_path / "other"), source, "me/eyes")
+        results_of(metrics_file(tmp_path / "a.json", tmp_path / "other"), source)
     old = metrics_file(tmp_path / "b.json", source)
     os.utime(old, (1, 1))
     with pytest.raises(ValueError, match="older than the weights"):
-        results_of(old, source, "me/eyes")
+        results_of(old, source)
     with pytest.raises(FileNotFoundError, match=r"There is no .*c\.json"):
-        results_of(tmp_path / "c.json", source, "me/eyes")
-    # of data on this machine the folder's name alone; figures measured on the Hub's copy count
-    results = results_of(metrics_file(tmp_path / "d.json", "me/eyes"), source, "me/eyes")
-    assert {(result.dataset, result.dataset_id) for result in results} == {("pictures", None)}
+        results_of(tmp_path / "c.json", source)
+    with pytest.raises(ValueError, match="tells of the model me/eyes"):  # the Hub's may be another version
+        results_of(metrics_file(tmp_path / "d.json", "me/eyes"), source)
+    # of data on this machine the folder's name alone
+    for dataset, name in (("/data/pictures", "pictures"), (".", "a folder")):
+        results = results_of(metrics_file(tmp_path / "d.json", source, dataset=dataset), source)
+        assert {(result.dataset, result.dataset_id) for result in results} == {(name, None)}
     ranked = metrics_file(tmp_path / "e.json", source, metrics={"itc": {"image_to_text_recall@1": 0.5}})
     ranked.write_text(json.dumps({k: v for k, v in json.loads(ranked.read_text()).items() if k != "decoding"}))
-    (recall,) = results_of(ranked, source, "me/eyes")
+    (recall,) = results_of(ranked, source)
     assert (recall.metric, recall.value, recall.scale, recall.how) == ("recall", 0.5, "0 to 1", "ITC")
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"prediction": "a"}', '{"index": 0}\n{"index": 1}\n', "\xff"])
+def test_what_is_no_report_is_named(tmp_path, content):
+    (tmp_path / "predictions.jsonl").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"predictions\.jsonl is no"):
+        results_of(tmp_path / "predictions.jsonl", tmp_path)
 
 
 class Trap:
@@ -158,11 +201,13 @@ class Trap:
 
 
 def test_training_arguments_are_read_without_running_anything_of_them(tmp_path):
-    arguments = TrainingArguments(str(tmp_path), learning_rate=3e-4, bf16=False, seed=7, use_cpu=True, report_to="none")
+    arguments = TrainingArguments(
+        str(tmp_path), learning_rate=3e-4, bf16=False, seed=20261123, use_cpu=True, report_to="none"
+    )
     arguments.trap = Trap(tmp_path / "sprung")
     torch.save(arguments, tmp_path / "training_args.bin")
     told = training_of(tmp_path)
-    assert (told["learning rate"], told["seed"], told["mixed precision"]) == ("0.0003", "7", "none")
+    assert (told["learning rate"], told["seed"], told["mixed precision"]) == ("0.0003", "20261123", "none")
     assert not (tmp_path / "sprung").exists()
 
 

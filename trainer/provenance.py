@@ -29,6 +29,7 @@ def hub_dataset(args: SourceArguments) -> dict[str, str | None]:
 
 
 def write_training_data(folder: str | Path, args: SourceArguments, split: str, rows: int | None) -> None:
-    """Put `training_data.json` beside a trained model: Hub id, split and number of rows (None for a stream)."""
+    """Put `training_data.json` where a model is to be trained: Hub id, split and number of rows (None for a stream)."""
     told: dict[str, Any] = {**hub_dataset(args), "split": split, "rows": rows}
+    Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, TRAINING_DATA).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")

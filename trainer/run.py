@@ -24,6 +24,7 @@ from .augmentation import AugmentationSeeds
 from .collator import LorgnetteCollator
 from .data import load_pairs
 from .feature_cache import check_cache, is_cache
+from .hub import CleanPush, push_card
 from .logs import set_up_logging
 from .nan_guard import nan_guard
 from .precision import default_mixed_precision, has_bf16_hardware
@@ -123,17 +124,19 @@ def train(
             max_length=data_args.max_length or model.max_text_length,
         ),
         processing_class=processor,  # saved with every checkpoint
-        callbacks=[augmentation] if augmentation is not None else None,
+        callbacks=[CleanPush(), *([augmentation] if augmentation is not None else [])],
     )
     if prepare is not None:
         prepare(trainer)
+    if trainer.is_world_process_zero():  # now: a run that is cut off leaves checkpoints
+        rows = len(train_dataset) if isinstance(train_dataset, Dataset) else None
+        write_training_data(training_args.output_dir, data_args, data_args.train_split, rows)
     with nan_guard(trainer):
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        rows = len(train_dataset) if isinstance(train_dataset, Dataset) else None
-        write_training_data(training_args.output_dir, data_args, data_args.train_split, rows)
+    if training_args.push_to_hub:  # saving has pushed
+        push_card(trainer)
     return trainer
 
 

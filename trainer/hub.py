@@ -1,0 +1,52 @@
+"""What the stock Trainer's pushes to the Hub lack: they are kept clean, and their card is completed."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+
+from ..modeling.modeling_card import complete_card
+from ..modeling.modeling_forms import resolve_form
+from .unreadable import REPORT
+
+
+_GITIGNORE = ".gitignore"
+# A pickle, paths and host names of this machine; the list itself too, which would hold for later uploads
+_STAYS_HERE = (TRAINING_ARGS_NAME, TRAINER_STATE_NAME, REPORT, "runs/", _GITIGNORE)
+
+
+class CleanPush(TrainerCallback):
+    """Keeps out of each push what Trainer leaves beside the model and nobody else needs: its pickled arguments, logs.
+
+    Trainer uploads its `output_dir`, and of that the Hub leaves out what a `.gitignore` in it names. A file of that
+    name that is there already gets these lines in front.
+    """
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        path, lines = Path(args.output_dir, _GITIGNORE), [f"/{name}" for name in _STAYS_HERE]
+        there = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(dict.fromkeys([*lines, *there])) + "\n", encoding="utf-8")
+
+
+def push_card(trainer: Trainer) -> None:
+    """After a push of Trainer's, let the card that it wrote say what is known of the model, and push that.
+
+    Raises:
+        FileNotFoundError: Trainer has not pushed.
+        HfHubHTTPError: the Hub refuses it.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    path, model = Path(trainer.args.output_dir, "README.md"), trainer.accelerator.unwrap_model(trainer.model)
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    complete_card(card, model.config, resolve_form(model, None))
+    card.save(path)
+    where = {"token": trainer.args.hub_token, "revision": trainer.args.hub_revision}
+    card.push_to_hub(trainer.hub_model_id, commit_message="Complete the card", **where)
