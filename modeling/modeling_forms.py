@@ -68,8 +68,20 @@ def why_not_thin(model: PreTrainedModel) -> str | None:
             return f"its {what} comes from a folder or from memory, not from a Hub repository at a commit"
         if not model.has_loaded_backbones:
             return f"its {what} is random, and not what {getattr(config, f'{prefix}_backbone')} holds"
-    trained = [key for key, value in model.named_parameters() if value.requires_grad and is_backbone_key(model, key)]
+    trained = trained_backbone_weights(model)
     return f"{len(trained)} weights of its backbones train ({trained[0]}, …)" if trained else None
+
+
+def trained_backbone_weights(model: PreTrainedModel) -> list[str]:
+    """The weights of backbones that have a gradient, and so are not, or will not be, what the Hub holds."""
+    return [key for key, value in model.named_parameters() if value.requires_grad and is_backbone_key(model, key)]
+
+
+def strayed_backbones(model: PreTrainedModel) -> set[str]:
+    """The backbones that are no longer what the config names: a save of that save has to be full."""
+    if not model.has_loaded_backbones:
+        return set(model.backbones)
+    return {key.split(".", 1)[0] for key in trained_backbone_weights(model)}
 
 
 def is_backbone_key(model: PreTrainedModel, key: str) -> bool:
@@ -106,8 +118,13 @@ def in_form(model: PreTrainedModel, form: str, state_dict: dict[str, torch.Tenso
     config, not_to_miss = model.config, model._keys_to_ignore_on_save
     model.config, model._keys_to_ignore_on_save = copy.deepcopy(config), keys_never_saved(model)
     model.config.saved_form = form
-    for _, prefix in map(BACKBONES.get, model.backbones):  # a path of this machine is nobody else's business
-        getattr(model.config, f"{prefix}_config").name_or_path = getattr(config, f"{prefix}_backbone") or ""
+    strayed = strayed_backbones(model)
+    for part, (_, prefix) in ((part, BACKBONES[part]) for part in model.backbones):
+        if part in strayed:
+            setattr(model.config, f"{prefix}_backbone", None)
+            setattr(model.config, f"{prefix}_backbone_revision", None)
+        # a path of this machine is nobody else's business
+        getattr(model.config, f"{prefix}_config").name_or_path = getattr(model.config, f"{prefix}_backbone") or ""
     arguments: dict = {"state_dict": state_dict}
     try:
         if form == "thin":

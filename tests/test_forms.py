@@ -260,8 +260,15 @@ def test_random_or_trained_backbones_are_saved_in_full(hub, tmp_path):
     built.language_model.lm_head.requires_grad_(True)
     with pytest.raises(ValueError, match=r"1 weights of its backbones train \(language_model.lm_head.weight"):
         built.save_pretrained(tmp_path / "thin", form="thin")
+    with torch.no_grad():
+        built.language_model.lm_head.weight.mul_(2)
     built.save_pretrained(tmp_path / "trained")
     assert form_of(tmp_path / "random") == form_of(tmp_path / "trained") == "full"
+    for made, name in ((random, "random"), (built, "trained")):  # a save of the save is full as well
+        load(tmp_path / name).save_pretrained(tmp_path / "again")
+        assert form_of(tmp_path / "again") == "full"
+        assert torch.equal(logits(load(tmp_path / "again")), logits(made.eval()))
+    assert built.config.text_backbone == "tiny/llama"
 
 
 # ------------------------------------------------------------------------------------------------ loading thin
