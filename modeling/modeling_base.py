@@ -9,8 +9,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import PROCESSOR_NAME, TransformersKwargs
 
 from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig
+from .modeling_backbones import refuse_missing
 from .modeling_companions import ProcessorBeside
-from .modeling_forms import in_form, keys_not_to_miss, resolve_form
+from .modeling_forms import in_form, is_backbone_key, keys_not_to_miss, resolve_form
 from .modeling_thin import is_thin, load_thin
 from .modeling_whole_folder import written_whole
 
@@ -57,6 +58,9 @@ class LorgnettePreTrainedModel(PreTrainedModel):
 
         Of a model that was saved thin the backbones are loaded too, from their repositories at their commits: see
         [`~modeling_thin.load_thin`].
+
+        Raises:
+            ValueError: weights of a backbone are not there; transformers alone would draw random ones.
         """
         with_info = kwargs.pop("output_loading_info", False)
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
@@ -77,6 +81,8 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         return (model, info) if with_info else model
 
     def _finish_loading(self, missing: set[str], unexpected: set[str]) -> None:
+        backbones = {key for key in missing if is_backbone_key(self, key)}
+        refuse_missing(self.name_or_path or "The checkpoint", "its backbones", backbones)
         self.freeze()
         self.say_backbones_are_loaded()
 

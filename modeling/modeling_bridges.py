@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..configuration.backbone_sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteConfig
+from .modeling_backbones import is_unread
 from .modeling_lm_adapter import lora_weights
 
 
@@ -149,7 +150,7 @@ def _check_backbones(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
                     f"it: the bridge's is {there[0]} at {there[1]}, this one is {here[0]} at {here[1]}"
                 )
             continue
-        own, other = _base_weights(getattr(ours, part)), _base_weights(getattr(theirs, part))
+        own, other = _base_weights(ours, part), _base_weights(theirs, part)
         differing = sorted(own.keys() ^ other.keys())
         for weight in logging.tqdm(sorted(own.keys() & other.keys()), desc=f"comparing the {name}"):
             if not torch.equal(own[weight], other[weight].to(own[weight])):
@@ -161,12 +162,12 @@ def _check_backbones(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
             )
 
 
-def _base_weights(backbone: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The weights without LoRA, by the names that they have without it."""
+def _base_weights(model: PreTrainedModel, part: str) -> dict[str, torch.Tensor]:
+    """The weights of a backbone that anything reads, without LoRA, by the names that they have without it."""
     return {
         name.replace(".base_layer.", "."): tensor
-        for name, tensor in backbone.state_dict().items()
-        if ".lora_" not in name
+        for name, tensor in model.get_submodule(part).state_dict().items()
+        if ".lora_" not in name and not is_unread(f"{part}.{name}")
     }
 
 

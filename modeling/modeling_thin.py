@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from .modeling_backbones import read_language_model, read_vision_model
 from .modeling_forms import BACKBONES, is_backbone_key
 
 
 logger = logging.get_logger(__name__)
 
-_AUTO_CLASSES = {"language_model": AutoModelForCausalLM, "vision_model": AutoModel}
+_READERS = {"language_model": read_language_model, "vision_model": read_vision_model}
 _FOLDER = ("revision", "subfolder")  # of a load, what says where in a repository the thin model's own files are
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "token")  # and how any repository is reached
 _PLACING = ("max_memory", "offload_folder", "offload_buffers")  # go with device_map
@@ -34,15 +35,18 @@ def is_thin(name: str | Path | None, config: PreTrainedConfig | None = None, **k
 
     Args:
         name: the folder or the Hub id; None where weights come from elsewhere.
-        config: its config, where the caller has it.
+        config: the config that the caller wishes, which does not say what lies there; without any there, it has to do.
         kwargs: of `from_pretrained`.
     """
     if name is None:
         return False
-    if isinstance(config, PreTrainedConfig):
-        return getattr(config, "saved_form", None) == "thin"
     where = {key: kwargs[key] for key in (*_FOLDER, *_HUB) if key in kwargs}
-    return PreTrainedConfig.get_config_dict(config or name, **where)[0].get("saved_form") == "thin"
+    try:
+        return PreTrainedConfig.get_config_dict(name, **where)[0].get("saved_form") == "thin"
+    except OSError:
+        if config is None:
+            raise
+        return False  # weights alone: what they lack is found out when they are loaded
 
 
 def load_thin(
@@ -59,7 +63,7 @@ def load_thin(
 
     Raises:
         OSError: a backbone cannot be loaded; names it, its commit and what to do. Or `name` cannot.
-        ValueError: `quantization_config` for a model that has no language model.
+        ValueError: `quantization_config` for a model that has no language model; a backbone without all its weights.
     """
     hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
     folder = {key: kwargs.pop(key, None) for key in _FOLDER}
@@ -75,17 +79,15 @@ def load_thin(
     dtype = config.dtype or torch.float32 if wished_dtype in (None, "auto") else wished_dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     parts: dict[str, PreTrainedModel] = {}
-    missing: set[str] = set()
     for part in cls.backbones:
         extra = {"quantization_config": quantization} if quantization is not None and not parts else {}
-        parts[part], info = _load_backbone(part, config, name, dtype=dtype, **placing, **extra, **hub)
-        missing |= {f"{part}.{key}" for key in info["missing_keys"]}
+        parts[part] = _load_backbone(part, config, name, dtype=dtype, **placing, **extra, **hub)
         setattr(config, f"{BACKBONES[part][1]}_config", parts[part].config)
         if placing:  # what comes next lies where the first begins
             placing = {"device_map": {"": next(iter(parts.values())).device}}
 
     model = cls(config, *args, **parts, **kwargs)
-    unexpected = _load_own_weights(model, name, where, dtype, missing)
+    missing, unexpected = _load_own_weights(model, name, where, dtype)
     if model.can_generate():
         model.generation_config = generation or GenerationConfig.from_pretrained(name, **where)
     return model.eval(), {
@@ -107,19 +109,19 @@ def _resolve_config(
             config._attn_implementation = kwargs.pop("attn_implementation")
     else:
         config, kwargs = cls.config_class.from_pretrained(given or name, return_unused_kwargs=True, **where, **kwargs)
+    own = PreTrainedConfig.get_config_dict(name, **where)[0]
+    for _, prefix in map(BACKBONES.get, cls.backbones):  # what was left out is what the folder says, not the caller
+        for field in (f"{prefix}_backbone", f"{prefix}_backbone_revision"):
+            setattr(config, field, own.get(field))
     config.name_or_path = str(name)
     return config, kwargs
 
 
-def _load_backbone(
-    part: str, config: PreTrainedConfig, name: str | Path, **kwargs: Any
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load_backbone(part: str, config: PreTrainedConfig, name: str | Path, **kwargs: Any) -> PreTrainedModel:
     what, prefix = BACKBONES[part]
     source, revision = getattr(config, f"{prefix}_backbone"), getattr(config, f"{prefix}_backbone_revision")
     try:
-        return _AUTO_CLASSES[part].from_pretrained(
-            source, revision=revision, config=getattr(config, f"{prefix}_config"), output_loading_info=True, **kwargs
-        )
+        return _READERS[part](source, revision=revision, config=getattr(config, f"{prefix}_config"), **kwargs)
     except OSError as error:
         raise OSError(
             f"{name} was saved thin, without its {what}, which is {source} at commit {revision} and cannot be loaded. "
@@ -130,14 +132,13 @@ def _load_backbone(
 
 
 def _load_own_weights(
-    model: PreTrainedModel, name: str | Path, where: dict[str, Any], dtype: torch.dtype, missing: set[str]
-) -> set[str]:
-    """Fill what is not the backbones'; add what the files lack to `missing`, return what the model has no use for."""
+    model: PreTrainedModel, name: str | Path, where: dict[str, Any], dtype: torch.dtype
+) -> tuple[set[str], set[str]]:
+    """Fill what is not the backbones'; returns what the files lack, and what the model has no use for."""
     result = model.load_state_dict(_read_weights(name, where), strict=False)
     lacking = {key for key in result.missing_keys if not is_backbone_key(model, key)}
     if lacking:
         logger.warning(f"{name} lacks {len(lacking)} weights, which are as a new model's: {sorted(lacking)}")
-    missing |= lacking
     device = next(model.get_submodule(model.backbones[0]).parameters()).device
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not is_backbone_key(model, key):
@@ -147,7 +148,7 @@ def _load_own_weights(
     unexpected = {key for key in result.unexpected_keys if not any(re.search(rule, key) for rule in ignored)}
     if unexpected:
         logger.warning(f"{name} has {len(unexpected)} weights that its model does not use: {sorted(unexpected)}")
-    return unexpected
+    return lacking, unexpected
 
 
 def _read_weights(name: str | Path, where: dict[str, Any]) -> dict[str, torch.Tensor]:
