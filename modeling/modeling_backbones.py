@@ -34,7 +34,7 @@ class Backbone:
 
 
 def load_vision_model(
-    source: str | Path | PreTrainedModel, revision: str | None, dtype: torch.dtype | None, attn: str | None
+    source: str | Path | PreTrainedModel, revision: str | None, dtype: torch.dtype | str | None, attn: str | None
 ) -> Backbone:
     """A ViT: a vision model, or the vision tower of a CLIP, SigLIP or the like.
 
@@ -53,6 +53,20 @@ def load_vision_model(
         if not hasattr(backbone.model.config, field):
             raise ValueError(f"{type(backbone.model).__name__} is no ViT: its config has no {field}")
     return backbone
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    """`"bfloat16"` to torch's; `"auto"`, each checkpoint's own, and None stay.
+
+    Raises:
+        ValueError: torch has no such dtype.
+    """
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype
+    parsed = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(parsed, torch.dtype):
+        raise ValueError(f'dtype is {dtype!r}: give one of torch\'s ("float32", "bfloat16", "float16"), or "auto"')
+    return parsed
 
 
 def read_vision_model(name: str | Path, config: PreTrainedConfig, **keywords: Any) -> PreTrainedModel:
@@ -123,7 +137,7 @@ def _vision_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def load_language_model(
     source: str | Path | PreTrainedModel,
     revision: str | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     attn: str | None,
     quantization_config: Any = None,
 ) -> Backbone:
@@ -247,6 +261,7 @@ __all__ = [
     "load_vision_model",
     "new_vision_model",
     "next_free_token_id",
+    "parse_dtype",
     "qformer_fields",
     "read_language_model",
     "read_vision_model",

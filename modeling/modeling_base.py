@@ -86,6 +86,18 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         self.freeze()
         self.say_backbones_are_loaded()
 
+    def cast_parameters(self, dtype: torch.dtype) -> None:
+        """Bring all parameters into one dtype, but those of backbones that were loaded in it.
+
+        Buffers keep theirs, as in any `from_pretrained`: RoPE's frequencies are float32 in every model.
+        """
+        loaded_so = [name for name in self.backbones if self.get_submodule(name).dtype == dtype]
+        for key, parameter in self.named_parameters():
+            # transformers keeps some weights of some models in float32 on purpose
+            apart = is_backbone_key(self, key) and key.split(".", 1)[0] in loaded_so
+            if parameter.is_floating_point() and not apart:
+                parameter.data = parameter.data.to(dtype)
+
     def say_backbones_are_loaded(self) -> None:
         """Called where the backbones hold what was pretrained: from now on a save may leave them out."""
         self.has_loaded_backbones = True

@@ -15,7 +15,7 @@ from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from .modeling_backbones import read_language_model, read_vision_model
+from .modeling_backbones import parse_dtype, read_language_model, read_vision_model
 from .modeling_forms import BACKBONES, is_backbone_key
 
 
@@ -76,8 +76,7 @@ def load_thin(
         raise ValueError(f"quantization_config is for a language model, and {cls.__name__} has none")
 
     config, kwargs = _resolve_config(cls, name, where, kwargs)
-    dtype = config.dtype or torch.float32 if wished_dtype in (None, "auto") else wished_dtype
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = parse_dtype(config.dtype or torch.float32 if wished_dtype in (None, "auto") else wished_dtype)
     parts: dict[str, PreTrainedModel] = {}
     for part in cls.backbones:
         extra = {"quantization_config": quantization} if quantization is not None and not parts else {}
