@@ -82,7 +82,6 @@ def read_lm_adapter(
     theirs, ours = found.base_model_name_or_path, config.text_backbone
     if ours is not None and theirs is not None and _is_hub_id(theirs) and theirs != ours:
         raise ValueError(f"{source} was trained on {theirs}; the language model here is {ours}")
-    found.inference_mode, found.revision = False, None
     bare = _bare_language_model(config)
     fields = resolve_lora_config(found, bare)
     with torch.device("meta"):
