@@ -31,7 +31,8 @@ def resolve_form(model: PreTrainedModel, form: str | None) -> str:
     """The form that `model` is saved in where `form` is asked for, or nothing is.
 
     By default it is `thin` where every backbone is a Hub id with a commit, and `full` otherwise. A merged model has
-    all its weights and no LoRA: whatever is asked for but `thin`, it is saved as `merged`.
+    all its weights and no LoRA, unless it got another one since: whatever is asked for but `thin`, it is saved as
+    `merged`.
 
     Raises:
         ValueError: no such form; one that this model cannot have, with the reason.
@@ -48,7 +49,7 @@ def resolve_form(model: PreTrainedModel, form: str | None) -> str:
             f"The language model is quantised ({quantizer_of(model).quantization_config.quant_method}): only the thin "
             "form can be saved" + (f", and {obstacle}" if obstacle else "")
         )
-    if model.config.saved_form == "merged":
+    if model.config.saved_form == "merged" and model.config.lora_config is None:
         return "merged"
     if form == "merged" and getattr(model.config, "lora_config", None) is None:
         raise ValueError("This model has no LoRA to merge: save it full")
@@ -77,11 +78,14 @@ def trained_backbone_weights(model: PreTrainedModel) -> list[str]:
     return [key for key, value in model.named_parameters() if value.requires_grad and is_backbone_key(model, key)]
 
 
-def strayed_backbones(model: PreTrainedModel) -> set[str]:
-    """The backbones that are no longer what the config names: a save of that save has to be full."""
+def strayed_backbones(model: PreTrainedModel, form: str) -> set[str]:
+    """The backbones that are no longer what the config names, and whose save in `form` would not tell."""
     if not model.has_loaded_backbones:
         return set(model.backbones)
-    return {key.split(".", 1)[0] for key in trained_backbone_weights(model)}
+    strayed = {key.split(".", 1)[0] for key in trained_backbone_weights(model)}
+    if model.config.saved_form == "merged" and form != "merged":  # there is new LoRA over what was merged
+        strayed.add("language_model")
+    return strayed
 
 
 def is_backbone_key(model: PreTrainedModel, key: str) -> bool:
@@ -118,7 +122,7 @@ def in_form(model: PreTrainedModel, form: str, state_dict: dict[str, torch.Tenso
     config, not_to_miss = model.config, model._keys_to_ignore_on_save
     model.config, model._keys_to_ignore_on_save = copy.deepcopy(config), keys_never_saved(model)
     model.config.saved_form = form
-    strayed = strayed_backbones(model)
+    strayed = strayed_backbones(model, form)
     for part, (_, prefix) in ((part, BACKBONES[part]) for part in model.backbones):
         if part in strayed:
             setattr(model.config, f"{prefix}_backbone", None)

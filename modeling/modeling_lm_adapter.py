@@ -80,6 +80,8 @@ def read_lm_adapter(
     if not isinstance(found, LoraConfig):
         raise ValueError(f"{source} holds an adapter of the type {found.peft_type}; LoRA is needed")
     theirs, ours = found.base_model_name_or_path, config.text_backbone
+    if config.saved_form == "merged" and theirs is not None and _is_hub_id(theirs):
+        raise ValueError(f"{source} was trained on {theirs}; the language model here has another LoRA folded into it")
     if ours is not None and theirs is not None and _is_hub_id(theirs) and theirs != ours:
         raise ValueError(f"{source} was trained on {theirs}; the language model here is {ours}")
     bare = _bare_language_model(config)

@@ -1,6 +1,7 @@
 """Thin, full and merged: what is in the folder, that each loads elsewhere, and that each becomes the others."""
 
 import errno
+import json
 import shutil
 from pathlib import Path
 
@@ -159,6 +160,26 @@ def test_a_merged_model_stays_merged(hub, tmp_path, form):
     with pytest.raises(ValueError, match="LoRA is folded into its language model, which is no longer tiny/llama"):
         merged.save_pretrained(tmp_path / "thin", form="thin")
     assert not (tmp_path / "thin").exists()
+
+
+def test_a_new_lora_on_a_merged_model_is_not_folded_in(hub, tmp_path):
+    built = joined()
+    built.save_pretrained(tmp_path / "merged", form="merged")
+    built.save_pretrained(tmp_path / "thin")
+    merged = load(tmp_path / "merged")
+    with pytest.raises(ValueError, match="trained on tiny/llama; the language model here has another LoRA folded"):
+        merged.load_lm_adapter(tmp_path / "thin" / "lm_adapter")
+    adapter = tmp_path / "thin" / "lm_adapter" / "adapter_config.json"
+    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": None}))
+    merged.load_lm_adapter(tmp_path / "thin" / "lm_adapter")
+    for form in ("full", None):
+        merged.save_pretrained(tmp_path / "new", form=form)
+        assert form_of(tmp_path / "new") == "full"
+        load(tmp_path / "new").save_pretrained(tmp_path / "again")  # is not the Hub's language model, and so not thin
+        assert form_of(tmp_path / "again") == "full"
+        assert torch.equal(logits(load(tmp_path / "again")), logits(merged))
+    merged.save_pretrained(tmp_path / "twice", form="merged")
+    torch.testing.assert_close(logits(load(tmp_path / "twice")), logits(merged), **MERGED)
 
 
 def test_unknown_forms(tmp_path):
