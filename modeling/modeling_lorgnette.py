@@ -180,6 +180,9 @@ class LorgnetteForConditionalGeneration(
             attn_implementation=attn_implementation,
         )
         model = cls(config, vision_model=seen.model, language_model=spoken.model)
+        if quantization_config is not None:  # transformers puts a quantised LM on the GPU, where there is one
+            for part in (model.vision_model, model.qformer, model.projector):
+                part.to(spoken.model.device)
         started.load_into(model.qformer)
         model.cast_parameters(spoken.model.dtype if dtype in (None, "auto") else dtype)
         model.say_backbones_are_loaded()

@@ -82,7 +82,7 @@ def load_thin(
         extra = {"quantization_config": quantization} if quantization is not None and not parts else {}
         parts[part] = _load_backbone(part, config, name, dtype=dtype, **placing, **extra, **hub)
         setattr(config, f"{BACKBONES[part][1]}_config", parts[part].config)
-        if placing:  # what comes next lies where the first begins
+        if placing or quantization is not None:  # what comes next lies where the first begins, or was put by itself
             placing = {"device_map": {"": next(iter(parts.values())).device}}
 
     model = cls(config, *args, **parts, **kwargs)

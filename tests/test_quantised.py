@@ -4,10 +4,12 @@ import pytest
 import tiny_training
 import torch
 from tiny_models import NUM_QUERY_TOKENS, QFORMER, inputs, language_model, model, vision_model
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
 from lorgnette import LorgnetteForConditionalGeneration
+from lorgnette.trainer.arguments import Stage2Arguments
+from lorgnette.trainer.stage2 import build
 
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -47,6 +49,16 @@ def test_only_base_weights_of_the_language_model_are_quantised(settings: dict, s
     moved = {name for name, parameter in made.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {name for name, parameter in made.named_parameters() if parameter.requires_grad}
     assert any("lora_A" in name for name in moved)
+
+
+@needs_bitsandbytes
+def test_what_could_not_be_saved_is_not_trained(tmp_path):
+    """Its weights are no longer floats, and no Hub repository has them."""
+    vit, llama = tiny_training.write_backbones(tmp_path)
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    AutoModelForCausalLM.from_pretrained(llama, quantization_config=settings).save_pretrained(llama)
+    with pytest.raises(ValueError, match="quantised .*only the thin form can be saved, and its language model comes"):
+        build(Stage2Arguments(vision=vit, text=llama, num_query_tokens=NUM_QUERY_TOKENS))
 
 
 def test_what_cannot_be_quantised_is_refused(tmp_path):
