@@ -1,6 +1,8 @@
 """`LorgnettePreTrainedModel`: the frozen ViT that every model here has, and how a model is loaded and saved."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -40,8 +42,8 @@ class LorgnettePreTrainedModel(PreTrainedModel):
 
     # the processor that belongs to this model, if it is known: the one it was joined with, or the one it lay beside
     _processor: Any = None
-    # the form that `push_to_hub` was asked for, while transformers' calls `save_pretrained`
-    _form_to_push: str | None = None
+    # `form` and `state_dict` of a `push_to_hub`, while transformers' calls `save_pretrained`, and does not pass them on
+    _to_push: Mapping[str, Any] = MappingProxyType({})
 
     def freeze(self) -> None:
         """Leave gradients to what is trained; called after each way of building or loading the model."""
@@ -107,7 +109,9 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         self,
         save_directory: str | Path,
         is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
+        *,
         form: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -123,11 +127,15 @@ class LorgnettePreTrainedModel(PreTrainedModel):
                 model was loaded from a merged one, which has no LoRA left that could be saved apart.
 
         Raises:
-            ValueError: another form, or one that this model cannot be saved in; says why.
+            ValueError: another form, or one that this model cannot be saved in; says why. `variant` or
+                `save_original_format` with the thin form, whose files have one name and one format.
         """
-        form = resolve_form(self, form or self._form_to_push)
+        form = resolve_form(self, form or self._to_push.get("form"))
+        for name in ("variant", "save_original_format") if form == "thin" else ():
+            if kwargs.pop(name, None):
+                raise ValueError(f"{name} is for the forms that transformers loads by itself, and this save is thin")
         hub_kwargs = {name: kwargs.pop(name) for name in _PUSH_KWARGS if name in kwargs}
-        state_dict = kwargs.pop("state_dict", None)
+        state_dict = self._to_push.get("state_dict") if state_dict is None else state_dict
         with in_form(self, form, state_dict) as arguments:
             if is_main_process:
                 with written_whole(save_directory) as folder:
@@ -139,15 +147,22 @@ class LorgnettePreTrainedModel(PreTrainedModel):
                 super().save_pretrained(save_directory, is_main_process=False, **kwargs, **arguments)
         if push_to_hub:  # a push of its own: transformers' would leave out what was written before its save
             repo_id = hub_kwargs.pop("repo_id", Path(save_directory).resolve().name)
-            self.push_to_hub(repo_id, form=form, token=kwargs.get("token"), **hub_kwargs)
+            self.push_to_hub(repo_id, form=form, state_dict=state_dict, token=kwargs.get("token"), **hub_kwargs)
 
-    def push_to_hub(self, repo_id: str, form: str | None = None, **kwargs: Any) -> str:
-        """As `PreTrainedModel.push_to_hub`; `form` as in [`save_pretrained`]."""
-        self._form_to_push = form
+    def push_to_hub(
+        self,
+        repo_id: str,
+        form: str | None = None,
+        *,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """As `PreTrainedModel.push_to_hub`; `form` and `state_dict` as in [`save_pretrained`]."""
+        self._to_push = {"form": form, "state_dict": state_dict}
         try:
             return super().push_to_hub(repo_id, **kwargs)
         finally:
-            self._form_to_push = None
+            del self._to_push
 
     def _save_beside(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None) -> None:
         """Write what belongs to a saved model besides config, weights and processor: nothing, for most."""
