@@ -68,8 +68,8 @@ def read_lm_adapter(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it is a whole model, no LoRA or a pickled one, belongs to another language model, trains base weights too, or has targets, names or
-            shapes that the language model has not.
+        ValueError: it is a whole model, no LoRA or a pickled one, belongs to another language model, trains base
+            weights too, or has targets, names or shapes that the language model has not.
     """
     requires_backends(read_lm_adapter, "peft")
     if is_peft_available():

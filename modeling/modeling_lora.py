@@ -29,8 +29,8 @@ def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str,
     """A complete, checked dict of `peft.LoraConfig` fields for this language model.
 
     Args:
-        lora: a dict of `peft.LoraConfig` fields, as an adapter_config.json also holds it, or a `LoraConfig`. Without `target_modules`, LoRA goes to the
-            attention projections of the architecture.
+        lora: a dict of `peft.LoraConfig` fields, as an adapter_config.json holds them too, or a `LoraConfig`. Without
+            `target_modules`, LoRA goes to the attention projections of the architecture.
         language_model: the LM, before LoRA is attached.
 
     Returns:
