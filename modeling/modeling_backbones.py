@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
@@ -69,10 +70,11 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
     return parsed
 
 
-def read_vision_model(name: str | Path, config: PreTrainedConfig, **keywords: Any) -> PreTrainedModel:
+def read_vision_model(name: str | Path | None, config: PreTrainedConfig, **keywords: Any) -> PreTrainedModel:
     """The ViT of this config out of a folder or a Hub repository, which may hold more than the ViT.
 
     Args:
+        name: None where `state_dict` is among the keywords.
         keywords: of `from_pretrained`.
 
     Raises:
@@ -85,9 +87,11 @@ def read_vision_model(name: str | Path, config: PreTrainedConfig, **keywords: An
     return model
 
 
-def read_language_model(name: str | Path, **keywords: Any) -> PreTrainedModel:
+def read_language_model(name: str | Path | None, **keywords: Any) -> PreTrainedModel:
     """The causal LM out of a folder or a Hub repository, as [`read_vision_model`]; also raises for an encoder."""
-    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **keywords)
+    # the Auto class looks for files, and a `state_dict` has none
+    model_class = AutoModelForCausalLM if name is not None else MODEL_FOR_CAUSAL_LM_MAPPING[type(keywords["config"])]
+    model, info = model_class.from_pretrained(name, output_loading_info=True, **keywords)
     _check_causal(model)
     refuse_missing(name, f"a {type(model).__name__}", [f"language_model.{key}" for key in info["missing_keys"]])
     return model
@@ -108,7 +112,7 @@ def refuse_missing(name: Any, what: str, missing: Iterable[str]) -> None:
     """
     lacking = sorted(key for key in missing if not is_unread(key))
     if lacking:
-        raise ValueError(f"{name} lacks {len(lacking)} weights of {what} ({lacking[0]}, …)")
+        raise ValueError(f"{name or 'The checkpoint'} lacks {len(lacking)} weights of {what} ({lacking[0]}, …)")
 
 
 def is_unread(key: str) -> bool:

@@ -14,7 +14,7 @@ from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig
 from .modeling_backbones import refuse_missing
 from .modeling_companions import ProcessorBeside
 from .modeling_forms import in_form, is_backbone_key, keys_not_to_miss, resolve_form
-from .modeling_thin import is_thin, load_thin
+from .modeling_thin import is_thin, load_in_parts
 from .modeling_whole_folder import written_whole
 
 
@@ -58,21 +58,17 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any):
         """As `PreTrainedModel.from_pretrained`; frozen parts come back frozen (transformers thaws what it loads).
 
-        Of a model that was saved thin the backbones are loaded too, from their repositories at their commits: see
-        [`~modeling_thin.load_thin`].
+        Of a model that was saved thin the backbones are loaded too, from their repositories at their commits.
+        `quantization_config` is for the language model alone: see [`~modeling_thin.load_in_parts`].
 
         Raises:
             ValueError: weights of a backbone are not there; transformers alone would draw random ones.
         """
         with_info = kwargs.pop("output_loading_info", False)
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
-        if is_thin(pretrained_model_name_or_path, **kwargs):
-            model, info = load_thin(cls, pretrained_model_name_or_path, *args, **kwargs)
-        elif kwargs.get("quantization_config") is not None:
-            raise ValueError(
-                "quantization_config would quantise the ViT, the Q-Former and LoRA as well: a thin model takes it for "
-                "its language model alone, and so does from_backbones(quantization_config=…)"
-            )
+        quantise = kwargs.get("quantization_config") is not None  # the language model: transformers would all parts
+        if is_thin(pretrained_model_name_or_path, **kwargs) or quantise:
+            model, info = load_in_parts(cls, pretrained_model_name_or_path, *args, **kwargs)
         else:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs

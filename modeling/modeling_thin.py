@@ -1,7 +1,8 @@
-"""A thin model is put together again: its backbones from the Hub, at their commits, and its own weights over that.
+"""A model is put together part by part: the backbones of a thin one from the Hub, and its own weights over that.
 
 transformers builds a model on the meta device and fills what a checkpoint lacks with random numbers. So the backbones
-are loaded first, each by its own `from_pretrained`, and joined as `from_backbones` joins them.
+are loaded first, each by its own `from_pretrained`, and joined as `from_backbones` joins them. A full model is loaded
+in the same way where its language model is to be quantised, and nothing else.
 """
 
 import copy
@@ -49,10 +50,10 @@ def is_thin(name: str | Path | None, config: PreTrainedConfig | None = None, **k
         return False  # weights alone: what they lack is found out when they are loaded
 
 
-def load_thin(
+def load_in_parts(
     cls: type[PreTrainedModel], name: str | Path, *args: Any, **kwargs: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model of class `cls` from its thin folder or Hub repository.
+    """A model of class `cls` from its folder or Hub repository, with the backbones that it names if it is thin.
 
     Args:
         kwargs: as `PreTrainedModel.from_pretrained` takes them. `quantization_config` is for the language model alone,
@@ -77,16 +78,21 @@ def load_thin(
 
     config, kwargs = _resolve_config(cls, name, where, kwargs)
     dtype = parse_dtype(config.dtype or torch.float32 if wished_dtype in (None, "auto") else wished_dtype)
+    weights = _read_weights(name, where)
     parts: dict[str, PreTrainedModel] = {}
     for part in cls.backbones:
         extra = {"quantization_config": quantization} if quantization is not None and not parts else {}
-        parts[part] = _load_backbone(part, config, name, dtype=dtype, **placing, **extra, **hub)
+        extra |= {"dtype": dtype, "config": getattr(config, f"{BACKBONES[part][1]}_config"), **placing}
+        if config.saved_form == "thin":
+            parts[part] = _load_backbone(part, config, name, **extra, **hub)
+        else:
+            parts[part] = _READERS[part](None, state_dict=_take_backbone(part, weights), **extra)
         setattr(config, f"{BACKBONES[part][1]}_config", parts[part].config)
         if placing or quantization is not None:  # what comes next lies where the first begins, or was put by itself
             placing = {"device_map": {"": next(iter(parts.values())).device}}
 
     model = cls(config, *args, **parts, **kwargs)
-    missing, unexpected = _load_own_weights(model, name, where, dtype)
+    missing, unexpected = _load_own_weights(model, name, weights, dtype)
     if model.can_generate():
         model.generation_config = generation or GenerationConfig.from_pretrained(name, **where)
     return model.eval(), {
@@ -109,9 +115,9 @@ def _resolve_config(
     else:
         config, kwargs = cls.config_class.from_pretrained(given or name, return_unused_kwargs=True, **where, **kwargs)
     own = PreTrainedConfig.get_config_dict(name, **where)[0]
-    for _, prefix in map(BACKBONES.get, cls.backbones):  # what was left out is what the folder says, not the caller
-        for field in (f"{prefix}_backbone", f"{prefix}_backbone_revision"):
-            setattr(config, field, own.get(field))
+    names = [f"{BACKBONES[part][1]}_backbone" for part in cls.backbones]
+    for field in ("saved_form", *names, *(f"{name}_revision" for name in names)):  # what is there, the folder says
+        setattr(config, field, own.get(field))
     config.name_or_path = str(name)
     return config, kwargs
 
@@ -120,7 +126,7 @@ def _load_backbone(part: str, config: PreTrainedConfig, name: str | Path, **kwar
     what, prefix = BACKBONES[part]
     source, revision = getattr(config, f"{prefix}_backbone"), getattr(config, f"{prefix}_backbone_revision")
     try:
-        return _READERS[part](source, revision=revision, config=getattr(config, f"{prefix}_config"), **kwargs)
+        return _READERS[part](source, revision=revision, **kwargs)
     except OSError as error:
         raise OSError(
             f"{name} was saved thin, without its {what}, which is {source} at commit {revision} and cannot be loaded. "
@@ -130,11 +136,17 @@ def _load_backbone(part: str, config: PreTrainedConfig, name: str | Path, **kwar
         ) from error
 
 
+def _take_backbone(part: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take a backbone's weights out of the whole model's, with the names that they have in the backbone alone."""
+    taken = [key for key in weights if key.startswith(f"{part}.") and ".lora_" not in key]
+    return {key.removeprefix(f"{part}.").replace(".base_layer.", "."): weights.pop(key) for key in taken}
+
+
 def _load_own_weights(
-    model: PreTrainedModel, name: str | Path, where: dict[str, Any], dtype: torch.dtype
+    model: PreTrainedModel, name: str | Path, weights: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> tuple[set[str], set[str]]:
     """Fill what is not the backbones'; returns what the files lack, and what the model has no use for."""
-    result = model.load_state_dict(_read_weights(name, where), strict=False)
+    result = model.load_state_dict(weights, strict=False)
     lacking = {key for key in result.missing_keys if not is_backbone_key(model, key)}
     if lacking:
         logger.warning(f"{name} lacks {len(lacking)} weights, which are as a new model's: {sorted(lacking)}")
@@ -160,4 +172,4 @@ def _read_weights(name: str | Path, where: dict[str, Any]) -> dict[str, torch.Te
     return {key: tensor for file in files for key, tensor in load_state_dict(file).items()}
 
 
-__all__ = ["is_thin", "load_thin"]
+__all__ = ["is_thin", "load_in_parts"]

@@ -10,6 +10,7 @@ from transformers.utils import is_bitsandbytes_available
 from lorgnette import LorgnetteForConditionalGeneration
 from lorgnette.trainer.arguments import Stage2Arguments
 from lorgnette.trainer.stage2 import build
+from lorgnette.trainer.vision_tower import VisionTower
 
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -66,5 +67,27 @@ def test_what_cannot_be_quantised_is_refused(tmp_path):
     with pytest.raises(ValueError, match="this LlamaForCausalLM is loaded already"):
         LorgnetteForConditionalGeneration.from_backbones(vision_model(), language_model(), **settings)
     model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="would quantise the ViT, the Q-Former and LoRA as well"):
-        LorgnetteForConditionalGeneration.from_pretrained(tmp_path, **settings)
+    with pytest.raises(ValueError, match="quantization_config is for a language model, and VisionTower has none"):
+        VisionTower.from_pretrained(tmp_path, config=model().config, **settings)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("form", ["full", "merged"])
+def test_a_saved_model_is_quantised_while_it_is_loaded(form: str, tmp_path):
+    """Its language model's base weights are, which lie beside all others in the folder."""
+    made = model()
+    made.save_pretrained(tmp_path, form=form, max_shard_size="50KB")
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    loaded, info = LorgnetteForConditionalGeneration.from_pretrained(
+        tmp_path, quantization_config=settings, output_loading_info=True
+    )
+    assert not any(info.values())
+    quantised = {name for name, parameter in loaded.named_parameters() if parameter.dtype != torch.float32}
+    assert len(quantised) == 2 * 7
+    assert all(name.startswith("language_model.model.layers") and "lora_" not in name for name in quantised)
+    before = made.state_dict()
+    others = {name: value for name, value in loaded.state_dict().items() if value.dtype == torch.float32}
+    assert {"qformer", "projector", "vision_model"} < {name.split(".")[0] for name in others}
+    assert [n for n, v in others.items() if n in before and not torch.equal(v, before[n])] == []
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs()).logits, made(**inputs()).logits, atol=0.2, rtol=0.1)
