@@ -164,6 +164,11 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
             )
         if self.saved_form not in (None, *FORMS):
             raise ValueError(f"saved_form is {self.saved_form!r}; it takes {', '.join(FORMS)}")
+        if self.saved_form == "thin":
+            for name in ("vision_backbone", "text_backbone"):
+                for field in (name, f"{name}_revision"):
+                    if getattr(self, field, "") is None:
+                        raise ValueError(f'saved_form is "thin", and {field} does not say what was left out')
         kwargs.setdefault("auto_map", dict(self._auto_map))
         parts = [getattr(self, name) for name in self.sub_configs]
         attention_of_parts = [part._attn_implementation for part in parts]

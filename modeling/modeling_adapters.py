@@ -14,24 +14,30 @@ from .modeling_lora import lora_layers
 class LanguageModelAdapters:
     """Mixin of a model whose `language_model` carries LoRA; transformers' own methods look at the whole model."""
 
+    # kept here: the bridge in use may have no LoRA to be off, and the next one has
+    _adapters_are_off: bool = False
+
     def enable_adapters(self) -> None:
         """Answer with LoRA again. Raises a ValueError where the model has none."""
         self.language_model.enable_adapters()
+        self._adapters_are_off = False
 
     def disable_adapters(self) -> None:
         """Answer as the original language model does. Raises a ValueError where there is no LoRA."""
         self.language_model.disable_adapters()
+        self._adapters_are_off = True
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the language model is the original one; after it, what it was before."""
-        were_off = any(layer.disable_adapters for layer in lora_layers(self.language_model).values())
+        were_off = self._adapters_are_off
         self.disable_adapters()
         try:
             yield
         finally:
-            if not were_off:
-                self.enable_adapters()
+            self._adapters_are_off = were_off
+            if not were_off and lora_layers(self.language_model):
+                self.language_model.enable_adapters()
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: transformers would freeze the Q-Former, and save the adapter alone."""
@@ -57,7 +63,6 @@ class LanguageModelAdapters:
 
     def _replace_lora(self, lora_config: dict[str, Any] | None, weights: dict[str, torch.Tensor]) -> None:
         """Another LoRA, on or off as the present one is, or none at all."""
-        were_off = any(layer.disable_adapters for layer in lora_layers(self.language_model).values())
         detach_lora(self.language_model)
         self.config.lora_config = lora_config
         if lora_config is None:
@@ -66,13 +71,13 @@ class LanguageModelAdapters:
         self._attach_lora()
         for name, parameter in self.language_model.named_parameters():
             if "lora_" in name:
-                parameter.data = parameter.data.to(self.projector.weight)  # its dtype and device
+                parameter.data = parameter.data.to(self.projector.weight.dtype)  # it lies beside the layer it adapts
         load_lora_weights(self.language_model, weights)
         self._name_backbones_anew()
         self.freeze()
         self.train(self.training)  # new layers are in train mode
-        if were_off:
-            self.disable_adapters()
+        if self._adapters_are_off:
+            self.language_model.disable_adapters()
 
     def _name_backbones_anew(self) -> None:
         if self.has_loaded_backbones:  # under another LoRA their weights go by other names

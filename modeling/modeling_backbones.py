@@ -1,12 +1,15 @@
 """Where the pretrained parts come from: a Hub id, a local folder, a GGUF file or a model that is loaded already."""
 
 import copy
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     AutoModel,
@@ -32,29 +35,92 @@ class Backbone:
 
 
 def load_vision_model(
-    source: str | Path | PreTrainedModel, revision: str | None, dtype: torch.dtype | None, attn: str | None
+    source: str | Path | PreTrainedModel, revision: str | None, dtype: torch.dtype | str | None, attn: str | None
 ) -> Backbone:
     """A ViT: a vision model, or the vision tower of a CLIP, SigLIP or the like.
 
     Raises:
-        ValueError: the model does not read pixels into a sequence of vectors.
+        ValueError: the model does not read pixels into a sequence of vectors, or its weights are not all there.
     """
     if isinstance(source, PreTrainedModel):
         backbone = Backbone(source.vision_model if hasattr(source, "vision_model") else source.base_model)
     else:
         name, keywords = from_pretrained_arguments(source, revision)
         config = AutoConfig.from_pretrained(name, **keywords)
-        model_class = _vision_model_class(getattr(config, "vision_config", config))
         keywords |= {"dtype": dtype or torch.float32, "attn_implementation": attn}
-        if hasattr(config, "vision_config"):
-            keywords["config"] = config.vision_config
-            if config.model_type == "blip-2":  # whose ViT does not know its own prefix
-                keywords["key_mapping"] = {r"^vision_model\.": ""}
-        backbone = from_source(model_class.from_pretrained(name, **keywords), source, revision)
+        model = read_vision_model(name, getattr(config, "vision_config", config), **keywords)
+        backbone = from_source(model, source, revision)
     for field in ("hidden_size", "num_hidden_layers", "patch_size"):
         if not hasattr(backbone.model.config, field):
             raise ValueError(f"{type(backbone.model).__name__} is no ViT: its config has no {field}")
     return backbone
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
+    """`"bfloat16"` to torch's; `"auto"`, each checkpoint's own, and None stay.
+
+    Raises:
+        ValueError: torch has no such dtype.
+    """
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype
+    parsed = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(parsed, torch.dtype):
+        raise ValueError(f'dtype is {dtype!r}: give one of torch\'s ("float32", "bfloat16", "float16"), or "auto"')
+    return parsed
+
+
+def read_vision_model(name: str | Path | None, config: PreTrainedConfig, **keywords: Any) -> PreTrainedModel:
+    """The ViT of this config out of a folder or a Hub repository, which may hold more than the ViT.
+
+    Args:
+        name: None where `state_dict` is among the keywords.
+        keywords: of `from_pretrained`.
+
+    Raises:
+        ValueError: its weights are not all there.
+    """
+    if config.model_type == "blip_2_vision_model":  # which does not know the prefix that it has inside BLIP-2
+        keywords = {"key_mapping": {r"^vision_model\.": ""}} | keywords
+    model, info = _vision_model_class(config).from_pretrained(name, config=config, output_loading_info=True, **keywords)
+    refuse_missing(name, f"a {type(model).__name__}", [f"vision_model.{key}" for key in info["missing_keys"]])
+    return model
+
+
+def read_language_model(name: str | Path | None, **keywords: Any) -> PreTrainedModel:
+    """The causal LM out of a folder or a Hub repository, as [`read_vision_model`]; also raises for an encoder."""
+    # the Auto class looks for files, and a `state_dict` has none
+    model_class = AutoModelForCausalLM if name is not None else MODEL_FOR_CAUSAL_LM_MAPPING[type(keywords["config"])]
+    model, info = model_class.from_pretrained(name, output_loading_info=True, **keywords)
+    _check_causal(model)
+    refuse_missing(name, f"a {type(model).__name__}", [f"language_model.{key}" for key in info["missing_keys"]])
+    return model
+
+
+def _check_causal(model: PreTrainedModel) -> None:
+    is_encoder = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+        model.config, "is_decoder", False
+    )
+    if is_encoder or not model.can_generate() or model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} is no causal language model (an encoder, or no head over words)")
+
+
+def refuse_missing(name: Any, what: str, missing: Iterable[str]) -> None:
+    """Raise a ValueError where a checkpoint lacks weights of a backbone that anything reads.
+
+    transformers fills them with random numbers, and says so in a warning alone.
+    """
+    lacking = sorted(key for key in missing if not is_unread(key))
+    if lacking:
+        raise ValueError(f"{name or 'The checkpoint'} lacks {len(lacking)} weights of {what} ({lacking[0]}, …)")
+
+
+def is_unread(key: str) -> bool:
+    """Whether a weight of this name in the whole model pools what the ViT sees into one vector: nothing reads that.
+
+    Many a checkpoint has no such weights, and then each load draws others.
+    """
+    return re.match(r"(vision_model\.)+(pooler|head)\.", key) is not None
 
 
 def new_vision_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -75,14 +141,15 @@ def _vision_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def load_language_model(
     source: str | Path | PreTrainedModel,
     revision: str | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     attn: str | None,
     quantization_config: Any = None,
 ) -> Backbone:
     """A causal LM. A `.gguf` file is read by transformers, dequantised, and is a plain model from then on.
 
     Raises:
-        ValueError: it is no causal LM, it carries an adapter already, or it cannot be quantised while it is loaded.
+        ValueError: it is no causal LM, it carries an adapter already, its weights are not all there, or it cannot be
+            quantised while it is loaded.
     """
     named = isinstance(source, (str, Path))
     if quantization_config is not None and (not named or str(source).endswith(".gguf")):
@@ -93,7 +160,7 @@ def load_language_model(
         backbone = Backbone(model)
     elif str(source).endswith(".gguf"):
         folder, keywords = from_pretrained_arguments(source)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32, **keywords)
+        loaded = read_language_model(folder, dtype=dtype or torch.float32, **keywords)
         # save_pretrained refuses a model whose config still tells of the quantisation it was read from
         config = copy.deepcopy(loaded.config)
         del config.quantization_config
@@ -106,20 +173,14 @@ def load_language_model(
         name, keywords = from_pretrained_arguments(source, revision)
         if quantization_config is not None:
             keywords["quantization_config"] = quantization_config
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype or torch.float32, attn_implementation=attn, **keywords
-        )
+        model = read_language_model(name, dtype=dtype or torch.float32, attn_implementation=attn, **keywords)
         backbone = from_source(model, source, revision)
     if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"The language model is a {type(model).__name__} with an adapter, or no transformers model: give the bare "
             "LM (peft's merge_and_unload() makes one) and describe the LoRA in `lora`"
         )
-    is_encoder = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
-        model.config, "is_decoder", False
-    )
-    if is_encoder or not model.can_generate() or model.get_output_embeddings() is None:
-        raise ValueError(f"{type(model).__name__} is no causal language model (an encoder, or no head over words)")
+    _check_causal(model)
     return backbone
 
 
@@ -198,10 +259,15 @@ _FROM_BERT = (
 __all__ = [
     "Backbone",
     "from_source",
+    "is_unread",
     "load_bert",
     "load_language_model",
     "load_vision_model",
     "new_vision_model",
     "next_free_token_id",
+    "parse_dtype",
     "qformer_fields",
+    "read_language_model",
+    "read_vision_model",
+    "refuse_missing",
 ]

@@ -1,6 +1,8 @@
 """`LorgnettePreTrainedModel`: the frozen ViT that every model here has, and how a model is loaded and saved."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -10,10 +12,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import PROCESSOR_NAME, TransformersKwargs
 
 from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig
+from .modeling_backbones import refuse_missing
 from .modeling_card import complete_card
 from .modeling_companions import ProcessorBeside
-from .modeling_forms import in_form, keys_not_to_miss, resolve_form
-from .modeling_thin import is_thin, load_thin
+from .modeling_forms import in_form, is_backbone_key, keys_not_to_miss, resolve_form
+from .modeling_thin import is_thin, load_in_parts
 from .modeling_whole_folder import written_whole
 
 
@@ -41,8 +44,8 @@ class LorgnettePreTrainedModel(PreTrainedModel):
 
     # the processor that belongs to this model, if it is known: the one it was joined with, or the one it lay beside
     _processor: Any = None
-    # the form that `push_to_hub` was asked for, while transformers' calls `save_pretrained`
-    _form_to_push: str | None = None
+    # `form` and `state_dict` of a `push_to_hub`, while transformers' calls `save_pretrained`, and does not pass them on
+    _to_push: Mapping[str, Any] = MappingProxyType({})
 
     def freeze(self) -> None:
         """Leave gradients to what is trained; called after each way of building or loading the model."""
@@ -57,18 +60,17 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any):
         """As `PreTrainedModel.from_pretrained`; frozen parts come back frozen (transformers thaws what it loads).
 
-        Of a model that was saved thin the backbones are loaded too, from their repositories at their commits: see
-        [`~modeling_thin.load_thin`].
+        Of a model that was saved thin the backbones are loaded too, from their repositories at their commits.
+        `quantization_config` is for the language model alone: see [`~modeling_thin.load_in_parts`].
+
+        Raises:
+            ValueError: weights of a backbone are not there; transformers alone would draw random ones.
         """
         with_info = kwargs.pop("output_loading_info", False)
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
-        if is_thin(pretrained_model_name_or_path, **kwargs):
-            model, info = load_thin(cls, pretrained_model_name_or_path, *args, **kwargs)
-        elif kwargs.get("quantization_config") is not None:
-            raise ValueError(
-                "quantization_config would quantise the ViT, the Q-Former and LoRA as well: a thin model takes it for "
-                "its language model alone, and so does from_backbones(quantization_config=…)"
-            )
+        quantise = kwargs.get("quantization_config") is not None  # the language model: transformers would all parts
+        if is_thin(pretrained_model_name_or_path, **kwargs) or quantise:
+            model, info = load_in_parts(cls, pretrained_model_name_or_path, *args, **kwargs)
         else:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -79,8 +81,22 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         return (model, info) if with_info else model
 
     def _finish_loading(self, missing: set[str], unexpected: set[str]) -> None:
+        backbones = {key for key in missing if is_backbone_key(self, key)}
+        refuse_missing(self.name_or_path or "The checkpoint", "its backbones", backbones)
         self.freeze()
         self.say_backbones_are_loaded()
+
+    def cast_parameters(self, dtype: torch.dtype) -> None:
+        """Bring all parameters into one dtype, but those of backbones that were loaded in it.
+
+        Buffers keep theirs, as in any `from_pretrained`: RoPE's frequencies are float32 in every model.
+        """
+        loaded_so = [name for name in self.backbones if self.get_submodule(name).dtype == dtype]
+        for key, parameter in self.named_parameters():
+            # transformers keeps some weights of some models in float32 on purpose
+            apart = is_backbone_key(self, key) and key.split(".", 1)[0] in loaded_so
+            if parameter.is_floating_point() and not apart:
+                parameter.data = parameter.data.to(dtype)
 
     def say_backbones_are_loaded(self) -> None:
         """Called where the backbones hold what was pretrained: from now on a save may leave them out."""
@@ -91,7 +107,9 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         self,
         save_directory: str | Path,
         is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
+        *,
         form: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -107,11 +125,15 @@ class LorgnettePreTrainedModel(PreTrainedModel):
                 model was loaded from a merged one, which has no LoRA left that could be saved apart.
 
         Raises:
-            ValueError: another form, or one that this model cannot be saved in; says why.
+            ValueError: another form, or one that this model cannot be saved in; says why. `variant` or
+                `save_original_format` with the thin form, whose files have one name and one format.
         """
-        form = resolve_form(self, form or self._form_to_push)
+        form = resolve_form(self, form or self._to_push.get("form"))
+        for name in ("variant", "save_original_format") if form == "thin" else ():
+            if kwargs.pop(name, None):
+                raise ValueError(f"{name} is for the forms that transformers loads by itself, and this save is thin")
         hub_kwargs = {name: kwargs.pop(name) for name in _PUSH_KWARGS if name in kwargs}
-        state_dict = kwargs.pop("state_dict", None)
+        state_dict = self._to_push.get("state_dict") if state_dict is None else state_dict
         with in_form(self, form, state_dict) as arguments:
             if is_main_process:
                 with written_whole(save_directory) as folder:
@@ -123,15 +145,25 @@ class LorgnettePreTrainedModel(PreTrainedModel):
                 super().save_pretrained(save_directory, is_main_process=False, **kwargs, **arguments)
         if push_to_hub:  # a push of its own: transformers' would leave out what was written before its save
             repo_id = hub_kwargs.pop("repo_id", Path(save_directory).resolve().name)
-            self.push_to_hub(repo_id, form=form, token=kwargs.get("token"), **hub_kwargs)
+            self.push_to_hub(repo_id, form=form, state_dict=state_dict, token=kwargs.get("token"), **hub_kwargs)
 
-    def push_to_hub(self, repo_id: str, form: str | None = None, **kwargs: Any) -> str:
-        """As `PreTrainedModel.push_to_hub`, with a card that says what is known; `form` as in [`save_pretrained`]."""
-        self._form_to_push = form
+    def push_to_hub(
+        self,
+        repo_id: str,
+        form: str | None = None,
+        *,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """As `PreTrainedModel.push_to_hub`, with a card that says what is known.
+
+        `form` and `state_dict` are those of [`save_pretrained`].
+        """
+        self._to_push = {"form": form, "state_dict": state_dict}
         try:
             return super().push_to_hub(repo_id, **kwargs)
         finally:
-            self._form_to_push = None
+            del self._to_push
 
     def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any):
         """transformers' last step of a push: the card that it has put there is completed before."""

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..configuration.backbone_sources import from_pretrained_arguments, load_qformer_tokenizer
 from ..configuration.configuration_lorgnette import LorgnetteConfig, LorgnetteQFormerConfig, LorgnetteRetrievalConfig
-from .modeling_backbones import Backbone, from_source, load_language_model, next_free_token_id
+from .modeling_backbones import Backbone, from_source, load_language_model, next_free_token_id, parse_dtype
 from .modeling_lora import resolve_lora_config
 
 
@@ -50,7 +50,7 @@ class Blip2Generation:
             lora: LoRA to go into the LM, as in [`from_backbones`]; BLIP-2 has none.
             revision: branch, tag or commit on the Hub.
             dtype: of all parts, the Q-Former too, which BLIP-2 keeps in float32. By default float32, of a loaded model
-                its LM's.
+                and with `"auto"` its LM's.
             attn_implementation: `"eager"`, `"sdpa"`, `"flash_attention_2"`; transformers chooses by default.
 
         Raises:
@@ -82,7 +82,7 @@ class Blip2Generation:
         model = cls(config, vision_model=blip2.model.vision_model, language_model=text)
         _take_qformer(model, blip2.model)
         model.projector.load_state_dict(blip2.model.language_projection.state_dict())
-        model.to(_dtype(dtype) or text.dtype)
+        model.cast_parameters(text.dtype if dtype in (None, "auto") else parse_dtype(dtype))
         if processor is not None:
             model.adopt_processor(processor)
         return model.eval()
@@ -115,7 +115,7 @@ class Blip2Retrieval:
                 `source`, says which word is `[DEC]`.
             itc_weight, itm_weight, itg_weight: see [`LorgnetteRetrievalConfig`].
             revision: branch, tag or commit on the Hub.
-            dtype: of all parts; by default float32, of a loaded model its ViT's.
+            dtype: of all parts; by default float32, of a loaded model and with `"auto"` its ViT's.
             attn_implementation: `"eager"`, `"sdpa"`, `"flash_attention_2"`; transformers chooses by default.
 
         Raises:
@@ -155,7 +155,7 @@ class Blip2Retrieval:
             fresh.append(f"the embedding of [DEC] (id {dec_token_id})")
         if fresh:
             logger.warning(f"BLIP-2's checkpoint does not hold, and training has to teach: {', '.join(fresh)}")
-        model.to(_dtype(dtype) or blip2.model.vision_model.dtype)
+        model.cast_parameters(blip2.model.vision_model.dtype if dtype in (None, "auto") else parse_dtype(dtype))
         if processor is not None:
             model.check_processor(processor)
             model._processor = processor
@@ -195,7 +195,7 @@ def _load(
         return Backbone(source)
     model, info = model_class.from_pretrained(
         name,
-        dtype=_dtype(dtype) or torch.float32,
+        dtype=parse_dtype(dtype) or torch.float32,
         attn_implementation=attn_implementation,
         output_loading_info=True,
         **keywords,
@@ -239,10 +239,6 @@ def _dec_token_id(tokenizer: PreTrainedTokenizerBase | None, words: int) -> int:
     """The id of `[DEC]` in the Q-Former's tokenizer; where it has none, the one after all `words`."""
     known = None if tokenizer is None else tokenizer.get_vocab().get("[DEC]")
     return words if known is None else known
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 __all__ = ["Blip2Generation", "Blip2Retrieval"]

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..configuration.backbone_sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteConfig
+from .modeling_backbones import is_unread
 from .modeling_lm_adapter import lora_weights
 
 
@@ -143,30 +144,35 @@ def _check_backbones(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
     for part, name in (("vision_model", "ViT"), ("language_model", "language model")):
         if getattr(getattr(ours, part), "is_quantized", False):
             here, there = ((c.text_backbone, c.text_backbone_revision) for c in (ours.config, theirs.config))
-            if None in here or here != there:
+            merged = "merged" in (ours.config.saved_form, theirs.config.saved_form)
+            if merged or None in here or here != there:
                 raise ValueError(
                     f"The language model is quantised, so that only its name can tell whether the bridge belongs to "
                     f"it: the bridge's is {there[0]} at {there[1]}, this one is {here[0]} at {here[1]}"
+                    + (", and LoRA is folded into one of them" if merged else "")
                 )
             continue
-        own, other = _base_weights(getattr(ours, part)), _base_weights(getattr(theirs, part))
+        own, other = _base_weights(ours, part), _base_weights(theirs, part)
         differing = sorted(own.keys() ^ other.keys())
         for weight in logging.tqdm(sorted(own.keys() & other.keys()), desc=f"comparing the {name}"):
             if not torch.equal(own[weight], other[weight].to(own[weight])):
                 differing.append(weight)
         if differing:
+            why = ""
+            if part == "language_model" and theirs.config.saved_form == "merged":
+                why = ". That model was saved merged, its LoRA folded into the language model: save it thin or full"
             raise ValueError(
                 f"The bridge was trained with another {name}: {len(differing)} of {len(own)} tensors differ "
-                f"({differing[0]}, …)"
+                f"({differing[0]}, …){why}"
             )
 
 
-def _base_weights(backbone: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The weights without LoRA, by the names that they have without it."""
+def _base_weights(model: PreTrainedModel, part: str) -> dict[str, torch.Tensor]:
+    """The weights of a backbone that anything reads, without LoRA, by the names that they have without it."""
     return {
         name.replace(".base_layer.", "."): tensor
-        for name, tensor in backbone.state_dict().items()
-        if ".lora_" not in name
+        for name, tensor in model.get_submodule(part).state_dict().items()
+        if ".lora_" not in name and not is_unread(f"{part}.{name}")
     }
 
 

@@ -31,7 +31,8 @@ def resolve_form(model: PreTrainedModel, form: str | None) -> str:
     """The form that `model` is saved in where `form` is asked for, or nothing is.
 
     By default it is `thin` where every backbone is a Hub id with a commit, and `full` otherwise. A merged model has
-    all its weights and no LoRA: whatever is asked for but `thin`, it is saved as `merged`.
+    all its weights and no LoRA, unless it got another one since: whatever is asked for but `thin`, it is saved as
+    `merged`.
 
     Raises:
         ValueError: no such form; one that this model cannot have, with the reason.
@@ -48,7 +49,7 @@ def resolve_form(model: PreTrainedModel, form: str | None) -> str:
             f"The language model is quantised ({quantizer_of(model).quantization_config.quant_method}): only the thin "
             "form can be saved" + (f", and {obstacle}" if obstacle else "")
         )
-    if model.config.saved_form == "merged":
+    if model.config.saved_form == "merged" and model.config.lora_config is None:
         return "merged"
     if form == "merged" and getattr(model.config, "lora_config", None) is None:
         raise ValueError("This model has no LoRA to merge: save it full")
@@ -68,8 +69,23 @@ def why_not_thin(model: PreTrainedModel) -> str | None:
             return f"its {what} comes from a folder or from memory, not from a Hub repository at a commit"
         if not model.has_loaded_backbones:
             return f"its {what} is random, and not what {getattr(config, f'{prefix}_backbone')} holds"
-    trained = [key for key, value in model.named_parameters() if value.requires_grad and is_backbone_key(model, key)]
+    trained = trained_backbone_weights(model)
     return f"{len(trained)} weights of its backbones train ({trained[0]}, …)" if trained else None
+
+
+def trained_backbone_weights(model: PreTrainedModel) -> list[str]:
+    """The weights of backbones that have a gradient, and so are not, or will not be, what the Hub holds."""
+    return [key for key, value in model.named_parameters() if value.requires_grad and is_backbone_key(model, key)]
+
+
+def strayed_backbones(model: PreTrainedModel, form: str) -> set[str]:
+    """The backbones that are no longer what the config names, and whose save in `form` would not tell."""
+    if not model.has_loaded_backbones:
+        return set(model.backbones)
+    strayed = {key.split(".", 1)[0] for key in trained_backbone_weights(model)}
+    if model.config.saved_form == "merged" and form != "merged":  # there is new LoRA over what was merged
+        strayed.add("language_model")
+    return strayed
 
 
 def is_backbone_key(model: PreTrainedModel, key: str) -> bool:
@@ -106,8 +122,13 @@ def in_form(model: PreTrainedModel, form: str, state_dict: dict[str, torch.Tenso
     config, not_to_miss = model.config, model._keys_to_ignore_on_save
     model.config, model._keys_to_ignore_on_save = copy.deepcopy(config), keys_never_saved(model)
     model.config.saved_form = form
-    for _, prefix in map(BACKBONES.get, model.backbones):  # a path of this machine is nobody else's business
-        getattr(model.config, f"{prefix}_config").name_or_path = getattr(config, f"{prefix}_backbone") or ""
+    strayed = strayed_backbones(model, form)
+    for part, (_, prefix) in ((part, BACKBONES[part]) for part in model.backbones):
+        if part in strayed:
+            setattr(model.config, f"{prefix}_backbone", None)
+            setattr(model.config, f"{prefix}_backbone_revision", None)
+        # a path of this machine is nobody else's business
+        getattr(model.config, f"{prefix}_config").name_or_path = getattr(model.config, f"{prefix}_backbone") or ""
     arguments: dict = {"state_dict": state_dict}
     try:
         if form == "thin":

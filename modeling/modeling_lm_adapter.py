@@ -4,11 +4,12 @@ It lies in a sub-folder of the model's. At the top transformers would take it fo
 """
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import is_peft_available, requires_backends
+from transformers.utils import cached_file, is_peft_available, requires_backends
 
 from ..configuration.backbone_sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteConfig
@@ -67,31 +68,35 @@ def read_lm_adapter(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it is no LoRA, belongs to another language model, trains base weights too, or has targets, names or
-            shapes that the language model has not.
+        ValueError: it is a whole model, no LoRA or a pickled one, belongs to another language model, trains base
+            weights too, or has targets, names or shapes that the language model has not.
     """
     requires_backends(read_lm_adapter, "peft")
     if is_peft_available():
         from peft import LoraConfig, PeftConfig
-        from peft.utils import load_peft_weights
+    from safetensors.torch import load_file
 
     name, keywords = from_pretrained_arguments(source, revision)
+    have = partial(cached_file, name, _raise_exceptions_for_missing_entries=False, **keywords)
+    if have("adapter_config.json") is None and have(f"{LM_ADAPTER}/adapter_config.json") is not None:
+        raise ValueError(f"{source} is a whole model: the LoRA of its language model lies in its folder {LM_ADAPTER}")
     found = PeftConfig.from_pretrained(name, **keywords)
     if not isinstance(found, LoraConfig):
         raise ValueError(f"{source} holds an adapter of the type {found.peft_type}; LoRA is needed")
     theirs, ours = found.base_model_name_or_path, config.text_backbone
+    if config.saved_form == "merged" and theirs is not None and _is_hub_id(theirs):
+        raise ValueError(f"{source} was trained on {theirs}; the language model here has another LoRA folded into it")
     if ours is not None and theirs is not None and _is_hub_id(theirs) and theirs != ours:
         raise ValueError(f"{source} was trained on {theirs}; the language model here is {ours}")
-    found.inference_mode, found.revision = False, None
+    file = have("adapter_model.safetensors")
+    if file is None:
+        raise ValueError(f"{source} holds no adapter_model.safetensors; pickled weights (.bin) are not read")
     bare = _bare_language_model(config)
     fields = resolve_lora_config(found, bare)
     with torch.device("meta"):
         bare.add_adapter(LoraConfig(**fields))
     expected = {name: tensor.shape for name, tensor in lora_weights(bare).items()}
-    weights = {
-        name.removeprefix(_PEFT_PREFIX): tensor
-        for name, tensor in load_peft_weights(name, device="cpu", **keywords).items()
-    }
+    weights = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
     odd = sorted(expected.keys() ^ weights.keys())
     if odd:
         where = "only here" if odd[0] in expected else "only there"

@@ -11,6 +11,16 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_peft_available, requires_backends
 
 
+# What a `LoraConfig` and an adapter_config.json say about an adapter's origin and use, and not about LoRA itself.
+_NO_SETTINGS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_type",
+    "peft_version",
+    "revision",
+    "runtime_config",
+}
 # Ways to initialise LoRA that rewrite the base weights (`peft.LoraConfig.init_lora_weights`).
 _CHANGES_BASE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -19,8 +29,8 @@ def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str,
     """A complete, checked dict of `peft.LoraConfig` fields for this language model.
 
     Args:
-        lora: a dict of `peft.LoraConfig` fields or a `LoraConfig`. Without `target_modules`, LoRA goes to the
-            attention projections of the architecture.
+        lora: a dict of `peft.LoraConfig` fields, as an adapter_config.json holds them too, or a `LoraConfig`. Without
+            `target_modules`, LoRA goes to the attention projections of the architecture.
         language_model: the LM, before LoRA is attached.
 
     Returns:
@@ -37,14 +47,14 @@ def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str,
     known = {field.name for field in fields(LoraConfig)}
     if isinstance(lora, LoraConfig):
         defaults = LoraConfig()
-        skipped = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "runtime_config"}
         lora = {
-            name: value
-            for name, value in lora.to_dict().items()
-            if name in known - skipped and value != getattr(defaults, name)
+            name: value for name, value in lora.to_dict().items() if name in known and value != getattr(defaults, name)
         }
     if not isinstance(lora, dict):
         raise TypeError(f"lora has to be a dict of peft.LoraConfig fields or a LoraConfig, not {type(lora).__name__}")
+    if lora.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"lora describes an adapter of the type {lora['peft_type']}; LoRA is needed")
+    lora = {name: value for name, value in lora.items() if name not in _NO_SETTINGS}
     unknown = sorted(lora.keys() - known)
     if unknown:
         raise ValueError(f"lora has fields that peft.LoraConfig does not know: {unknown}; it knows {sorted(known)}")

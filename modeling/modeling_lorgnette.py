@@ -27,7 +27,13 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from .modeling_adapters import LanguageModelAdapters
-from .modeling_backbones import load_language_model, load_vision_model, new_vision_model, next_free_token_id
+from .modeling_backbones import (
+    load_language_model,
+    load_vision_model,
+    new_vision_model,
+    next_free_token_id,
+    parse_dtype,
+)
 from .modeling_base import LorgnettePreTrainedModel
 from .modeling_blip2 import Blip2Generation
 from .modeling_bridges import Bridges
@@ -128,7 +134,8 @@ class LorgnetteForConditionalGeneration(
                 that it is the first past the LM's vocabulary.
             vision_feature_layer, vision_feature_select_strategy: see [`LorgnetteConfig`].
             vision_revision, text_revision, qformer_revision: branch, tag or commit on the Hub.
-            dtype: of all parts; float32 by default. Loaded models keep theirs, which have to agree.
+            dtype: of all parts; float32 by default, `"auto"` is that of the checkpoints. Loaded models keep theirs
+                unless it is given. Those of ViT and LM have to agree.
             attn_implementation: `"eager"`, `"sdpa"`, `"flash_attention_2"`; transformers chooses by default.
             quantization_config: of the LM's base weights, `transformers.BitsAndBytesConfig` for one; all else keeps
                 `dtype`. The LM has to be a Hub id or a folder.
@@ -138,12 +145,12 @@ class LorgnetteForConditionalGeneration(
                 of another shape.
             OSError: a backbone cannot be found.
         """
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dtype = parse_dtype(dtype)
         seen = load_vision_model(vision, vision_revision, dtype, attn_implementation)
         spoken = load_language_model(text, text_revision, dtype, attn_implementation, quantization_config)
         started = QFormerStart.load(qformer, qformer_revision)
         started.check_vision(seen.model)
-        if dtype is None and seen.model.dtype != spoken.model.dtype:
+        if dtype in (None, "auto") and seen.model.dtype != spoken.model.dtype:
             raise ValueError(
                 f"The ViT is {seen.model.dtype}, the LM {spoken.model.dtype}: pass dtype= to join them in one"
             )
@@ -173,8 +180,11 @@ class LorgnetteForConditionalGeneration(
             attn_implementation=attn_implementation,
         )
         model = cls(config, vision_model=seen.model, language_model=spoken.model)
+        if quantization_config is not None:  # transformers puts a quantised LM on the GPU, where there is one
+            for part in (model.vision_model, model.qformer, model.projector):
+                part.to(spoken.model.device)
         started.load_into(model.qformer)
-        model.to(dtype or spoken.model.dtype)
+        model.cast_parameters(spoken.model.dtype if dtype in (None, "auto") else dtype)
         model.say_backbones_are_loaded()
         if processor is not None:
             model.adopt_processor(processor)

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration.backbone_sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteRetrievalConfig
-from .modeling_backbones import Backbone, load_bert, qformer_fields
+from .modeling_backbones import Backbone, is_unread, load_bert, qformer_fields
 from .modeling_qformer import LorgnetteQFormerModel
 from .modeling_retrieval import LorgnetteForImageTextRetrieval
 
@@ -101,7 +101,7 @@ class QFormerStart:
             return
         theirs = self.stage1.vision_model.state_dict()
         for name, ours in vision_model.state_dict().items():
-            if name not in theirs or not _equal(theirs[name], ours):
+            if not is_unread(f"vision_model.{name}") and (name not in theirs or not _equal(theirs[name], ours)):
                 raise ValueError(f"The stage-1 Q-Former has learned to read another ViT: {name!r} differs")
 
     def load_into(self, qformer: LorgnetteQFormerModel) -> None:

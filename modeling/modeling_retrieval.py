@@ -23,7 +23,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig, LorgnetteRetrievalConfig
-from .modeling_backbones import load_bert, load_vision_model, new_vision_model, qformer_fields
+from .modeling_backbones import load_bert, load_vision_model, new_vision_model, parse_dtype, qformer_fields
 from .modeling_base import LorgnettePreTrainedModel
 from .modeling_blip2 import Blip2Retrieval
 from .modeling_losses import (
@@ -124,7 +124,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
             processor: the [`LorgnetteProcessor`] to be used, made with `text=None`; saved with the model.
             vision_feature_layer, vision_feature_select_strategy: see [`LorgnetteBridgeConfig`].
             vision_revision, qformer_revision: branch, tag or commit on the Hub.
-            dtype: of all parts; the loaded ViT's, or float32, by default.
+            dtype: of all parts; the loaded ViT's, or float32, by default; `"auto"` is the ViT's.
             attn_implementation: `"eager"`, `"sdpa"`, or where `itg_weight` is 0 `"flash_attention_2"`; transformers
                 chooses by default.
 
@@ -132,7 +132,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
             ValueError: a backbone of the wrong kind, a BERT of another shape, a processor that does not fit.
             OSError: a backbone cannot be found.
         """
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dtype = parse_dtype(dtype)
         seen = load_vision_model(vision, vision_revision, dtype, attn_implementation)
         started = load_bert(qformer, qformer_revision) if qformer is not None else None
         fields = qformer_fields(started, qformer_config) | {"use_qformer_text_input": True}
@@ -160,7 +160,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         model = cls(config, vision_model=seen.model)
         if started is not None:
             model.qformer.load_bert(started.model)
-        model.to(dtype or seen.model.dtype)
+        model.cast_parameters(seen.model.dtype if dtype in (None, "auto") else dtype)
         model.say_backbones_are_loaded()
         if processor is not None:
             model.check_processor(processor)

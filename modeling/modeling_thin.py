@@ -1,7 +1,8 @@
-"""A thin model is put together again: its backbones from the Hub, at their commits, and its own weights over that.
+"""A model is put together part by part: the backbones of a thin one from the Hub, and its own weights over that.
 
 transformers builds a model on the meta device and fills what a checkpoint lacks with random numbers. So the backbones
-are loaded first, each by its own `from_pretrained`, and joined as `from_backbones` joins them.
+are loaded first, each by its own `from_pretrained`, and joined as `from_backbones` joins them. A full model is loaded
+in the same way where its language model is to be quantised, and nothing else.
 """
 
 import copy
@@ -10,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from .modeling_backbones import parse_dtype, read_language_model, read_vision_model
 from .modeling_forms import BACKBONES, is_backbone_key
 
 
 logger = logging.get_logger(__name__)
 
-_AUTO_CLASSES = {"language_model": AutoModelForCausalLM, "vision_model": AutoModel}
+_READERS = {"language_model": read_language_model, "vision_model": read_vision_model}
 _FOLDER = ("revision", "subfolder")  # of a load, what says where in a repository the thin model's own files are
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "token")  # and how any repository is reached
 _PLACING = ("max_memory", "offload_folder", "offload_buffers")  # go with device_map
@@ -34,21 +36,24 @@ def is_thin(name: str | Path | None, config: PreTrainedConfig | None = None, **k
 
     Args:
         name: the folder or the Hub id; None where weights come from elsewhere.
-        config: its config, where the caller has it.
+        config: the config that the caller wishes, which does not say what lies there; without any there, it has to do.
         kwargs: of `from_pretrained`.
     """
     if name is None:
         return False
-    if isinstance(config, PreTrainedConfig):
-        return getattr(config, "saved_form", None) == "thin"
     where = {key: kwargs[key] for key in (*_FOLDER, *_HUB) if key in kwargs}
-    return PreTrainedConfig.get_config_dict(config or name, **where)[0].get("saved_form") == "thin"
+    try:
+        return PreTrainedConfig.get_config_dict(name, **where)[0].get("saved_form") == "thin"
+    except OSError:
+        if config is None:
+            raise
+        return False  # weights alone: what they lack is found out when they are loaded
 
 
-def load_thin(
+def load_in_parts(
     cls: type[PreTrainedModel], name: str | Path, *args: Any, **kwargs: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model of class `cls` from its thin folder or Hub repository.
+    """A model of class `cls` from its folder or Hub repository, with the backbones that it names if it is thin.
 
     Args:
         kwargs: as `PreTrainedModel.from_pretrained` takes them. `quantization_config` is for the language model alone,
@@ -59,7 +64,7 @@ def load_thin(
 
     Raises:
         OSError: a backbone cannot be loaded; names it, its commit and what to do. Or `name` cannot.
-        ValueError: `quantization_config` for a model that has no language model.
+        ValueError: `quantization_config` for a model that has no language model; a backbone without all its weights.
     """
     hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
     folder = {key: kwargs.pop(key, None) for key in _FOLDER}
@@ -72,20 +77,22 @@ def load_thin(
         raise ValueError(f"quantization_config is for a language model, and {cls.__name__} has none")
 
     config, kwargs = _resolve_config(cls, name, where, kwargs)
-    dtype = config.dtype or torch.float32 if wished_dtype in (None, "auto") else wished_dtype
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = parse_dtype(config.dtype or torch.float32 if wished_dtype in (None, "auto") else wished_dtype)
+    weights = _read_weights(name, where)
     parts: dict[str, PreTrainedModel] = {}
-    missing: set[str] = set()
     for part in cls.backbones:
         extra = {"quantization_config": quantization} if quantization is not None and not parts else {}
-        parts[part], info = _load_backbone(part, config, name, dtype=dtype, **placing, **extra, **hub)
-        missing |= {f"{part}.{key}" for key in info["missing_keys"]}
+        extra |= {"dtype": dtype, "config": getattr(config, f"{BACKBONES[part][1]}_config"), **placing}
+        if config.saved_form == "thin":
+            parts[part] = _load_backbone(part, config, name, **extra, **hub)
+        else:
+            parts[part] = _READERS[part](None, state_dict=_take_backbone(part, weights), **extra)
         setattr(config, f"{BACKBONES[part][1]}_config", parts[part].config)
-        if placing:  # what comes next lies where the first begins
+        if placing or quantization is not None:  # what comes next lies where the first begins, or was put by itself
             placing = {"device_map": {"": next(iter(parts.values())).device}}
 
     model = cls(config, *args, **parts, **kwargs)
-    unexpected = _load_own_weights(model, name, where, dtype, missing)
+    missing, unexpected = _load_own_weights(model, name, weights, dtype)
     if model.can_generate():
         model.generation_config = generation or GenerationConfig.from_pretrained(name, **where)
     return model.eval(), {
@@ -107,19 +114,19 @@ def _resolve_config(
             config._attn_implementation = kwargs.pop("attn_implementation")
     else:
         config, kwargs = cls.config_class.from_pretrained(given or name, return_unused_kwargs=True, **where, **kwargs)
+    own = PreTrainedConfig.get_config_dict(name, **where)[0]
+    names = [f"{BACKBONES[part][1]}_backbone" for part in cls.backbones]
+    for field in ("saved_form", *names, *(f"{name}_revision" for name in names)):  # what is there, the folder says
+        setattr(config, field, own.get(field))
     config.name_or_path = str(name)
     return config, kwargs
 
 
-def _load_backbone(
-    part: str, config: PreTrainedConfig, name: str | Path, **kwargs: Any
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load_backbone(part: str, config: PreTrainedConfig, name: str | Path, **kwargs: Any) -> PreTrainedModel:
     what, prefix = BACKBONES[part]
     source, revision = getattr(config, f"{prefix}_backbone"), getattr(config, f"{prefix}_backbone_revision")
     try:
-        return _AUTO_CLASSES[part].from_pretrained(
-            source, revision=revision, config=getattr(config, f"{prefix}_config"), output_loading_info=True, **kwargs
-        )
+        return _READERS[part](source, revision=revision, **kwargs)
     except OSError as error:
         raise OSError(
             f"{name} was saved thin, without its {what}, which is {source} at commit {revision} and cannot be loaded. "
@@ -129,15 +136,20 @@ def _load_backbone(
         ) from error
 
 
+def _take_backbone(part: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Take a backbone's weights out of the whole model's, with the names that they have in the backbone alone."""
+    taken = [key for key in weights if key.startswith(f"{part}.") and ".lora_" not in key]
+    return {key.removeprefix(f"{part}.").replace(".base_layer.", "."): weights.pop(key) for key in taken}
+
+
 def _load_own_weights(
-    model: PreTrainedModel, name: str | Path, where: dict[str, Any], dtype: torch.dtype, missing: set[str]
-) -> set[str]:
-    """Fill what is not the backbones'; add what the files lack to `missing`, return what the model has no use for."""
-    result = model.load_state_dict(_read_weights(name, where), strict=False)
+    model: PreTrainedModel, name: str | Path, weights: dict[str, torch.Tensor], dtype: torch.dtype
+) -> tuple[set[str], set[str]]:
+    """Fill what is not the backbones'; returns what the files lack, and what the model has no use for."""
+    result = model.load_state_dict(weights, strict=False)
     lacking = {key for key in result.missing_keys if not is_backbone_key(model, key)}
     if lacking:
         logger.warning(f"{name} lacks {len(lacking)} weights, which are as a new model's: {sorted(lacking)}")
-    missing |= lacking
     device = next(model.get_submodule(model.backbones[0]).parameters()).device
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not is_backbone_key(model, key):
@@ -147,7 +159,7 @@ def _load_own_weights(
     unexpected = {key for key in result.unexpected_keys if not any(re.search(rule, key) for rule in ignored)}
     if unexpected:
         logger.warning(f"{name} has {len(unexpected)} weights that its model does not use: {sorted(unexpected)}")
-    return unexpected
+    return lacking, unexpected
 
 
 def _read_weights(name: str | Path, where: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -160,4 +172,4 @@ def _read_weights(name: str | Path, where: dict[str, Any]) -> dict[str, torch.Te
     return {key: tensor for file in files for key, tensor in load_state_dict(file).items()}
 
 
-__all__ = ["is_thin", "load_thin"]
+__all__ = ["is_thin", "load_in_parts"]

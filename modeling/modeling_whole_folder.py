@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from transformers.utils import CONFIG_NAME
+
 
 _WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "lm_adapter/adapter_*")
 
@@ -22,13 +24,17 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
         unfinished = Path(name)
         yield unfinished
         files = [path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()]
+        # A process that is killed between two of these steps leaves a folder that is no model, since it has no config:
+        # better than old weights under a new config, or the reverse, which load as a model that nobody saved.
+        files.sort(key=lambda file: str(file) == CONFIG_NAME)
+        (folder / CONFIG_NAME).unlink(missing_ok=True)
+        # transformers would read older shards in place of the new ones, and peft a LoRA that is no longer the model's
+        for stale in {path for pattern in _WEIGHTS for path in folder.glob(pattern)}:
+            if stale.relative_to(folder) not in files:
+                stale.unlink()
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(unfinished / file, folder / file)
-    # transformers would read older shards in place of the new ones, and peft a LoRA that is no longer the model's
-    for stale in {path for pattern in _WEIGHTS for path in folder.glob(pattern)}:
-        if stale.relative_to(folder) not in files:
-            stale.unlink()
 
 
 __all__ = ["written_whole"]

@@ -90,6 +90,25 @@ def test_adapters_off_stay_off(folders):
         assert not torch.equal(ours(ids).logits, original)
 
 
+def test_adapters_off_stay_off_through_a_bridge_without_lora(folders):
+    place, said = folders
+    ours, ids = built(), inputs()["input_ids"][:, :6]
+    ours.load_bridge(place / "bare", "bare")
+    default = logits(ours)
+    with torch.no_grad():
+        original = language_model()(ids).logits
+        ours.disable_adapters()
+        for name in ("bare", "default"):
+            ours.set_bridge(name)
+            assert torch.equal(ours(ids).logits, original)
+        ours.enable_adapters()
+        with ours.disable_adapter():
+            ours.set_bridge("bare")
+        assert torch.equal(logits(ours), said["bare"])
+        ours.set_bridge("default")
+        assert torch.equal(logits(ours), default)
+
+
 def test_training_trains_the_one_in_use(folders, tmp_path):
     place, said = folders
     ours = built()

@@ -8,12 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
 from strangers import visit
 from tiny import bert_tokenizer, chat_tokenizer, image_processor, picture
+from tiny_forms import (
+    assert_equal_weights,
+    copy_of,
+    form_of,
+    hub_with_backbones,
+    joined,
+    keys_in,
+    load,
+    logits,
+    stirred,
+)
 from tiny_hub import TinyHub
-from tiny_models import NUM_QUERY_TOKENS, QFORMER, bert, inputs, language_model, model, vision_model
+from tiny_models import QFORMER, bert, inputs, language_model, model, vision_model
 from tiny_training import pairs, trainer
 from transformers import PreTrainedModel, Trainer
 
@@ -22,68 +32,12 @@ from lorgnette.trainer.run import check_backbones
 from lorgnette.trainer.vision_tower import VisionTower
 
 
-BACKBONES = ("tiny/vit", "tiny/llama")
 MERGED = {"atol": 1e-4, "rtol": 1e-4}  # float32: W x + B A x, and (W + B A) x
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> TinyHub:
-    hub = TinyHub(tmp_path / "hub", monkeypatch)
-    tokenizer = chat_tokenizer()
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    hub.add("tiny/vit", vision_model(), image_processor())
-    hub.add("tiny/llama", language_model(vocab_size=len(tokenizer), **ids), tokenizer)
-    return hub
-
-
-def joined(lora: dict | None = None, seed: int = 1) -> LorgnetteForConditionalGeneration:
-    """A model of Hub backbones, with its processor; LoRA does something."""
-    torch.manual_seed(seed)
-    built = LorgnetteForConditionalGeneration.from_backbones(
-        *BACKBONES,
-        processor=LorgnetteProcessor.from_backbones(*BACKBONES, num_query_tokens=NUM_QUERY_TOKENS),
-        lora={"r": 2} if lora is None else lora,
-        qformer_config=QFORMER,
-    )
-    return stirred(built)
-
-
-def stirred(built: LorgnetteForConditionalGeneration) -> LorgnetteForConditionalGeneration:
-    with torch.no_grad():
-        for name, parameter in built.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return built.eval()
-
-
-def load(folder: Path, **kwargs) -> LorgnetteForConditionalGeneration:
-    return LorgnetteForConditionalGeneration.from_pretrained(folder, **kwargs)
-
-
-def logits(built: LorgnetteForConditionalGeneration) -> torch.Tensor:
-    batch = inputs(image_token_id=built.config.image_token_id)
-    with torch.no_grad():
-        return built(**{name: value.to(built.device) for name, value in batch.items()}).logits
-
-
-def form_of(folder: Path) -> str:
-    return json.loads((folder / "config.json").read_text())["saved_form"]
-
-
-def keys_in(folder: Path) -> set[str]:
-    keys: set[str] = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            keys |= set(tensors.keys())
-    return keys
-
-
-def copy_of(built: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in built.state_dict().items()}
-
-
-def assert_equal_weights(built: torch.nn.Module, before: dict[str, torch.Tensor]) -> None:
-    assert [name for name, value in built.state_dict().items() if not torch.equal(value, before[name])] == []
+    return hub_with_backbones(tmp_path / "hub", monkeypatch)
 
 
 # ------------------------------------------------------------------------------------------------ each form
@@ -208,6 +162,26 @@ def test_a_merged_model_stays_merged(hub, tmp_path, form):
     assert not (tmp_path / "thin").exists()
 
 
+def test_a_new_lora_on_a_merged_model_is_not_folded_in(hub, tmp_path):
+    built = joined()
+    built.save_pretrained(tmp_path / "merged", form="merged")
+    built.save_pretrained(tmp_path / "thin")
+    merged = load(tmp_path / "merged")
+    with pytest.raises(ValueError, match="trained on tiny/llama; the language model here has another LoRA folded"):
+        merged.load_lm_adapter(tmp_path / "thin" / "lm_adapter")
+    adapter = tmp_path / "thin" / "lm_adapter" / "adapter_config.json"
+    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": None}))
+    merged.load_lm_adapter(tmp_path / "thin" / "lm_adapter")
+    for form in ("full", None):
+        merged.save_pretrained(tmp_path / "new", form=form)
+        assert form_of(tmp_path / "new") == "full"
+        load(tmp_path / "new").save_pretrained(tmp_path / "again")  # is not the Hub's language model, and so not thin
+        assert form_of(tmp_path / "again") == "full"
+        assert torch.equal(logits(load(tmp_path / "again")), logits(merged))
+    merged.save_pretrained(tmp_path / "twice", form="merged")
+    torch.testing.assert_close(logits(load(tmp_path / "twice")), logits(merged), **MERGED)
+
+
 def test_unknown_forms(tmp_path):
     with pytest.raises(ValueError, match="'slim'; a model is saved as thin, full, merged"):
         model().save_pretrained(tmp_path, form="slim")
@@ -237,8 +211,10 @@ def test_push_to_hub_sends_the_form_that_is_asked_for(hub, tmp_path, monkeypatch
 
 
 def test_backbones_from_folders_are_saved_in_full_and_no_path_is(hub, tmp_path):
-    snapshot = next((hub.folder / "models--tiny--vit" / "snapshots").iterdir())
-    for vision in (shutil.copytree(snapshot, tmp_path / "vit"), vision_model().from_pretrained(tmp_path / "vit")):
+    for vision in (
+        shutil.copytree(hub.snapshot("tiny/vit"), tmp_path / "vit"),
+        vision_model().from_pretrained(tmp_path / "vit"),
+    ):
         built = LorgnetteForConditionalGeneration.from_backbones(
             vision, "tiny/llama", qformer_config=QFORMER, lora={"r": 2}, num_query_tokens=4
         )
@@ -260,8 +236,15 @@ def test_random_or_trained_backbones_are_saved_in_full(hub, tmp_path):
     built.language_model.lm_head.requires_grad_(True)
     with pytest.raises(ValueError, match=r"1 weights of its backbones train \(language_model.lm_head.weight"):
         built.save_pretrained(tmp_path / "thin", form="thin")
+    with torch.no_grad():
+        built.language_model.lm_head.weight.mul_(2)
     built.save_pretrained(tmp_path / "trained")
     assert form_of(tmp_path / "random") == form_of(tmp_path / "trained") == "full"
+    for made, name in ((random, "random"), (built, "trained")):  # a save of the save is full as well
+        load(tmp_path / name).save_pretrained(tmp_path / "again")
+        assert form_of(tmp_path / "again") == "full"
+        assert torch.equal(logits(load(tmp_path / "again")), logits(made.eval()))
+    assert built.config.text_backbone == "tiny/llama"
 
 
 # ------------------------------------------------------------------------------------------------ loading thin

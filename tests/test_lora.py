@@ -1,5 +1,7 @@
 """LoRA: where it goes, what it may not touch, and errors that list what exists."""
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -53,6 +55,21 @@ def test_a_lora_config_object_is_taken_as_well():
     }
 
 
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_what_a_lora_config_says_of_its_origin_is_left_out(as_dict: bool, tmp_path):
+    """It would be said twice when the adapter is written, and a frozen LoRA is none that trains."""
+    lora = LoraConfig(r=2, inference_mode=True, base_model_name_or_path="you/lm", revision="abc", task_type="CAUSAL_LM")
+    if as_dict:
+        lora.save_pretrained(tmp_path)
+        lora = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert {"peft_type", "auto_mapping", "peft_version", "inference_mode"} <= lora.keys()
+    built = build(lora)
+    built.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "lm_adapter" / "adapter_config.json").read_text())["revision"] is None
+    assert [name for name, p in built.language_model.named_parameters() if p.requires_grad]
+    assert LorgnetteForConditionalGeneration.from_pretrained(tmp_path / "saved").config.lora_config["r"] == 2
+
+
 @pytest.mark.parametrize("flags", [{"use_rslora": True}, {"use_dora": True}, {"lora_dropout": 0.1}])
 def test_flags_pass_through_and_survive_a_save(flags: dict, tmp_path):
     built = model(lora={"r": 2} | flags)
@@ -90,6 +107,7 @@ def test_lora_that_a_checkpoint_lacks_is_an_error(tmp_path):
         ({"layer_replication": [[0, 2], [0, 2]]}, ValueError, "layer_replication"),
         ({"target_modules": []}, ValueError, "is empty"),
         ({"init_lora_weights": "pissa"}, ValueError, '"pissa" rewrites base weights'),
+        ({"peft_type": "LOHA", "r": 4}, ValueError, "of the type LOHA; LoRA is needed"),
         (8, TypeError, "not int"),
     ],
 )

@@ -4,10 +4,13 @@ import pytest
 import tiny_training
 import torch
 from tiny_models import NUM_QUERY_TOKENS, QFORMER, inputs, language_model, model, vision_model
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
 from lorgnette import LorgnetteForConditionalGeneration
+from lorgnette.trainer.arguments import Stage2Arguments
+from lorgnette.trainer.stage2 import build
+from lorgnette.trainer.vision_tower import VisionTower
 
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -49,10 +52,42 @@ def test_only_base_weights_of_the_language_model_are_quantised(settings: dict, s
     assert any("lora_A" in name for name in moved)
 
 
+@needs_bitsandbytes
+def test_what_could_not_be_saved_is_not_trained(tmp_path):
+    """Its weights are no longer floats, and no Hub repository has them."""
+    vit, llama = tiny_training.write_backbones(tmp_path)
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    AutoModelForCausalLM.from_pretrained(llama, quantization_config=settings).save_pretrained(llama)
+    with pytest.raises(ValueError, match=r"quantised .*only the thin form can be saved, and its language model comes"):
+        build(Stage2Arguments(vision=vit, text=llama, num_query_tokens=NUM_QUERY_TOKENS))
+
+
 def test_what_cannot_be_quantised_is_refused(tmp_path):
     settings = {"quantization_config": {"load_in_8bit": True}}
     with pytest.raises(ValueError, match="this LlamaForCausalLM is loaded already"):
         LorgnetteForConditionalGeneration.from_backbones(vision_model(), language_model(), **settings)
     model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="would quantise the ViT, the Q-Former and LoRA as well"):
-        LorgnetteForConditionalGeneration.from_pretrained(tmp_path, **settings)
+    with pytest.raises(ValueError, match="quantization_config is for a language model, and VisionTower has none"):
+        VisionTower.from_pretrained(tmp_path, config=model().config, **settings)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("form", ["full", "merged"])
+def test_a_saved_model_is_quantised_while_it_is_loaded(form: str, tmp_path):
+    """Its language model's base weights are, which lie beside all others in the folder."""
+    made = model()
+    made.save_pretrained(tmp_path, form=form, max_shard_size="50KB")
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    loaded, info = LorgnetteForConditionalGeneration.from_pretrained(
+        tmp_path, quantization_config=settings, output_loading_info=True
+    )
+    assert not any(info.values())
+    quantised = {name for name, parameter in loaded.named_parameters() if parameter.dtype != torch.float32}
+    assert len(quantised) == 2 * 7
+    assert all(name.startswith("language_model.model.layers") and "lora_" not in name for name in quantised)
+    before = made.state_dict()
+    others = {name: value for name, value in loaded.state_dict().items() if value.dtype == torch.float32}
+    assert {"qformer", "projector", "vision_model"} < {name.split(".")[0] for name in others}
+    assert [n for n, v in others.items() if n in before and not torch.equal(v, before[n])] == []
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs()).logits, made(**inputs()).logits, atol=0.2, rtol=0.1)

@@ -15,6 +15,10 @@ class TinyHub:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
         monkeypatch.setenv("HF_HUB_CACHE", str(folder))
 
+    def snapshot(self, repo_id: str) -> Path:
+        """The folder of the first commit."""
+        return next((self.folder / f"models--{repo_id.replace('/', '--')}" / "snapshots").iterdir())
+
     def add(self, repo_id: str, *parts) -> str:
         """Save `parts` as the repository's next commit, which `main` then is; returns the commit's hash."""
         repository = self.folder / f"models--{repo_id.replace('/', '--')}"

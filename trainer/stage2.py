@@ -6,6 +6,7 @@ from itertools import islice
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 from ..configuration.backbone_sources import from_pretrained_arguments
+from ..modeling.modeling_forms import resolve_form
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import DataArguments, Stage2Arguments
@@ -50,7 +51,17 @@ def measure_texts(model_args: Stage2Arguments, data_args: DataArguments, trainer
 
 
 def build(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, LorgnetteProcessor]:
-    """The model and its processor, joined from backbones or loaded from a saved lorgnette model."""
+    """The model and its processor, joined from backbones or loaded from a saved lorgnette model.
+
+    Raises:
+        ValueError: what is trained could not be saved in any form, as a quantised language model of a folder.
+    """
+    model, processor = _build(args)
+    resolve_form(model, None)
+    return model, processor
+
+
+def _build(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, LorgnetteProcessor]:
     prompts = {name: getattr(args, name) for name in ("system_prompt", "query") if getattr(args, name) is not None}
     if args.model is not None:
         processor = LorgnetteProcessor.from_pretrained(args.model, revision=args.model_revision, **prompts)
