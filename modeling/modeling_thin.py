@@ -84,7 +84,7 @@ def load_in_parts(
         extra = {"quantization_config": quantization} if quantization is not None and not parts else {}
         extra |= {"dtype": dtype, "config": getattr(config, f"{BACKBONES[part][1]}_config"), **placing}
         if config.saved_form == "thin":
-            parts[part] = _load_backbone(part, config, name, **extra, **hub)
+            parts[part] = _load_backbone(part, config, name, extra | hub)
         else:
             parts[part] = _READERS[part](None, state_dict=_take_backbone(part, weights), **extra)
         setattr(config, f"{BACKBONES[part][1]}_config", parts[part].config)
@@ -122,11 +122,11 @@ def _resolve_config(
     return config, kwargs
 
 
-def _load_backbone(part: str, config: PreTrainedConfig, name: str | Path, **kwargs: Any) -> PreTrainedModel:
+def _load_backbone(part: str, config: PreTrainedConfig, name: str | Path, keywords: dict[str, Any]) -> PreTrainedModel:
     what, prefix = BACKBONES[part]
     source, revision = getattr(config, f"{prefix}_backbone"), getattr(config, f"{prefix}_backbone_revision")
     try:
-        return _READERS[part](source, revision=revision, **kwargs)
+        return _READERS[part](source, revision=revision, **keywords)
     except OSError as error:
         raise OSError(
             f"{name} was saved thin, without its {what}, which is {source} at commit {revision} and cannot be loaded. "
