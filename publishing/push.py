@@ -172,7 +172,10 @@ def _identity(config: Path) -> dict[str, object]:
     told = {"model_type": fields.get("model_type")}
     for ours in (LorgnetteConfig, LorgnetteRetrievalConfig):
         if told["model_type"] == ours.model_type:  # as its class reads it: GPT-2 has other names for the same fields
-            whole = ours.from_dict(fields)
+            try:
+                whole = ours.from_dict(fields)
+            except ValueError as error:
+                raise ValueError(f"{config} is no config of a model of this kind: {error}") from error
             for part in ("vision", "qformer", "text"):
                 told[f"{part}_backbone"] = getattr(whole, f"{part}_backbone", None)
                 for name in ("model_type", "hidden_size", "num_hidden_layers"):

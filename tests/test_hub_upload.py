@@ -105,7 +105,8 @@ def trained(tmp_path_factory):
 def folder_of(path, model_type="lorgnette", **files):
     """The least that can be pushed: a config, weights and a card."""
     path.mkdir()
-    (path / "config.json").write_text(json.dumps({"model_type": model_type, "vision_config": {"hidden_size": 24}}))
+    vision = {"model_type": "vit", "hidden_size": 24}
+    (path / "config.json").write_text(json.dumps({"model_type": model_type, "vision_config": vision}))
     (path / "README.md").write_text("---\nlicense: mit\n---\nA model.")
     save_file({"weight": torch.zeros(3)}, path / "model.safetensors")
     for name, content in files.items():
