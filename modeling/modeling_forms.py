@@ -119,10 +119,9 @@ def in_form(model: PreTrainedModel, form: str, state_dict: dict[str, torch.Tenso
     Yields:
         what `PreTrainedModel.save_pretrained` is to be called with.
     """
-    config, not_to_miss = model.config, model._keys_to_ignore_on_save
+    config, not_to_miss, strayed = model.config, model._keys_to_ignore_on_save, strayed_backbones(model, form)
     model.config, model._keys_to_ignore_on_save = copy.deepcopy(config), keys_never_saved(model)
     model.config.saved_form = form
-    strayed = strayed_backbones(model, form)
     for part, (_, prefix) in ((part, BACKBONES[part]) for part in model.backbones):
         if part in strayed:
             setattr(model.config, f"{prefix}_backbone", None)

@@ -3,6 +3,8 @@
 import pytest
 import tiny_training
 import torch
+from tiny_forms import form_of, hub_with_backbones, joined, load
+from tiny_forms import logits as said_by
 from tiny_models import QFORMER, inputs, language_model, model, vision_model
 
 from lorgnette import LorgnetteForConditionalGeneration
@@ -156,6 +158,31 @@ def test_a_bridge_brings_the_processor_that_it_was_saved_with(tmp_path):
     assert "What is broken?" in (tmp_path / "saved" / "processor_config.json").read_text()
     one.set_bridge("default")
     assert one._processor is processor
+
+
+def test_from_thin_folders(tmp_path, monkeypatch):
+    hub_with_backbones(tmp_path / "hub", monkeypatch)
+    ours = joined()
+    said = {"default": said_by(ours)}
+    for name, lora in (("other", {"r": 3, "target_modules": ["v_proj"]}), ("third", {"r": 2})):
+        other = joined(lora, seed=len(name))
+        other.save_pretrained(tmp_path / name)
+        assert form_of(tmp_path / name) == "thin"
+        said[name] = said_by(other)
+        ours.load_bridge(tmp_path / name, name)
+    for name in ("other", "third", "default"):
+        ours.set_bridge(name)
+        assert torch.equal(said_by(ours), said[name])
+    ours.set_bridge("other")
+    ours.save_pretrained(tmp_path / "saved")
+    assert form_of(tmp_path / "saved") == "thin"
+    assert torch.equal(said_by(load(tmp_path / "saved")), said["other"])
+
+
+def test_a_merged_model_has_no_bridge(tmp_path):
+    built("lora").save_pretrained(tmp_path, form="merged")
+    with pytest.raises(ValueError, match=r"another language model.*saved merged, its LoRA folded into the language"):
+        built().load_bridge(tmp_path, "merged")
 
 
 def test_what_does_not_belong_is_refused(tmp_path):

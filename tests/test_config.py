@@ -79,6 +79,11 @@ def test_attention_of_a_loaded_backbone_is_kept():
         ({"vision_feature_select_strategy": "cls"}, '"cls"'),
         ({"text_config": {"vocab_size": 5}}, "text_config has no model_type"),
         ({"text_config": {"model_type": "t5"}}, "encoder-decoder"),
+        ({"saved_form": "thin"}, 'saved_form is "thin", and vision_backbone does not say'),
+        (
+            {"saved_form": "thin", "vision_backbone": "me/vit", "vision_backbone_revision": "abc"},
+            "text_backbone does not say",
+        ),
     ],
 )
 def test_contradictions_name_the_fields(fields: dict, message: str):

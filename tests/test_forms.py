@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from strangers import visit
 from tiny import bert_tokenizer, chat_tokenizer, image_processor, picture
 from tiny_forms import (
@@ -24,7 +24,7 @@ from tiny_forms import (
 )
 from tiny_hub import TinyHub
 from tiny_models import QFORMER, bert, inputs, language_model, model, vision_model
-from tiny_training import pairs, trainer
+from tiny_training import pairs, trainer, write_backbones
 from transformers import PreTrainedModel, Trainer
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval, LorgnetteProcessor
@@ -182,6 +182,24 @@ def test_a_new_lora_on_a_merged_model_is_not_folded_in(hub, tmp_path):
     torch.testing.assert_close(logits(load(tmp_path / "twice")), logits(merged), **MERGED)
 
 
+@pytest.mark.parametrize("form", ["merged", "full"])
+def test_shards(hub, tmp_path, form):
+    built = joined()
+    built.save_pretrained(tmp_path, form=form, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    torch.testing.assert_close(logits(load(tmp_path)), logits(built), **MERGED)
+
+
+def test_what_means_nothing_in_a_thin_save_is_refused(hub, tmp_path):
+    built = joined()
+    for argument in ({"variant": "fp16"}, {"save_original_format": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(argument))} is for the forms that transformers loads"):
+            built.save_pretrained(tmp_path / "saved", **argument)
+    assert not (tmp_path / "saved").exists()
+    built.save_pretrained(tmp_path / "saved", save_original_format=False)
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(built))
+
+
 def test_unknown_forms(tmp_path):
     with pytest.raises(ValueError, match="'slim'; a model is saved as thin, full, merged"):
         model().save_pretrained(tmp_path, form="slim")
@@ -205,6 +223,10 @@ def test_push_to_hub_sends_the_form_that_is_asked_for(hub, tmp_path, monkeypatch
     built.push_to_hub("me/eyes")
     built.save_pretrained(tmp_path / "saved", form="full", push_to_hub=True, repo_id="me/eyes")
     assert sent == ["merged", "thin", "full"]
+    gathered = {name: value * 2 for name, value in built.state_dict().items()}
+    built.save_pretrained(tmp_path / "saved", True, gathered, True, repo_id="me/eyes")  # in transformers' order
+    doubled = load_file(tmp_path / "me" / "eyes" / "model.safetensors")["projector.weight"]
+    assert torch.equal(doubled, gathered["projector.weight"])
 
 
 # ------------------------------------------------------------------------------------------------ what cannot be thin
@@ -225,6 +247,24 @@ def test_backbones_from_folders_are_saved_in_full_and_no_path_is(hub, tmp_path):
             assert not [file for file in folder.glob("*.json") if str(tmp_path) in file.read_text()]
         with pytest.raises(ValueError, match="cannot be saved thin: its ViT comes from a folder or from memory"):
             built.save_pretrained(tmp_path / "thin", form="thin")
+
+
+def test_no_folder_of_a_save_has_a_pickle_or_a_path_of_ours(tmp_path):
+    """The sub-folders too: the adapter's, and the second tokenizer's of a processor."""
+    backbones = write_backbones(tmp_path)
+    bert_tokenizer().save_pretrained(tmp_path / "bert")
+    made = LorgnetteProcessor.from_backbones(*backbones, qformer=tmp_path / "bert", num_query_tokens=4)
+    fields = {**QFORMER, "use_qformer_text_input": True, "vocab_size": len(made.qformer_tokenizer)}
+    built = LorgnetteForConditionalGeneration.from_backbones(
+        *backbones, processor=made, lora={"r": 2}, qformer_config=fields
+    )
+    built.save_pretrained(tmp_path / "first")
+    load(tmp_path / "first").save_pretrained(tmp_path / "saved")
+    for folder in (tmp_path / "first", tmp_path / "saved"):
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert {path.parent.name for path in files} == {folder.name, "lm_adapter", "qformer_tokenizer"}
+        assert {path.suffix for path in files} <= {".json", ".jinja", ".md", ".py", ".safetensors", ".txt"}
+        assert [path for path in files if str(tmp_path).encode() in path.read_bytes()] == []
 
 
 def test_random_or_trained_backbones_are_saved_in_full(hub, tmp_path):
@@ -290,12 +330,13 @@ def test_quantisation_is_for_the_language_model_alone(hub, tmp_path, monkeypatch
     original = PreTrainedModel.from_pretrained.__func__
 
     def watch(cls, *args, **kwargs):
-        asked[cls.__name__] = kwargs.pop("quantization_config", None)
+        asked[cls.__name__] = (kwargs.pop("quantization_config", None), kwargs.get("device_map"))
         return original(cls, *args, **kwargs)
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(watch))
     load(tmp_path / "thin", quantization_config="4 bit")
-    assert asked == {"LlamaForCausalLM": "4 bit", "ViTModel": None}
+    beside = {"": torch.device("cpu")}  # where transformers has put the language model, by itself
+    assert asked == {"LlamaForCausalLM": ("4 bit", None), "ViTModel": (None, beside)}
 
 
 def test_weights_that_the_folder_lacks_are_told_and_are_no_leftovers(hub, tmp_path):
@@ -340,6 +381,26 @@ def test_a_full_disk_leaves_the_older_save(hub, tmp_path, monkeypatch):
     assert written
     assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
     assert torch.equal(logits(load(folder)), logits(built))
+
+
+def test_a_save_that_is_killed_half_way_is_no_model(hub, tmp_path, monkeypatch):
+    """Neither old weights under a new config nor the reverse: the config goes first and comes last."""
+    folder = tmp_path / "saved"
+    joined().save_pretrained(folder, form="full")
+    replaced = []
+
+    def replace(source, target):
+        if Path(target).name == "config.json":
+            raise KeyboardInterrupt
+        replaced.append(Path(target).name)
+        shutil.move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            joined(seed=2).save_pretrained(folder, form="thin")
+    assert "model.safetensors" in replaced
+    assert not (folder / "config.json").exists()
 
 
 def test_a_save_replaces_shards_of_another_number(hub, tmp_path):

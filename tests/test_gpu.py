@@ -13,6 +13,7 @@ import tiny
 import tiny_models
 import torch
 from tiny_training import write_backbones, write_pairs
+from transformers import BitsAndBytesConfig
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval, LorgnetteProcessor
 from lorgnette.trainer.__main__ import main
@@ -121,3 +122,14 @@ def test_the_gpu_computes_what_the_cpu_does():
         on_cpu = model(**batch).logits
         on_gpu = model.to("cuda")(**{name: value.to("cuda") for name, value in batch.items()}).logits
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-3, rtol=1e-3)
+
+
+def test_all_parts_lie_beside_a_quantised_language_model(parts, tmp_path):
+    """transformers puts it on the GPU without being asked."""
+    pytest.importorskip("bitsandbytes")
+    quantised = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    names = (parts["vision"], parts["text"])
+    made = LorgnetteForConditionalGeneration.from_backbones(*names, lora={"r": 2}, **quantised)
+    LorgnetteForConditionalGeneration.from_backbones(*names, lora={"r": 2}).save_pretrained(tmp_path / "full")
+    for model in (made, LorgnetteForConditionalGeneration.from_pretrained(tmp_path / "full", **quantised)):
+        assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}

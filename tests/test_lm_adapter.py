@@ -96,6 +96,15 @@ def test_a_lora_of_peft_comes_in(lora, tmp_path):
         assert torch.equal(again(IDS).logits, logits)
 
 
+def test_it_lies_beside_the_layers_that_it_adapts(tmp_path):
+    """Which device_map may have put elsewhere than the projector, and each elsewhere."""
+    built = model()
+    built.save_pretrained(tmp_path)
+    built.projector.to("meta")
+    built.load_lm_adapter(tmp_path / "lm_adapter")
+    assert {p.device.type for name, p in built.named_parameters() if "lora_" in name} == {"cpu"}
+
+
 def test_ours_comes_in_again(tmp_path):
     built = model()
     built.save_pretrained(tmp_path)
@@ -128,6 +137,13 @@ def test_what_does_not_fit_is_refused_before_anything_moves(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message):
             built.load_lm_adapter(tmp_path / folder)
+    built.save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="is a whole model: the LoRA of its language model lies in its folder lm_ad"):
+        built.load_lm_adapter(tmp_path / "whole")
+    pickled = tmp_path / "whole" / "lm_adapter"
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"no adapter_model.safetensors; pickled weights \(.bin\) are not read"):
+        built.load_lm_adapter(pickled)
     with pytest.raises(FileNotFoundError):
         built.load_lm_adapter(tmp_path / "nowhere")
     after = built.state_dict()
