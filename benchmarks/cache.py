@@ -19,6 +19,7 @@ import torch
 from datasets import load_from_disk
 from transformers import HfArgumentParser
 
+from examples.quality.steps import say
 from lorgnette.trainer import cache, run, stage1, stage2
 from lorgnette.trainer.arguments import SourceArguments, Stage1Arguments, Stage2Arguments, VisionArguments
 from lorgnette.trainer.feature_cache import read_metadata
@@ -135,11 +136,6 @@ def resized(vision: Path, side: int, folder: Path) -> Path:
             settings[name] = dict.fromkeys(settings[name], side)
     path.write_text(json.dumps(settings))
     return folder
-
-
-def say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

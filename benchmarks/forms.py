@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModel, HfArgumentParser
 
 from examples.demo.report import machine
+from examples.quality.steps import say
 from lorgnette.configuration.configuration_lorgnette import FORMS
 from lorgnette.modeling.modeling_forms import BACKBONES
 from lorgnette.publishing.export import draw, load
@@ -112,11 +113,6 @@ def stand_in(cache: Path, repo_id: str, folder: Path) -> str:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(COMMIT)
     return repo_id
-
-
-def say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

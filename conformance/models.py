@@ -1,5 +1,6 @@
 """Tiny random models in the form that transformers' testers take: ours and BLIP-2's, of the same parts and sizes."""
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +41,7 @@ _WORDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_t
 _QFORMER = _ENCODER | {"encoder_hidden_size": WIDTH, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
 
 
-class Tester:
+class Tester(ABC):
     """What the mixins ask of every model tester; `parent` is the test case."""
 
     model_class: type
@@ -51,11 +52,13 @@ class Tester:
     def __init__(self, parent: Any):
         self.parent = parent
 
+    @abstractmethod
     def get_config(self) -> PreTrainedConfig:
-        raise NotImplementedError
+        """A new config, of the sizes above."""
 
+    @abstractmethod
     def inputs(self) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
+        """A batch, drawn from torch's generator."""
 
     def prepare_config_and_inputs_for_common(self) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
         return self.get_config(), self.inputs()

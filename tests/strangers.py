@@ -9,6 +9,20 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 
+# What a script for `python -c` begins with, so that lorgnette is not installed for it
+WITHOUT_LORGNETTE = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class WithoutLorgnette(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "lorgnette":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, WithoutLorgnette())
+"""
+
+
 def visit(folder: Path, tmp_path: Path, resaved: Path | None = None, without: str = "") -> tuple[dict, dict]:
     """What a process without lorgnette gets out of `folder` and `tmp_path/inputs.safetensors`."""
     arguments = [folder, tmp_path / "inputs.safetensors", tmp_path / "seen.json", *([resaved] if resaved else [])]

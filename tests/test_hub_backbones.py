@@ -9,6 +9,7 @@ import torch
 from hub_server import run_client
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from strangers import WITHOUT_LORGNETTE
 from tiny import picture
 from tiny_models import QFORMER
 from tiny_training import joined, write_backbones, write_pairs
@@ -31,16 +32,9 @@ model-index:
 ---
 What I say of it.
 """
-READ = """
-import sys
-from importlib.abc import MetaPathFinder
-
-class WithoutLorgnette(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "lorgnette":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, WithoutLorgnette())
+READ = (
+    WITHOUT_LORGNETTE
+    + """
 import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
@@ -61,6 +55,7 @@ try:
 except OSError as error:
     print("refused:", error)
 """
+)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import torch
 from hub_server import Blob, Hub, run_client, start_client
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save, save_file
+from strangers import WITHOUT_LORGNETTE
 from tiny import bert_tokenizer, image_processor, picture
 from tiny_models import bert, vision_model
 from tiny_training import joined, trainer, write_backbones, write_pairs
@@ -53,16 +54,10 @@ def lose(self, repo_id, operations, **kwargs):
     return commit(self, repo_id, [o for o in operations if o.path_in_repo != "lost.md"], **kwargs)
 HfApi.create_commit = lose
 """
-READ = """
-import re, sys
-from importlib.abc import MetaPathFinder
-
-class WithoutLorgnette(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "lorgnette":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, WithoutLorgnette())
+READ = (
+    WITHOUT_LORGNETTE
+    + """
+import re
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -83,6 +78,7 @@ for token in (None, False):  # another's, and none
     except OSError as error:
         print("refused:", type(error).__name__, "not a valid model identifier" in str(error))
 """
+)
 
 
 @pytest.fixture(scope="module")
