@@ -1,6 +1,6 @@
 # make demo   real backbones, real photographs, training, and a stranger who captions: about ten minutes on two CPU cores
 # make quality-cifar, quality-emoji, …   what examples/quality measures, a row each; into results/quality and README.md
-# make test   the test suite; make lint: the linter
+# make test   the test suite without those tests that start many processes; make test-all: with them; make lint: the linter
 # make conformance   transformers' own common tests, on our classes and on BLIP-2
 #
 # All work in a fresh clone: the virtual environment is made first.
@@ -16,7 +16,7 @@ OUTPUT ?= out/demo
 VISION ?=
 TEXT ?=
 QFORMER ?=
-# Further options: for `make demo` those of `lorgnette.trainer stage2`, for `make test` those of pytest
+# Further options: for `make demo` those of `lorgnette.trainer stage2`, for `make test` and `make test-all` those of pytest
 ARGS ?=
 
 # Threads that wait sleep, rather than spin: a little slower on an idle machine, much faster on a shared one
@@ -27,7 +27,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-gpu conformance lint prerequisites prerequisites-demo
+.PHONY: demo test test-all test-gpu conformance lint prerequisites prerequisites-demo
 
 demo: prerequisites-demo $(VENV)/installed
 	$(BIN)/python -m examples.demo --cache "$(CACHE)" --output "$(OUTPUT)" $(if $(VISION),--vision "$(VISION)") \
@@ -39,6 +39,9 @@ quality-%: prerequisites-demo $(VENV)/installed
 	$(BIN)/python -m examples.quality.table
 
 test: $(VENV)/installed
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 -m "not slow" $(ARGS)
+
+test-all: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(ARGS)
 
 conformance: $(VENV)/installed

@@ -157,6 +157,7 @@ def test_what_is_whole_is_kept_and_the_rest_made_again(backbones, pictures, tmp_
     assert "nothing left to do" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(backbones, pictures, tmp_path):
     rows = load_from_disk(pictures)["test"]
     datasets.concatenate_datasets([rows] * 100).save_to_disk(tmp_path / "rows")
@@ -179,6 +180,7 @@ def test_a_killed_run_goes_on_where_it_was(backbones, pictures, tmp_path):
     assert len(set(train.with_format(None)["vision_features"][:])) == 4
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(backbones, pictures, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--main_process_port=0"]
     run = [*launch, "-m", "lorgnette.trainer", *command(backbones[0], pictures, tmp_path / "two")]

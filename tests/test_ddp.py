@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import bert_tokenizer, image_processor, picture
@@ -33,6 +34,7 @@ def test_two_processes_without_looking_for_unused_parameters(tmp_path):
     run_two_processes("ddp_worker.py", tmp_path)
 
 
+@pytest.mark.slow
 def test_the_contrast_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_path):
     """Loss and gradients; one caption stands in both halves, and is a negative in neither."""
     processor = LorgnetteProcessor.from_backbones(image_processor(), None, qformer=bert_tokenizer(), num_query_tokens=4)

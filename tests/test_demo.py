@@ -98,6 +98,7 @@ def test_the_report_holds_the_figures(tmp_path):
     assert Image.open(tmp_path / "loss.png").width > 400
 
 
+@pytest.mark.slow
 def test_a_stranger_answers_as_the_evaluation_does(tmp_path):
     model, processor = build()
     for name, parameter in model.named_parameters():  # so that, untrained, it tells pictures apart

@@ -139,6 +139,7 @@ def test_unreadable_pictures_stop_or_are_counted(learned, tmp_path):
         evaluate(model, tmp_path / "none.jsonl", tmp_path / "out", "--skip-unreadable")
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_rows_and_keep_their_order(learned, tmp_path):
     model, data = learned
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]

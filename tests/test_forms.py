@@ -58,6 +58,7 @@ def test_what_came_from_the_hub_is_saved_thin(hub, tmp_path):
     assert {path.suffix for path in (tmp_path / "saved").iterdir()} == {".json", ".jinja", ".py", ".safetensors", ""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "without"), [("thin", ""), ("merged", "peft")])
 def test_a_stranger_gets_the_same(hub, tmp_path, form, without):
     """No lorgnette, no network, and for the merged form no peft; what the stranger saves is of the form it loaded."""

@@ -79,6 +79,7 @@ def card_of(hub, repo_id):
     return ModelCard(files_of(hub, repo_id)["README.md"].decode())
 
 
+@pytest.mark.slow
 def test_trainer_pushes_a_clean_repository(hub, backbones, tmp_path):
     data = write_pairs(tmp_path / "pictures")
     command = f"""-m lorgnette.trainer stage2 --vision them/vit --text them/llama --num_query_tokens 4 --dataset {data}
@@ -100,6 +101,7 @@ def test_trainer_pushes_a_clean_repository(hub, backbones, tmp_path):
     assert "Training hyperparameters" in text
 
 
+@pytest.mark.slow
 def test_a_thin_model_is_published_and_read_by_name(hub, backbones, tmp_path):
     """Its source is full, so that the backbones are in nobody's cache."""
     model, processor = joined([folder for _, folder in backbones.values()])

@@ -93,6 +93,7 @@ told["after"] = api.repo_exists("me/whole")
     assert not hub.leaks
 
 
+@pytest.mark.slow
 def test_a_private_repository_is_its_owners(hub, tmp_path):
     code = FAILS + """
 told = [fails(api.model_info, "me/secret"), fails(hf_hub_download, "me/secret", "a.txt"),
@@ -125,6 +126,7 @@ api.create_commit("me/cut", files, commit_message="all", num_threads=1)
 """
 
 
+@pytest.mark.slow
 def test_an_upload_that_was_cut_off_goes_on(hub, tmp_path):
     hub.hold(after=1)
     with start_client(hub, tmp_path, "-c", UPLOAD) as process:
@@ -144,6 +146,7 @@ def test_an_upload_that_was_cut_off_goes_on(hub, tmp_path):
     assert (hub.puts[first], len(hub.puts)) == (1, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parent", [None, "the first commit"])
 def test_two_clients_at_once(hub, tmp_path, parent):
     name = "me/both-careful" if parent else "me/both"

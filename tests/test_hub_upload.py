@@ -122,6 +122,7 @@ def files_of(hub, repo_id, branch="main"):
 # ---------------------------------------------------------------------------------------------------- from end to end
 
 
+@pytest.mark.slow
 def test_a_trained_folder_is_published_and_loads_by_name(hub, trained, tmp_path):
     metrics = trained.parent / "measured" / "metrics.json"
     options = ["--license", "mit", "--metrics", metrics]
@@ -387,6 +388,7 @@ HfApi().create_commit("me/data", [CommitOperationAdd("data.csv", b"1,2")], commi
     return push(hub, tmp_path / "me", folder, "me/data")
 
 
+@pytest.mark.slow
 def test_private_branches_and_logins(hub, tmp_path):
     folder = folder_of(tmp_path / "export")
     assert push(hub, tmp_path / "me", folder, "me/open", revision="next").returncode == 0
@@ -403,6 +405,7 @@ def test_private_branches_and_logins(hub, tmp_path):
         assert files_of(hub, name) == before
 
 
+@pytest.mark.slow
 def test_a_push_that_was_cut_off_goes_on_and_of_two_at_once_one_is_refused(hub, tmp_path):
     folder = folder_of(tmp_path / "export")
     for name in ("model", "more"):  # no weights that another test has brought there
@@ -474,6 +477,7 @@ def test_a_hub_that_is_not_there_is_one_message(hub, tmp_path):
     assert re.search(r"ConnectionError: The Hub cannot be reached.*run it again, nothing is sent twice", refused.stderr)
 
 
+@pytest.mark.slow
 def test_what_the_hub_holds_afterwards_is_compared(hub, tmp_path):
     program = LOSE + PUSH
     folder = folder_of(tmp_path / "export", lost__md="Lost.")

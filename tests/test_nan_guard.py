@@ -68,6 +68,7 @@ def test_evaluation_is_let_be(tmp_path):
         assert math.isnan(run.evaluate()["eval_loss"])
 
 
+@pytest.mark.slow
 def test_all_processes_stop(tmp_path):
     write_backbones(tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

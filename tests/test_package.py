@@ -57,6 +57,7 @@ def test_every_public_name_can_be_imported_and_others_cannot():
         _ = lorgnette.Monocle
 
 
+@pytest.mark.slow
 def test_the_wheel_trains_saves_and_its_model_loads_elsewhere(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(

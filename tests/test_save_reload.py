@@ -111,6 +111,7 @@ for auto_class in (LorgnetteProcessor, AutoProcessor):
 """
 
 
+@pytest.mark.slow
 def test_who_has_lorgnette_is_not_asked_about_remote_code(tmp_path):
     """In a process of its own, since here all classes are registered; a question would fail there, with no stdin."""
     built, made = build()
@@ -123,6 +124,7 @@ def test_who_has_lorgnette_is_not_asked_about_remote_code(tmp_path):
     assert "[y/N]" not in finished.stdout + finished.stderr
 
 
+@pytest.mark.slow
 def test_a_trainer_checkpoint_and_what_the_trainer_saves(tmp_path):
     built, made = build()
     rows = Dataset.from_list([{"image": picture(seed), "text": f"a {seed}"} for seed in range(4)])
@@ -163,7 +165,7 @@ def test_a_checkpoint_that_trainer_deleted_does_not_fail_a_save(tmp_path, monkey
     assert LorgnetteProcessor.from_pretrained(tmp_path / "checkpoint-2").build_prompt() == made.build_prompt()
 
 
-@pytest.mark.parametrize("by_save", [False, True])
+@pytest.mark.parametrize("by_save", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_push_to_hub_sends_a_whole_folder(by_save: bool, tmp_path, monkeypatch):
     """The upload is caught on its way and kept as a folder."""
     from transformers.utils.hub import PushToHubMixin
@@ -212,6 +214,7 @@ def test_in_process_reload_keeps_the_logits(architecture: str, tmp_path):
         assert torch.equal(loaded(**inputs()).logits, built(**inputs()).logits)
 
 
+@pytest.mark.slow
 def test_a_stage1_folder(tmp_path):
     """Retrieves where lorgnette is not installed, and so does what is saved there."""
     made = LorgnetteProcessor.from_backbones(image_processor(), None, qformer=bert_tokenizer(), num_query_tokens=4)
