@@ -21,8 +21,9 @@ ARGS ?=
 
 # Threads that wait sleep, rather than spin: a little slower on an idle machine, much faster on a shared one
 export OMP_WAIT_POLICY ?= PASSIVE
-# Large pages where glibc has them (elsewhere this is ignored): page faults are what costs in many virtual machines
-export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# glibc's allocator takes large pages and keeps what it was given (other allocators ignore this): page faults are what
+# costs in many virtual machines
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
