@@ -71,7 +71,9 @@ def test_training_rows_alone_change_and_each_time_otherwise(backbones, tmp_path,
     assert torch.equal(pixels(evaluation), plain)
 
 
-@pytest.mark.parametrize("settings", [{}, {"streaming": True}, {"dataloader_num_workers": 1}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"streaming": True}, pytest.param({"dataloader_num_workers": 1}, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_is_the_uninterrupted_one(backbones, tmp_path, settings):
     streaming = settings.pop("streaming", False)
     data = DataArguments(

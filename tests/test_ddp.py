@@ -14,6 +14,7 @@ from tiny_training import write_backbones
 from lorgnette import LorgnetteForImageTextRetrieval, LorgnetteProcessor
 
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 
 
@@ -34,7 +35,6 @@ def test_two_processes_without_looking_for_unused_parameters(tmp_path):
     run_two_processes("ddp_worker.py", tmp_path)
 
 
-@pytest.mark.slow
 def test_the_contrast_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_path):
     """Loss and gradients; one caption stands in both halves, and is a negative in neither."""
     processor = LorgnetteProcessor.from_backbones(image_processor(), None, qformer=bert_tokenizer(), num_query_tokens=4)
