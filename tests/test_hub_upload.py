@@ -166,6 +166,7 @@ def test_a_trained_folder_is_published_and_loads_by_name(hub, trained, tmp_path)
     assert not re.search("token-of-", read.stdout + read.stderr)
 
 
+@pytest.mark.slow
 def test_a_stage_1_folder_is_prepared(tmp_path, capsys):
     processor = LorgnetteProcessor.from_backbones(image_processor(), None, qformer=bert_tokenizer(), num_query_tokens=4)
     words = len(processor.qformer_tokenizer)
@@ -186,6 +187,7 @@ def test_a_stage_1_folder_is_prepared(tmp_path, capsys):
     assert re.match(r"tensor\(\[\[.*, .*\]\]\)", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_prepared_and_tried(trained, tmp_path):
     prepare(trained, "me/eyes", tmp_path / "merged", form="merged", license="mit")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["saved_form"] == "merged"
