@@ -422,7 +422,7 @@ def start_client(hub: Hub, home: Path, *command: object, token: str | None = "to
 
 
 def run_client(
-    hub: Hub, home: Path, *command: object, token: str | None = "token-of-me", timeout: float = 300
+    hub: Hub, home: Path, *command: object, token: str | None = "token-of-me", timeout: float = 900
 ) -> subprocess.CompletedProcess:
     """As [`start_client`], to its end; one that hangs is killed, and an error."""
     with start_client(hub, home, *command, token=token) as process:

@@ -43,6 +43,6 @@ def run_stranger(arguments: list[Path], tmp_path: Path, without: str = "") -> No
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]

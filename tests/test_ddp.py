@@ -22,7 +22,7 @@ def run_two_processes(worker: str, folder: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     with subprocess.Popen([*command, HERE / worker, folder], stderr=subprocess.PIPE, text=True) as process:
         try:
-            _, errors = process.communicate(timeout=300)
+            _, errors = process.communicate(timeout=900)
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun then ends its workers
             raise

@@ -148,7 +148,7 @@ def test_two_processes_share_the_rows_and_keep_their_order(learned, tmp_path):
     environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "ACCELERATE_USE_CPU": "true"}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
-            _, errors = process.communicate(timeout=180)
+            _, errors = process.communicate(timeout=900)
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun then ends its workers
             raise

@@ -126,7 +126,7 @@ def files_of(hub, repo_id, branch="main"):
 def test_a_trained_folder_is_published_and_loads_by_name(hub, trained, tmp_path):
     metrics = trained.parent / "measured" / "metrics.json"
     options = ["--license", "mit", "--metrics", metrics]
-    done = run_client(hub, tmp_path / "me", UPLOAD, trained, "--repo-id", "me/eyes", *options, timeout=600)
+    done = run_client(hub, tmp_path / "me", UPLOAD, trained, "--repo-id", "me/eyes", *options, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "token-of-me" not in done.stdout + done.stderr
     repo = hub.repos["me/eyes"]
@@ -153,7 +153,7 @@ def test_a_trained_folder_is_published_and_loads_by_name(hub, trained, tmp_path)
     arguments = ["me/eyes", commit, tmp_path / "inputs.safetensors", tmp_path / "seen.safetensors"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        read = run_client(hub, tmp_path / "them", "read.py", *arguments, token="token-of-them", timeout=600)
+        read = run_client(hub, tmp_path / "them", "read.py", *arguments, token="token-of-them", timeout=900)
     assert read.returncode == 0, read.stderr[-3000:]
     with torch.no_grad():
         assert torch.equal(load_file(tmp_path / "seen.safetensors")["logits"], model(**batch).logits)
@@ -436,7 +436,7 @@ def test_a_push_that_was_cut_off_goes_on_and_of_two_at_once_one_is_refused(hub, 
             (folder / "notes.md").write_text("First.")
             assert push(hub, tmp_path / "me", folder, "me/cut-push").returncode == 0
             hub.hold_after = None
-            _, stderr = process.communicate(timeout=300)
+            _, stderr = process.communicate(timeout=900)
         finally:
             hub.hold_after = None
             process.kill()

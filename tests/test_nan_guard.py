@@ -74,7 +74,7 @@ def test_all_processes_stop(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     with subprocess.Popen([*command, WORKER, tmp_path], stderr=subprocess.PIPE, text=True) as process:
         try:
-            _, errors = process.communicate(timeout=300)
+            _, errors = process.communicate(timeout=900)
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun then ends its workers
             raise

@@ -78,6 +78,6 @@ def test_the_wheel_trains_saves_and_its_model_loads_elsewhere(tmp_path):
     empty.mkdir()
     python = Path(sysconfig.get_path("scripts", "venv", vars={"base": str(environment)})) / "python"
     finished = subprocess.run(
-        [python, "-c", TRAIN_AND_SAVE, ROOT / "tests"], cwd=empty, capture_output=True, text=True, timeout=240
+        [python, "-c", TRAIN_AND_SAVE, ROOT / "tests"], cwd=empty, capture_output=True, text=True, timeout=900
     )
     assert finished.returncode == 0, finished.stderr[-3000:]

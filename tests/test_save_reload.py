@@ -119,7 +119,7 @@ def test_who_has_lorgnette_is_not_asked_about_remote_code(tmp_path):
     built.save_pretrained(folders[0])
     made.save_pretrained(folders[1])
     command = [sys.executable, "-c", LOAD, *map(str, folders)]
-    finished = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    finished = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert "[y/N]" not in finished.stdout + finished.stderr
 
