@@ -361,6 +361,7 @@ def test_an_export_that_answers_otherwise_is_found_out(trained, tmp_path, monkey
 # ---------------------------------------------------------------------------------------------------- the repository
 
 
+@pytest.mark.slow
 def test_a_new_version_replaces_what_was_loaded_and_another_model_is_refused(hub, tmp_path):
     first = folder_of(tmp_path / "first", modeling_old__py="x = 1", tool__py="x = 1", notes__md="Notes.")
     second = folder_of(tmp_path / "second", modeling_new__py="x = 2")

@@ -67,6 +67,7 @@ def assert_same(report: dict, tensors: dict, built, logits: torch.Tensor, captio
     assert report["answer"][0]["generated_text"].strip() == caption.strip()
 
 
+@pytest.mark.slow
 def test_save_pretrained_and_a_strangers_re_saves(tmp_path):
     """What a stranger saves, of the model alone or of either pipeline, is as whole as what was loaded."""
     built, made = build()
@@ -124,7 +125,6 @@ def test_who_has_lorgnette_is_not_asked_about_remote_code(tmp_path):
     assert "[y/N]" not in finished.stdout + finished.stderr
 
 
-@pytest.mark.slow
 def test_a_trainer_checkpoint_and_what_the_trainer_saves(tmp_path):
     built, made = build()
     rows = Dataset.from_list([{"image": picture(seed), "text": f"a {seed}"} for seed in range(4)])
