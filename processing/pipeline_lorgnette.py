@@ -37,12 +37,15 @@ class LorgnetteImageToTextPipeline(Pipeline):
         if self.processor is None:
             raise ValueError("a LorgnetteProcessor is needed: pass it as processor=")
 
-    def __call__(self, images: Any = None, **kwargs: Any) -> list[Any] | Iterator[list[dict[str, str]]]:
-        """Say something about each image.
+    def __call__(
+        self, inputs: Any = None, *, images: Any = None, **kwargs: Any
+    ) -> list[Any] | Iterator[list[dict[str, str]]]:
+        """Say something about each image. Its arguments are those of transformers 4's `ImageToTextPipeline.__call__`.
 
         Args:
-            images: one ([`load_image`] says what counts as one), or a list, a column, a dataset (its rows are images or
+            inputs: one ([`load_image`] says what counts as one), or a list, a column, a dataset (its rows are images or
                 have one under `image`) or a generator of them. A list in a list is several images in one prompt.
+            images: the same as `inputs`, by the name that scripts of old use.
             prompt: what to ask about each, plain text.
             generate_kwargs: for `generate`.
             max_new_tokens: the same as in `generate_kwargs`.
@@ -57,8 +60,9 @@ class LorgnetteImageToTextPipeline(Pipeline):
             ValueError: no images, an image that is none (with its position); for OSError and TypeError see
                 [`load_image`].
         """
-        if images is None:
-            raise ValueError("no images given")
+        if (inputs is None) == (images is None):
+            raise ValueError("no images given" if inputs is None else "images are given twice: as inputs and as images")
+        images = inputs if images is None else images
         if _is_one(images):
             return super().__call__(images, **kwargs)
         if hasattr(images, "__len__") and hasattr(images, "__getitem__"):

@@ -77,7 +77,7 @@ def main(folder: str, picture: str, seen: str) -> None:
         del model
         for task, answer in answers.items():
             pipe = pipeline(task, model=folder, **trust)
-            given = {"images": picture} if task == "image-to-text" else {"text": chat, "return_full_text": False}
+            given = {"inputs": picture} if task == "image-to-text" else {"text": chat, "return_full_text": False}
             said = pipe(**given, generate_kwargs=settings)[0]["generated_text"]
             if said.strip() != answer.strip():
                 raise RuntimeError(f"pipeline({task!r}) says {said!r}, the model {answer!r}")

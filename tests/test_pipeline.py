@@ -96,6 +96,13 @@ def test_datasets(pipe, expected):
     assert list(pipe(stream, **TOKENS)) == many
 
 
+def test_the_task_s_names_for_its_images(pipe, expected):
+    for name in ("inputs", "images"):
+        assert pipe(**{name: PICTURES[0]}, **TOKENS) == expected(PICTURES[0])
+    with pytest.raises(ValueError, match="given twice"):
+        pipe(PICTURES[0], images=PICTURES[0])
+
+
 def test_prompts(pipe, expected):
     assert pipe(PICTURES[0], prompt="What <image> is it?", **TOKENS) == expected(PICTURES[0], "What <image> is it?")
 
