@@ -4,6 +4,8 @@ Names are imported on first use, so that `import lorgnette` itself loads neither
 """
 
 import importlib
+from functools import cache
+from importlib.metadata import PackageNotFoundError, requires, version
 
 
 __version__ = "0.1.0"
@@ -28,7 +30,30 @@ __all__ = list(_EXPORTS)
 def __getattr__(name: str):
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _check_versions()
     return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+
+
+@cache
+def _check_versions() -> None:
+    """Compare what is installed with what pyproject.toml asks for.
+
+    Raises:
+        ImportError: a package is missing or of a version outside its range; all such are named at once.
+    """
+    from packaging.requirements import Requirement
+
+    wrong = []
+    for requirement in map(Requirement, requires(__name__)):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            try:
+                installed = version(requirement.name)
+            except PackageNotFoundError:
+                installed = None
+            if installed is None or not requirement.specifier.contains(installed, prereleases=True):
+                wrong.append(f"{requirement.name}{requirement.specifier} ({installed or 'nothing'} is installed)")
+    if wrong:
+        raise ImportError(f"lorgnette {__version__} needs {', '.join(wrong)}")
 
 
 def __dir__() -> list[str]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,23 @@ def test_every_public_name_can_be_imported_and_others_cannot():
         assert getattr(lorgnette, name).__name__ == name
     with pytest.raises(AttributeError, match="has no attribute 'Monocle'"):
         _ = lorgnette.Monocle
+
+
+def test_versions_outside_the_range_are_one_error(monkeypatch):
+    import lorgnette
+
+    def version(name):
+        if name == "peft":
+            raise PackageNotFoundError(name)
+        return {"transformers": "4.57.1"}.get(name, "9999.0")
+
+    monkeypatch.setattr(lorgnette, "version", version)
+    lorgnette._check_versions.cache_clear()
+    message = r"lorgnette .* needs transformers.*>=5\.17.* \(4\.57\.1 is installed\), peft.* \(nothing is installed\)$"
+    with pytest.raises(ImportError, match=message):
+        _ = lorgnette.LorgnetteConfig
+    monkeypatch.undo()
+    assert lorgnette.LorgnetteConfig.model_type == "lorgnette"
 
 
 @pytest.mark.slow
