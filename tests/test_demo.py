@@ -2,14 +2,17 @@
 
 import numpy as np
 import pytest
+import tiny
+import tiny_models
 from datasets import Dataset
 from PIL import Image
 from test_save_reload import build
 from tiny import picture
 from tiny_sources import cifar_archive
+from tiny_training import write_backbones
 
+from examples.demo import __main__ as demo
 from examples.demo import data, prerequisites, report
-from examples.demo.__main__ import ask_stranger
 from examples.demo.evaluation import permutation_test, share_right
 from examples.sources import cifar
 from lorgnette import LorgnetteCollator
@@ -99,6 +102,27 @@ def test_the_report_holds_the_figures(tmp_path):
 
 
 @pytest.mark.slow
+def test_from_beginning_to_end_on_tiny_parts(tmp_path, monkeypatch, capfd):
+    """All that `make demo` starts runs and fits together; that tiny parts learn nothing of 40 pictures is told."""
+    vision, text = write_backbones(tmp_path)
+    for part in (tiny_models.bert(vocab_size=len(tiny.bert_tokenizer())), tiny.bert_tokenizer()):
+        part.save_pretrained(tmp_path / "bert")
+    cifar_archive(tmp_path, [cifar.CLASSES.index(name) for name in data.CLASSES for _ in range(8)])
+    for name, count in {"TRAIN": 7, "VALIDATION": 1, "HELD_OUT": 8}.items():
+        monkeypatch.setattr(data, name, count)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    out = tmp_path / "out"
+    options = ["--cache", tmp_path, "--output", out, "--vision", vision, "--text", text, "--qformer", tmp_path / "bert"]
+    assert demo.main([*map(str, options), "--max_steps", "2"]) == 1
+    told = capfd.readouterr().out
+    assert "the stranger's answers equal the evaluation's on 40 of 40 pictures" in told
+    assert "FAILED: at least twice the shuffled exact match" in told.splitlines()[-1]
+    assert {path.name for path in (out / "report").iterdir()} == {"report.md", "contact_sheet.png", "loss_curve.png"}
+    assert "steps" in (out / "report" / "report.md").read_text()
+    assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in (out / "export").iterdir()}
+
+
+@pytest.mark.slow
 def test_a_stranger_answers_as_the_evaluation_does(tmp_path):
     model, processor = build()
     for name, parameter in model.named_parameters():  # so that, untrained, it tells pictures apart
@@ -110,7 +134,7 @@ def test_a_stranger_answers_as_the_evaluation_does(tmp_path):
     collator, decoding = LorgnetteCollator(processor), decoding_of("greedy", max_new_tokens=8)
     answers = [text for _, text in generate_texts(model, collator, rows, decoding=decoding, batch_size=3)]
     assert len(set(answers)) > 1
-    assert [told.strip() for told in ask_stranger(tmp_path / "model", rows)] == answers
+    assert [told.strip() for told in demo.ask_stranger(tmp_path / "model", rows)] == answers
 
 
 def test_each_missing_prerequisite_gets_a_line(monkeypatch):
