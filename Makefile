@@ -60,10 +60,10 @@ prerequisites prerequisites-demo:
 	@command -v "$(PYTHON)" >/dev/null || { echo "missing: $(PYTHON), a Python 3.11 or newer; name one with PYTHON=" >&2; exit 1; }
 	@"$(PYTHON)" examples/demo/prerequisites.py $(if $(filter %-demo,$@),--npm)
 
-# made once; a changed pyproject.toml installs into it again. Python compiles what is imported, a small part of all
+# made once; a changed pyproject.toml installs into it again
 $(VENV)/installed: pyproject.toml | prerequisites
 	"$(PYTHON)" -m venv "$(VENV)"
 	@echo "installing into $(VENV): takes some minutes the first time"
-	$(PIP) install --no-compile $(TORCH)
-	$(PIP) install --no-compile --editable ".[dev]"
+	$(PIP) install $(TORCH)
+	$(PIP) install --editable ".[dev]"
 	touch $@
