@@ -28,7 +28,7 @@ from tiny_training import pairs, trainer, write_backbones
 from transformers import PreTrainedModel, Trainer
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval, LorgnetteProcessor
-from lorgnette.trainer.run import check_backbones
+from lorgnette.trainer.checkpoints import check_backbones
 from lorgnette.trainer.vision_tower import VisionTower
 
 

@@ -20,7 +20,7 @@ from lorgnette.trainer import retrieval
 from lorgnette.trainer.__main__ import COMMANDS, main
 from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, Stage1Arguments, Stage2Arguments
 from lorgnette.trainer.recipe import parse_recipe
-from lorgnette.trainer.run import check_arguments, checkpoint_to_resume
+from lorgnette.trainer.run import check_arguments
 
 
 RECIPES = [path for path in Path(__file__).parents[1].glob("recipes/*.yaml") if path.stem != "cache"]
@@ -125,25 +125,6 @@ def test_an_unknown_command_lists_those_that_exist(capsys):
         main(["stage3"])
     assert exit_.value.code == 2
     assert f"choose from {', '.join(COMMANDS)}" in capsys.readouterr().err.replace("'", "")
-
-
-def test_resuming_takes_the_last_complete_checkpoint_and_nothing_is_overwritten(tmp_path):
-    def args(resume=None):
-        return TrainingArguments(str(tmp_path), use_cpu=True, resume_from_checkpoint=resume)
-
-    assert checkpoint_to_resume(args()) is None
-    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
-        checkpoint_to_resume(args("true"))
-    for step in (5, 10, 100):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    for step in (5, 10):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
-    assert checkpoint_to_resume(args("true")) == str(tmp_path / "checkpoint-10")
-    assert checkpoint_to_resume(args(str(tmp_path / "checkpoint-5"))) == str(tmp_path / "checkpoint-5")
-    with pytest.raises(FileNotFoundError, match="checkpoint-100 is not a complete checkpoint"):
-        checkpoint_to_resume(args(str(tmp_path / "checkpoint-100")))
-    with pytest.raises(FileExistsError, match="already holds a trained model or its checkpoints"):
-        checkpoint_to_resume(args())
 
 
 RECIPE = """

@@ -1,26 +1,18 @@
-"""What both stages share around the stock Trainer: checks, data, the run itself, and where it goes on from."""
+"""What both stages share around the stock Trainer: checks, data, and the run itself."""
 
 import logging
 from collections.abc import Callable, Sized
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-    Trainer,
-    TrainingArguments,
-    enable_full_determinism,
-    set_seed,
-)
+from transformers import PreTrainedModel, Trainer, TrainingArguments, enable_full_determinism, set_seed
 from transformers.utils import logging as transformers_logging
 
-from ..modeling.modeling_forms import BACKBONES
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import TRAINING_DEFAULTS, BackboneArguments, DataArguments
 from .augmentation import AugmentationSeeds
+from .checkpoints import check_backbones, checkpoint_to_resume
 from .collator import LorgnetteCollator
 from .data import load_pairs
 from .feature_cache import check_cache, is_cache
@@ -74,7 +66,7 @@ def train(
 
     Raises:
         FileExistsError: `output_dir` holds an earlier run and `resume_from_checkpoint` is not set.
-        FileNotFoundError: nothing there to resume from.
+        FileNotFoundError: nothing there to resume from, see [`~lorgnette.trainer.checkpoints.checkpoint_to_resume`].
         FloatingPointError: a loss is not finite, see [`~lorgnette.trainer.nan_guard.nan_guard`].
         ValueError: the data are not what the arguments say, see [`~lorgnette.trainer.data.load_pairs`]; they fill no
             batch and `dataloader_drop_last` is set; a feature cache is another model's; or the checkpoint to resume
@@ -162,53 +154,6 @@ def _check_whole_batches(args: TrainingArguments, train_dataset: Any, eval_datas
             raise ValueError(
                 f"the {len(rows)} rows of the {name} data do not fill one batch of {size} on {args.world_size} "
                 "process(es), and dataloader_drop_last leaves out all others: make the batches smaller"
-            )
-
-
-def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """The checkpoint folder that training goes on from, or None for a fresh start.
-
-    `resume_from_checkpoint: true` is the last complete one in `output_dir`: Trainer writes `trainer_state.json` last,
-    so a folder without it was cut off.
-    """
-    folder, wish = Path(args.output_dir), str(args.resume_from_checkpoint or "")
-    checkpoints = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.rpartition("-")[2]))
-    complete = [path for path in checkpoints if (path / "trainer_state.json").is_file()]
-    if wish.lower() in ("", "false"):
-        if args.should_save and (checkpoints or (folder / "config.json").exists()):
-            raise FileExistsError(
-                f"{folder} already holds a trained model or its checkpoints: choose another output_dir, delete this "
-                "one, or go on from its last checkpoint with resume_from_checkpoint: true"
-            )
-        return None
-    if wish.lower() == "true":
-        if not complete:
-            raise FileNotFoundError(f"resume_from_checkpoint is true, but {folder} holds no complete checkpoint")
-        for path in checkpoints[checkpoints.index(complete[-1]) + 1 :]:
-            logger.warning("%s is incomplete and skipped; going on from %s.", path, complete[-1].name)
-        return str(complete[-1])
-    if not (Path(wish) / "trainer_state.json").is_file():
-        raise FileNotFoundError(f"resume_from_checkpoint: {wish} is not a complete checkpoint (no trainer_state.json)")
-    return wish
-
-
-def check_backbones(checkpoint: str, model: PreTrainedModel) -> None:
-    """See to it that a thin checkpoint, which has no backbones of its own, was trained on those of `model`.
-
-    Raises:
-        ValueError: it was trained on others; names both.
-    """
-    saved = PreTrainedConfig.get_config_dict(checkpoint)[0]
-    if saved.get("saved_form") != "thin":
-        return
-    for part in model.backbones:
-        what, prefix = BACKBONES[part]
-        fields = (f"{prefix}_backbone", f"{prefix}_backbone_revision")
-        theirs, ours = [saved[field] for field in fields], [getattr(model.config, field) for field in fields]
-        if theirs != ours:
-            raise ValueError(
-                f"{checkpoint} was trained on the {what} {theirs[0]} at commit {theirs[1]}, and this run has {ours[0]} "
-                f"at {ours[1]}: name the former, with its revision"
             )
 
 

@@ -1,0 +1,86 @@
+"""Which checkpoint a run goes on from, and what it says of those that it passes over."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import TrainingArguments
+
+from lorgnette.trainer.checkpoints import checkpoint_to_resume, fault_of
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Makes a folder of the files that Trainer saves."""
+
+    def make(step):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in ("config.json", "trainer_state.json"):
+            (folder / name).write_text(json.dumps({"global_step": step}))
+        save_file({"weight": torch.zeros(3)}, folder / "model.safetensors")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+            torch.save({"state": torch.zeros(3)}, folder / name)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def args(tmp_path):
+    return lambda resume=None: TrainingArguments(str(tmp_path), use_cpu=True, resume_from_checkpoint=resume)
+
+
+def test_resuming_takes_the_newest_whole_checkpoint_and_names_what_it_passes_over(checkpoint, args, caplog):
+    assert checkpoint_to_resume(args()) is None
+    with pytest.raises(FileNotFoundError, match=r"no complete checkpoint$"):
+        checkpoint_to_resume(args("true"))
+    five, ten, hundred = (checkpoint(step) for step in (5, 10, 100))
+    assert checkpoint_to_resume(args("true")) == str(hundred)
+    assert caplog.messages == []
+    (hundred / "trainer_state.json").unlink()
+    assert checkpoint_to_resume(args("true")) == str(ten)
+    assert caplog.messages == [
+        f"{hundred} is incomplete: no trainer_state.json; it is passed over, going on from checkpoint-10."
+    ]
+    assert checkpoint_to_resume(args(str(five))) == str(five)
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-100 is not a complete checkpoint: no trainer_state"):
+        checkpoint_to_resume(args(str(hundred)))
+    for folder in (five, ten):
+        (folder / "optimizer.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"-100 is incomplete.*-10 is incomplete.*-5 is incomplete: no opt"):
+        checkpoint_to_resume(args("true"))
+
+
+def test_nothing_is_overwritten(checkpoint, args):
+    shutil.rmtree(checkpoint(1))
+    assert checkpoint_to_resume(args()) is None
+    checkpoint(2)
+    with pytest.raises(FileExistsError, match="already holds a trained model or its checkpoints"):
+        checkpoint_to_resume(args())
+
+
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json"]
+)
+def test_a_file_that_is_gone_or_cut_is_named(checkpoint, name):
+    folder = checkpoint(1)
+    assert fault_of(folder) is None
+    content = (folder / name).read_bytes()
+    for length in (0, len(content) // 2, len(content) - 1):
+        (folder / name).write_bytes(content[:length])
+        assert fault_of(folder).startswith(f"{name} cannot be read (")
+    (folder / name).unlink()
+    assert fault_of(folder).startswith("no weights" if name == "model.safetensors" else f"no {name}")
+
+
+def test_shards_are_all_there(checkpoint):
+    folder = checkpoint(1)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"weight": "model-00001-of-00002.safetensors", "bias": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert fault_of(folder) == "no model-00002-of-00002.safetensors, which model.safetensors.index.json lists"
+    save_file({"bias": torch.zeros(3)}, folder / "model-00002-of-00002.safetensors")
+    assert fault_of(folder) is None
