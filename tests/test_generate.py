@@ -1,5 +1,6 @@
 """`generate`: an image is encoded once, placeholders are never emitted, and every way of decoding works."""
 
+import copy
 from types import SimpleNamespace
 from unittest import mock
 
@@ -160,3 +161,75 @@ def test_wrong_counts_are_an_error_before_the_first_token():
     batch["input_ids"][0, 6] = 5
     with pytest.raises(ValueError, match="Row 0 of the batch has 3"):
         built.generate(**batch, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["pictures in the cache", "pictures given again"])
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_a_talk_goes_on_from_its_cache(again: bool, settings: dict):
+    built, batch = model(), inputs(rows=1)
+    settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False} | settings
+    first = built.generate(**batch, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    longer = torch.cat([first.sequences, torch.tensor([[7, 8, 9, 10]])], dim=1)
+    expected = built.generate(longer, pixel_values=batch["pixel_values"], **settings)
+    cache = copy.deepcopy(first.past_key_values)
+    if "num_beams" in settings:
+        cache.batch_repeat_interleave(2)
+    pixels = {"pixel_values": batch["pixel_values"]} if again else {}
+    assert torch.equal(built.generate(longer, past_key_values=cache, **pixels, **settings), expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_beams": 3}, {"use_cache": False}], ids=["greedy", "beams", "no cache"])
+def test_padding_on_the_left_changes_nothing(settings: dict):
+    built, batch = model(), inputs(rows=2)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False} | settings
+    alone = built.generate(batch["input_ids"][:1], pixel_values=batch["pixel_values"][:1], **settings)
+    pad = torch.zeros(2, 6, dtype=torch.long)
+    pad[1] = 3  # the second row has words there, the first nothing
+    ids = torch.cat([pad, batch["input_ids"]], dim=1)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    both = built.generate(ids, attention_mask=mask, pixel_values=batch["pixel_values"], **settings)
+    assert torch.equal(both[0, 6:], alone[0])
+
+
+def test_embeddings_in_place_of_token_ids():
+    """The placeholders' own embedding marks where pictures go, where their id lies inside the table."""
+    image_token_id = VOCAB_SIZE - 10
+    processor = SimpleNamespace(
+        image_token_id=image_token_id,
+        num_query_tokens=NUM_QUERY_TOKENS,
+        tokenizer=SimpleNamespace(pad_token_id=0),
+        qformer_tokenizer=None,
+        stop_token_ids=[2],
+    )
+    built, batch = model(processor=processor), inputs(image_token_id=image_token_id)
+    settings = {"max_new_tokens": 5, "do_sample": False, "pixel_values": batch["pixel_values"]}
+    expected = built.generate(batch["input_ids"], **settings)
+    embeds = built.get_input_embeddings()(batch["input_ids"])
+    assert torch.equal(built.generate(inputs_embeds=embeds, **settings), expected[:, 15:])
+    assert torch.equal(built.generate(batch["input_ids"], inputs_embeds=embeds, **settings), expected)
+    with pytest.raises(ValueError, match="Placeholders cannot be found in inputs_embeds"):
+        model().generate(inputs_embeds=torch.zeros(2, 15, 32), pixel_values=batch["pixel_values"], max_new_tokens=1)
+
+
+def test_beams_have_scores_and_attentions():
+    built, batch = model(attn_implementation="eager"), inputs()
+    built.set_attn_implementation("eager")
+    outputs = built.generate(
+        **batch,
+        max_new_tokens=3,
+        min_new_tokens=3,
+        num_beams=2,
+        num_return_sequences=2,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_attentions=True,
+    )
+    assert outputs.sequences.shape == (4, 18)
+    assert outputs.sequences_scores.shape == (4,)
+    assert outputs.beam_indices.shape == (4, 3)
+    assert outputs.attentions[0][0].shape == (4, 4, 15, 15)
+    transitions = built.compute_transition_scores(outputs.sequences, outputs.scores, outputs.beam_indices)
+    lengths = (transitions != 0).sum(dim=1)
+    torch.testing.assert_close(transitions.sum(dim=1) / lengths, outputs.sequences_scores)
