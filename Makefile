@@ -2,6 +2,7 @@
 # make quality-cifar, quality-emoji, …   what examples/quality measures, a row each; into results/quality and README.md
 # make test   the test suite without those tests that start many processes; make test-all: with them; make lint: the linter
 # make conformance   transformers' own common tests, on our classes and on BLIP-2
+# make matrix   the tests with the lowest and the newest transformers, peft and accelerate, and a smoke test on later Pythons
 #
 # All work in a fresh clone: the virtual environment is made first.
 
@@ -28,7 +29,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all test-gpu conformance lint prerequisites prerequisites-demo
+.PHONY: demo test test-all test-gpu conformance matrix lint prerequisites prerequisites-demo
 
 demo: prerequisites-demo $(VENV)/installed
 	$(BIN)/python -m examples.demo --cache "$(CACHE)" --output "$(OUTPUT)" $(if $(VISION),--vision "$(VISION)") \
@@ -47,6 +48,9 @@ test-all: $(VENV)/installed
 
 conformance: $(VENV)/installed
 	$(BIN)/python -m conformance --cache "$(CACHE)" $(ARGS)
+
+matrix: $(VENV)/installed
+	TORCH="$(TORCH)" $(BIN)/nox $(ARGS)
 
 # those tests alone that need CUDA; skipped, with the reason, where there is none
 test-gpu: $(VENV)/installed

@@ -2,6 +2,7 @@
 
 import unittest
 
+import pytest
 import torch
 from transformers_tests.test_configuration_common import ConfigTester
 from transformers_tests.test_modeling_common import ModelTesterMixin
@@ -16,14 +17,6 @@ from conformance.models import (
     RetrievalTester,
     Tester,
 )
-
-
-# test -> why ours is another
-OVERRIDES = {
-    "test_model_weights_reload_no_missing_tied_weights": (
-        "a file without the backbones' weights is an error here; the mixin wants random weights and a report"
-    ),
-}
 
 
 class Common(ModelTesterMixin):
@@ -47,10 +40,10 @@ class Common(ModelTesterMixin):
 
 
 class Ours(Common):
-    """What is different on purpose; [`OVERRIDES`] says why."""
+    """What is different on purpose; `OVERRIDES` in `conformance/models.py` says why."""
 
     def test_model_weights_reload_no_missing_tied_weights(self) -> None:
-        with self.assertRaisesRegex(ValueError, r"lacks \d+ weights of its backbones"):
+        with pytest.raises(ValueError, match=r"lacks \d+ weights of its backbones"):
             super().test_model_weights_reload_no_missing_tied_weights()
 
 
