@@ -31,6 +31,18 @@ OVERRIDES = {
         "a file without the backbones' weights is an error here; the mixin wants random weights and a report"
     ),
 }
+# the beginning of a test's name -> why stage 1 is not put to it
+NOT_FOR_STAGE_1 = {
+    "test_attention_outputs": "losses and similarities come out of stage 1, not states: those are its Q-Former's",
+    "test_eager_matches_sdpa_inference": "compares hidden states, which stage 1 does not return: its Q-Former does",
+    "test_hidden_states_output": "losses and similarities come out of stage 1, not states: those are its Q-Former's",
+    "test_retain_grad_hidden_states_attentions": "as above",
+    "test_batching_equivalence": "a pair alone in its batch is an error: there is nothing to tell it from",
+    "test_resize": "refused: head and [DEC] hang on the vocabulary",
+    "test_training_gradient_checkpointing": (
+        "the mixin follows one call of a layer a step, stage 1 makes three; tests/test_retrieval.py compares gradients"
+    ),
+}
 
 WIDTH, HEADS, LAYERS, VOCABULARY = 32, 4, 2, 99
 IMAGE, PATCH, QUERIES, TEXT = 32, 8, 4, 10
@@ -146,6 +158,7 @@ class QFormerTester(Tester):
     """The Q-Former with its text half: `(B, L, E)` features and `(B, T)` texts."""
 
     model_class = LorgnetteQFormerModel
+    is_training = False  # it has no loss of its own
     seq_length = encoder_seq_length = QUERIES + TEXT
 
     def get_config(self) -> LorgnetteQFormerConfig:

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig, LorgnetteRetrievalConfig
 from .modeling_backbones import load_bert, load_vision_model, new_vision_model, parse_dtype, qformer_fields
@@ -202,6 +203,12 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.qformer.set_input_embeddings(value)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refused: head and `[DEC]` hang on the vocabulary. Raises NotImplementedError."""
+        raise NotImplementedError(
+            "The vocabulary of stage 1 is that of its Q-Former's start: resize the BERT, then build from it"
+        )
+
     @property
     def max_text_length(self) -> int:
         """Tokens the Q-Former has positions for."""
@@ -209,6 +216,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
 
     # ------------------------------------------------------------------------------------------------ learning
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor,

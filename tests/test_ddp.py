@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from ddp_equal_worker import EQUAL
+from safetensors.torch import load_file, save_file
 from tiny import bert_tokenizer, image_processor, picture
 from tiny_models import bert, vision_model
-from tiny_training import write_backbones
+from tiny_training import joined, trainer, write_backbones, write_pairs
 
 from lorgnette import LorgnetteForImageTextRetrieval, LorgnetteProcessor
 
@@ -33,6 +34,33 @@ def test_two_processes_without_looking_for_unused_parameters(tmp_path):
     """`ddp_find_unused_parameters=False` would wait for ever for a gradient that does not come."""
     write_backbones(tmp_path)
     run_two_processes("ddp_worker.py", tmp_path)
+
+
+def test_two_processes_are_one_that_accumulates_and_their_checkpoint_is_anyones(tmp_path):
+    """Stage 2; resumed on one process; a stream's rows; FSDP2's shards, saved whole."""
+    backbones = write_backbones(tmp_path)
+    write_pairs(tmp_path / "pictures")
+    run_two_processes("ddp_equal_worker.py", tmp_path)
+
+    torch.manual_seed(0)
+    one = trainer(*joined(backbones, dropout=0.0), tmp_path / "one", gradient_accumulation_steps=2, **EQUAL)
+    one.train()
+    two = load_file(tmp_path / "two" / "model.safetensors")
+    for name, parameter in one.model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(two[name], parameter.detach(), atol=1e-6, rtol=1e-6)
+
+    checkpoint = tmp_path / "saved" / "checkpoint-2"
+    torch.manual_seed(1)
+    settings = EQUAL | {"optim": "adamw_torch", "max_steps": 2, "gradient_accumulation_steps": 2}
+    resumed = trainer(*joined(backbones), tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.state.global_step == 2
+    saved = load_file(checkpoint / "model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in resumed.model.state_dict().items() if name in saved)
+    moments = torch.load(checkpoint / "optimizer.pt")["state"]
+    for index, state in resumed.optimizer.state_dict()["state"].items():
+        assert all(torch.equal(state[name], value) for name, value in moments[index].items())
 
 
 def test_the_contrast_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_path):

@@ -189,6 +189,26 @@ class TestLosses:
         assert out.logits_per_image.dtype == torch.float32
         assert torch.isfinite(out.loss)
 
+    def test_checkpointed_gradients_are_the_same(self):
+        def gradients(model):
+            torch.manual_seed(0)
+            model(**batch()).loss.backward()
+            return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+        plain, checkpointed = retriever().train(), retriever().train()
+        checkpointed.gradient_checkpointing_enable()
+        expected, found = gradients(plain), gradients(checkpointed)
+        assert len(found) == sum(weight.requires_grad for weight in plain.parameters())
+        assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+    def test_a_tuple_on_request(self):
+        model, inputs = retriever(), batch()
+        assert torch.equal(model(**inputs, return_dict=False)[0], model(**inputs).loss)
+
+    def test_the_vocabulary_is_not_resized(self):
+        with pytest.raises(NotImplementedError, match="resize the BERT"):
+            retriever().resize_token_embeddings(100)
+
     def test_mixed_precision_compares_in_float32(self):
         model, inputs = retriever(), batch()
         with torch.autocast("cpu", dtype=torch.bfloat16):
