@@ -73,9 +73,10 @@ def step(options: Options, result: Path) -> None:
         count("gathered", parts)
         return real(parts, tensor)
 
-    def all_reduce(tensor, real=distributed.all_reduce):
-        count("reduced", [tensor])
-        return real(tensor)
+    def all_reduce(tensor, real=distributed.all_reduce, **ddp):
+        if not ddp:  # the contrast's own; the hook counts DDP's
+            count("reduced", [tensor])
+        return real(tensor, **ddp)
 
     def hook(group, bucket):
         count("gradients", [bucket.buffer()])

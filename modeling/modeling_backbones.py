@@ -25,6 +25,9 @@ from ..configuration.backbone_sources import from_pretrained_arguments, load_tok
 from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig
 
 
+_FINDING = ("cache_dir", "local_files_only")  # of `from_pretrained`, what says where files may be
+
+
 @dataclass
 class Backbone:
     """A pretrained part, and where on the Hub it came from; `name` and `revision` are None for anything local."""
@@ -91,6 +94,10 @@ def read_language_model(name: str | Path | None, **keywords: Any) -> PreTrainedM
     """The causal LM out of a folder or a Hub repository, as [`read_vision_model`]; also raises for an encoder."""
     # the Auto class looks for files, and a `state_dict` has none
     model_class = AutoModelForCausalLM if name is not None else MODEL_FOR_CAUSAL_LM_MAPPING[type(keywords["config"])]
+    if name is not None:  # it looks for an adapter as well, on the Hub unless told not to once more
+        keywords["adapter_kwargs"] = {
+            key: keywords[key] for key in ("cache_dir", "local_files_only") if key in keywords
+        }
     model, info = model_class.from_pretrained(name, output_loading_info=True, **keywords)
     _check_causal(model)
     refuse_missing(name, f"a {type(model).__name__}", [f"language_model.{key}" for key in info["missing_keys"]])

@@ -8,6 +8,7 @@ The way of the data (BLIP-2, Li et al. 2023, figure 3, decoder-only):
 Shapes: B rows, N images of the whole batch in the order of their placeholders, S tokens, Q queries, M the LM's width.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -39,10 +40,11 @@ from .modeling_blip2 import Blip2Generation
 from .modeling_bridges import Bridges
 from .modeling_lora import check_lora_config, resolve_lora_config
 from .modeling_outputs_lorgnette import LorgnetteCausalLMOutputWithPast, LorgnetteImageFeatures
+from .modeling_packing import check_documents, packed
 from .modeling_placeholders import PlaceholderBlind, check_context, check_finite, check_placeholders
 from .modeling_qformer import LorgnetteQFormerModel
 from .modeling_qformer_start import QFormerStart
-from .modeling_supervision import supervised_only
+from .modeling_supervision import can_supervise, supervised_loss
 
 
 class LorgnetteForConditionalGeneration(
@@ -277,6 +279,7 @@ class LorgnetteForConditionalGeneration(
         vision_features: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        image_rows: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -285,6 +288,7 @@ class LorgnetteForConditionalGeneration(
 
         Args:
             pixel_values: `(N, 3, H, W)`; or, in their place, `vision_features` `(N, L, E)`, the ViT's output.
+            image_rows: `(N,)` int64, which picture each image is, where several are one: there are fewer pictures then.
             pixel_attention_mask, spatial_shapes: of SigLIP2's variable resolution.
             qformer_input_ids, qformer_attention_mask: `(N, T)` instruction for the Q-Former, one an image.
             kwargs: `output_attentions`, `output_hidden_states` of the ViT and of the Q-Former.
@@ -307,6 +311,7 @@ class LorgnetteForConditionalGeneration(
             encoder_attention_mask=pixel_attention_mask,
             input_ids=qformer_input_ids,
             attention_mask=qformer_attention_mask,
+            image_rows=image_rows,
             **kwargs,
         )
         queries = outputs.last_hidden_state[:, : self.config.num_query_tokens]  # (N, Q, D)
@@ -333,20 +338,20 @@ class LorgnetteForConditionalGeneration(
         return (inputs_embeds == placeholder).all(-1)
 
     def _embed(
-        self, input_ids, inputs_embeds, row_index, labels=None, **images
+        self, input_ids, inputs_embeds, row_index, labels=None, document_ids=None, **images
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Token embeddings `(B, S, M)`, soft tokens in the placeholders' places; and the soft tokens `(N, Q, M)`."""
         mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-        pictures = images.get("pixel_values")
-        if pictures is None:
-            pictures = images.get("vision_features")
-        check_placeholders(mask, self.config, None if pictures is None else len(pictures), row_index, labels)
+        pictures = images["pixel_values"] if images["vision_features"] is None else images["vision_features"]
+        shown = pictures if images["image_rows"] is None else images["image_rows"]
+        num_images = None if shown is None else len(shown)
+        images_per_row = check_placeholders(mask, self.config, num_images, row_index, labels, document_ids)
         if inputs_embeds is None:
             # swapped out before the look-up: the placeholder's id may lie past the end of the table
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
         if pictures is None:
             return inputs_embeds, None
-        check_finite(pictures, mask.sum(dim=1) // self.config.num_query_tokens, row_index)
+        check_finite(pictures, images_per_row, row_index, images["image_rows"])
         soft = self.get_image_features(**images).pooler_output.to(inputs_embeds)
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), soft), soft
 
@@ -373,8 +378,10 @@ class LorgnetteForConditionalGeneration(
         labels: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        image_rows: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
         row_index: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LorgnetteCausalLMOutputWithPast:
@@ -387,16 +394,19 @@ class LorgnetteForConditionalGeneration(
                 `vision_features` `(N, L, E)`, the ViT's output.
             inputs_embeds: `(B, S, M)` in place of `input_ids`.
             labels: `(B, S)`, -100 where nothing is to be learned.
-            pixel_attention_mask, spatial_shapes, qformer_input_ids, qformer_attention_mask: see [`get_image_features`].
-            row_index: `(B,)` rows of the data set, for error messages alone.
+            pixel_attention_mask, spatial_shapes, image_rows, qformer_input_ids, qformer_attention_mask: see
+                [`get_image_features`].
+            document_ids: `(B, S)` int64: where several documents share a row, which one each token is of, numbered from
+                0 through the batch, and -1 for padding; in place of `attention_mask` and `position_ids`.
+            row_index: `(B,)` rows of the data set, or `(D,)` of D documents, for error messages alone.
             kwargs: for the language model (`use_cache`, `num_items_in_batch`, `output_attentions` …).
 
         Returns:
-            `logits` `(B, S, vocabulary)`; in training with `labels` those of the K positions that any row learns from.
+            `logits` `(B, S, vocabulary)`; in training with `labels` None, unless `logits_to_keep` asks for some.
 
         Raises:
             ValueError: placeholders and images that do not match, labels on placeholders, pictures that are not finite;
-                each names the row.
+                each names the row. Documents that the language model cannot be kept from mixing.
         """
         soft_tokens = None
         has_images = pixel_values is not None or vision_features is not None
@@ -407,31 +417,35 @@ class LorgnetteForConditionalGeneration(
                 inputs_embeds,
                 row_index,
                 labels,
+                document_ids,
                 pixel_values=pixel_values,
                 vision_features=vision_features,
                 pixel_attention_mask=pixel_attention_mask,
                 spatial_shapes=spatial_shapes,
+                image_rows=image_rows,
                 qformer_input_ids=qformer_input_ids,
                 qformer_attention_mask=qformer_attention_mask,
             )
         elif inputs_embeds is None:  # one more generated token, which is no placeholder
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if labels is not None:
-            check_context(inputs_embeds.shape[1], attention_mask, self.config, row_index)
-        supervision = {"labels": labels}
+            check_context(inputs_embeds.shape[1], attention_mask, self.config, row_index, document_ids)
+        inputs = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "labels": labels,
+        }
+        if document_ids is not None:
+            check_documents(document_ids, self.language_model, inputs)
+            inputs |= packed(self.language_model, document_ids, inputs_embeds, labels) | {"use_cache": False}
+        speak = self.language_model
         if self.training:
-            kwargs.setdefault("use_cache", False)  # Trainer turns it off in this config, not in the language model's
-            if labels is not None and not {"logits_to_keep", "shift_labels"} & set(kwargs):
-                supervision = supervised_only(self.language_model, labels)
-        outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            return_dict=True,
-            **supervision,
-            **kwargs,
-        )
+            inputs["use_cache"] = False  # Trainer turns it off in this config, not in the language model's
+            if labels is not None and can_supervise(self.language_model, kwargs):
+                speak = partial(supervised_loss, self.language_model)
+        outputs = speak(return_dict=True, **inputs | kwargs)
         loss = outputs.loss
         if self.training and loss is not None and soft_tokens is None and torch.distributed.is_initialized():
             loss = loss + 0 * self._unused_bridge()
@@ -455,6 +469,7 @@ class LorgnetteForConditionalGeneration(
         vision_features: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        image_rows: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
@@ -480,6 +495,7 @@ class LorgnetteForConditionalGeneration(
                 vision_features=vision_features,
                 pixel_attention_mask=pixel_attention_mask,
                 spatial_shapes=spatial_shapes,
+                image_rows=image_rows,
                 qformer_input_ids=qformer_input_ids,
                 qformer_attention_mask=qformer_attention_mask,
             )

@@ -4,26 +4,40 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedConfig
 
 
+def count_in_rows(mask: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
+    """How often a mask `(B, S)` is True in each row of the data set: `(B,)`, or `(D,)` of documents that share rows."""
+    if document_ids is None:
+        return mask.sum(dim=1)
+    tokens = document_ids >= 0
+    return torch.bincount(document_ids[tokens], weights=mask[tokens]).long()
+
+
 def check_placeholders(
     mask: torch.Tensor,
     config: PreTrainedConfig,
     num_images: int | None,
     row_index: torch.Tensor | None,
     labels: torch.Tensor | None = None,
-) -> None:
+    document_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
     """See to it that each image has its `num_query_tokens` placeholders.
 
     Args:
         mask: `(B, S)`, True at placeholders.
         config: for `num_query_tokens` and `image_token_id`.
         num_images: images of the whole batch, or None where there are none.
-        row_index: `(B,)` names of the rows in messages; their positions in the batch by default.
+        row_index: `(B,)` names of the rows in messages; their positions in the batch by default. `(D,)` of documents.
         labels: `(B, S)`; a label on a placeholder is an error.
+        document_ids: `(B, S)` of documents that share rows.
+
+    Returns:
+        the images of each row, `(B,)` or `(D,)`.
 
     Raises:
         ValueError: names the row and both counts.
     """
-    per_image, counts = config.num_query_tokens, mask.sum(dim=1).tolist()
+    in_rows = count_in_rows(mask, document_ids)
+    per_image, counts = config.num_query_tokens, in_rows.tolist()
     wanted = (num_images or 0) * per_image
     if sum(counts) != wanted or any(count % per_image for count in counts):
         one_each = num_images == len(counts)
@@ -34,24 +48,33 @@ def check_placeholders(
             f"has {sum(counts)} for {num_images or 0} image(s), and each image takes {per_image}"
         )
     if labels is not None and labels.shape == mask.shape:
-        labelled = (mask & (labels != -100)).any(dim=1)
+        labelled = count_in_rows(mask & (labels != -100), document_ids)
         if labelled.any():
             row = int(labelled.nonzero()[0])
             raise ValueError(f"{row_name(row, row_index)} has labels on image placeholders: they have to be -100 there")
+    return in_rows // per_image
 
 
-def check_finite(pictures: torch.Tensor, images_per_row: torch.Tensor | None, row_index: torch.Tensor | None) -> None:
+def check_finite(
+    pictures: torch.Tensor,
+    images_per_row: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+    image_rows: torch.Tensor | None = None,
+) -> None:
     """Refuse pictures (or features) `(N, …)` with NaN or inf in them.
 
     Args:
         pictures: of all rows, in their order.
         images_per_row: `(B,)`; None for one each.
         row_index: as in [`check_placeholders`].
+        image_rows: `(N,)`, which of the pictures each image is; each its own by default.
 
     Raises:
         ValueError: names the image and its row.
     """
     broken = ~torch.isfinite(pictures.flatten(1)).all(dim=1)
+    if image_rows is not None:
+        broken = broken[image_rows]
     if broken.any():
         image = int(broken.nonzero()[0])
         row = image if images_per_row is None else int((images_per_row.cumsum(0) <= image).sum())
@@ -61,7 +84,11 @@ def check_finite(pictures: torch.Tensor, images_per_row: torch.Tensor | None, ro
 
 
 def check_context(
-    width: int, attention_mask: torch.Tensor | None, config: PreTrainedConfig, row_index: torch.Tensor | None
+    width: int,
+    attention_mask: torch.Tensor | None,
+    config: PreTrainedConfig,
+    row_index: torch.Tensor | None,
+    document_ids: torch.Tensor | None = None,
 ) -> None:
     """Refuse a row that is longer than the language model's context.
 
@@ -69,14 +96,19 @@ def check_context(
         width: tokens of the longest row.
         attention_mask: `(B, width)`.
         config: for the language model's `max_position_embeddings`, where it has any.
-        row_index: as in [`check_placeholders`].
+        row_index, document_ids: as in [`check_placeholders`].
 
     Raises:
         ValueError: names the row and both numbers.
     """
     context = getattr(config.text_config, "max_position_embeddings", None)
-    if context is not None and width > context:
-        row = 0 if attention_mask is None else int(attention_mask.sum(dim=1).argmax())
+    if context is None or width <= context:
+        return
+    row = 0 if attention_mask is None else int(attention_mask.sum(dim=1).argmax())
+    if document_ids is not None:
+        lengths = count_in_rows(document_ids >= 0, document_ids)
+        row, width = int(lengths.argmax()), int(lengths.max())
+    if width > context:
         raise ValueError(f"{row_name(row, row_index)} has {width} tokens; the language model's context is {context}")
 
 

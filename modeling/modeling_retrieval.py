@@ -225,6 +225,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         vision_features: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        image_rows: torch.Tensor | None = None,
         row_index: torch.Tensor | None = None,
         return_loss: bool = True,
         **kwargs: Any,
@@ -236,6 +237,8 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
             attention_mask: `(B, T)`; all ones by default.
             pixel_values: `(B, 3, H, W)`; or, in their place, `vision_features` `(B, L, E)`, the ViT's output.
             pixel_attention_mask, spatial_shapes: of SigLIP2's variable resolution.
+            image_rows: `(B,)` int64, which picture goes with each text, where several texts have one: there are fewer
+                pictures than texts then.
             row_index: `(B,)` rows of the data set, for error messages alone.
             return_loss: whether the losses are wanted. In eval mode the negatives of ITM are the same at each call.
             kwargs: for the Q-Former.
@@ -247,16 +250,24 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
             ValueError: both or neither of pictures and features, not as many as texts, texts padded on the left, values
                 that are not finite, one caption for all pairs, a pair by itself, processes of unequal batches.
         """
-        features = self._look(pixel_values, vision_features, pixel_attention_mask, spatial_shapes, row_index)
-        if len(features) != len(input_ids):
-            raise ValueError(f"{len(features)} pictures and {len(input_ids)} texts: stage 1 learns from pairs")
+        features = self._look(
+            pixel_values, vision_features, pixel_attention_mask, spatial_shapes, row_index, image_rows
+        )
+        if image_rows is None:
+            image_rows = torch.arange(len(features), device=features.device)
+        if len(image_rows) != len(input_ids):
+            raise ValueError(f"{len(image_rows)} pictures and {len(input_ids)} texts: stage 1 learns from pairs")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if (attention_mask[:, 0] == 0).any():
             row = int((attention_mask[:, 0] == 0).nonzero()[0])
             raise ValueError(f"{row_name(row, row_index)} is padded on the left: a text begins with its [CLS]")
         ids = input_ids.masked_fill(attention_mask == 0, self.config.qformer_config.pad_token_id or 0)
-        image = {"encoder_hidden_states": features, "encoder_attention_mask": pixel_attention_mask}
+        image = {
+            "encoder_hidden_states": features,
+            "encoder_attention_mask": pixel_attention_mask,
+            "image_rows": image_rows,
+        }
         text = {"input_ids": ids, "attention_mask": attention_mask}
         contrast, match, generate = self.config.itc_weight, self.config.itm_weight, self.config.itg_weight
         if not return_loss:
@@ -290,10 +301,11 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         pixel_attention_mask: torch.Tensor | None,
         spatial_shapes: torch.Tensor | None,
         row_index: torch.Tensor | None = None,
+        image_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("Give either pixel_values or vision_features")
-        check_finite(pixel_values if vision_features is None else vision_features, None, row_index)
+        check_finite(pixel_values if vision_features is None else vision_features, None, row_index, image_rows)
         if vision_features is not None:
             return vision_features
         return self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes).last_hidden_state
@@ -376,7 +388,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         texts, wrong_images = draw_negatives(hardness.T, candidates.T, generator)
         all_pairs = torch.arange(pairs, device=hardness.device)
         logits = self._match_logits(
-            image | {"image_rows": torch.cat([all_pairs, images, wrong_images])},
+            image | {"image_rows": image["image_rows"][torch.cat([all_pairs, images, wrong_images])]},
             take_rows(text, torch.cat([all_pairs, wrong_texts, texts])),
             **kwargs,
         )

@@ -1,34 +1,117 @@
-"""Logits where something is to be learned, and nowhere else: the other rows of the largest product are never made."""
+"""The loss of a causal LM from the logits of supervised positions alone, some of them at a time.
+
+A causal LM's forward is decoder, head, loss; transformers makes the logits of all positions, and in float32 once more
+for the loss: the largest tensors of a step. Here the decoder runs as ever, and the head on the states that predict what
+is to be learned. Head and loss are the language model's own, whatever it does to its logits (scales, soft caps).
+"""
 
 import inspect
+from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import is_liger_kernel_available
 
 
 IGNORED = -100  # as transformers' losses have it
+LOGITS_AT_ONCE = 2**25  # elements, 128 MiB in float32
 
 
-def supervised_only(language_model: PreTrainedModel, labels: torch.Tensor) -> dict[str, Any]:
-    """Keywords with which a causal LM computes its own loss from the logits of supervised positions alone.
+def can_supervise(language_model: PreTrainedModel, keywords: Collection[str] = ()) -> bool:
+    """Whether decoder and head of this LM can be told apart, and its loss is that of its logits alone.
 
-    A position is kept where any row of the batch learns its next token: `logits_to_keep`. The labels, shifted here,
-    are cut the same way: `shift_labels` of `ForCausalLMLoss` (transformers/loss/loss_utils.py). What an LM does to its
-    logits, soft-capping for one, it still does.
+    Args:
+        keywords: of the call; some ask for logits, or bring labels of their own.
+    """
+    return (
+        not {"logits_to_keep", "shift_labels"} & set(keywords)
+        and language_model.base_model is not language_model
+        and "logits_to_keep" in inspect.signature(language_model.forward).parameters
+        and not getattr(language_model.config, "output_router_logits", False)
+    )
+
+
+def supervised_loss(
+    language_model: PreTrainedModel,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **inputs: Any,
+) -> CausalLMOutputWithPast:
+    """What the LM's forward returns, but for logits.
 
     Args:
         labels: `(B, S)`, -100 where nothing is to be learned.
-
-    Returns:
-        `labels` as they were, for an LM that does not take `logits_to_keep`.
+        num_items_in_batch: what the sum over positions is divided by; their number by default.
+        inputs: of the decoder, `inputs_embeds` `(B, S, M)` and so on.
     """
-    if "logits_to_keep" not in inspect.signature(language_model.forward).parameters:
-        return {"labels": labels}
+    outputs = language_model.base_model(**inputs)
     next_tokens = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    positions = (next_tokens != IGNORED).any(0).nonzero().squeeze(1)  # (K,)
-    return {"labels": labels, "shift_labels": next_tokens[:, positions], "logits_to_keep": positions}
+    learned = next_tokens != IGNORED
+    states, targets = outputs.last_hidden_state[learned], next_tokens[learned]  # (K, M), (K,)
+    total = num_items_in_batch if num_items_in_batch is not None else len(targets)
+    loss_of = partial(_loss, language_model, total)
+    at_once = max(1, LOGITS_AT_ONCE // language_model.config.vocab_size)
+    if len(targets) > at_once:  # the backward pass makes the logits again
+        loss_of = partial(checkpoint, loss_of, use_reentrant=False)
+    losses = [loss_of(*piece) for piece in zip(states.split(at_once), targets.split(at_once), strict=True)]
+    return CausalLMOutputWithPast(
+        loss=torch.stack(losses).sum(),
+        past_key_values=outputs.past_key_values,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
 
 
-__all__ = ["supervised_only"]
+def _loss(
+    language_model: PreTrainedModel, total: torch.Tensor | int, states: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Their share of the loss: the sum over `(K, M)` states over the number of all."""
+    logits = _HeadAlone(language_model)(states)  # (K, vocabulary)
+    if is_liger_kernel_available() and logits.is_cuda:
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
+        return liger_cross_entropy(logits, targets, reduction="sum") / total
+    return language_model.loss_function(
+        logits=logits, labels=None, shift_labels=targets, vocab_size=logits.shape[-1], num_items_in_batch=total
+    )
+
+
+class _HeadAlone:
+    """A causal LM without its decoder: what its forward does to the states that a decoder would have returned."""
+
+    def __init__(self, language_model: PreTrainedModel):
+        self._language_model = language_model
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """`(K, M)` states to `(K, vocabulary)` logits."""
+        forward = type(self._language_model).forward  # not the instance's, which accelerate may have wrapped
+        return forward(self, inputs_embeds=states[None], use_cache=False, return_dict=True).logits[0]
+
+    def __getattr__(self, name: str) -> Any:
+        return _Decoded() if name == self._language_model.base_model_prefix else getattr(self._language_model, name)
+
+
+class _Decoded:
+    """In a decoder's place: hands on the embeddings that it is given as its states, and has nothing else to tell."""
+
+    def __call__(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> "_Decoded":
+        self.last_hidden_state = inputs_embeds
+        return self
+
+    @property
+    def decoder(self) -> "_Decoded":  # OPT calls it past its model
+        return self
+
+    def __getitem__(self, place: int) -> torch.Tensor:
+        return self.last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+__all__ = ["can_supervise", "supervised_loss"]

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import TEXT, inputs, language_model, model
+from tiny_models import SCALED, TEXT, VOCAB_SIZE, inputs, language_model, model
 
 from lorgnette import LorgnetteForConditionalGeneration
+from lorgnette.modeling import modeling_supervision
 
 
 # What peft should adapt in each architecture: its attention projections, and nothing else.
@@ -45,20 +46,29 @@ def test_the_whole_loop(architecture: str, tmp_path):
     assert torch.equal(loaded.generate(**batch, max_new_tokens=4, do_sample=False), continued)
 
 
-@pytest.mark.parametrize("architecture", TEXT)
-def test_logits_of_supervised_positions_alone_give_the_same_loss_and_gradients(architecture: str):
+@pytest.mark.parametrize(("at_once", "items"), [(2**25, None), (2 * VOCAB_SIZE, 7)])
+@pytest.mark.parametrize("architecture", [*TEXT, *SCALED])
+def test_the_loss_of_supervised_positions_alone_is_the_language_models_own(
+    architecture: str, at_once, items, monkeypatch
+):
+    """In one piece, and two positions at a time; the head sees those six positions and no other."""
+    monkeypatch.setattr(modeling_supervision, "LOGITS_AT_ONCE", at_once)
     built, batch = model(text=architecture).train(), inputs()
     labels = batch["input_ids"].masked_fill(batch["input_ids"] == built.config.image_token_id, -100)
     labels[0, :11] = labels[1, :13] = -100
+    seen: list[int] = []
+    built.get_output_embeddings().register_forward_hook(lambda _, states, __: seen.append(states[0].shape[1]))
     losses, gradients = [], []
     for keep in ({}, {"logits_to_keep": 0}):  # 0: all of them
         torch.manual_seed(0)  # dropout
-        outputs = built(**batch, labels=labels, num_items_in_batch=6, **keep)
+        outputs = built(**batch, labels=labels, num_items_in_batch=items, **keep)
+        assert seen == ([15] if keep else [6] if at_once > 6 * VOCAB_SIZE else [2, 2, 2])
+        assert (outputs.logits is None) == (not keep)
         built.zero_grad()
         outputs.loss.backward()
+        seen.clear()
         losses.append(outputs.loss)
         gradients.append({name: p.grad.clone() for name, p in built.named_parameters() if p.requires_grad})
-        assert outputs.logits.shape[1] == (15 if keep else 4)  # what 10 to 13 say of 11 to 14
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(gradients[0], gradients[1])
 

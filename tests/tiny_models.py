@@ -7,15 +7,18 @@ from transformers import (
     BertModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    CohereConfig,
     DeiTConfig,
     DeiTModel,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -94,6 +97,12 @@ TEXT = {
     "gpt_neox": GPTNeoXConfig(**_LM),
     "mistral": MistralConfig(**_GQA, sliding_window=None),
 }
+# those that do something to their logits
+SCALED = {
+    "cohere": CohereConfig(**_GQA, logit_scale=0.5),
+    "gemma2": Gemma2Config(**_GQA, head_dim=8, final_logit_softcapping=2.0),
+    "granite": GraniteConfig(**_GQA, logits_scaling=3.0),
+}
 
 
 def vision_model(architecture: str = "vit", seed: int = 0) -> PreTrainedModel:
@@ -104,7 +113,7 @@ def vision_model(architecture: str = "vit", seed: int = 0) -> PreTrainedModel:
 
 def language_model(architecture: str = "llama", seed: int = 0, **fields) -> PreTrainedModel:
     torch.manual_seed(seed)
-    config = TEXT[architecture]
+    config = (TEXT | SCALED)[architecture]
     config = config.__class__.from_dict(config.to_dict() | fields)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():  # weights of std 0.02 make all logits alike, and any test of equality too easy

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from ..modeling.modeling_packing import PADDING
 from ..processing.conversations import count_images, images_in, parts_of, query_in
 from ..processing.image_loading import naming
 from ..processing.processing_lorgnette import LorgnetteProcessor
@@ -39,9 +41,11 @@ class LorgnetteCollator:
         query: what every prompt asks; the processor's by default, `""` for nothing.
         query_column: a column that holds each row's own question, in place of `query`.
         max_length: tokens a row may take, placeholders included; by default what the tokenizer says of its context.
+        pack_to: in stage 2, tokens that rows may share: several are then put side by side, in place of padding, and
+            the model keeps them apart.
 
     Raises:
-        ValueError: `query` and `query_column` are both given.
+        ValueError: `query` and `query_column` are both given; `pack_to` in stage 1, or below 1.
     """
 
     processor: LorgnetteProcessor
@@ -50,10 +54,16 @@ class LorgnetteCollator:
     query: str | None = None
     query_column: str | None = None
     max_length: int | None = None
+    pack_to: int | None = None
 
     def __post_init__(self):
+        self._loaded: dict[Any, Image.Image] = {}  # pictures of the batch that is being made
         if self.query is not None and self.query_column is not None:
             raise ValueError("query and query_column are two answers to one question: give one of them")
+        if self.pack_to is not None and self.processor.is_stage1:
+            raise ValueError("pack_to is for stage 2: in stage 1 each text is compared with each picture")
+        if self.pack_to is not None and self.pack_to < 1:
+            raise ValueError(f"pack_to is {self.pack_to}; it has to be at least 1")
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch of B rows and the N images in them.
@@ -61,8 +71,10 @@ class LorgnetteCollator:
         Returns:
             `input_ids`, `attention_mask` `(B, S)` int64, padded on the right; in stage 2 `labels` `(B, S)`, -100 but on
             the output and the tokens that end it; `pixel_values` `(N, 3, H, W)` with the image processor's other keys,
-            or `vision_features` `(N, L, E)`; `qformer_input_ids`, `qformer_attention_mask` `(N, T)` for a Q-Former that
-            takes instructions; `row_index` `(B,)` where rows have an `index`.
+            or `vision_features` `(N, L, E)`; `image_rows` `(N,)` where a picture is there several times, and
+            `pixel_values` has it once; `qformer_input_ids`, `qformer_attention_mask` `(N, T)` for a Q-Former that
+            takes instructions; `row_index` `(B,)` where rows have an `index`. With `pack_to` there are fewer rows than
+            B, and `document_ids` in place of `attention_mask`.
 
         Raises:
             ValueError: a column that is not there (with the ones that are), an empty text, one longer than the context
@@ -70,12 +82,26 @@ class LorgnetteCollator:
                 [`~LorgnetteProcessor.load_image`]. All name the row.
         """
         examples = self._examples(rows, self._stage1 if self.processor.is_stage1 else self._stage2)
-        ids = [example.prompt + example.output for example in examples]
-        pad_token_id = self.processor.tokenizer.pad_token_id
-        batch = {"input_ids": _padded(ids, pad_token_id), "attention_mask": _padded([[1] * len(row) for row in ids], 0)}
+        shared = [[n] for n in range(len(examples))]  # which examples have a row in common
+        if self.pack_to is not None:
+            shared = packs([len(example.ids) for example in examples], self.pack_to)
+            order = [n for pack in shared for n in pack]
+            rows, examples = [rows[n] for n in order], [examples[n] for n in order]
+            numbers = iter(range(len(examples)))
+            shared = [[next(numbers) for _ in pack] for pack in shared]
+
+        def joined(values: list[list[int]], padding: int) -> torch.Tensor:
+            return _padded([[value for n in pack for value in values[n]] for pack in shared], padding)
+
+        batch = {"input_ids": joined([example.ids for example in examples], self.processor.tokenizer.pad_token_id)}
+        if self.pack_to is None:
+            batch["attention_mask"] = joined([[1] * len(example.ids) for example in examples], 0)
+        else:
+            batch["document_ids"] = joined([[n] * len(example.ids) for n, example in enumerate(examples)], PADDING)
         if not self.processor.is_stage1:
-            labels = [[_IGNORED] * len(example.prompt) + example.output for example in examples]
-            batch["labels"] = _padded(labels, _IGNORED)
+            batch["labels"] = joined(
+                [[_IGNORED] * len(example.prompt) + example.output for example in examples], _IGNORED
+            )
         return batch | self._shown(rows, examples)
 
     def prompts(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -99,6 +125,7 @@ class LorgnetteCollator:
         if not rows:
             raise ValueError("the batch is empty")
         examples = []
+        self._loaded.clear()
         for position, row in enumerate(rows):
             with naming(f"row {row['index']}" if "index" in row else f"row {position} of the batch"):
                 examples.append(encode(row))
@@ -119,7 +146,11 @@ class LorgnetteCollator:
                     raise ValueError(f"the vision_features of a batch differ in shape: {sorted(shapes)}")
                 batch["vision_features"] = torch.stack(images)
             else:
-                batch |= self.processor.encode_images(images, return_tensors="pt")
+                distinct = {id(image): image for image in images}
+                batch |= self.processor.encode_images(list(distinct.values()), return_tensors="pt")
+                if len(distinct) < len(images):
+                    places = {key: place for place, key in enumerate(distinct)}
+                    batch["image_rows"] = torch.tensor([places[id(image)] for image in images])
         if all("index" in row for row in rows):
             batch["row_index"] = torch.tensor([row["index"] for row in rows])
         return batch
@@ -185,7 +216,13 @@ class LorgnetteCollator:
         return [self._load(image) for image in images]
 
     def _load(self, image: Any) -> Image.Image:
-        return self.processor.load_image(image)
+        """A picture that the batch has several times is loaded once."""
+        key = _identity(image)
+        if key is None:
+            return self.processor.load_image(image)
+        if key not in self._loaded:
+            self._loaded[key] = self.processor.load_image(image)
+        return self._loaded[key]
 
     def _check_length(self, prompt: list[int], output: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
         limit = tokenizer.model_max_length if self.max_length is None else self.max_length
@@ -197,6 +234,24 @@ class LorgnetteCollator:
             )
 
 
+def packs(lengths: list[int], room: int) -> list[list[int]]:
+    """Which of these are put side by side so that few rows of `room` are needed: the longest first, each where it fits.
+
+    One that is longer than `room` has a row of its own.
+    """
+    shared: list[list[int]] = []
+    left: list[int] = []
+    for n in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        place = next((place for place, room_left in enumerate(left) if lengths[n] <= room_left), None)
+        if place is None:
+            place = len(shared)
+            shared.append([])
+            left.append(room)
+        shared[place].append(n)
+        left[place] -= lengths[n]
+    return shared
+
+
 @dataclass
 class _Example:
     """A row, encoded: ids of prompt and output, N loaded images (or features), N instructions for the Q-Former."""
@@ -205,6 +260,17 @@ class _Example:
     output: list[int]
     images: list[Any]
     instructions: list[list[int]] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt + self.output
+
+
+def _identity(image: Any) -> Any:
+    """What tells that two images are one picture: a path, a URL, a file's content, an object. None: not known."""
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    return id(image) if isinstance(image, Image.Image) else image if isinstance(image, (str, bytes, PurePath)) else None
 
 
 def _column(row: dict[str, Any], name: str) -> Any:
