@@ -244,6 +244,13 @@ class DataArguments(RowArguments):
         default=None,
         metadata={"help": "Tokens an example may take, the picture's included; a longer one is an error, not cut."},
     )
+    pack_to: int | None = field(
+        default=None,
+        metadata={
+            "help": "In stage 2, put several examples of a batch side by side in rows of so many tokens, in place of "
+            "padding; the model keeps them apart."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -25,19 +25,25 @@ Rows = Dataset | IterableDataset
 
 
 def load_pairs(
-    args: DataArguments, *, evaluate: bool, seed: int, augmentation: AugmentationSeeds | None = None
+    args: DataArguments,
+    *,
+    evaluate: bool,
+    seed: int,
+    augmentation: AugmentationSeeds | None = None,
+    length_column: str | None = None,
 ) -> tuple[Rows, Rows | None]:
     """The training rows and, with `evaluate`, the evaluation rows.
 
     A row holds `index` and the columns that `args` names, `messages_column` as `messages`. A picture (in its column, in
     a list there or in a message) is a path, a URL, bytes or a dict of bytes and path; of a feature cache there is
     `vision_features` in place of the column. A class label is its name. A streamed training set starts again when it
-    ends, shuffled within a buffer. With `augmentation` training rows have an `augmentation_seed`.
+    ends, shuffled within a buffer. With `augmentation` training rows have an `augmentation_seed`. With `length_column`
+    they have one of that name, by which Trainer groups them: the characters of their words.
 
     Raises:
         FileNotFoundError: no such file or folder.
         ValueError: no such split, no rows, a named column is missing (those that exist are listed) or called `index`;
-            augmentation of a feature cache.
+            augmentation of a feature cache; lengths of a stream.
     """
     if augmentation is not None and is_cache(args.dataset):
         raise ValueError(
@@ -52,6 +58,11 @@ def load_pairs(
     elif evaluate:
         source, split = args.eval_dataset or args.dataset, args.eval_split or "train"
         evaluation, open_evaluation = _numbered_rows(args, source, split)
+    if length_column is not None:
+        if args.streaming:
+            raise ValueError("a stream cannot be grouped by length: its rows come one by one")
+        words = ["messages"] if args.messages_column else args.word_columns
+        train = train.add_column(length_column, [_length(row) for row in train.select_columns(words)])
     if args.streaming:
         # Endless, since Trainer takes a stream for one epoch: resumed after the stream's end it would start it over.
         train = train.repeat(None)
@@ -62,6 +73,12 @@ def load_pairs(
     if augmentation is not None:
         open_train = partial(augmentation.mark, open_batch=open_train)
     return _lazily(train, open_train), _lazily(evaluation, open_evaluation) if evaluate else None
+
+
+def _length(words: dict[str, Any]) -> int:
+    """Characters in a row's words; a picture in a chat counts for none."""
+    values = [part.get("text", "") for message in words.pop("messages", None) or [] for part in parts_of(message)]
+    return sum(len(str(value)) for value in (*values, *words.values()))
 
 
 def load_rows(args: RowArguments, split: str) -> Rows:

@@ -83,7 +83,14 @@ def train(
     with training_args.main_process_first(desc="loading the dataset"):
         seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
         augmentation = AugmentationSeeds(seed) if data_args.augment else None
-        train_dataset, eval_dataset = load_pairs(data_args, evaluate=evaluate, seed=seed, augmentation=augmentation)
+        grouped = training_args.train_sampling_strategy == "group_by_length"
+        train_dataset, eval_dataset = load_pairs(
+            data_args,
+            evaluate=evaluate,
+            seed=seed,
+            augmentation=augmentation,
+            length_column=training_args.length_column_name if grouped else None,
+        )
     model, processor = build()
     if checkpoint is not None:
         check_backbones(checkpoint, model)
@@ -114,6 +121,7 @@ def train(
             text_column=data_args.text_column,
             query_column=data_args.query_column,
             max_length=data_args.max_length or model.max_text_length,
+            pack_to=data_args.pack_to,
         ),
         processing_class=processor,  # saved with every checkpoint
         callbacks=[CleanPush(), *([augmentation] if augmentation is not None else [])],
