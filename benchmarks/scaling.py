@@ -121,7 +121,8 @@ def saved(options: Options, scratch: Path) -> list[tuple[str, str, int, int]]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     torch.save(optimizer.state_dict(), scratch / "optimizer.pt")
-    kept = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    tensors = {value.data_ptr(): value for value in model.state_dict().values()}  # an LM's tied words once
+    kept = sum(value.numel() * value.element_size() for value in tensors.values())
     for _, prefix in BACKBONES.values():  # whatever they were: it is for the size
         setattr(model.config, f"{prefix}_backbone", f"some/{prefix}")
         setattr(model.config, f"{prefix}_backbone_revision", "0" * 40)
