@@ -11,10 +11,11 @@ nox.options.default_venv_backend = "venv"
 TORCH = os.environ.get("TORCH", "torch").split()
 # those whose lowest versions the whole suite runs with; the others' bounds are theirs
 RANGED = ("transformers", "peft", "accelerate")
-SMOKE = ["test_package", "test_generate", "test_training_invariants", "test_pipeline", "test_save_reload"]
+SMOKE = ["test_package", "test_batches", "test_generate", "test_packing", "test_pipeline", "test_save_reload"]
+SMOKE += ["test_training_invariants"]
 
 
-def lowest() -> list[str]:
+def lowest_versions() -> list[str]:
     """`transformers==5.17` and the like: the lower bounds of pyproject.toml as pins."""
     dependencies = map(Requirement, nox.project.load_toml("pyproject.toml")["project"]["dependencies"])
     bounds = {one.name: bound.version for one in dependencies for bound in one.specifier if bound.operator == ">="}
@@ -31,13 +32,24 @@ def install(session: nox.Session, *pins: str) -> None:
 @nox.parametrize("versions", ["lowest", "newest"])
 def suite(session: nox.Session, versions: str) -> None:
     """The test suite, with the lowest versions of what lorgnette is built on and with the newest."""
-    install(session, *(lowest() if versions == "lowest" else ()))
+    install(session, *(lowest_versions() if versions == "lowest" else ()))
     session.run("pytest", "--numprocesses", "auto", "--maxprocesses", "4", "-m", "not slow", *session.posargs)
+
+
+def run_smoke_tests(session: nox.Session) -> None:
+    files = [f"tests/{name}.py" for name in SMOKE]
+    session.run("pytest", "--numprocesses", "auto", "--maxprocesses", "4", "-m", "not slow", *files, *session.posargs)
 
 
 @nox.session(python=["3.12", "3.13"])
 def smoke(session: nox.Session) -> None:
     """Whether it installs, imports, trains, generates and is saved on later Pythons."""
     install(session)
-    files = [f"tests/{name}.py" for name in SMOKE]
-    session.run("pytest", "--numprocesses", "auto", "--maxprocesses", "4", "-m", "not slow", *files, *session.posargs)
+    run_smoke_tests(session)
+
+
+@nox.session(python="3.11", default=False)
+def lowest(session: nox.Session) -> None:
+    """The same with the lowest versions, which `suite` runs in full: for continuous integration."""
+    install(session, *lowest_versions())
+    run_smoke_tests(session)

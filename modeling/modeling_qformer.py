@@ -31,6 +31,8 @@ from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig
 
 logger = logging.get_logger(__name__)
 
+KeysAndValues = tuple[torch.Tensor, torch.Tensor]
+
 
 def eager_attention(
     module: nn.Module,
@@ -62,24 +64,28 @@ class LorgnetteQFormerMultiHeadAttention(nn.Module):
         self.key = nn.Linear(source_size, config.hidden_size)
         self.value = nn.Linear(source_size, config.hidden_size)
 
+    def split_heads(self, x: torch.Tensor) -> torch.Tensor:  # (B, N, D) -> (B, heads, N, D / heads)
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def project(self, source: torch.Tensor) -> KeysAndValues:
+        """`(B, L, D or E)` to keys and values, `(B, heads, L, D / heads)` each."""
+        return self.split_heads(self.key(source)), self.split_heads(self.value(source))
+
     def forward(
         self,
         hidden_states: torch.Tensor,
-        source: torch.Tensor,
+        source: torch.Tensor | KeysAndValues,
         attention_mask: torch.Tensor | None,
         source_rows: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        def split_heads(x: torch.Tensor) -> torch.Tensor:  # (B, N, D) -> (B, heads, N, D / heads)
-            return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
-
-        keys, values = split_heads(self.key(source)), split_heads(self.value(source))
+        keys, values = self.project(source) if isinstance(source, torch.Tensor) else source
         if source_rows is not None:  # a source that several rows look at is projected once
             keys, values = keys[source_rows], values[source_rows]
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = attention(
             self,
-            split_heads(self.query(hidden_states)),
+            self.split_heads(self.query(hidden_states)),
             keys,
             values,
             attention_mask,
@@ -152,7 +158,7 @@ class LorgnetteQFormerLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,  # (B, Q + T, D)
-        encoder_hidden_states: torch.Tensor | None,  # (B, L, E); None where there are no queries
+        encoder_hidden_states: torch.Tensor | KeysAndValues | None,  # (B, L, E); None where there are no queries
         attention_mask: torch.Tensor | None,
         encoder_attention_mask: torch.Tensor | None,
         query_length: int,
@@ -178,9 +184,17 @@ class LorgnetteQFormerEncoder(nn.Module):
         self.layer = nn.ModuleList(LorgnetteQFormerLayer(config, i) for i in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
-    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        for layer in self.layer:
-            hidden_states = layer(hidden_states, *args, **kwargs)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | list[KeysAndValues | None] | None,
+        *args,
+        **kwargs,
+    ) -> torch.Tensor:
+        for number, layer in enumerate(self.layer):
+            projected = isinstance(encoder_hidden_states, list)
+            source = encoder_hidden_states[number] if projected else encoder_hidden_states
+            hidden_states = layer(hidden_states, source, *args, **kwargs)
         return hidden_states
 
 
@@ -248,11 +262,29 @@ class LorgnetteQFormerModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embeddings.word_embeddings = value
 
+    def project_image(self, encoder_hidden_states: torch.Tensor) -> list[KeysAndValues | None]:
+        """Keys and values of images, for each layer that looks at them.
+
+        They do not depend on what looks: several passes over the same images can share them.
+
+        Args:
+            encoder_hidden_states: `(N, L, E)` image features.
+
+        Raises:
+            ValueError: features of another width.
+        """
+        self._check_width(encoder_hidden_states)
+        features = encoder_hidden_states.to(self.layernorm.weight.dtype)
+        return [
+            layer.crossattention.attention.project(features) if layer.has_cross_attention else None
+            for layer in self.encoder.layer
+        ]
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
-        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | list[KeysAndValues | None] | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -268,7 +300,8 @@ class LorgnetteQFormerModel(PreTrainedModel):
         either sees its own kind alone (uni-modal: two calls, one with the image, one with the text alone).
 
         Args:
-            encoder_hidden_states: `(B, L, E)` image features; without them there are no queries, and text alone.
+            encoder_hidden_states: `(B, L, E)` image features, or what [`project_image`] made of them; without them
+                there are no queries, and text alone.
             encoder_attention_mask: `(B, L)`, 1 where there is an image token and 0 where there is padding.
             input_ids: `(B, T)` text: an instruction (InstructBLIP, Dai et al. 2023, section 2.3), or stage 1's; needs
                 the text half.
@@ -291,8 +324,13 @@ class LorgnetteQFormerModel(PreTrainedModel):
         """
         parts = []
         if encoder_hidden_states is not None:
-            rows = len(encoder_hidden_states if image_rows is None else image_rows)
-            parts.append(self._queries_for(encoder_hidden_states, query_embeds, rows))  # (B, Q, D)
+            if isinstance(encoder_hidden_states, torch.Tensor):
+                self._check_width(encoder_hidden_states)
+                images, image_length = encoder_hidden_states.shape[:2]
+            else:  # the first layer looks at the image, whatever the frequency
+                images, _, image_length, _ = encoder_hidden_states[0][0].shape
+            rows = images if image_rows is None else len(image_rows)
+            parts.append(self._queries_for(query_embeds, rows))  # (B, Q, D)
         query_length = parts[0].shape[1] if parts else 0
         if input_ids is not None:
             if not self.config.use_qformer_text_input:
@@ -316,7 +354,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
                 attention_mask=attention_mask,
                 and_mask_function=multimodal_causal(query_length) if causal_text else None,
             )
-        if encoder_hidden_states is not None:
+        if isinstance(encoder_hidden_states, torch.Tensor):
             encoder_hidden_states = encoder_hidden_states.to(hidden_states.dtype)
         if encoder_attention_mask is not None:
             if image_rows is not None:
@@ -326,7 +364,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
                 inputs_embeds=hidden_states[:, :query_length],
                 attention_mask=encoder_attention_mask,
                 # its shape alone is read: one image a row
-                encoder_hidden_states=encoder_hidden_states[:1].expand(len(hidden_states), -1, -1),
+                encoder_hidden_states=hidden_states[:, :1].expand(-1, image_length, -1),
             )
             # transformers takes the mask of fewer queries than keys for the queries' own
             if encoder_attention_mask is not None and is_flash_attention_requested(self.config):
@@ -347,15 +385,15 @@ class LorgnetteQFormerModel(PreTrainedModel):
     def _flash_cannot(self, what: str) -> str:
         return f'{self.config._attn_implementation} cannot {what}: set attn_implementation="sdpa"'
 
-    def _queries_for(
-        self, encoder_hidden_states: torch.Tensor, query_embeds: torch.Tensor | None, rows: int
-    ) -> torch.Tensor:
+    def _check_width(self, encoder_hidden_states: torch.Tensor) -> None:
         width = encoder_hidden_states.shape[-1]
         if width != self.config.encoder_hidden_size:
             raise ValueError(
                 f"Image features are {width} wide; this Q-Former reads features of width "
                 f"{self.config.encoder_hidden_size} (encoder_hidden_size)"
             )
+
+    def _queries_for(self, query_embeds: torch.Tensor | None, rows: int) -> torch.Tensor:
         if query_embeds is None:
             if self.query_tokens is None:
                 raise ValueError("This Q-Former owns no queries (num_query_tokens is not set): give query_embeds")

@@ -264,7 +264,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
             raise ValueError(f"{row_name(row, row_index)} is padded on the left: a text begins with its [CLS]")
         ids = input_ids.masked_fill(attention_mask == 0, self.config.qformer_config.pad_token_id or 0)
         image = {
-            "encoder_hidden_states": features,
+            "encoder_hidden_states": self.qformer.project_image(features),  # once for the passes of all losses
             "encoder_attention_mask": pixel_attention_mask,
             "image_rows": image_rows,
         }

@@ -306,11 +306,22 @@ class TestWhatTrains:
         model(**batch(["a dog", "a dog", "a dog", "a cat"]))
         assert seen == [12]  # four pairs, a wrong text for each picture, a wrong picture for each text
         inputs = batch(["a dog", "a dog", "a dog", "a cat"])
-        image = {"encoder_hidden_states": model.get_vision_features(inputs.pop("pixel_values")).last_hidden_state}
+        features = model.get_vision_features(inputs.pop("pixel_values")).last_hidden_state
+        image = {"encoder_hidden_states": features, "image_rows": torch.arange(4)}
         candidates = torch.zeros(4, 4, dtype=torch.bool)
         candidates[0, 3] = True
         model._match(image, inputs, torch.zeros(4, 4), candidates)
         assert seen == [12, 6]  # one picture has a wrong text, one text a wrong picture
+
+    def test_all_losses_share_what_is_seen(self):
+        """The ViT and the keys and values of its features: once a step, for each picture."""
+        model, seen = retriever(), []
+        attention = model.qformer.encoder.layer[0].crossattention.attention
+        for module in (model.vision_model, attention.key, attention.value):
+            module.register_forward_hook(lambda *_: seen.append(1) or None)
+        attention.key.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])) or None)
+        model(**batch(["a dog", "a red dog", "a cat", "the bird"])).loss.backward()
+        assert seen == [1, 4, 1, 1]
 
     def test_from_pretrained_does_not_thaw(self, tmp_path):
         model = retriever(itc_weight=0.0, itm_weight=0.0)
