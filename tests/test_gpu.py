@@ -12,10 +12,12 @@ import pytest
 import tiny
 import tiny_models
 import torch
+from test_packing import documents, side_by_side
 from tiny_training import write_backbones, write_pairs
 from transformers import BitsAndBytesConfig
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval, LorgnetteProcessor
+from lorgnette.modeling import modeling_supervision
 from lorgnette.trainer.__main__ import main
 
 
@@ -133,3 +135,36 @@ def test_all_parts_lie_beside_a_quantised_language_model(parts, tmp_path):
     LorgnetteForConditionalGeneration.from_backbones(*names, lora={"r": 2}).save_pretrained(tmp_path / "full")
     for model in (made, LorgnetteForConditionalGeneration.from_pretrained(tmp_path / "full", **quantised)):
         assert {parameter.device.type for parameter in model.parameters()} == {"cuda"}
+
+
+def test_flash_attention_keeps_packed_pairs_apart():
+    """It takes lengths in place of a mask: the loss of sdpa, and logits that another pair's words do not reach."""
+    pytest.importorskip("flash_attn")
+    losses = []
+    for attention in ("sdpa", "flash_attention_2"):
+        built = tiny_models.model(text="mistral").to("cuda", torch.bfloat16).train()
+        built.language_model.set_attn_implementation(attention)
+        batch = {name: value.to("cuda") for name, value in side_by_side(documents()).items()}
+        losses.append(built.eval()(**batch).loss)
+    torch.testing.assert_close(*losses, atol=2e-2, rtol=2e-2)
+    changed = {name: value.clone() for name, value in batch.items()}
+    changed["input_ids"][0, 9 + 2 + tiny_models.NUM_QUERY_TOKENS : 9 + 14] = 5
+    with torch.no_grad():
+        before, after = (built(**one).logits[0] for one in (batch, changed))  # all tokens in one row
+    assert torch.equal(before[:9], after[:9])
+    assert torch.equal(before[9 + 14 :], after[9 + 14 :])
+    assert not torch.equal(before[9 : 9 + 14], after[9 : 9 + 14])
+
+
+def test_liger_gives_the_language_models_own_loss(monkeypatch):
+    pytest.importorskip("liger_kernel")
+    found = []
+    for there in (False, True):
+        monkeypatch.setattr(modeling_supervision, "is_liger_kernel_available", lambda there=there: there)
+        built, batch = tiny_models.model().to("cuda").train(), tiny_models.inputs()
+        labels = batch["input_ids"].masked_fill(batch["input_ids"] == built.config.image_token_id, -100)
+        torch.manual_seed(0)
+        loss = built(**{name: value.to("cuda") for name, value in batch.items()}, labels=labels.to("cuda")).loss
+        loss.backward()
+        found.append((loss, [p.grad for p in built.parameters() if p.requires_grad]))
+    torch.testing.assert_close(*found, atol=1e-4, rtol=1e-3)

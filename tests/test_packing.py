@@ -7,7 +7,7 @@ from tiny_models import NUM_QUERY_TOKENS, TEXT, VOCAB_SIZE, model
 from transformers import AutoModelForCausalLM, MambaConfig
 
 from lorgnette import LorgnetteCollator, LorgnetteProcessor
-from lorgnette.modeling.modeling_packing import PADDING, check_documents, positions
+from lorgnette.modeling.modeling_packing import PADDING, check_documents, packed, positions
 from lorgnette.trainer.collator import packs
 
 
@@ -96,6 +96,21 @@ def test_packed_pairs_are_as_if_alone(architecture, attention):
 def test_positions_are_counted_from_each_document():
     ids = torch.tensor([[0, 0, 0, 1, 2, 2, PADDING], [3, 3, 4, 4, 4, PADDING, PADDING]])
     assert positions(ids).tolist() == [[0, 1, 2, 0, 0, 1, 0], [0, 1, 0, 1, 2, 0, 1]]
+
+
+def test_flash_attention_is_given_lengths():
+    """All tokens in one row, without padding; see test_gpu.py for what it makes of them."""
+    built, batch = model(), side_by_side(documents())
+    built.language_model.config._attn_implementation = "flash_attention_2"
+    embeds = torch.arange(batch["input_ids"].numel(), dtype=torch.float).view(*batch["input_ids"].shape, 1)
+    given = packed(built.language_model, batch["document_ids"], embeds, batch["labels"])
+    kept = batch["document_ids"] != PADDING
+    assert torch.equal(given["inputs_embeds"], embeds[kept][None])
+    assert given["attention_mask"] is None
+    assert given["cu_seq_lens_q"].tolist() == given["cu_seq_lens_k"].tolist() == [0, 9, 23, 30, 41, 62]
+    assert (given["max_length_q"], given["max_length_k"]) == (21, 21)
+    assert given["position_ids"].tolist() == [[place for length in LENGTHS for place in range(length)]]
+    assert torch.equal(given["labels"], batch["labels"][kept][None])
 
 
 def test_packs_are_few_and_hold_all():
