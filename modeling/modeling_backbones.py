@@ -95,9 +95,7 @@ def read_language_model(name: str | Path | None, **keywords: Any) -> PreTrainedM
     # the Auto class looks for files, and a `state_dict` has none
     model_class = AutoModelForCausalLM if name is not None else MODEL_FOR_CAUSAL_LM_MAPPING[type(keywords["config"])]
     if name is not None:  # it looks for an adapter as well, on the Hub unless told not to once more
-        keywords["adapter_kwargs"] = {
-            key: keywords[key] for key in ("cache_dir", "local_files_only") if key in keywords
-        }
+        keywords["adapter_kwargs"] = {key: keywords[key] for key in _FINDING if key in keywords}
     model, info = model_class.from_pretrained(name, output_loading_info=True, **keywords)
     _check_causal(model)
     refuse_missing(name, f"a {type(model).__name__}", [f"language_model.{key}" for key in info["missing_keys"]])

@@ -68,8 +68,10 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         """
         with_info = kwargs.pop("output_loading_info", False)
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
-        quantise = kwargs.get("quantization_config") is not None  # the language model: transformers would all parts
-        if is_thin(pretrained_model_name_or_path, **kwargs) or quantise:
+        # are for parts, and transformers would take them for the whole
+        by_part = any(kwargs.get(name) is not None for name in ("quantization_config", "device_map"))
+        by_part = by_part and pretrained_model_name_or_path is not None
+        if by_part or is_thin(pretrained_model_name_or_path, **kwargs):
             model, info = load_in_parts(cls, pretrained_model_name_or_path, *args, **kwargs)
         else:
             model, info = super().from_pretrained(
@@ -200,7 +202,7 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         variable_resolution = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
         outputs = self.vision_model(
-            pixel_values=pixel_values.to(self.vision_model.dtype),
+            pixel_values=pixel_values.to(self.vision_model.device, self.vision_model.dtype),
             output_hidden_states=wanted or layer is not None,
             return_dict=True,
             **kwargs,

@@ -9,7 +9,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import AutoProcessor
-from transformers.utils import CHAT_TEMPLATE_FILE, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file, logging
+from transformers.utils import (
+    CHAT_TEMPLATE_DIR,
+    CHAT_TEMPLATE_FILE,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    cached_file,
+    logging,
+)
+from transformers.utils.hub import list_repo_templates
 
 from ..configuration.remote_code import save_remote_code
 
@@ -54,7 +62,9 @@ class ProcessorBeside:
         self._loaded: Any = None
         folder = Path(name_or_path)
         if folder.is_dir():
-            self.files = {name: (folder / name).read_bytes() for name in _PROCESSOR_FILES if (folder / name).is_file()}
+            templates = [f"{CHAT_TEMPLATE_DIR}/{path.name}" for path in folder.glob(f"{CHAT_TEMPLATE_DIR}/*.jinja")]
+            names = (*_PROCESSOR_FILES, *templates)
+            self.files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files into `folder`; a Hub that cannot be reached is a warning, for weights may be at stake."""
@@ -78,14 +88,15 @@ class ProcessorBeside:
         return self._loaded
 
     def _fetch(self) -> dict[str, bytes]:
-        found = {}
-        for name in _PROCESSOR_FILES:
-            path = cached_file(self.name, name, _raise_exceptions_for_missing_entries=False, **self.hub_kwargs)
-            if path is not None:
-                found[name] = Path(path).read_bytes()
-            elif name == PROCESSOR_NAME:
-                break  # no processor there
-        return found
+        def fetch(name: str) -> str | None:
+            return cached_file(self.name, name, _raise_exceptions_for_missing_entries=False, **self.hub_kwargs)
+
+        if fetch(PROCESSOR_NAME) is None:
+            return {}
+        templates = list_repo_templates(self.name, **{"local_files_only": False} | self.hub_kwargs)
+        named = [f"{CHAT_TEMPLATE_DIR}/{template.removesuffix('.jinja')}.jinja" for template in templates]
+        paths = {name: fetch(name) for name in (*_PROCESSOR_FILES, *named)}
+        return {name: Path(path).read_bytes() for name, path in paths.items() if path is not None}
 
 
 __all__ = ["ProcessorBeside"]

@@ -28,7 +28,7 @@ class LorgnetteCausalLMOutputWithPast(ModelOutput):
 
     Args:
         loss: the language model's own loss, where `labels` were given.
-        logits: `(B, S, vocabulary)`; in training with `labels` those of the K positions that any row learns from.
+        logits: `(B, S, vocabulary)`; None in training with `labels`.
         past_key_values: the language model's cache.
         hidden_states, attentions: the language model's, on request.
         image_hidden_states: `(N, Q, M)` soft tokens, where there were images.

@@ -274,7 +274,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
             ValueError: features of another width.
         """
         self._check_width(encoder_hidden_states)
-        features = encoder_hidden_states.to(self.layernorm.weight.dtype)
+        features = encoder_hidden_states.to(self.layernorm.weight)
         return [
             layer.crossattention.attention.project(features) if layer.has_cross_attention else None
             for layer in self.encoder.layer
@@ -320,7 +320,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
         Raises:
             ValueError: text without a text half, a mask without text, features of another width, no queries for an
                 image, neither image nor text, `causal_text` without text; FlashAttention where it cannot mask:
-            `causal_text`, or padding in the image.
+                `causal_text`, or padding in the image.
         """
         parts = []
         if encoder_hidden_states is not None:
@@ -355,7 +355,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
                 and_mask_function=multimodal_causal(query_length) if causal_text else None,
             )
         if isinstance(encoder_hidden_states, torch.Tensor):
-            encoder_hidden_states = encoder_hidden_states.to(hidden_states.dtype)
+            encoder_hidden_states = encoder_hidden_states.to(hidden_states)
         if encoder_attention_mask is not None:
             if image_rows is not None:
                 encoder_attention_mask = encoder_attention_mask[image_rows]

@@ -405,25 +405,6 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
 
     # ------------------------------------------------------------------------------------------------ retrieving
 
-    def embed_images(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        vision_features: torch.Tensor | None = None,
-        pixel_attention_mask: torch.Tensor | None = None,
-        spatial_shapes: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """`(M, Q, P)` float32, normalised: a picture's queries in the space that it shares with texts.
-
-        Raises:
-            ValueError: both or neither of `pixel_values` and `vision_features`; a model without ITC.
-        """
-        self._require("itc_weight", "pictures and texts have no space in common")
-        features = self._look(pixel_values, vision_features, pixel_attention_mask, spatial_shapes)
-        queries, _ = self._read(
-            {"encoder_hidden_states": features, "encoder_attention_mask": pixel_attention_mask}, None
-        )
-        return self._project(queries)
-
     def embed_texts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:

@@ -57,19 +57,22 @@ def load_in_parts(
 
     Args:
         kwargs: as `PreTrainedModel.from_pretrained` takes them. `quantization_config` is for the language model alone,
-            and LoRA lies over it; so is `device_map`, and all else goes where the language model begins.
+            and LoRA lies over it; so is `device_map`, and all else goes where the language model begins. A `device_map`
+            that names parts, `{"language_model": 0, "vision_model": 1}`, places each as a whole.
 
     Returns:
         the model in eval mode, and the loading info: `missing_keys` are weights that no file held.
 
     Raises:
         OSError: a backbone cannot be loaded; names it, its commit and what to do. Or `name` cannot.
-        ValueError: `quantization_config` for a model that has no language model; a backbone without all its weights.
+        ValueError: `quantization_config` for a model that has no language model; a backbone without all its weights; a
+            `device_map` that names some parts, but not all, or puts Q-Former and language model apart.
     """
     hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
     folder = {key: kwargs.pop(key, None) for key in _FOLDER}
     where = hub | {key: value for key, value in folder.items() if value}
     placing = {key: kwargs.pop(key) for key in ("device_map", *_PLACING) if key in kwargs}
+    places = _places_of_parts(cls, placing.get("device_map"))
     quantization, generation = kwargs.pop("quantization_config", None), kwargs.pop("generation_config", None)
     wished_dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
     kwargs = {key: value for key, value in kwargs.items() if key not in _MOOT}
@@ -82,6 +85,8 @@ def load_in_parts(
     parts: dict[str, PreTrainedModel] = {}
     for part in cls.backbones:
         extra = {"quantization_config": quantization} if quantization is not None and not parts else {}
+        if places is not None:
+            placing = {"device_map": {"": places[part]}}
         extra |= {"dtype": dtype, "config": getattr(config, f"{BACKBONES[part][1]}_config"), **placing}
         if config.saved_form == "thin":
             parts[part] = _load_backbone(part, config, name, extra | hub)
@@ -101,6 +106,19 @@ def load_in_parts(
         "mismatched_keys": set(),
         "error_msgs": [],
     }
+
+
+def _places_of_parts(cls: type[PreTrainedModel], device_map: Any) -> dict[str, Any] | None:
+    """The device of each backbone, where a device map names parts; None where it is of another kind."""
+    if not isinstance(device_map, dict) or not set(cls.backbones) & set(device_map):
+        return None
+    if missing := sorted(set(cls.backbones) - set(device_map)):
+        raise ValueError(f"device_map names {', '.join(sorted(device_map))}, and not {', '.join(missing)}")
+    first = cls.backbones[0]
+    for part, device in device_map.items():
+        if part not in cls.backbones and device != device_map[first]:
+            raise ValueError(f"device_map: {part} lies beside {first}; here on {device} and {device_map[first]}")
+    return {part: device_map[part] for part in cls.backbones}
 
 
 def _resolve_config(

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 _OURS_TO_KEEP = ".gitattributes"  # the Hub's own, by which weights are large files
 _NO_MODEL = (_OURS_TO_KEEP, ".gitignore", "README.md", "LICENSE")
 # What our saves write and transformers loads: where the export lacks it, that of an earlier version must not stay
-_SAVED_FOLDERS = ("lm_adapter", "qformer_tokenizer")
+_SAVED_FOLDERS = ("additional_chat_templates", "lm_adapter", "qformer_tokenizer")
 _SAVED = (
     *("model*.safetensors", "model*.safetensors.index.json", CONFIG_NAME, "generation_config.json"),
     *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "tokenizer*.json", "vocab.*"),

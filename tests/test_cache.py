@@ -28,7 +28,7 @@ from lorgnette.trainer.__main__ import main
 from lorgnette.trainer.arguments import DataArguments, SourceArguments, VisionArguments
 from lorgnette.trainer.cache import CacheArguments
 from lorgnette.trainer.data import load_pairs
-from lorgnette.trainer.feature_cache import METADATA, check_cache, vision_settings
+from lorgnette.trainer.feature_cache import METADATA, _hash_of, check_cache, vision_settings
 from lorgnette.trainer.recipe import parse_recipe
 from lorgnette.trainer.vision_tower import FeatureEncoder, VisionTower, load_tower
 
@@ -386,3 +386,15 @@ def test_the_recipe_that_is_shipped_can_be_read():
     kinds = (VisionArguments, SourceArguments, CacheArguments)
     _, _, args = parse_recipe(kinds, ["--config", str(path), "--splits", "train", "test"], prog="", description="")
     assert (args.dtype, args.splits, args.shard_size) == ("float16", ["train", "test"], 1000)
+
+
+def test_a_head_that_nothing_reads_is_no_part_of_the_hash():
+    """Many a SigLIP checkpoint lacks it, and each load draws another."""
+    vit = tiny_models.vision_model("siglip")
+    before = _hash_of(vit)
+    with torch.no_grad():
+        unread = [parameter.normal_() for name, parameter in vit.named_parameters() if "head." in name]
+        assert unread
+        assert _hash_of(vit) == before
+        vit.embeddings.patch_embedding.weight.normal_()
+    assert _hash_of(vit) != before

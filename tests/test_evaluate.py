@@ -262,6 +262,33 @@ def test_a_recipe_measures_texts_at_each_evaluation_and_tells_trackers(tmp_path,
     assert [scalar.step for scalar in told] == [1, 2]
 
 
+def test_a_recipe_measures_the_answers_of_chats(tmp_path):
+    (vision, text), pictures = write_backbones(tmp_path), pairs(4)
+    chats = [
+        [
+            {"role": "user", "content": [{"type": "text", "text": "What is it?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": row["text"]}]},
+        ]
+        for row in pictures
+    ]
+    rows = Dataset.from_dict({"image": [row["image"] for row in pictures], "chat": chats})
+    rows.save_to_disk(tmp_path / "chats")
+    command = (
+        f"stage2 --vision {vision} --text {text} --num_query_tokens 4 --dataset {tmp_path}/chats "
+        f"--messages_column chat --eval_fraction 0.5 --use_cpu --output_dir {tmp_path}/out --max_steps 1 "
+        "--eval_strategy steps --eval_steps 1 --report_to none --generate_metrics exact_match --generate_samples 2"
+    )
+    qformer = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    main([*command.split(), "--qformer_config", json.dumps(qformer)])
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_exact_match" in entry] == [1]
+    evaluation = f"evaluate --model {tmp_path}/out --dataset {tmp_path}/chats --split train --messages_column chat "
+    evaluation += f"--metrics exact_match --decoding greedy --max_new_tokens 3 --output_dir {tmp_path}/measured"
+    main(evaluation.split())
+    lines = (tmp_path / "measured" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["references"] for line in lines] == [[row["text"]] for row in pictures]
+
+
 def test_a_recipe_that_cannot_measure_texts_is_refused(capsys):
     base = ["stage2", "--vision", "v", "--text", "t", "--dataset", "d", "--use_cpu", "--generate_metrics", "cider"]
     for options, message in [

@@ -324,6 +324,18 @@ def test_arguments_of_from_pretrained_reach_all_parts(hub, tmp_path, config):
         load(tmp_path / "thin", unheard_of=1)
 
 
+@pytest.mark.parametrize("form", ["thin", "full"])
+def test_a_device_map_places_whole_parts(hub, tmp_path, form):
+    joined().save_pretrained(tmp_path / form, form=form)
+    loaded = load(tmp_path / form, device_map={"language_model": "cpu", "vision_model": "meta", "projector": "cpu"})
+    places = {key.split(".", 1)[0]: parameter.device.type for key, parameter in loaded.named_parameters()}
+    assert places == {"language_model": "cpu", "vision_model": "meta", "qformer": "cpu", "projector": "cpu"}
+    with pytest.raises(ValueError, match="device_map names vision_model, and not language_model"):
+        load(tmp_path / form, device_map={"vision_model": "cpu"})
+    with pytest.raises(ValueError, match="qformer lies beside language_model; here on meta and cpu"):
+        load(tmp_path / form, device_map={"language_model": "cpu", "vision_model": "cpu", "qformer": "meta"})
+
+
 def test_quantisation_is_for_the_language_model_alone(hub, tmp_path, monkeypatch):
     """What transformers is asked for, without the library that would do it."""
     joined().save_pretrained(tmp_path / "thin")

@@ -234,3 +234,12 @@ def test_a_stage1_folder(tmp_path):
         assert torch.equal(told["logits"], stage1(**batch).logits_per_image)
         assert torch.equal(told["scores"], stage1.retrieve(images, texts, rerank=1))
         folder = resaved
+
+
+def test_chat_templates_with_names_are_saved_again(tmp_path):
+    templates = {"default": chat_tokenizer().chat_template, "tool_use": "{{ messages[0]['content'] }}"}
+    made = LorgnetteProcessor(image_processor(), chat_tokenizer(), num_query_tokens=NUM_QUERY_TOKENS)
+    made.chat_template = templates
+    model(processor=made).save_pretrained(tmp_path / "first")
+    LorgnetteForConditionalGeneration.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert LorgnetteProcessor.from_pretrained(tmp_path / "second").chat_template == templates

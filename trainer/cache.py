@@ -80,7 +80,8 @@ def write_cache(vision: VisionArguments, source: SourceArguments, args: CacheArg
         ValueError: a column that is missing or in the way; for pictures see [`FeatureEncoder`].
     """
     accelerator = Accelerator(
-        mixed_precision=default_mixed_precision(),
+        # float32 is asked for where features are to be those that training in float32 would see
+        mixed_precision="no" if args.dtype == "float32" else default_mixed_precision(),
         # whoever is through waits for the slowest
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )

@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..modeling.modeling_backbones import is_unread
 from ..modeling.modeling_base import LorgnettePreTrainedModel
 
 
@@ -143,8 +144,7 @@ def _hash_of(vision_model: torch.nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the weights."""
     digest = hashlib.sha256()
     for name, value in sorted(vision_model.state_dict().items()):
-        # no feature comes from the pooler, and transformers draws a random one where a checkpoint has none
-        if not name.startswith("pooler."):
+        if not is_unread(f"vision_model.{name}"):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
