@@ -6,22 +6,25 @@ path) for what cannot be read or fetched, `TypeError` for an object that is no i
 
 import base64
 import binascii
-import http.client
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from io import BytesIO
 from typing import Any
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
+
+from .image_download import WEB, download
 
 
-DOWNLOAD_SECONDS = 20.0
-DOWNLOAD_BYTES = 100 * 2**20
+MAX_IMAGE_PIXELS = 50_000_000  # a pixel takes up to 20 bytes while it is decoded (JPEG 2000): 1 GB
+# What files may hold. Of what else Pillow reads EPS starts Ghostscript, IPTC opens whatever is inside it, in any format
+# and of any size, ICO decodes before anybody has seen the size, and DDS is decoded in Python, a pixel after another.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _FLOAT_SLACK = 1e-3  # resizing overshoots 0 and 1 by a little
 
 
@@ -36,11 +39,14 @@ def naming(where: str) -> Iterator[None]:
         raise kind(f"{where}: {error}") from error
 
 
-def load_image(source: Any, timeout: float | None = None) -> Image.Image:
+def load_image(source: Any, timeout: float | None = None, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Read one image.
 
     EXIF rotation is applied. Transparency is laid over white. Palettes, grey, CMYK and the rest are converted; 16 bits
     are scaled to 8, not clipped. Of an animation the first frame counts.
+
+    Files and bytes are read in [`FORMATS`] alone. Whoever trusts a file in another format opens it with Pillow and
+    gives the picture.
 
     Args:
         source: a PIL image; an array or tensor, `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1, 3 or 4 channels, of
@@ -48,13 +54,13 @@ def load_image(source: Any, timeout: float | None = None) -> Image.Image:
             channels-last and torch's channels-first); a path; an http(s) or data URL; bytes; a binary file; a dict
             with `bytes` or `path`, as `datasets.Image(decode=False)` gives it.
         timeout: seconds a download may take in all, 20 by default; it ends at 100 MiB too.
+        max_pixels: a picture with more is refused before it is decoded; so it is above `PIL.Image.MAX_IMAGE_PIXELS`.
 
     Returns:
         A PIL image in mode RGB.
 
     Raises:
-        ValueError: `None`, no picture, a broken one, one with more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, NaN or
-            values out of range.
+        ValueError: `None`, no picture, a broken one, one with too many pixels, NaN or values out of range.
         FileNotFoundError: no such path.
         OSError: a file or URL that cannot be read.
         TypeError: an object of another kind.
@@ -63,39 +69,48 @@ def load_image(source: Any, timeout: float | None = None) -> Image.Image:
         raise ValueError("the image is None")
     if isinstance(source, Image.Image):
         with _decoding("the picture"):
-            return _to_rgb(source)
+            _check_size(*source.size, max_pixels)
+            return _to_rgb(ImageOps.exif_transpose(source))
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu()
-        return _from_array((source.float() if source.is_floating_point() else source).numpy(), channels_first=True)
+        source = (source.float() if source.is_floating_point() else source).numpy()
+        return _from_array(source, channels_first=True, max_pixels=max_pixels)
     if isinstance(source, np.ndarray):
-        return _from_array(source, channels_first=False)
-    name, data = _read(source, DOWNLOAD_SECONDS if timeout is None else timeout)
+        return _from_array(source, channels_first=False, max_pixels=max_pixels)
+    name, data = _read(source, timeout)
     if not data:
         raise ValueError(f"{name} is empty (0 bytes)")
     with _decoding(name, data):
-        return _to_rgb(Image.open(BytesIO(data)))
+        image = Image.open(BytesIO(data), formats=_readable_formats())
+        _check_size(*image.size, max_pixels)
+        if image.format == "TIFF":  # a tile may be far larger than the picture that is cut out of it
+            _check_size(*(image.tag_v2.get(tag, 1) for tag in (TILEWIDTH, TILELENGTH)), max_pixels)
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
 
 
-def load_image_for(image_processor: Any, source: Any, timeout: float | None = None) -> Image.Image:
+def load_image_for(
+    image_processor: Any, source: Any, timeout: float | None = None, max_pixels: int = MAX_IMAGE_PIXELS
+) -> Image.Image:
     """[`load_image`], and see to it that the ViT's image processor can take it.
 
     Raises:
         ValueError: as there; or so narrow a picture that resizing its shorter side would make it huge.
     """
-    image = load_image(source, timeout)
-    size, limit = getattr(image_processor, "size", None) or {}, Image.MAX_IMAGE_PIXELS
-    edge, longest = (dict(size).get(name) for name in ("shortest_edge", "longest_edge"))
-    if edge and not longest and limit is not None:
+    image = load_image(source, timeout, max_pixels)
+    size = dict(getattr(image_processor, "size", None) or {})
+    edge, longest = (size.get(name) for name in ("shortest_edge", "longest_edge"))
+    if edge and not longest:
         pixels = edge * edge * max(image.size) // min(image.size)
-        if pixels > limit:
+        if pixels > max_pixels:
             raise ValueError(
                 f"a picture of {image.width} x {image.height}, its shorter side resized to {edge}, would have "
-                f"{pixels} pixels, more than PIL.Image.MAX_IMAGE_PIXELS, {limit}"
+                f"{pixels} pixels, more than the {max_pixels} that are allowed"
             )
     return image
 
 
-def _read(source: Any, timeout: float) -> tuple[str, bytes]:
+def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
     """The name of a source for messages, and its bytes."""
     if isinstance(source, dict):
         if source.get("bytes") is not None:
@@ -105,8 +120,8 @@ def _read(source: Any, timeout: float) -> tuple[str, bytes]:
         source = source["path"]
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "the picture", bytes(source)
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        return _download(source, timeout)
+    if isinstance(source, str) and source.startswith(WEB):
+        return download(source, timeout)
     if isinstance(source, str) and source.startswith("data:"):
         return "the data URL", _from_base64(source.partition(",")[2])
     if isinstance(source, (str, os.PathLike)):
@@ -134,49 +149,46 @@ def _from_base64(text: str) -> bytes:
         raise ValueError(f"not valid base64: {error}") from error
 
 
-def _download(url: str, timeout: float) -> tuple[str, bytes]:
-    """Fetch a URL. `urlopen`'s own timeout starts anew with every packet, hence the deadline."""
-    deadline, data = time.monotonic() + timeout, bytearray()
-    try:
-        with urlopen(Request(url, headers={"User-Agent": "lorgnette"}), timeout=timeout) as response:
-            while chunk := response.read1(2**16):
-                data += chunk
-                if len(data) > DOWNLOAD_BYTES:
-                    raise OSError(f"larger than {DOWNLOAD_BYTES} bytes")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"not complete after {timeout:g} s")
-            return f"{url} ({response.headers.get_content_type()})", bytes(data)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise OSError(f"cannot fetch {url}: {error}") from error
-
-
 @contextmanager
 def _decoding(name: str, data: bytes = b"") -> Iterator[None]:
     """One kind of error for all that Pillow raises on broken files: SyntaxError, struct.error, EOFError and more."""
     try:
         yield
+    except MemoryError:  # says nothing of the picture: a smaller one may fail as well
+        raise
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{name} is no picture that Pillow can read; it begins with {data[:24]!r}") from error
+        kinds = ", ".join(_readable_formats())
+        raise ValueError(f"{name} is no picture that is read here ({kinds}); it begins with {data[:24]!r}") from error
     except Exception as error:
         raise ValueError(f"{name} cannot be read as a picture: {error or type(error).__name__}") from error
 
 
+@cache
+def _readable_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(kind for kind in FORMATS if kind in Image.OPEN)  # older versions of Pillow know no AVIF
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if not width or not height:
+        raise ValueError(f"{width} x {height} pixels")
+    limit = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)  # Pillow only warns, up to twice its own
+    if width * height > limit:
+        raise ValueError(f"{width} x {height} pixels are more than the {limit} that are allowed")
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    limit = Image.MAX_IMAGE_PIXELS
-    if not image.width or not image.height:
-        raise ValueError(f"{image.width} x {image.height} pixels")
-    if limit is not None and image.width * image.height > limit:  # Pillow only warns, up to twice its limit
-        raise ValueError(f"{image.width} x {image.height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS, {limit}")
-    image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _from_array(np.asarray(image), channels_first=False)
-    if image.has_transparency_data:
+        image = Image.fromarray(_to_uint8(np.asarray(image)))
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image.info = {}  # EXIF and the like has been heeded; to read it once more may fail, where it is broken
+    return image
 
 
-def _from_array(pixels: np.ndarray, channels_first: bool) -> Image.Image:
+def _from_array(pixels: np.ndarray, channels_first: bool, max_pixels: int) -> Image.Image:
     first, last = pixels.ndim == 3 and pixels.shape[0] in (1, 3, 4), pixels.ndim == 3 and pixels.shape[-1] in (1, 3, 4)
     if not pixels.size or not (pixels.ndim == 2 or first or last):
         raise ValueError(
@@ -187,6 +199,7 @@ def _from_array(pixels: np.ndarray, channels_first: bool) -> Image.Image:
         pixels = np.moveaxis(pixels, 0, -1)
     if pixels.ndim == 3 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
+    _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
     return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(pixels))))
 
 
@@ -203,9 +216,12 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
     if values.dtype.kind == "f":
         if low < -_FLOAT_SLACK or high > 1 + _FLOAT_SLACK:
             raise ValueError(f"its floats run from {low:g} to {high:g}; 0 to 1 is needed, or integers from 0 to 255")
-        return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
+        scaled = np.clip(values, 0, 1)
+        scaled *= 255
+        return np.rint(scaled, out=scaled).astype(np.uint8)
     if low < 0 or high > 65535:
         raise ValueError(f"its integers run from {low} to {high}; 8 bits (0 to 255) or 16 (0 to 65535) are needed")
     if (values.dtype.itemsize == 2 and values.dtype.kind == "u") or high > 255:
-        return np.rint(values / np.float32(257)).astype(np.uint8)  # 65535 / 255
+        scaled = np.divide(values, np.float32(257), dtype=np.float32)  # 65535 / 255
+        return np.rint(scaled, out=scaled).astype(np.uint8)
     return values.astype(np.uint8)

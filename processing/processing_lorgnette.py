@@ -19,14 +19,14 @@ from ..configuration.configuration_lorgnette import AUTO_PROCESSOR
 from ..configuration.remote_code import save_remote_code
 from .blip2_prompts import BLIP2_TEMPLATE
 from .conversations import flatten, images_in, is_batch, query_in
-from .image_loading import load_image_for, naming
+from .image_loading import MAX_IMAGE_PIXELS, load_image_for, naming
 from .image_rows import match_images, rows_of, texts_of
 from .prompt_encoding import IMAGE_TOKEN, answer_frame, encode, render, truncate, with_start
 from .tokenizer_preparation import prepare_tokenizer
 
 
 _TOKENIZERS = ("tokenizer", "qformer_tokenizer")
-_FIELDS = ("num_query_tokens", "system_prompt", "query", "chat_template")
+_FIELDS = ("num_query_tokens", "system_prompt", "query", "chat_template", "max_image_pixels")
 _CALL_KWARGS = {*TextKwargs.__annotations__, *ImagesKwargs.__annotations__, *ProcessingKwargs.__annotations__}
 
 
@@ -48,9 +48,10 @@ class LorgnetteProcessor(ProcessorMixin):
         system_prompt: what a prompt's system message says; None leaves it to the chat template.
         query: what a prompt asks, where nothing else is asked.
         chat_template: Jinja; the tokenizer's own by default.
+        max_image_pixels: a picture with more is refused before it is decoded. Pillow's own limits hold as well.
 
     Raises:
-        ValueError: no tokenizer, one without both pad and EOS token, `num_query_tokens` below 1.
+        ValueError: no tokenizer, one without both pad and EOS token, `num_query_tokens` or `max_image_pixels` below 1.
     """
 
     image_token = IMAGE_TOKEN
@@ -64,11 +65,13 @@ class LorgnetteProcessor(ProcessorMixin):
         system_prompt: str | None = None,
         query: str = "Describe the picture.",
         chat_template: str | dict[str, str] | None = None,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ):
         if tokenizer is None and qformer_tokenizer is None:
             raise ValueError("a tokenizer is needed: the LM's, or in stage 1 the Q-Former's (qformer_tokenizer)")
-        if num_query_tokens < 1:
-            raise ValueError(f"num_query_tokens is {num_query_tokens}; it has to be at least 1")
+        for name, value in (("num_query_tokens", num_query_tokens), ("max_image_pixels", max_image_pixels)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it has to be at least 1")
         if tokenizer is not None:
             tokenizer = prepare_tokenizer(tokenizer)
         super().__init__(image_processor, tokenizer or qformer_tokenizer, qformer_tokenizer)
@@ -77,6 +80,7 @@ class LorgnetteProcessor(ProcessorMixin):
         self.num_query_tokens = num_query_tokens
         self.system_prompt = system_prompt
         self.query = query
+        self.max_image_pixels = max_image_pixels
 
     @classmethod
     def from_backbones(
@@ -357,7 +361,7 @@ class LorgnetteProcessor(ProcessorMixin):
 
     def load_image(self, source: Any, timeout: float | None = None) -> Image.Image:
         """[`load_image`], and see to it that the image processor can take it; raises what [`load_image_for`] does."""
-        return load_image_for(self.image_processor, source, timeout)
+        return load_image_for(self.image_processor, source, timeout, self.max_image_pixels)
 
     def encode_images(self, images: list[Image.Image], **images_kwargs: Any) -> BatchFeature:
         """`pixel_values` `(N, 3, H, W)`, and what else this image processor gives, for N loaded RGB images."""

@@ -19,7 +19,6 @@ IMAGE_TOKEN = "<image>"
 
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _ESCAPES = {_OPEN: "\ufdd2", _CLOSE: "\ufdd3"}  # the two themselves, where a user's text has them
-_MARKED = re.compile(f"{_OPEN}([^{_OPEN}{_CLOSE}]*){_CLOSE}|[{_OPEN}{_CLOSE}]")
 _ANSWER = "THE-ANSWER"
 _known_tokens: WeakKeyDictionary[PreTrainedTokenizerBase, Any] = WeakKeyDictionary()
 
@@ -44,8 +43,8 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 def mark_as_words(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
     """Mark control tokens in a string, or in all strings of a list or dict, as plain text."""
     if isinstance(value, str):
-        pattern = _any_of(control_tokens(tokenizer))
-        return pattern.sub(lambda match: f"{_OPEN}{_ESCAPES.get(match[0], match[0])}{_CLOSE}", value)
+        to_mark, _ = _patterns(control_tokens(tokenizer))
+        return to_mark.sub(lambda match: f"{_OPEN}{_ESCAPES.get(match[0], match[0])}{_CLOSE}", value)
     if isinstance(value, dict):
         return {key: mark_as_words(tokenizer, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -61,7 +60,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, continues: bool = Fals
         continues: whether other text comes before it, so that a tokenizer that puts a space in front of the first word
             (SentencePiece) does not.
     """
-    pieces, ids = _MARKED.split(text), []  # text, marked, text, marked, … text; marked is None for a lone mark
+    _, marked = _patterns(control_tokens(tokenizer))
+    pieces, ids = marked.split(text), []  # text, marked, text, marked, … text; marked is None for a lone mark
     for position, piece in enumerate(pieces):
         if piece:
             ids += _encode_piece(tokenizer, piece, words=position % 2 == 1, continues=continues or bool(ids))
@@ -191,6 +191,11 @@ def _encode_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 @lru_cache(maxsize=8)
-def _any_of(tokens: tuple[str, ...]) -> re.Pattern:
-    longest_first = sorted({*tokens, *_ESCAPES}, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)))
+def _patterns(tokens: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
+    """What is to be marked in a user's words; and what was: a whole token between two marks, or a mark left alone.
+
+    A template that takes words apart may leave marks alone; what it writes between two of them is no user's.
+    """
+    longest_first = sorted(tokens, key=len, reverse=True)
+    to_mark, whole = ("|".join(map(re.escape, [*longest_first, *marks])) for marks in (_ESCAPES, _ESCAPES.values()))
+    return re.compile(to_mark), re.compile(f"{_OPEN}({whole}){_CLOSE}|[{_OPEN}{_CLOSE}]")

@@ -1,10 +1,6 @@
 """Every kind of image becomes upright 8-bit RGB, and every kind of wreck an error that names it."""
 
 import base64
-import contextlib
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 
 import numpy as np
@@ -15,7 +11,6 @@ from PIL import Image
 from transformers import BitImageProcessor, CLIPImageProcessor, Siglip2ImageProcessor, SiglipImageProcessor
 
 from lorgnette import LorgnetteCollator, LorgnetteProcessor
-from lorgnette.processing import image_loading
 from lorgnette.processing.image_loading import load_image
 
 
@@ -30,46 +25,14 @@ JPEG = encoded(tiny.picture(width=200, height=200), "JPEG")
 HTML = b"<!DOCTYPE html><title>Not here</title>"
 
 
-@pytest.fixture(scope="module")
-def server():
-    """A web server on loopback: a picture, a page, a missing file, a slow drip."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            if self.path == "/gone":
-                self.send_error(404)
-                return
-            kind, body = {"/page": ("text/html", HTML)}.get(self.path, ("image/png", PNG))
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.path != "/drip":
-                self.wfile.write(body)
-                return
-            with contextlib.suppress(ConnectionError):  # the client hangs up, as it should
-                while True:
-                    self.wfile.write(body[:1])
-                    time.sleep(0.1)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
 class TestGood:
-    def test_sources(self, tmp_path, server):
+    def test_sources(self, tmp_path):
         path = tmp_path / "picture.png"
         path.write_bytes(PNG)
         url = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
         file = BytesIO(PNG)
         file.read()  # a file at its end is read from its start, as Pillow does
-        sources = [path, str(path), PNG, bytearray(PNG), file, url, f"{server}/picture", Image.open(path)]
+        sources = [path, str(path), PNG, bytearray(PNG), file, url, Image.open(path)]
         sources += [{"bytes": PNG, "path": None}, {"bytes": None, "path": str(path)}]
         for source in sources:
             image = load_image(source)
@@ -162,7 +125,7 @@ class TestBad:
         ("data", "cause"),
         [
             (b"", "empty"),
-            (b"This is no picture.", r"no picture that Pillow can read; it begins with b'This"),
+            (b"This is no picture.", r"no picture that is read here \(AVIF, .*; it begins with b'This"),
             (JPEG[: len(JPEG) // 2], "truncated"),
             (PNG[: len(PNG) // 2], "cannot be read as a picture"),
             (b"\x89PNG\r\n\x1a\n" + b"\0" * 100, "picture"),
@@ -233,32 +196,6 @@ class TestBad:
         path.write_text("words")
         with path.open() as file, pytest.raises(TypeError, match="rb"):
             load_image(file)
-
-    @pytest.mark.parametrize(
-        ("path", "kind", "cause"),
-        [
-            ("gone", OSError, "404"),
-            ("page", ValueError, r" \(text/html\) is no picture"),
-            ("drip", OSError, "not complete after 2 s"),
-        ],
-    )
-    def test_urls(self, server, path, kind, cause):
-        """A server that never ends its answer is left; the test would not end otherwise."""
-        processor, timeout = (
-            LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer()),
-            2 if path == "drip" else 20,
-        )
-        with pytest.raises(kind, match=rf"image 0: .*{path}.*{cause}"):
-            processor(images=f"{server}/{path}", timeout=timeout)
-
-    def test_unreachable_hosts_and_huge_files(self, server, monkeypatch):
-        with pytest.raises(OSError, match="cannot fetch http://127"):
-            load_image("http://127.0.0.1:9/cat.png")
-        with pytest.raises(OSError, match="cannot fetch"):
-            load_image("http://bad host/cat.png")
-        monkeypatch.setattr(image_loading, "DOWNLOAD_BYTES", 100)
-        with pytest.raises(OSError, match="larger than 100 bytes"):
-            load_image(f"{server}/picture")
 
     def test_data_urls(self):
         with pytest.raises(ValueError, match="base64"):

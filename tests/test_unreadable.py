@@ -5,10 +5,10 @@ import json
 import datasets
 import pytest
 import tiny
-import tiny_models
 from tiny_training import CAPTIONS, joined, write_backbones, write_pairs
 from transformers import TrainingArguments
 
+from lorgnette.processing.image_loading import load_image
 from lorgnette.trainer.arguments import DataArguments
 from lorgnette.trainer.data import load_pairs
 from lorgnette.trainer.run import train
@@ -52,13 +52,13 @@ def test_training_stops_at_them_or_goes_on_without_them(folder, tmp_path, caplog
 
 def test_workers_find_the_same(folder, tmp_path):
     rows, _ = load_pairs(DataArguments(dataset=str(folder)), evaluate=False, seed=0)
-    found = [find_unreadable(rows, "image", tiny.image_processor(), "train", workers) for workers in (0, 2)]
+    found = [find_unreadable(rows, "image", load_image, "train", workers) for workers in (0, 2)]
     assert found[0] == found[1]
     assert list(found[0]) == ["3", "7"]
-    kept = leave_out_unreadable({"train": rows}, "image", tiny.image_processor(), tmp_path / "out")["train"]
+    kept = leave_out_unreadable({"train": rows}, "image", load_image, tmp_path / "out")["train"]
     with pytest.raises(ValueError, match="no picture of its 2 rows can be read; row 3: "):
-        find_unreadable(rows.select([3, 7]), "image", tiny.image_processor(), "train")
-    assert find_unreadable(kept, "image", tiny.image_processor(), "train") == {}
+        find_unreadable(rows.select([3, 7]), "image", load_image, "train")
+    assert find_unreadable(kept, "image", load_image, "train") == {}
 
 
 def test_pictures_in_chats_are_read_too(tmp_path):
@@ -71,7 +71,7 @@ def test_pictures_in_chats_are_read_too(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(chat(path)) for path in ("0.png", "gone.png")))
     data = DataArguments(dataset=str(tmp_path / "rows.jsonl"), messages_column="messages")
     rows, _ = load_pairs(data, evaluate=False, seed=0)
-    found = find_unreadable(rows, "image", tiny.image_processor(tiny_models.IMAGE_SIZE), "train")
+    found = find_unreadable(rows, "image", load_image, "train")
     assert list(found) == ["1"]
     assert "gone.png" in found["1"]
 
@@ -79,8 +79,8 @@ def test_pictures_in_chats_are_read_too(tmp_path):
 def test_what_is_no_picture_at_all_names_the_row(tmp_path):
     rows = datasets.Dataset.from_dict({"index": [4, 5], "image": [1, 2]})
     with pytest.raises(TypeError, match="row 4: int is no image"):
-        find_unreadable(rows, "image", tiny.image_processor(), "train")
-    assert find_unreadable(rows.select([]), "image", tiny.image_processor(), "train") == {}
+        find_unreadable(rows, "image", load_image, "train")
+    assert find_unreadable(rows.select([]), "image", load_image, "train") == {}
 
 
 def test_a_stream_cannot_be_read_first():

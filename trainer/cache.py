@@ -6,6 +6,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from datasets import Dataset, DatasetDict, List, Value
 from tqdm.auto import tqdm
 
+from ..processing.image_loading import load_image_for
 from .arguments import SourceArguments, VisionArguments
 from .data import check_columns, load_source, numbered, picture_opener, undecoded
 from .feature_cache import (
@@ -189,9 +191,10 @@ def _begin(folder: Path, settings: dict[str, Any], encoder: FeatureEncoder, spli
     unreadable = {}
     if settings["skip_unreadable"]:
         column, workers = settings["image_column"], encoder.num_workers
+        read = partial(load_image_for, encoder.image_processor)
         for name, rows in splits.items():
             pictures = rows.select_columns([column, "index"])
-            unreadable[name] = find_unreadable(pictures, column, encoder.image_processor, name, workers)
+            unreadable[name] = find_unreadable(pictures, column, read, name, workers)
         report_unreadable(unreadable, folder)
     metadata = settings | {"unreadable": unreadable, "complete": False}
     _write_metadata(folder, metadata)

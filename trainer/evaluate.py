@@ -112,9 +112,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
     rows_in_all = len(dataset) if isinstance(dataset, Dataset) else None
     if args.skip_unreadable:
         splits = {args.split: dataset}
-        dataset = leave_out_unreadable(splits, args.image_column, processor.image_processor, args.output_dir)[
-            args.split
-        ]
+        dataset = leave_out_unreadable(splits, args.image_column, processor.load_image, args.output_dir)[args.split]
 
     share = split_dataset_by_node(dataset, rank=accelerator.process_index, world_size=accelerator.num_processes)
     rows = tqdm(share, desc="generating", disable=not accelerator.is_main_process)

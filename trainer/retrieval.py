@@ -92,7 +92,7 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
     found = len(rows)
     if args.skip_unreadable:
         splits = {args.split: rows}
-        (rows,) = leave_out_unreadable(splits, args.image_column, processor.image_processor, args.output_dir).values()
+        (rows,) = leave_out_unreadable(splits, args.image_column, processor.load_image, args.output_dir).values()
 
     references = [references_of(row, args.text_column) for row in rows.select_columns(["index", args.text_column])]
     column = {text: number for number, text in enumerate(dict.fromkeys(text for texts in references for text in texts))}

@@ -102,7 +102,7 @@ def train(
         kept = leave_out_unreadable(
             splits,
             data_args.image_column,
-            processor.image_processor,
+            processor.load_image,
             training_args.output_dir,
             training_args.dataloader_num_workers,
         )

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,8 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers.image_processing_utils import BaseImageProcessor
 
 from ..processing.conversations import images_in
-from ..processing.image_loading import load_image_for
 from .feature_cache import COLUMN
 
 
@@ -27,7 +25,7 @@ logger = logging.getLogger(__name__)
 def leave_out_unreadable(
     splits: Mapping[str, Dataset],
     image_column: str,
-    image_processor: BaseImageProcessor,
+    load_image: Callable[[Any], Any],
     output_dir: str | Path,
     num_workers: int = 0,
 ) -> dict[str, Dataset]:
@@ -37,6 +35,7 @@ def leave_out_unreadable(
 
     Args:
         splits: rows as [`~lorgnette.trainer.data.load_pairs`] gives them; those of a feature cache have been read.
+        load_image: a processor's, which reads a picture or raises.
 
     Raises:
         ValueError: no row of a split can be read.
@@ -44,7 +43,7 @@ def leave_out_unreadable(
     state, found = PartialState(), {}
     for name, rows in splits.items():
         mine = rows.select(range(state.process_index, len(rows), state.num_processes), keep_in_memory=True)
-        shares = gather_object([_reasons(mine, image_column, image_processor, name, num_workers)])
+        shares = gather_object([_reasons(mine, image_column, load_image, name, num_workers)])
         found[name] = {number: reason for share in shares for number, reason in share.items()}
         _check_some_are_left(found[name], len(rows), name)
     if state.is_main_process:
@@ -58,7 +57,7 @@ def leave_out_unreadable(
 
 
 def find_unreadable(
-    rows: Dataset, image_column: str, image_processor: BaseImageProcessor, name: str, num_workers: int = 0
+    rows: Dataset, image_column: str, load_image: Callable[[Any], Any], name: str, num_workers: int = 0
 ) -> dict[str, str]:
     """Read the pictures of all rows: the `index` of each that cannot be read, and why.
 
@@ -66,19 +65,19 @@ def find_unreadable(
         ValueError: none can be read.
         TypeError: what is in a row's column is no picture at all; names the row.
     """
-    found = _reasons(rows, image_column, image_processor, name, num_workers)
+    found = _reasons(rows, image_column, load_image, name, num_workers)
     _check_some_are_left(found, len(rows), name)
     return found
 
 
 def _reasons(
-    rows: Dataset, image_column: str, image_processor: BaseImageProcessor, name: str, num_workers: int
+    rows: Dataset, image_column: str, load_image: Callable[[Any], Any], name: str, num_workers: int
 ) -> dict[str, str]:
     if COLUMN in rows.column_names:
         return {}
     # in batches, so that a worker's turn is worth its while
     loader = DataLoader(
-        _Reasons(rows, image_column, image_processor), batch_size=32, num_workers=num_workers, collate_fn=list
+        _Reasons(rows, image_column, load_image), batch_size=32, num_workers=num_workers, collate_fn=list
     )
     numbers = iter(rows.with_format(None)["index"][:])
     found = {}
@@ -111,8 +110,8 @@ def report_unreadable(found: dict[str, dict[str, str]], output_dir: str | Path) 
 class _Reasons:
     """Row by row, why its pictures cannot be read; None where they can."""
 
-    def __init__(self, rows: Dataset, image_column: str, image_processor: BaseImageProcessor):
-        self.rows, self.image_column, self.image_processor = rows, image_column, image_processor
+    def __init__(self, rows: Dataset, image_column: str, load_image: Callable[[Any], Any]):
+        self.rows, self.image_column, self.load_image = rows, image_column, load_image
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -121,7 +120,7 @@ class _Reasons:
         try:
             row = self.rows[place]
             for picture in self._pictures(row):
-                load_image_for(self.image_processor, picture)
+                self.load_image(picture)
         except (OSError, ValueError) as error:
             return str(error)
         except TypeError as error:

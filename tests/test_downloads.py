@@ -1,0 +1,165 @@
+"""Pictures from the web: what comes in time and in size is one, and a redirect leads nowhere but to the web."""
+
+import contextlib
+import socketserver
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+
+import numpy as np
+import pytest
+import tiny
+
+from lorgnette import LorgnetteProcessor
+from lorgnette.processing import image_download
+from lorgnette.processing.image_loading import load_image
+
+
+FILE = BytesIO()
+tiny.picture().save(FILE, "PNG")
+PNG = FILE.getvalue()
+HTML = b"<!DOCTYPE html><title>Not here</title>"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A picture, a page, a missing file; a body or headers that drip for ever; redirects of all kinds (`/to?URL`)."""
+
+    def do_GET(self):
+        path, _, target = self.path.partition("?")
+        with contextlib.suppress(ConnectionError):  # the client hangs up, as it should
+            getattr(self, path.strip("/"))(target)
+
+    def gone(self, _):
+        self.send_error(404)
+
+    def page(self, _):
+        self.answer("text/html", HTML)
+
+    def picture(self, _):
+        self.answer("image/png", PNG)
+
+    def drip(self, _):
+        self.answer("image/png", b"", length=len(PNG))
+        while True:
+            self.wfile.write(PNG[:1])
+            time.sleep(0.1)
+
+    def headers_that_drip(self, _):
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+        while True:
+            self.wfile.write(b"x")
+            time.sleep(0.1)
+
+    def to(self, target):
+        self.answer("text/html", HTML, status=302, location=target)
+
+    def slowly_to(self, target):
+        time.sleep(0.3)
+        self.to(target)
+
+    def endlessly_to(self, target):
+        self.answer("text/html", b"", status=302, location=target, length=2**40)
+        while True:
+            self.wfile.write(bytes(2**16))
+
+    def answer(self, kind, body, status=200, length=None, location=None):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        if location:
+            self.send_header("Location", location)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def visitors():
+    """A port on which somebody listens, as an FTP server would, and what was sent there."""
+    seen = []
+
+    class Listener(socketserver.BaseRequestHandler):
+        def handle(self):
+            seen.append(self.client_address)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Listener) as listener:
+        threading.Thread(target=listener.serve_forever, args=(0.05,), daemon=True).start()
+        yield listener.server_address[1], seen
+        listener.shutdown()
+
+
+def test_a_picture(server):
+    for url in (f"{server}/picture", f"{server}/to?/picture", f"{server}/to?{server}/to?/picture"):
+        np.testing.assert_array_equal(load_image(url), tiny.picture())
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "cause"),
+    [
+        ("gone", OSError, "404"),
+        ("page", ValueError, r" \(text/html\) is no picture"),
+        ("drip", OSError, "not complete after 1 s"),
+        ("headers_that_drip", OSError, "not complete after 1 s"),
+        ("slowly_to?/slowly_to?/slowly_to?/slowly_to?/slowly_to?/picture", OSError, "not complete after 1 s"),
+    ],
+)
+def test_no_picture_in_time(server, path, kind, cause):
+    """A server that never ends its answer is left; the test would not end otherwise."""
+    processor = LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer())
+    slow = "1 s" in cause
+    start = time.monotonic()
+    with pytest.raises(kind, match=rf"image 0: .*{path.partition('?')[0]}.*{cause}"):
+        processor(images=f"{server}/{path}", timeout=1 if slow else 20)
+    assert time.monotonic() - start < 15
+
+
+@pytest.mark.parametrize("scheme", ["ftp", "file", "data", "gopher", "javascript"])
+def test_redirects_to_other_schemes(server, visitors, tmp_path, scheme):
+    port, seen = visitors
+    (tmp_path / "secret.png").write_bytes(PNG)
+    target = {
+        "ftp": f"ftp://127.0.0.1:{port}/picture.png",
+        "file": f"file://{tmp_path}/secret.png",
+        "gopher": f"gopher://127.0.0.1:{port}/picture.png",
+    }.get(scheme, f"{scheme}:picture")
+    with pytest.raises(OSError, match=f"cannot fetch {server}/to.*{scheme}"):
+        load_image(f"{server}/to?{target}", timeout=10)
+    assert seen == []
+
+
+def test_redirects_in_a_circle(server):
+    with pytest.raises(OSError, match="cannot fetch"):
+        load_image(f"{server}/to?/to?/to?/to?/to?/to?/to?/to?/to?/to?/to?/to?/picture")
+
+
+@pytest.mark.parametrize("path", ["picture", "to?/picture", "endlessly_to?/picture"])
+def test_huge_answers(server, monkeypatch, path):
+    """What a page sends that redirects counts as well."""
+    monkeypatch.setattr(image_download, "DOWNLOAD_BYTES", 100)
+    with pytest.raises(OSError, match="larger than 100 bytes"):
+        load_image(f"{server}/{path}")
+
+
+def test_hosts_that_are_not_there():
+    with pytest.raises(OSError, match="cannot fetch http://127"):
+        load_image("http://127.0.0.1:9/cat.png")
+    with pytest.raises(OSError, match="cannot fetch"):
+        load_image("http://bad host/cat.png")
+
+
+def test_other_schemes_are_no_urls():
+    for source in ("ftp://127.0.0.1/cat.png", "file:///etc/hostname"):
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            load_image(source)
