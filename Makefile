@@ -50,7 +50,7 @@ conformance: $(VENV)/installed
 	$(BIN)/python -m conformance --cache "$(CACHE)" $(ARGS)
 
 matrix: $(VENV)/installed
-	TORCH="$(TORCH)" $(BIN)/nox $(ARGS)
+	TORCH="$(TORCH)" $(BIN)/nox --noxfile .ci/noxfile.py --envdir "$(abspath $(CACHE))/matrix" $(ARGS)
 
 # those tests alone that need CUDA; skipped, with the reason, where there is none
 test-gpu: $(VENV)/installed

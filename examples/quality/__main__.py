@@ -17,6 +17,8 @@ from pathlib import Path
 
 from datasets import load_from_disk
 
+from lorgnette.trainer.precision import default_mixed_precision
+
 from ..demo.report import PACKAGES as SHOWN
 from ..demo.report import curves, machine
 from ..sources import backbones
@@ -76,6 +78,7 @@ def run(name: str, cache: Path, work: Path, results: Path) -> None:
         "training": {stage: {"steps": log["global_step"], "epochs": log["epoch"]} for stage, log in logs.items()},
         "commands": {step: done["command"] for step, done in steps.done.items()},
         "backbones": {part: f"{a.content}: {a.registry}, {a.requirement}" for part, (a, _) in BACKBONES.items()},
+        "mixed_precision": default_mixed_precision(),
         "machine": machine(),
         "versions": {"python": platform.python_version()} | {part: version(part) for part in PACKAGES},
     }

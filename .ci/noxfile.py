@@ -1,11 +1,13 @@
 """The supported range, in environments of their own: `make matrix`."""
 
 import os
+from pathlib import Path
 
 import nox
 from packaging.requirements import Requirement
 
 
+ROOT = Path(__file__).resolve().parents[1]  # nox starts where this file is
 nox.options.error_on_missing_interpreters = False  # a Python that this machine lacks is reported as skipped
 nox.options.default_venv_backend = "venv"
 TORCH = os.environ.get("TORCH", "torch").split()
@@ -17,12 +19,13 @@ SMOKE += ["test_training_invariants"]
 
 def lowest_versions() -> list[str]:
     """`transformers==5.17` and the like: the lower bounds of pyproject.toml as pins."""
-    dependencies = map(Requirement, nox.project.load_toml("pyproject.toml")["project"]["dependencies"])
+    dependencies = map(Requirement, nox.project.load_toml(ROOT / "pyproject.toml")["project"]["dependencies"])
     bounds = {one.name: bound.version for one in dependencies for bound in one.specifier if bound.operator == ">="}
     return [f"{name}=={bounds[name]}" for name in RANGED]
 
 
 def install(session: nox.Session, *pins: str) -> None:
+    session.chdir(ROOT)
     session.install(*TORCH, silent=True)
     session.install("--editable", ".[test]", *pins, silent=True)
     session.run("python", "-m", "pip", "list", "--format", "freeze")
