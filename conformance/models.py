@@ -36,7 +36,7 @@ NOT_FOR_STAGE_1 = {
     "test_attention_outputs": "losses and similarities come out of stage 1, not states: those are its Q-Former's",
     "test_eager_matches_sdpa_inference": "compares hidden states, which stage 1 does not return: its Q-Former does",
     "test_hidden_states_output": "losses and similarities come out of stage 1, not states: those are its Q-Former's",
-    "test_retain_grad_hidden_states_attentions": "losses and similarities come out of stage 1, not states: those are its Q-Former's",
+    "test_retain_grad_hidden_states": "losses and similarities come out of stage 1, not states: those are its Q-Former's",
     "test_batching_equivalence": "a pair alone in its batch is an error: there is nothing to tell it from",
     "test_resize": "refused: head and [DEC] hang on the vocabulary",
     "test_training_gradient_checkpointing": (
@@ -50,7 +50,7 @@ NOT_FOR_PROCESSOR = {
     "test_apply_chat_template_image": "needs a picture of the Hub",
     "test_processor_text_has_no_visual": "needs a picture of the Hub",
     "test_chat_template_jinja_kwargs": "its template wants lists as contents; those of text-only LMs want strings",
-    "test_init_arguments_not_in_class_attributes": "chat_template is a property: the tokenizer's, with which it is saved",
+    "test_init_arguments_not_in_class_attributes": "chat_template is a property: the tokenizer's, and saved with it",
     "test_processor_from_and_save_pretrained_as_nested_dict": "wants a folder of each tokenizer, and one is optional",
 }
 
