@@ -36,7 +36,7 @@ NOT_FOR_STAGE_1 = {
     "test_attention_outputs": "losses and similarities come out of stage 1, not states: those are its Q-Former's",
     "test_eager_matches_sdpa_inference": "compares hidden states, which stage 1 does not return: its Q-Former does",
     "test_hidden_states_output": "losses and similarities come out of stage 1, not states: those are its Q-Former's",
-    "test_retain_grad_hidden_states": "losses and similarities come out of stage 1, not states: those are its Q-Former's",
+    "test_retain_grad_hidden": "losses and similarities come out of stage 1, not states: those are its Q-Former's",
     "test_batching_equivalence": "a pair alone in its batch is an error: there is nothing to tell it from",
     "test_resize": "refused: head and [DEC] hang on the vocabulary",
     "test_training_gradient_checkpointing": (
