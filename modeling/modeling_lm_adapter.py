@@ -45,12 +45,16 @@ def write_lm_adapter(
         Path(folder, "adapter_model.safetensors"),
         metadata={"format": "pt"},
     )
-    LoraConfig(
+    adapter = LoraConfig(
         **config.lora_config,
         base_model_name_or_path=config.text_backbone,
         revision=config.text_backbone_revision,
         inference_mode=True,
-    ).save_pretrained(str(folder))
+    )
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(value := getattr(adapter, name), set):  # peft's own, in another order in each process
+            setattr(adapter, name, sorted(value))
+    adapter.save_pretrained(str(folder))
 
 
 def read_lm_adapter(

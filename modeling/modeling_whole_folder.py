@@ -1,14 +1,15 @@
 """A folder that is saved into again is either what it was or what it is to be, also where the disk is full half way."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from transformers.utils import CONFIG_NAME
 
 
+_UNFINISHED = ".unfinished"
 _WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "lm_adapter/adapter_*")
 
 
@@ -16,12 +17,14 @@ _WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "lm_adapter/a
 def written_whole(folder: str | Path) -> Iterator[Path]:
     """A place to write into; when the block ends without an error its files go into `folder`.
 
-    Files of the same names are replaced, weights of an older save go, and whatever else is there stays.
+    Files of the same names are replaced, weights of an older save go, and whatever else is there stays, but for what a
+    save left that was killed.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:  # inside: on the same disk, whatever is mounted
-        unfinished = Path(name)
+    unfinished = Path(folder, _UNFINISHED)  # inside: on the same disk, whatever is mounted
+    folder = unfinished.parent
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
         yield unfinished
         files = [path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()]
         # A process that is killed between two of these steps leaves a folder that is no model, since it has no config:
@@ -35,6 +38,8 @@ def written_whole(folder: str | Path) -> Iterator[Path]:
         for file in files:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             os.replace(unfinished / file, folder / file)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 __all__ = ["written_whole"]

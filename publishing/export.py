@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -67,18 +68,24 @@ def load(source: str | Path) -> tuple[LorgnettePreTrainedModel, LorgnetteProcess
 def appearing_whole(folder: str | Path) -> Iterator[Path]:
     """A folder to make and to fill; it becomes `folder` when the block ends, and goes if that is with an error.
 
+    What a process left that was killed meanwhile goes when the same folder is begun again.
+
     Raises:
         FileExistsError: `folder` is there and not empty.
     """
     folder = Path(folder).resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty: an export would be mixed with what is there")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as scratch:
-        yield Path(scratch, folder.name)
+    scratch = folder.with_name(f".unfinished-{folder.name}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch / folder.name
         if folder.exists():
             folder.rmdir()
-        Path(scratch, folder.name).rename(folder)
+        (scratch / folder.name).rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check(

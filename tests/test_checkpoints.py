@@ -35,8 +35,6 @@ def args(tmp_path):
 
 def test_resuming_takes_the_newest_whole_checkpoint_and_names_what_it_passes_over(checkpoint, args, caplog):
     assert checkpoint_to_resume(args()) is None
-    with pytest.raises(FileNotFoundError, match=r"no complete checkpoint$"):
-        checkpoint_to_resume(args("true"))
     five, ten, hundred = (checkpoint(step) for step in (5, 10, 100))
     assert checkpoint_to_resume(args("true")) == str(hundred)
     assert caplog.messages == []
@@ -51,6 +49,20 @@ def test_resuming_takes_the_newest_whole_checkpoint_and_names_what_it_passes_ove
     for folder in (five, ten):
         (folder / "optimizer.pt").unlink()
     with pytest.raises(FileNotFoundError, match=r"-100 is incomplete.*-10 is incomplete.*-5 is incomplete: no opt"):
+        checkpoint_to_resume(args("true"))
+
+
+def test_a_run_that_was_cut_off_before_its_first_checkpoint_was_whole_begins_anew(checkpoint, args, tmp_path, caplog):
+    assert checkpoint_to_resume(args("true")) is None
+    (checkpoint(5) / "trainer_state.json").unlink()
+    assert checkpoint_to_resume(args("true")) is None
+    nothing = f"{tmp_path} holds no complete checkpoint to go on from"
+    assert caplog.messages == [
+        f"{nothing}. Training begins anew.",
+        f"{nothing}; {tmp_path}/checkpoint-5 is incomplete: no trainer_state.json. Training begins anew.",
+    ]
+    (tmp_path / "config.json").touch()  # of a model that is done: not to be trained over
+    with pytest.raises(FileNotFoundError, match=r"holds no complete checkpoint; .*checkpoint-5 is incomplete"):
         checkpoint_to_resume(args("true"))
 
 

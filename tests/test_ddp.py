@@ -13,6 +13,7 @@ from tiny_models import bert, vision_model
 from tiny_training import joined, trainer, write_backbones, write_pairs
 
 from lorgnette import LorgnetteForImageTextRetrieval, LorgnetteProcessor
+from lorgnette.trainer.checkpoints import train_from
 
 
 pytestmark = pytest.mark.slow
@@ -54,7 +55,7 @@ def test_two_processes_are_one_that_accumulates_and_their_checkpoint_is_anyones(
     torch.manual_seed(1)
     settings = EQUAL | {"optim": "adamw_torch", "max_steps": 2, "gradient_accumulation_steps": 2}
     resumed = trainer(*joined(backbones), tmp_path / "resumed", **settings)
-    resumed.train(resume_from_checkpoint=str(checkpoint))
+    train_from(resumed, str(checkpoint))
     assert resumed.state.global_step == 2
     saved = load_file(checkpoint / "model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in resumed.model.state_dict().items() if name in saved)

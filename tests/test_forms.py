@@ -416,6 +416,15 @@ def test_a_save_that_is_killed_half_way_is_no_model(hub, tmp_path, monkeypatch):
     assert not (folder / "config.json").exists()
 
 
+def test_what_a_killed_save_has_left_goes_with_the_next(hub, tmp_path):
+    (tmp_path / ".unfinished").mkdir()
+    (tmp_path / ".unfinished" / "model.safetensors").write_bytes(b"half")
+    built = joined()
+    built.save_pretrained(tmp_path)
+    assert not (tmp_path / ".unfinished").exists()
+    assert torch.equal(logits(load(tmp_path)), logits(built))
+
+
 def test_a_save_replaces_shards_of_another_number(hub, tmp_path):
     """transformers leaves `model.safetensors` where shards come, and reads it in their place."""
     first, then = joined(), joined(seed=2)

@@ -262,6 +262,9 @@ def test_an_export_that_fails_leaves_nothing(trained, tmp_path, monkeypatch):
     def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
+    killed = folder.parent / ".unfinished-export"  # of an earlier process, which could not clean up
+    killed.mkdir()
+    (killed / "model.safetensors").touch()
     monkeypatch.setattr("lorgnette.LorgnetteProcessor.save_pretrained", full_disk)
     with pytest.raises(OSError, match="No space left"):
         prepare(trained, "me/eyes", folder, license="mit")

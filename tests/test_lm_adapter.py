@@ -45,6 +45,7 @@ def test_peft_loads_what_we_save(text: str, flags: dict, tmp_path):
     assert not list(tmp_path.glob("adapter_*"))  # transformers would take them for the whole model's
     settings = json.loads((tmp_path / "lm_adapter" / "adapter_config.json").read_text())
     assert (settings["base_model_name_or_path"], settings["revision"]) == ("me/lm", "abc")
+    assert settings["target_modules"] == sorted(settings["target_modules"])  # the same file in every process
     size = (tmp_path / "lm_adapter" / "adapter_model.safetensors").stat().st_size
     assert size < 20_000 < (tmp_path / "model.safetensors").stat().st_size  # LoRA alone
     theirs = PeftModel.from_pretrained(language_model(text), tmp_path / "lm_adapter").eval()

@@ -1,14 +1,28 @@
-"""Which checkpoint a run goes on from: the newest that a killed process, a full disk or a cleanup left whole."""
+"""How a run goes on: from the newest checkpoint that a killed process, a full disk or a cleanup left whole, exactly."""
 
 import json
 import logging
+import shutil
+import signal
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..modeling.modeling_forms import BACKBONES
 
@@ -29,16 +43,18 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """The checkpoint folder that training goes on from, or None for a fresh start.
 
     `resume_from_checkpoint: true` is the newest whole one in `output_dir`; what it passes over is logged with the
-    cause. A bare Trainer takes the one with the highest number, whole or not.
+    cause. A run that was cut off before its first was whole begins anew, so that one command both starts a run and
+    takes it up again. A bare Trainer takes the one with the highest number, whole or not.
 
     Raises:
         FileExistsError: `output_dir` holds an earlier run and `resume_from_checkpoint` is not set.
-        FileNotFoundError: no checkpoint there is whole, or the one that was named is not; says why.
+        FileNotFoundError: no checkpoint there is whole, though there was one or there is a trained model; or the one
+            that was named is not. Says why.
     """
     folder, wish = Path(args.output_dir), str(args.resume_from_checkpoint or "")
     checkpoints = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.rpartition("-")[2]))
     if wish.lower() in ("", "false"):
-        if args.should_save and (checkpoints or (folder / "config.json").exists()):
+        if args.should_save and (checkpoints or (folder / CONFIG_NAME).exists()):
             raise FileExistsError(
                 f"{folder} already holds a trained model or its checkpoints: choose another output_dir, delete this "
                 "one, or go on from its last checkpoint with resume_from_checkpoint: true"
@@ -55,6 +71,10 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
                 logger.warning("%s; it is passed over, going on from %s.", reason, checkpoint.name)
             return str(checkpoint)
         passed_over.append(f"{checkpoint} is incomplete: {fault}")
+    if not (folder / CONFIG_NAME).exists() and not any((path / TRAINER_STATE_NAME).exists() for path in checkpoints):
+        cut_off = "; ".join([f"{folder} holds no complete checkpoint to go on from", *passed_over])
+        logger.warning("%s. Training begins anew.", cut_off)
+        return None
     raise FileNotFoundError(
         "; ".join([f"resume_from_checkpoint is true, but {folder} holds no complete checkpoint", *passed_over])
     )
@@ -108,3 +128,66 @@ def check_backbones(checkpoint: str, model: PreTrainedModel) -> None:
                 f"{checkpoint} was trained on the {what} {theirs[0]} at commit {theirs[1]}, and this run has {ours[0]} "
                 f"at {ours[1]}: name the former, with its revision"
             )
+
+
+def train_from(trainer: Trainer, checkpoint: str | None) -> None:
+    """`trainer.train` from a checkpoint or, with None, from the start, so that an interruption changes nothing.
+
+    From a checkpoint of the last step Trainer would take one more. On SIGTERM, with `enable_jit_checkpoint`, it would
+    save in the midst of a step, where dropout has drawn its numbers, and draws others when the step is taken again.
+
+    Raises:
+        SystemExit: SIGTERM has stopped it before the last step, and all is saved; the status is the shell's for that.
+    """
+    trainer.add_callback(_LastStep())
+    on_sigterm = None
+    if (stock := trainer.pop_callback(JITCheckpointCallback)) is not None:
+        trainer.add_callback(on_sigterm := _OnSigterm(stock))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        half = Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}")
+        if half.is_dir() and fault_of(half) is not None:  # torch does not say that the disk is full
+            error.add_note(f"{half} is cut off; its disk has {shutil.disk_usage(half).free:,} free bytes")
+        raise
+    except _NothingLeftError:
+        logger.info("%s is of the last step: nothing is left to train.", checkpoint)
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+            trainer._load_best_model()
+        trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if on_sigterm is not None and on_sigterm.has_come and step < steps:
+        logger.warning("SIGTERM: stopped after step %d of %d, which is saved.", step, steps)
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+class _NothingLeftError(Exception):
+    """The checkpoint is loaded, and is of the last step."""
+
+
+class _LastStep(TrainerCallback):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            raise _NothingLeftError
+
+
+class _OnSigterm(TrainerCallback):
+    """Saves as at any other step, after what is logged and evaluated, and stops; all processes after the same step."""
+
+    def __init__(self, stock: JITCheckpointCallback):
+        self.stock, self.has_come = stock, False  # whose signal handler is in place
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        has_come = torch.tensor(float(self.stock.jit_manager.is_checkpoint_requested), device=args.device)
+        if dist.is_initialized():
+            dist.all_reduce(has_come, dist.ReduceOp.MAX)
+        self.has_come = bool(has_come)
+        control.should_save |= self.has_come
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop |= self.has_come
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.stock.on_train_end(*args, **kwargs)

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import TRAINING_DEFAULTS, BackboneArguments, DataArguments
 from .augmentation import AugmentationSeeds
-from .checkpoints import check_backbones, checkpoint_to_resume
+from .checkpoints import check_backbones, checkpoint_to_resume, train_from
 from .collator import LorgnetteCollator
 from .data import load_pairs
 from .feature_cache import check_cache, is_cache
@@ -132,7 +132,7 @@ def train(
         rows = len(train_dataset) if isinstance(train_dataset, Dataset) else None
         write_training_data(training_args.output_dir, data_args, data_args.train_split, rows)
     with nan_guard(trainer):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        train_from(trainer, checkpoint)
     trainer.save_model()
     trainer.save_state()
     if training_args.push_to_hub:  # saving has pushed
