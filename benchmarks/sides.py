@@ -114,11 +114,10 @@ def trained_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def place(model: nn.Module, device: str, bf16: bool) -> None:
-    """Put a model on a device, in bf16 what does not train if that is wanted: autocast sees to the rest."""
-    model.to(device)
+def to_bf16(model: nn.Module, trained: bool) -> None:
+    """Cast the parameters that do not train, and if wanted those that do; buffers stay, as in any `from_pretrained`."""
     for parameter in model.parameters():
-        if bf16 and not parameter.requires_grad:
+        if trained or not parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 

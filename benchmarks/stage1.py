@@ -66,7 +66,7 @@ def measure(bench: Any) -> None:
         side.model.to(bench.device)
     bench.raw["stage1_losses_apart"] = check_equal(built, bench.rows[:count])
     for side in built.values():
-        sides.place(side.model, bench.device, bench.bf16)
+        bench.quicken(side)
     taken = training.in_turn({name: partial(bench.train, side) for name, side in built.items()}, bench.options.rounds)
     operations = {}
     for name, side in built.items():

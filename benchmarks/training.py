@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_from_disk
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.floor import wait
 from benchmarks.sides import Side
@@ -73,6 +73,7 @@ def train(
     trainer = Trainer(
         model=side.model, args=arguments, train_dataset=rows, data_collator=side.collator, callbacks=[clock]
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     side.model.zero_grad()
     return clock.seconds()
@@ -100,6 +101,6 @@ def step_of(side: Side, rows: Sequence[dict[str, Any]], device: str, bf16: bool)
     def step() -> None:
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             output = side.model(**batch)
-        (output["loss"] if isinstance(output, dict) else output[0]).backward()
+        output["loss"].backward()
 
     return step
