@@ -180,6 +180,9 @@ def speaking(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
     options = bench.options
     for side in (theirs, ours):
         bench.quicken(side, trained=True)
+        generation.caption(
+            side.model.eval(), sides.prompts(ours.collator.processor, bench.rows[:1], ours.model.device), 2
+        )
     for size in options.sizes:
         rows = bench.rows[:size]
         taken = generation.captions(theirs, ours, rows, options.tokens, options.rounds, bench.device)
