@@ -1,6 +1,5 @@
 """What the machine can do at best, as measured: matrix products and copies; and what a path needs of it."""
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -54,18 +53,18 @@ def wait(device: str) -> None:
 
 
 def matrix_rate(device: str, dtype: torch.dtype, size: int) -> float:
-    """Floating-point operations a second of one product of square matrices: the median of some."""
+    """Floating-point operations a second of one product of square matrices: the best of some."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     torch.mm(a, b)
-    return 2 * size**3 / statistics.median(seconds(lambda: torch.mm(a, b), device, 7))
+    return 2 * size**3 / min(seconds(lambda: torch.mm(a, b), device, 15))
 
 
 def bandwidth(device: str, size: int) -> float:
-    """Bytes a second, read and written, of one copy of `size` bytes: the median of some."""
+    """Bytes a second, read and written, of one copy of `size` bytes: the best of some."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    return 2 * size / statistics.median(seconds(lambda: target.copy_(source), device, 7))
+    return 2 * size / min(seconds(lambda: target.copy_(source), device, 15))
 
 
 def operations(work: Callable[[], object]) -> int:
