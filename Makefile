@@ -1,6 +1,7 @@
 # make demo   real backbones, real photographs, training, and a stranger who captions: about ten minutes on two CPU cores
 # make quality-cifar, quality-emoji, …   what examples/quality measures, a row each; into results/quality and README.md
 # make test   the test suite without those tests that start many processes; make test-all: with them; make lint: the linter
+# make bench   transformers' BLIP-2 and ours on the same weights, in turn: the table of results/benchmarks
 # make conformance   transformers' own common tests, on our classes and on BLIP-2
 # make matrix   the tests with the lowest and the newest transformers, peft and accelerate, and a smoke test on later Pythons
 #
@@ -29,7 +30,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all test-gpu conformance matrix lint prerequisites prerequisites-demo
+.PHONY: demo bench test test-all test-gpu conformance matrix lint prerequisites prerequisites-demo
 
 demo: prerequisites-demo $(VENV)/installed
 	$(BIN)/python -m examples.demo --cache "$(CACHE)" --output "$(OUTPUT)" $(if $(VISION),--vision "$(VISION)") \
@@ -45,6 +46,9 @@ test: $(VENV)/installed
 
 test-all: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 $(ARGS)
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 conformance: $(VENV)/installed
 	$(BIN)/python -m conformance --cache "$(CACHE)" $(ARGS)

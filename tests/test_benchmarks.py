@@ -1,15 +1,20 @@
 """The benchmarks run, and their figures are what they say."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import tiny
 import tiny_models
+import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from tiny_training import joined, pairs, write_backbones
 
-from benchmarks import cache, forms
+from benchmarks import cache, files, floor, forms, goals, memory, run, sides, stage1, table
+from benchmarks.rows import captions, rows
+from benchmarks.shapes import PRESETS
 
 
 @pytest.fixture(autouse=True)
@@ -50,3 +55,117 @@ def test_the_forms_are_weighed_and_loaded_and_give_the_same_logits(tmp_path, cap
     assert report["thin"]["bytes"] < report["merged"]["bytes"] <= report["full"]["bytes"]
     assert all(len(found["seconds"]) == 1 for found in report.values())
     assert "| `thin` | " in capsys.readouterr().out
+
+
+TINY = PRESETS["tiny"]
+
+
+def test_the_table_has_every_row_and_the_files_lie_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(files, "import_seconds", lambda rounds: {"theirs": [2.0] * rounds, "ours": [1.0] * rounds})
+    options = "--preset tiny --batch_size 3 --steps 1 --rounds 2 --sizes 1 2 --tokens 2"
+    assert run.main([*options.split(), "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "tiny-cpu.json").read_text())
+    found = {row["path"]: row for row in report["rows"]}
+    sized = {
+        f"{what}, batch {size}{unit}" for what, unit in (("captions/s", ""), ("first token", ", s")) for size in (1, 2)
+    }
+    forms_of = {f"from_pretrained to first caption, {form}, ms" for form in ("thin", "full", "merged")}
+    of_stage2 = {
+        f"stage 2, {kind}, {what}" for kind in ("uncached", "cached") for what in ("pairs/s", "memory of a step, MiB")
+    }
+    others = {"stage 2, uncached, MFU", "data loader, pairs/s", "checkpoint weights, MB", "import, s"}
+    others |= {f"stage 1 against {way}, pairs/s" for way in ("plain", "separate")}
+    assert found.keys() == sized | forms_of | of_stage2 | others
+    wanted = {path for goal in goals.GOALS.values() for path in goal}
+    assert {path for path in wanted if "batch 8" not in path and "batch 64" not in path} <= found.keys()
+    assert all(row["ours"] > 0 for row in found.values())
+    assert len(found["stage 2, cached, pairs/s"]["ratios"]) == 2
+    operations = report["raw"]["stage 2, cached, pairs/s"]["operations_a_step"]
+    assert operations["cached"] < operations["uncached"] < operations["theirs"]  # no ViT; no logits of all positions
+    operations = report["raw"]["stage 1 against plain, pairs/s"]["operations_a_step"]
+    assert operations["ours"] < operations["plain"] < operations["separate"]
+    needed = report["raw"]["stage 2, uncached, memory of a step, MiB"]["bytes"]
+    assert needed["uncached"] < needed["theirs"]
+    assert found["checkpoint weights, MB"]["ratio"] < 1
+    assert report["command"].startswith("python -m benchmarks.run --preset tiny")
+    assert "| import, s | **0.5** (0.5 to 0.5) |" in (tmp_path / "tiny-cpu.md").read_text()
+    assert (tmp_path / "tiny-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_not_equal_is_not_timed():
+    pairs_of_both = rows(3, seed=0)
+    theirs, ours = sides.build(TINY, seed=0)
+    assert max(sides.check_equal(theirs, ours, pairs_of_both).values()) <= sides.TOLERANCE
+    with torch.no_grad():
+        ours.model.projector.bias.add_(0.1)
+    with pytest.raises(ValueError, match=r"logits are apart by .* a speed of a wrong result is no speed"):
+        sides.check_equal(theirs, ours, pairs_of_both)
+    ours.collator.query = "what?"
+    with pytest.raises(ValueError, match="other batches of the same rows: input_ids, labels differ"):
+        sides.check_equal(theirs, ours, pairs_of_both)
+
+
+def test_stage_1_that_is_not_equal_is_not_timed():
+    built = stage1.build(TINY, seed=0)
+    assert max(stage1.check_equal(built, rows(4, seed=0)).values()) <= sides.TOLERANCE
+    with torch.no_grad():
+        built["separate"].model.text_head.bias[7] += 1
+    with pytest.raises(ValueError, match="losses of stage 1 are apart"):
+        stage1.check_equal(built, rows(4, seed=0))
+
+
+def test_an_opt_is_put_together_as_well():
+    """The shape of the GPU's preset, but for its size."""
+    text = PRESETS["blip2-opt-2.7b"].text.to_dict() | {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 640}
+    text = type(PRESETS["blip2-opt-2.7b"].text).from_dict(
+        text | {"num_attention_heads": 2, "ffn_dim": 64, "word_embed_proj_dim": 32}
+    )
+    small = replace(TINY, text=text, lora_targets=PRESETS["blip2-opt-2.7b"].lora_targets)
+    theirs, ours = sides.build(small, seed=0)
+    assert max(sides.check_equal(theirs, ours, rows(2, seed=0)).values()) <= sides.TOLERANCE
+
+
+def test_a_preset_too_large_for_the_memory_is_refused_with_the_estimate(monkeypatch):
+    monkeypatch.setattr(floor.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**29))
+    expected = r"smollm2 with batches of 64 takes about \d.\d GiB \(weights of both models 2.0, .*has 0.5 GiB free"
+    with pytest.raises(ValueError, match=expected):
+        run.main(["--preset", "smollm2"])
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA GPU")
+    with pytest.raises(ValueError, match="torch sees no CUDA GPU"):
+        run.main(["--preset", "tiny", "--device", "cuda"])
+
+
+def test_memory_is_what_stands_at_once():
+    assert memory.peak([4, 2, -4, 3, -5]) == 6
+
+    def step():
+        kept = torch.ones(2**20)
+        del kept
+        return torch.ones(3, 2**20).sum()
+
+    assert 12 * 2**20 <= memory.step_bytes(step, "cpu") < 13 * 2**20
+
+
+def test_caption_lengths_are_those_of_coco():
+    lengths = torch.tensor([len(text.split()) for text in captions(300, seed=1)]).float()
+    assert abs(lengths.mean() - 10.5) < 0.5
+    assert abs(lengths.std() - 2.4) < 0.4
+    assert len({len(text.split()) for text in captions(2, seed=3)}) == 2
+    assert rows(2, seed=1) == rows(2, seed=1)
+
+
+def test_a_goal_is_met_from_its_own_side():
+    faster = table.speed("a", 8, ours=[1.0, 2.0, 1.0], theirs=[2.0, 3.0, 1.0])
+    assert faster.ratios == [2.0, 1.5, 1.0]
+    assert faster.met is None
+    faster.goal = 1.5
+    assert faster.met
+    smaller = table.cost("b", ours=[3.0], theirs=[4.0])
+    smaller.goal = 0.5
+    assert smaller.met is False
+    assert "| a | **1.5** (1 to 2) | ≥ 1.5: met | 8 | 4 |  |" in table.markdown([faster, smaller], ())
+    assert "≤ 0.5: not met" in table.markdown([faster, smaller], ())

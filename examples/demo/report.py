@@ -82,6 +82,11 @@ def machine() -> str:
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {device}"
 
 
+def versions() -> dict[str, str]:
+    """Of Python, and of the packages that results depend on."""
+    return {"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
 def markdown(
     verdict: Verdict,
     per_class: Mapping[str, float],
@@ -111,7 +116,7 @@ def markdown(
     lines += _table(("phase", "time"), [*phases, ("all", f"{sum(seconds.values()):.0f} s")])
     lines += _table(
         ("machine and versions", ""),
-        [("machine", machine()), ("Python", platform.python_version()), *((name, version(name)) for name in PACKAGES)],
+        [("machine", machine()), *versions().items()],
     )
     return "\n".join(lines)
 

@@ -1,0 +1,230 @@
+"""How fast, how large: transformers' BLIP-2 and ours on the same weights and rows, in one process, in turn.
+
+    python -m benchmarks.run [--device cpu|cuda] [--preset tiny|smollm2|blip2-opt-2.7b]
+
+Writes a table, a chart and all raw figures into `results/benchmarks`. Before anything is timed, both have to make the
+same batches and the same logits. What each figure is, and what the two sides are given, stands in the files beside this
+one: `sides.py`, `training.py`, `plain_stage1.py`, `memory.py`, `generation.py`, `files.py`; goals in `goals.py`.
+"""
+
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import HfArgumentParser
+
+from benchmarks import files, floor, generation, memory, sides, stage1, training
+from benchmarks.goals import GOALS
+from benchmarks.rows import rows as make_rows
+from benchmarks.shapes import PRESETS
+from benchmarks.table import Row, chart, cost, markdown, speed
+from examples.demo.report import machine, versions
+from examples.quality.steps import say
+from lorgnette.trainer.precision import has_bf16_hardware
+
+
+NOTES = (
+    "theirs: `transformers.Blip2ForConditionalGeneration`, LoRA of peft, stock Trainer, a collator that pads; the "
+    "same weights, rows, batches and dtypes, sdpa on both sides",
+    "cached: ours reads the frozen ViT's features from disk; theirs has no cache and looks at the pictures each time. "
+    "The first epoch of a cache costs one ViT pass a picture",
+    "stage 1 plain: one ViT pass, and the queries' keys and values used again for ITG; separate: three passes",
+    "memory: the most that a forward and backward pass allocates at once; gradients were there before",
+    "of the machine's best: operations of our path over the rate of one large matrix product here; of captions the "
+    "larger of that and the LM's weights, once a token, over the bandwidth of a copy",
+    "torch.compile and static caches were not measured",
+)
+
+
+@dataclass
+class Options:
+    device: Literal["cpu", "cuda"] = field(default="cpu")
+    preset: str = field(default="smollm2", metadata={"choices": list(PRESETS)})
+    batch_size: int = field(default=8, metadata={"help": "Pairs in a batch of training."})
+    steps: int = field(default=1, metadata={"help": "Timed steps of a run, after one that is not."})
+    rounds: int = field(default=3, metadata={"help": "Runs of each side, in turn."})
+    sizes: list[int] = field(default_factory=lambda: [1, 8, 64], metadata={"help": "Pictures captioned at once."})
+    tokens: int = field(default=12, metadata={"help": "Length of each caption that is generated."})
+    seed: int = field(default=0)
+    output: Path = field(default=Path("results/benchmarks"))
+
+
+class Bench:
+    """What all parts of the benchmark go by, and the figures that they leave behind."""
+
+    def __init__(self, options: Options, scratch: Path):
+        self.options, self.scratch, self.device = options, scratch, options.device
+        self.preset = PRESETS[options.preset]
+        self.goals: dict[str, float] = GOALS.get((options.preset, options.device), {})
+        self.raw: dict[str, Any] = {}
+        self.table: list[Row] = []
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is cuda, and torch sees no CUDA GPU here")
+        largest = max(options.batch_size, *options.sizes)
+        self.raw["bytes_estimated"] = floor.check_memory(self.preset, options.preset, largest, self.device)
+        self.bf16 = (self.device == "cuda") == torch.cuda.is_available() and has_bf16_hardware()
+        size = {"cuda": 8192, "cpu": 2048}[self.device] if options.preset != "tiny" else 256
+        dtype = torch.bfloat16 if self.bf16 else torch.float32
+        self.rate = floor.matrix_rate(self.device, dtype, size)
+        self.bandwidth = floor.bandwidth(self.device, 2**28 if options.preset != "tiny" else 2**20)  # past any cache
+        self.raw["machine"] = {"operations_per_s": self.rate, "bytes_per_s": self.bandwidth, "bf16": self.bf16}
+        self.rows = make_rows(max(largest, options.batch_size * (options.steps + 1)), options.seed)
+
+    def add(self, row: Row, **raw: Any) -> None:
+        row.goal = self.goals.get(row.path)
+        self.table.append(row)
+        self.raw[row.path] = raw
+        say(markdown([row], ()).splitlines()[2])
+
+    def train(self, side: sides.Side, number: int, rows: Any = None) -> list[float]:
+        return training.train(
+            side,
+            self.rows if rows is None else rows,
+            batch_size=self.options.batch_size,
+            steps=self.options.steps,
+            seed=self.options.seed + number,
+            device=self.device,
+            bf16=self.bf16,
+            folder=self.scratch / "trainer",
+        )
+
+    def quicken(self, side: sides.Side, trained: bool = False) -> None:
+        """Weights in bf16 where the machine has instructions for it; autocast sees to those that train."""
+        if self.bf16:
+            sides.to_bf16(side.model, trained)
+
+    def reached(self, operations: int, taken: list[float], moved: int = 0) -> float:
+        """The share of the machine's best that so many operations, or bytes read, in the median time are."""
+        return max(operations / self.rate, moved / self.bandwidth) / statistics.median(taken)
+
+
+def main(argv: list[str]) -> int:
+    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(options, Path(scratch).resolve())
+        theirs, ours = sides.build(bench.preset, options.seed)
+        for side in (theirs, ours):
+            side.model.to(options.device)
+        bench.raw["logits_apart"] = sides.check_equal(theirs, ours, bench.rows[: options.batch_size])
+        bench.raw["parameters"] = {
+            "all": sum(parameter.numel() for parameter in ours.model.parameters()),
+            "trained": sides.trained_parameters(ours.model),
+        }
+        for side in (theirs, ours):
+            bench.quicken(side)
+        stage2(bench, theirs, ours)
+        loading(bench, theirs, ours)
+        speaking(bench, theirs, ours)
+        keeping(bench, theirs, ours)
+        del theirs, ours, side
+        stage1.measure(bench)
+        taken = files.import_seconds(options.rounds)
+        bench.add(cost("import, s", taken["ours"], taken["theirs"]), **taken)
+    save(bench, argv)
+    return 0
+
+
+def stage2(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
+    """Training: pairs a second, and what a step takes."""
+    options, count = bench.options, bench.options.batch_size
+    cached = training.CachedRows(ours, bench.rows, bench.scratch / "features")
+    runs = {
+        "theirs": partial(bench.train, theirs),
+        "uncached": partial(bench.train, ours),
+        "cached": partial(bench.train, ours, rows=cached),
+    }
+    taken = training.in_turn(runs, options.rounds)
+    operations, needed = {}, {}
+    for name, side, rows in (
+        ("theirs", theirs, bench.rows[:count]),
+        ("uncached", ours, bench.rows[:count]),
+        ("cached", ours, [cached[number] for number in range(count)]),
+    ):
+        step = training.step_of(side, rows, bench.device, bench.bf16)
+        operations[name] = floor.operations(step)
+        needed[name] = memory.step_bytes(step, bench.device)
+        side.model.zero_grad()
+    for name in ("uncached", "cached"):
+        reached = bench.reached(operations[name], taken[name])
+        row = speed(f"stage 2, {name}, pairs/s", count, taken[name], taken["theirs"], reached=reached)
+        bench.add(row, seconds_a_step=taken, operations_a_step=operations)
+    mfu = {name: bench.reached(operations[name], taken[name]) for name in operations}
+    bench.add(Row("stage 2, uncached, MFU", mfu["uncached"], mfu["theirs"]), mfu=mfu)
+    for name in ("uncached", "cached"):
+        row = cost(f"stage 2, {name}, memory of a step, MiB", [needed[name] / 2**20], [needed["theirs"] / 2**20])
+        bench.add(row, bytes=needed)
+
+
+def loading(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
+    """Rows to batches, in this process."""
+
+    def epoch(side: sides.Side, _number: int) -> list[float]:
+        loader = DataLoader(bench.rows, bench.options.batch_size, collate_fn=side.collator)
+        return floor.seconds(lambda: list(loader), bench.device)
+
+    runs = {"theirs": partial(epoch, theirs), "ours": partial(epoch, ours)}
+    taken = training.in_turn(runs, bench.options.rounds)
+    bench.add(speed("data loader, pairs/s", len(bench.rows), taken["ours"], taken["theirs"]), seconds=taken)
+
+
+def speaking(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
+    """Captions a second, and the time to the first token."""
+    options = bench.options
+    for side in (theirs, ours):
+        bench.quicken(side, trained=True)
+        generation.caption(
+            side.model.eval(), sides.prompts(ours.collator.processor, bench.rows[:1], ours.model.device), 2
+        )
+    for size in options.sizes:
+        rows = bench.rows[:size]
+        taken = generation.captions(theirs, ours, rows, options.tokens, options.rounds, bench.device)
+        inputs = sides.prompts(ours.collator.processor, rows, ours.model.device)
+        operations = floor.operations(partial(generation.caption, ours.model, inputs, options.tokens))
+        weights = sum(value.numel() * value.element_size() for value in ours.model.language_model.parameters())
+        reached = bench.reached(operations, taken["all"]["ours"], weights * options.tokens)
+        everything, first = taken["all"], taken["first"]
+        row = speed(f"captions/s, batch {size}", size, everything["ours"], everything["theirs"], reached=reached)
+        bench.add(row, seconds=everything, operations=operations)
+        bench.add(cost(f"first token, batch {size}, s", first["ours"], first["theirs"]), seconds=first)
+
+
+def keeping(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
+    """Checkpoints, and how long it takes from one to a caption."""
+    files.name_backbones(ours, theirs, bench.scratch)
+    found = files.checkpoint_bytes(theirs, ours, bench.scratch)
+    bench.add(cost("checkpoint weights, MB", [found["ours"] / 1e6], [found["theirs"] / 1e6]), bytes=found)
+    inputs = sides.prompts(ours.collator.processor, bench.rows[:1], ours.model.device)
+    taken = files.first_caption(
+        ours, inputs, bench.options.tokens, bench.scratch, bench.options.rounds, bench.device
+    )  # fmt: skip
+    for form, times in taken.items():
+        bench.add(cost(f"from_pretrained to first caption, {form}, ms", [1000 * time for time in times]), seconds=times)
+
+
+def save(bench: Bench, argv: list[str]) -> None:
+    """The report under the preset's and the device's name: `.json`, `.md`, `.png`."""
+    options = bench.options
+    command = shlex.join(["python", "-m", "benchmarks.run", *argv])
+    report = {"command": command, "machine": machine(), "versions": versions(), "options": asdict(options)}
+    report |= {"rows": [asdict(row) | {"ratio": row.ratio, "met": row.met} for row in bench.table], "raw": bench.raw}
+    options.output.mkdir(parents=True, exist_ok=True)
+    name = f"{options.preset}-{options.device}"
+    title = f"{options.preset}, {machine()}"
+    text = f"# {title}\n\n`{command}`, seed {options.seed}; " + ", ".join(f"{k} {v}" for k, v in versions().items())
+    text += f"\n\n{markdown(bench.table, NOTES)}"
+    (options.output / f"{name}.json").write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+    (options.output / f"{name}.md").write_text(text, encoding="utf-8")
+    chart(bench.table, title, options.output / f"{name}.png")
+    say(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

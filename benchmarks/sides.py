@@ -1,0 +1,126 @@
+"""The two that are compared: `transformers.Blip2ForConditionalGeneration` with peft's LoRA, and ours, of equal weights.
+
+Theirs is what a user would put together: frozen ViT and LM, LoRA in the LM's attention, `Blip2Processor`, a collator
+that pads. It is given what plain settings help it: sdpa, no cache of keys and values while it trains, frozen weights in
+bf16 where the machine has instructions for that.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from PIL import Image
+from torch import nn
+from transformers import Blip2ForConditionalGeneration, Blip2Processor
+
+from benchmarks import rows as data
+from benchmarks.shapes import Preset
+from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor
+
+
+TOLERANCE = 1e-4  # of a logit, in float32
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Side:
+    """A model, and what makes its batches of rows."""
+
+    model: nn.Module
+    collator: Callable[[list[dict[str, Any]]], Batch]
+
+
+@dataclass
+class PlainCollator:
+    """Rows for BLIP-2, padded on the right; the caption and the EOS after it are to be learnt."""
+
+    processor: Blip2Processor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+        tokenizer = self.processor.tokenizer
+        images = [Image.open(BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
+        texts = [f" {row['text']}{tokenizer.eos_token}" for row in rows]
+        batch = dict(self.processor(images=images, text=texts, padding=True, return_tensors="pt"))
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        labels[:, : self.processor.num_query_tokens + 1] = -100  # pictures and BOS
+        return batch | {"labels": labels}
+
+
+def build(preset: Preset, seed: int) -> tuple[Side, Side]:
+    """Theirs and ours, in float32, on the CPU."""
+    torch.manual_seed(seed)
+    processor = data.processor(preset)
+    ids = {name: getattr(processor.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    theirs = Blip2ForConditionalGeneration(preset.config(image_token_index=processor.image_token_id, **ids)).eval()
+    nn.init.normal_(theirs.query_tokens, std=0.02)  # zeros would make all queries equal
+    lora = LORA | {"target_modules": list(preset.lora_targets)}
+    ours = LorgnetteForConditionalGeneration.from_blip2(copy.deepcopy(theirs), processor=processor, lora=lora)
+
+    theirs.requires_grad_(False)
+    theirs.language_model.add_adapter(LoraConfig(**lora, task_type="CAUSAL_LM"))
+    for part in (theirs.qformer, theirs.language_projection):
+        part.requires_grad_(True)
+    theirs.query_tokens.requires_grad_(True)
+    theirs.language_model.config.use_cache = False  # while it trains; `generate` goes by its generation_config
+    own = dict(ours.language_model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.language_model.named_parameters():
+            if "lora_" in name:  # B starts at zero, and LoRA would do nothing
+                own[name].copy_(parameter.normal_(std=0.02))
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.padding_side = "right"  # ours is set for generation
+    plain = Blip2Processor(processor.image_processor, tokenizer, processor.num_query_tokens)
+    return Side(theirs, PlainCollator(plain)), Side(ours, LorgnetteCollator(processor))
+
+
+def check_equal(theirs: Side, ours: Side, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """See to it that both make the same batches, and the same logits of them.
+
+    Returns:
+        how far our logits are from theirs at most: of pictures, and of the ViT's features in their place.
+
+    Raises:
+        ValueError: they differ: batches at all, logits by more than `TOLERANCE`; or their trained weights do in number.
+    """
+    device = next(theirs.model.parameters()).device
+    batch, own = theirs.collator(list(rows)), ours.collator(list(rows))
+    unequal = [name for name in ("input_ids", "labels", "pixel_values") if not torch.equal(batch[name], own[name])]
+    if unequal:
+        raise ValueError(f"the two make other batches of the same rows: {', '.join(unequal)} differ")
+    trained = [trained_parameters(side.model) for side in (theirs, ours)]
+    if trained[0] != trained[1]:
+        raise ValueError(f"the two do not train as many parameters: theirs {trained[0]:,}, ours {trained[1]:,}")
+    batch = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+    for side in (theirs, ours):
+        side.model.eval()
+    with torch.no_grad():
+        seen = {"vision_features": ours.model.get_vision_features(batch["pixel_values"]).last_hidden_state}
+        expected = theirs.model(**batch).logits
+        words = {name: tensor for name, tensor in batch.items() if name != "pixel_values"}
+        found = {"pictures": ours.model(**batch).logits, "features": ours.model(**words, **seen).logits}
+    real = batch["attention_mask"].bool()  # what stands on padding is nobody's
+    apart = {name: (logits - expected)[real].abs().max().item() for name, logits in found.items()}
+    if not max(apart.values()) <= TOLERANCE:
+        raise ValueError(f"logits are apart by {apart}; allowed is {TOLERANCE}: a speed of a wrong result is no speed")
+    return apart
+
+
+def trained_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def to_bf16(model: nn.Module, trained: bool) -> None:
+    """Cast the parameters that do not train, and if wanted those that do; buffers stay, as in any `from_pretrained`."""
+    for parameter in model.parameters():
+        if trained or not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def prompts(processor: LorgnetteProcessor, rows: Sequence[dict[str, Any]], device: torch.device) -> Batch:
+    """What both models' `generate` is given: pictures and BOS."""
+    return {name: tensor.to(device) for name, tensor in LorgnetteCollator(processor).prompts(list(rows)).items()}

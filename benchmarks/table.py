@@ -1,0 +1,95 @@
+"""The table that the benchmark ends with: as Markdown, as JSON, as a chart."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure  # without pyplot: no window, whatever the machine
+
+
+MET, MISSED, OPEN = "#1a7f37", "#c4320a", "#57606a"
+
+
+@dataclass
+class Row:
+    """One path's figures.
+
+    Args:
+        path: what is measured, unit included.
+        ours, theirs: medians; theirs None where there is nothing to compare with.
+        ratios: ours over theirs, of each pair of runs; none where they say nothing.
+        more_is_better: whether a ratio above the goal meets it; else one below.
+        goal: of the ratio, or without ratios of ours; None where none is set.
+        reached: the share of what the machine could do that ours gets, of 1; None where that says nothing.
+    """
+
+    path: str
+    ours: float
+    theirs: float | None = None
+    ratios: Sequence[float] = ()
+    more_is_better: bool = True
+    goal: float | None = None
+    reached: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        return statistics.median(self.ratios) if self.ratios else None
+
+    @property
+    def met(self) -> bool | None:
+        if self.goal is None:
+            return None
+        measured = self.ours if self.ratio is None else self.ratio
+        return measured >= self.goal if self.more_is_better else measured <= self.goal
+
+
+def speed(path: str, pairs: int, ours: Sequence[float], theirs: Sequence[float], reached: float | None = None) -> Row:
+    """A row of `pairs` in so many seconds, run by run."""
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    medians = [pairs / statistics.median(times) for times in (ours, theirs)]
+    return Row(path, *medians, ratios, reached=reached)
+
+
+def cost(path: str, ours: Sequence[float], theirs: Sequence[float] = ()) -> Row:
+    """A row of what should be small, run by run: seconds, bytes."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)] if theirs else []
+    return Row(path, statistics.median(ours), statistics.median(theirs) if theirs else None, ratios, False)
+
+
+def markdown(rows: Sequence[Row], notes: Sequence[str]) -> str:
+    lines = ["| path | ours/theirs (least to most) | goal | ours | theirs | of the machine's best |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in rows:
+        ratio = "" if row.ratio is None else f"**{row.ratio:.3g}** ({min(row.ratios):.3g} to {max(row.ratios):.3g})"
+        goal = "" if row.goal is None else f"{'≥' if row.more_is_better else '≤'} {row.goal:g}: {_verdict(row)}"
+        reached = "" if row.reached is None else f"{row.reached:.0%}"
+        theirs = "" if row.theirs is None else _number(row.theirs)
+        lines.append(f"| {row.path} | {ratio} | {goal} | {_number(row.ours)} | {theirs} | {reached} |")
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
+
+
+def chart(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Writes a PNG: a bar for each ratio, with its spread, and a mark where its goal is."""
+    shown = [row for row in rows if row.ratio is not None][::-1]
+    figure = Figure(figsize=(9, 0.42 * len(shown) + 1.2))
+    axis = figure.subplots()
+    for place, row in enumerate(shown):
+        color = OPEN if row.met is None else MET if row.met else MISSED
+        spread = [[row.ratio - min(row.ratios)], [max(row.ratios) - row.ratio]]
+        axis.barh(place, row.ratio, xerr=spread, color=color, height=0.6, ecolor="black", capsize=2)
+        if row.goal is not None:
+            axis.plot([row.goal] * 2, [place - 0.4, place + 0.4], color="black", linewidth=2)
+    axis.axvline(1, color=OPEN, linewidth=0.8, linestyle=":")
+    axis.set_yticks(range(len(shown)), [row.path for row in shown], fontsize=8)
+    axis.set(xlabel="ours / theirs (bar: median, thin line: least to most, thick mark: goal)", title=title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def _verdict(row: Row) -> str:
+    return "met" if row.met else "not met"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

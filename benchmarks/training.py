@@ -1,0 +1,106 @@
+"""Seconds of the stock Trainer's steps, of several models in turn on the same rows."""
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_from_disk
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks.floor import wait
+from benchmarks.sides import Side
+
+
+class CachedRows:
+    """Rows with the ViT's features in place of pictures, on disk as the feature cache has them: bytes, in float16."""
+
+    def __init__(self, side: Side, rows: Sequence[dict[str, Any]], folder: Path):
+        self.dtype, kept = torch.float16, []
+        for row in rows:
+            pixels = side.collator([row])["pixel_values"].to(side.model.device)
+            with torch.no_grad():
+                features = side.model.get_vision_features(pixels).last_hidden_state[0].to(self.dtype).cpu()
+            self.shape = tuple(features.shape)
+            kept.append({"text": row["text"], "vision_features": features.numpy().tobytes()})
+        Dataset.from_list(kept).save_to_disk(folder)
+        self._rows = load_from_disk(folder)  # memory-mapped
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        row = self._rows[number]
+        features = torch.frombuffer(bytearray(row["vision_features"]), dtype=self.dtype)
+        return row | {"vision_features": features.view(self.shape)}
+
+
+class _Clock(TrainerCallback):
+    def __init__(self, device: str):
+        self.device, self.ends = device, []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wait(self.device)
+        self.ends.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Of each step from its loading to its end, without the first, which makes the optimizer's state."""
+        return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
+
+
+def train(
+    side: Side, rows: Any, *, batch_size: int, steps: int, seed: int, device: str, bf16: bool, folder: Path
+) -> list[float]:
+    """Seconds of `steps` steps after one that is not counted."""
+    clock = _Clock(device)
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=steps + 1,
+        per_device_train_batch_size=batch_size,
+        learning_rate=1e-5,
+        bf16=bf16,
+        use_cpu=device == "cpu",
+        seed=seed,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+    )
+    trainer = Trainer(
+        model=side.model, args=arguments, train_dataset=rows, data_collator=side.collator, callbacks=[clock]
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    side.model.zero_grad()
+    return clock.seconds()
+
+
+def in_turn(runs: Mapping[str, Callable[[int], list[float]]], rounds: int) -> dict[str, list[float]]:
+    """Call each, time and again, forwards and backwards in turn; what they return, round after round.
+
+    Args:
+        runs: by name; each is given the number of the round.
+    """
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds):
+        for name in list(runs)[:: -1 if number % 2 else 1]:
+            found[name] += runs[name](number)
+            gc.collect()
+    return found
+
+
+def step_of(side: Side, rows: Sequence[dict[str, Any]], device: str, bf16: bool) -> Callable[[], None]:
+    """A forward and backward pass over the same batch at each call, as the Trainer's are: gradients add up."""
+    batch = {name: tensor.to(device) for name, tensor in side.collator(list(rows)).items()}
+    side.model.train()
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            output = side.model(**batch)
+        output["loss"].backward()
+
+    return step
