@@ -33,15 +33,15 @@ CUSTOM_PIPELINES = {
 # What a saved folder holds, see `modeling_forms.py`.
 FORMS = ("thin", "full", "merged")
 
-_POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "max_position_embeddings",
-    "cross_attention_frequency",
-)
+# What gives a transformer its size, and far more than any has: a config may come from a stranger, and a million layers
+# take hours to be built, before anybody looks whether there are weights for them.
+SIZES = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**24,
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 2**16,
+    "intermediate_size": 2**24,
+}
 
 
 @strict
@@ -84,14 +84,14 @@ class LorgnetteQFormerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
-        for field in _POSITIVE:
-            _require_positive(self, field)
+        for field in (*SIZES, "max_position_embeddings", "cross_attention_frequency"):
+            _require_size(self, field)
         for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it is a share, at least 0 and below 1")
         for field in ("encoder_hidden_size", "num_query_tokens"):
             if getattr(self, field) is not None:
-                _require_positive(self, field)
+                _require_size(self, field)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) is not a multiple of "
@@ -147,7 +147,11 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
         elif isinstance(self.qformer_config, dict):
             self.qformer_config = LorgnetteQFormerConfig(**self.qformer_config)
 
-        _require_positive(self, "num_query_tokens")
+        for name in self.sub_configs:
+            for field in SIZES:
+                if isinstance(getattr(getattr(self, name), field, None), int):  # some have one for each layer
+                    _require_size(getattr(self, name), field, f"{name}.")
+        _require_size(self, "num_query_tokens")
         self._follow("encoder_hidden_size", self.vision_config.hidden_size, "vision_config.hidden_size")
         self._follow("num_query_tokens", self.num_query_tokens, "num_query_tokens")
 
@@ -258,7 +262,7 @@ class LorgnetteConfig(LorgnetteBridgeConfig):
         self.text_config.vocab_size = value
 
     def _check_image_token_id(self) -> None:
-        if self.image_token_id < 0:
+        if not 0 <= self.image_token_id < 2**31:
             raise ValueError(f"image_token_id is {self.image_token_id}; it has to be a free id of the tokenizer")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             taken = getattr(self.text_config, name, None)
@@ -299,7 +303,7 @@ class LorgnetteRetrievalConfig(LorgnetteBridgeConfig):
             self.qformer_config.dec_token_id = self.qformer_config.vocab_size - 1
         super().__post_init__(**kwargs)
         self.pad_token_id = self.qformer_config.pad_token_id  # where Trainer looks for it, and would otherwise warn
-        _require_positive(self, "image_text_hidden_size")
+        _require_size(self, "image_text_hidden_size")
         weights = {name: getattr(self, name) for name in ("itc_weight", "itm_weight", "itg_weight")}
         for name, weight in weights.items():
             if weight < 0:
@@ -322,12 +326,19 @@ def _sub_config(config: dict | PreTrainedConfig | None, name: str, default: str)
     if "model_type" not in config:
         raise ValueError(f"{name} has no model_type, so its architecture is unknown; it has {sorted(config)}")
     fields = dict(config)
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    model_type = fields.pop("model_type")
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # each class refuses what it does in its own way
+        raise ValueError(f'{name} is no config of the model_type "{model_type}": {error}') from error
 
 
-def _require_positive(config: PreTrainedConfig, field: str) -> None:
-    if getattr(config, field) < 1:
-        raise ValueError(f"{field} is {getattr(config, field)}; it has to be at least 1")
+def _require_size(config: PreTrainedConfig, field: str, where: str = "") -> None:
+    value, largest = getattr(config, field), SIZES.get(field, 2**24)
+    if value < 1:
+        raise ValueError(f"{where}{field} is {value}; it has to be at least 1")
+    if value > largest:
+        raise ValueError(f"{where}{field} is {value}; more than {largest} cannot be meant")
 
 
 __all__ = [
@@ -335,6 +346,7 @@ __all__ = [
     "AUTO_PROCESSOR",
     "CUSTOM_PIPELINES",
     "FORMS",
+    "SIZES",
     "LorgnetteBridgeConfig",
     "LorgnetteConfig",
     "LorgnetteQFormerConfig",

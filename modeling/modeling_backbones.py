@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from transformers.utils import cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from ..configuration.backbone_sources import from_pretrained_arguments, load_tokenizer
@@ -238,8 +239,14 @@ def _has_tokenizer(name: str, revision: str | None) -> bool:
 
 
 def from_source(model: PreTrainedModel, source: str | Path, revision: str | None) -> Backbone:
-    """Keep the Hub id and the commit; a local folder is nobody else's business and is not recorded."""
-    if Path(source).is_dir():
+    """Keep the Hub id and the commit; a local folder is nobody else's business and is not recorded.
+
+    Nor is a repository of pickled weights: whoever loads a model reads none, so that it has to bring them along.
+    """
+    have = partial(
+        cached_file, source, revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False
+    )
+    if Path(source).is_dir() or not (have(SAFE_WEIGHTS_NAME) or have(SAFE_WEIGHTS_INDEX_NAME)):
         model.config.name_or_path = ""
         return Backbone(model)
     config_file = cached_file(source, "config.json", revision=revision, local_files_only=True)

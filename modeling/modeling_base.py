@@ -16,7 +16,8 @@ from .modeling_backbones import refuse_missing
 from .modeling_card import complete_card
 from .modeling_companions import ProcessorBeside
 from .modeling_forms import in_form, is_backbone_key, keys_not_to_miss, resolve_form
-from .modeling_thin import is_thin, load_in_parts
+from .modeling_thin import WHERE, is_thin, load_in_parts
+from .modeling_weight_files import check_fits, weight_files
 from .modeling_whole_folder import written_whole
 
 
@@ -63,20 +64,37 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         Of a model that was saved thin the backbones are loaded too, from their repositories at their commits.
         `quantization_config` is for the language model alone: see [`~modeling_thin.load_in_parts`].
 
+        Only safetensors are read, whatever else lies in the folder.
+
         Raises:
-            ValueError: weights of a backbone are not there; transformers alone would draw random ones.
+            OSError: nothing there, or no weights.
+            ValueError: weights of a backbone are not there; transformers alone would draw random ones. Pickled weights,
+                an adapter beside them, or a config that describes other shapes than the files hold: see
+                [`~modeling_weight_files.weight_files`] and [`~modeling_weight_files.check_fits`].
         """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors is False, and pickled weights are not read")
         with_info = kwargs.pop("output_loading_info", False)
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
-        # are for parts, and transformers would take them for the whole
+        # these are for parts, and transformers would take them for the whole
         by_part = any(kwargs.get(name) is not None for name in ("quantization_config", "device_map"))
         by_part = by_part and pretrained_model_name_or_path is not None
-        if by_part or is_thin(pretrained_model_name_or_path, **kwargs):
-            model, info = load_in_parts(cls, pretrained_model_name_or_path, *args, **kwargs)
+        thin, files = is_thin(pretrained_model_name_or_path, **kwargs), []
+        if pretrained_model_name_or_path is not None:
+            where = {name: kwargs[name] for name in WHERE if name in kwargs}
+            files = weight_files(pretrained_model_name_or_path, kwargs.get("variant"), **where)
+            check_fits(cls, pretrained_model_name_or_path, files, thin, **kwargs)
+        if thin or by_part:
+            model, info = load_in_parts(cls, pretrained_model_name_or_path, files, *args, **kwargs)
         else:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
+            told = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **(kwargs | told))
+            if info["mismatched_keys"] and not kwargs.get("ignore_mismatched_sizes"):
+                key, found, described = min(info["mismatched_keys"])
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: {key} is {tuple(found)} in the files, and {tuple(described)} by "
+                    f"the config; {len(info['mismatched_keys'])} weights do not fit"
+                )
         if pretrained_model_name_or_path is not None:
             model._processor = ProcessorBeside(pretrained_model_name_or_path, **hub_kwargs)
         model._finish_loading(set(info["missing_keys"]), set(info["unexpected_keys"]))

@@ -8,7 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import AutoProcessor
 from transformers.utils import (
     CHAT_TEMPLATE_DIR,
     CHAT_TEMPLATE_FILE,
@@ -18,8 +17,6 @@ from transformers.utils import (
     logging,
 )
 from transformers.utils.hub import list_repo_templates
-
-from ..configuration.remote_code import save_remote_code
 
 
 logger = logging.get_logger(__name__)
@@ -79,12 +76,16 @@ class ProcessorBeside:
             Path(folder, name).write_bytes(content)
 
     def load(self) -> Any:
-        """The processor itself, the same one each time; raises OSError where there is none."""
+        """The processor itself, the same one each time; raises OSError where there is none.
+
+        Its files may name code of others' for a tokenizer, say, which nobody has said is to be trusted: it is not run.
+        """
+        from ..processing.processing_lorgnette import LorgnetteProcessor  # needed here alone: models know of no other
+
         if self._loaded is None:
             with TemporaryDirectory() as folder:
                 self.save_pretrained(folder)
-                save_remote_code(folder)
-                self._loaded = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+                self._loaded = LorgnetteProcessor.from_pretrained(folder, trust_remote_code=False)
         return self._loaded
 
     def _fetch(self) -> dict[str, bytes]:

@@ -88,7 +88,7 @@ def strayed_backbones(model: PreTrainedModel, form: str) -> set[str]:
     return strayed
 
 
-def is_backbone_key(model: PreTrainedModel, key: str) -> bool:
+def is_backbone_key(model: PreTrainedModel | type[PreTrainedModel], key: str) -> bool:
     """Whether a weight of this name comes with a backbone."""
     return key.split(".", 1)[0] in model.backbones and ".lora_" not in key
 

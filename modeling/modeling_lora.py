@@ -21,8 +21,30 @@ _NO_SETTINGS = {
     "revision",
     "runtime_config",
 }
-# Ways to initialise LoRA that rewrite the base weights (`peft.LoraConfig.init_lora_weights`).
-_CHANGES_BASE_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Fields of `peft.LoraConfig` that are known to leave the base weights alone and to read no files. Of the others, and
+# each version of peft has more, some truncate base weights (`kasa_config`), load what was pickled (`corda_config`) or
+# import a module by its name (`megatron_core`).
+_HARMLESS = {
+    "alpha_pattern",
+    "bias",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_bias",
+    "lora_dropout",
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "target_parameters",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+}
+# Ways to initialise LoRA that do not rewrite base weights.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str, Any]:
@@ -82,11 +104,16 @@ def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str,
 
 
 def check_lora_config(lora_config: dict[str, Any]) -> None:
-    """Refuse what would train or rewrite the base weights, which stay bit-identical here.
+    """Refuse what would train or rewrite the base weights, which stay bit-identical here, or reach beyond the model.
+
+    A config may come from a stranger. Fields at peft's defaults may be there.
 
     Raises:
         ValueError: names the field and its value.
     """
+    if is_peft_available():  # said so that transformers asks for peft only where there is LoRA
+        from peft import LoraConfig
+
     if lora_config.get("modules_to_save") or lora_config.get("trainable_token_indices"):
         raise ValueError("lora_config.modules_to_save and trainable_token_indices would train base weights of the LM")
     if lora_config.get("layer_replication"):
@@ -96,10 +123,18 @@ def check_lora_config(lora_config: dict[str, Any]) -> None:
             f'lora_config.bias is "{lora_config["bias"]}" and would train biases of the LM; it has to be "none"'
         )
     init = lora_config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE_WEIGHTS):
+    if init not in _INITIALISATIONS:
         raise ValueError(
-            f'lora_config.init_lora_weights "{init}" rewrites base weights of the LM; True or "gaussian" do not'
+            f'lora_config.init_lora_weights "{init}" rewrites base weights of the LM, or may; those that do not are '
+            f"{', '.join(map(repr, _INITIALISATIONS))}"
         )
+    defaults = LoraConfig()
+    for name in sorted(lora_config.keys() - _HARMLESS):
+        if lora_config[name] != getattr(defaults, name, None):
+            raise ValueError(
+                f"lora_config.{name} is {str(lora_config[name])[:100]}; peft's fields that are known to concern LoRA "
+                f"alone are {', '.join(sorted(_HARMLESS))}"
+            )
 
 
 def attention_projections(language_model: PreTrainedModel) -> list[str]:

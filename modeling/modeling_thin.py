@@ -7,17 +7,20 @@ in the same way where its language model is to be quantised, and nothing else.
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_utils import load_state_dict
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
-from transformers.utils.hub import get_checkpoint_shard_files
+from safetensors.torch import load_file
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
+from ..configuration.configuration_lorgnette import SIZES
 from .modeling_backbones import parse_dtype, read_language_model, read_vision_model
 from .modeling_forms import BACKBONES, is_backbone_key
+from .modeling_weight_files import weight_files
 
 
 logger = logging.get_logger(__name__)
@@ -25,6 +28,7 @@ logger = logging.get_logger(__name__)
 _READERS = {"language_model": read_language_model, "vision_model": read_vision_model}
 _FOLDER = ("revision", "subfolder")  # of a load, what says where in a repository the thin model's own files are
 _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "token")  # and how any repository is reached
+WHERE = (*_FOLDER, *_HUB)
 _PLACING = ("max_memory", "offload_folder", "offload_buffers")  # go with device_map
 # what means nothing here: there is one kind of file, and no adapter of its own
 _MOOT = ("_from_auto", "_from_pipeline", "adapter_kwargs", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors",
@@ -41,7 +45,7 @@ def is_thin(name: str | Path | None, config: PreTrainedConfig | None = None, **k
     """
     if name is None:
         return False
-    where = {key: kwargs[key] for key in (*_FOLDER, *_HUB) if key in kwargs}
+    where = {key: kwargs[key] for key in WHERE if key in kwargs}
     try:
         return PreTrainedConfig.get_config_dict(name, **where)[0].get("saved_form") == "thin"
     except OSError:
@@ -51,11 +55,12 @@ def is_thin(name: str | Path | None, config: PreTrainedConfig | None = None, **k
 
 
 def load_in_parts(
-    cls: type[PreTrainedModel], name: str | Path, *args: Any, **kwargs: Any
+    cls: type[PreTrainedModel], name: str | Path, files: list[str], *args: Any, **kwargs: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model of class `cls` from its folder or Hub repository, with the backbones that it names if it is thin.
 
     Args:
+        files: its own weights, see [`~modeling_weight_files.weight_files`].
         kwargs: as `PreTrainedModel.from_pretrained` takes them. `quantization_config` is for the language model alone,
             and LoRA lies over it; so is `device_map`, and all else goes where the language model begins. A `device_map`
             that names parts, `{"language_model": 0, "vision_model": 1}`, places each as a whole.
@@ -81,7 +86,9 @@ def load_in_parts(
 
     config, kwargs = _resolve_config(cls, name, where, kwargs)
     dtype = parse_dtype(config.dtype or torch.float32 if wished_dtype in (None, "auto") else wished_dtype)
-    weights = _read_weights(name, where)
+    weights = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    for part in cls.backbones if config.saved_form == "thin" else ():
+        _check_backbone(part, config, name, hub)
     parts: dict[str, PreTrainedModel] = {}
     for part in cls.backbones:
         extra = {"quantization_config": quantization} if quantization is not None and not parts else {}
@@ -89,7 +96,8 @@ def load_in_parts(
             placing = {"device_map": {"": places[part]}}
         extra |= {"dtype": dtype, "config": getattr(config, f"{BACKBONES[part][1]}_config"), **placing}
         if config.saved_form == "thin":
-            parts[part] = _load_backbone(part, config, name, extra | hub)
+            with _backbone(part, config, name, hub) as (source, keywords):
+                parts[part] = _READERS[part](source, use_safetensors=True, **extra, **keywords)
         else:
             parts[part] = _READERS[part](None, state_dict=_take_backbone(part, weights), **extra)
         setattr(config, f"{BACKBONES[part][1]}_config", parts[part].config)
@@ -140,11 +148,15 @@ def _resolve_config(
     return config, kwargs
 
 
-def _load_backbone(part: str, config: PreTrainedConfig, name: str | Path, keywords: dict[str, Any]) -> PreTrainedModel:
+@contextmanager
+def _backbone(
+    part: str, config: PreTrainedConfig, name: str | Path, hub: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What a backbone's `from_pretrained` is to be called with; within the block errors say what to do."""
     what, prefix = BACKBONES[part]
     source, revision = getattr(config, f"{prefix}_backbone"), getattr(config, f"{prefix}_backbone_revision")
     try:
-        return _READERS[part](source, revision=revision, **keywords)
+        yield source, {"revision": revision, **hub}
     except OSError as error:
         raise OSError(
             f"{name} was saved thin, without its {what}, which is {source} at commit {revision} and cannot be loaded. "
@@ -152,6 +164,19 @@ def _load_backbone(part: str, config: PreTrainedConfig, name: str | Path, keywor
             "repository after `hf auth login`); or have the model saved with save_pretrained(…, form='full') by "
             f"someone who has it. {error}"
         ) from error
+
+
+def _check_backbone(part: str, config: PreTrainedConfig, name: str | Path, hub: dict[str, Any]) -> None:
+    """Refuse a backbone whose files are none to be read, and a config that describes another one than it names."""
+    what, prefix = BACKBONES[part]
+    with _backbone(part, config, name, hub) as (source, keywords):
+        own = AutoConfig.from_pretrained(source, **keywords)
+        weight_files(source, **keywords)
+    own, described = getattr(own, f"{prefix}_config", own), getattr(config, f"{prefix}_config")
+    for field in (*SIZES, "head_dim", "image_size", "num_key_value_heads", "patch_size"):
+        here, there = getattr(described, field, None), getattr(own, field, None)
+        if here != there:
+            raise ValueError(f"{name}: its {what} {source} has {field} {there}, and not {here}, as the config says")
 
 
 def _take_backbone(part: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -180,14 +205,4 @@ def _load_own_weights(
     return lacking, unexpected
 
 
-def _read_weights(name: str | Path, where: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """All tensors of a folder or a Hub repository, sharded or not, on the CPU."""
-    file = cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **where)
-    files = [file]
-    if file is None:
-        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **where)
-        files, _ = get_checkpoint_shard_files(name, index, **where)
-    return {key: tensor for file in files for key, tensor in load_state_dict(file).items()}
-
-
-__all__ = ["is_thin", "load_in_parts"]
+__all__ = ["WHERE", "is_thin", "load_in_parts"]

@@ -21,7 +21,7 @@ from .blip2_prompts import BLIP2_TEMPLATE
 from .conversations import flatten, images_in, is_batch, query_in
 from .image_loading import MAX_IMAGE_PIXELS, load_image_for, naming
 from .image_rows import match_images, rows_of, texts_of
-from .prompt_encoding import IMAGE_TOKEN, answer_frame, encode, render, truncate, with_start
+from .prompt_encoding import IMAGE_TOKEN, answer_frame, check_unicode, encode, render, truncate, with_start
 from .tokenizer_preparation import prepare_tokenizer
 
 
@@ -378,8 +378,10 @@ class LorgnetteProcessor(ProcessorMixin):
         """`input_ids` and `attention_mask` of the Q-Former's texts, in which special tokens are plain text.
 
         Raises:
-            ValueError: a text longer than the Q-Former's tokenizer allows.
+            ValueError: a text longer than the Q-Former's tokenizer allows, or with half of a character in it.
         """
+        for text in texts:
+            check_unicode(text)
         tokenizer = self.qformer_tokenizer
         text_kwargs = {"return_token_type_ids": False, "split_special_tokens": True} | text_kwargs
         encoded = tokenizer(texts, return_attention_mask=True, **text_kwargs)

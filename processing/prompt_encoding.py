@@ -59,13 +59,32 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, continues: bool = Fals
         text: may hold parts marked by [`mark_as_words`].
         continues: whether other text comes before it, so that a tokenizer that puts a space in front of the first word
             (SentencePiece) does not.
+
+    Raises:
+        ValueError: the text is no Unicode, see [`check_unicode`].
     """
+    check_unicode(text)
     _, marked = _patterns(control_tokens(tokenizer))
     pieces, ids = marked.split(text), []  # text, marked, text, marked, … text; marked is None for a lone mark
     for position, piece in enumerate(pieces):
         if piece:
             ids += _encode_piece(tokenizer, piece, words=position % 2 == 1, continues=continues or bool(ids))
     return ids
+
+
+def check_unicode(text: str) -> None:
+    """Refuse what no tokenizer takes: half of a character, as JSON's `"\\ud83d"` can bring it in.
+
+    Raises:
+        ValueError: names the code point and its position.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise ValueError(
+            f"the text has half of a character at position {error.start}: {half}, a lone surrogate"
+        ) from None
 
 
 def with_start(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

@@ -1,0 +1,128 @@
+"""Which files a saved model is read from, and whether its config describes what they hold.
+
+A folder may come from a stranger. So safetensors alone are read, which hold nothing but numbers, and no adapter that
+transformers would take along by itself; and the shapes are compared before any memory is taken. transformers fills what
+does not fit with random numbers first, however large, and then says so.
+"""
+
+import copy
+import json
+import math
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from .modeling_forms import is_backbone_key
+
+
+Shape = tuple[int, ...]
+
+
+def weight_files(name: str | Path, variant: str | None = None, **where: Any) -> list[str]:
+    """The safetensors of a folder or a Hub repository, in which they are on this machine's disk then.
+
+    Args:
+        variant: as `from_pretrained` has it: `model.fp16.safetensors` for `"fp16"`.
+        where: `revision`, `subfolder`, `cache_dir` … of a load.
+
+    Raises:
+        OSError: no weights are there.
+        ValueError: there are only pickled ones; the index names another kind of file, or one elsewhere; an adapter lies
+            beside them, which transformers would put on.
+    """
+    have = partial(cached_file, name, _raise_exceptions_for_missing_entries=False, **where)
+    if have(ADAPTER_CONFIG_NAME) is not None:
+        raise ValueError(
+            f"{name} has an {ADAPTER_CONFIG_NAME} beside its weights: no model is saved so here. A language model's "
+            "LoRA lies in the folder lm_adapter"
+        )
+    file = have(_variant_of(SAFE_WEIGHTS_NAME, variant))
+    if file is not None:
+        return [file]
+    index = have(_variant_of(SAFE_WEIGHTS_INDEX_NAME, variant))
+    if index is None:
+        pickled = [kind for kind in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if have(_variant_of(kind, variant)) is not None]
+        if pickled:
+            raise ValueError(
+                f"{name} holds {pickled[0]} and no {SAFE_WEIGHTS_NAME}: pickled weights are not read. Whoever trusts "
+                "them loads them with torch, and saves the model with save_pretrained"
+            )
+        raise OSError(f"{name} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
+    shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
+    if odd := sorted(shard for shard in set(shards) if not re.fullmatch(r"[\w.-]+\.safetensors", shard)):
+        raise ValueError(f"{name}: its index names {odd[0]!r}, which is no safetensors file beside it")
+    return get_checkpoint_shard_files(name, index, **where)[0]
+
+
+def check_fits(cls: type[PreTrainedModel], name: str | Path, files: list[str], thin: bool, **kwargs: Any) -> None:
+    """Compare a model's config with the shapes that its files hold, before anything is loaded.
+
+    Args:
+        cls: the class that is to be loaded.
+        files: from [`weight_files`].
+        thin: whether the backbones are not in them.
+        kwargs: of `from_pretrained`.
+
+    Raises:
+        ValueError: no model can be built of the config; a tensor has another shape in the files, with both; the config
+            describes more than twice as many numbers as there are; or it names other files.
+    """
+    config = kwargs.pop("config", None)
+    if not isinstance(config, PreTrainedConfig):
+        config, _ = cls.config_class.from_pretrained(config or name, return_unused_kwargs=True, **kwargs)
+    if elsewhere := getattr(config, "transformers_weights", None):
+        raise ValueError(
+            f"{name}: its config says that the weights are in {elsewhere!r}, and no model is saved so here"
+        )
+    if kwargs.get("ignore_mismatched_sizes"):
+        return
+    found = {key: shape for file in files for key, shape in _shapes_in(file).items()}
+    described = _shapes_of(cls, name, config)
+    if thin:
+        described = {key: shape for key, shape in described.items() if not is_backbone_key(cls, key)}
+    for key in sorted(found.keys() & described.keys()):
+        if found[key] != described[key]:
+            raise ValueError(f"{name}: {key} is {found[key]} in the files, and {described[key]} by the config")
+    # names may differ (transformers keeps older ones in files), and some weights may be absent that nothing reads
+    room, needed = (sum(math.prod(shape) for shape in shapes.values()) for shapes in (found, described))
+    if needed > 2 * room:
+        raise ValueError(f"{name}: its config describes {needed:,} numbers, and the files hold {room:,}")
+
+
+def _shapes_in(file: str) -> dict[str, Shape]:
+    with safe_open(file, framework="pt") as tensors:
+        return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
+
+
+def _shapes_of(cls: type[PreTrainedModel], name: str | Path, config: PreTrainedConfig) -> dict[str, Shape]:
+    """The parameters of a model of this config, tied ones once."""
+    try:
+        with torch.device("meta"):
+            skeleton = cls(copy.deepcopy(config))
+    except (ValueError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{name}: no model can be built of its config: {error or type(error).__name__}") from error
+    return {key: tuple(parameter.shape) for key, parameter in skeleton.named_parameters()}
+
+
+def _variant_of(name: str, variant: str | None) -> str:
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
+
+
+__all__ = ["check_fits", "weight_files"]
