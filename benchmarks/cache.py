@@ -29,6 +29,8 @@ from lorgnette.trainer.feature_cache import read_metadata
 STAGES = {"stage2": (stage2, Stage2Arguments), "stage1": (stage1, Stage1Arguments)}
 TOLERANCE = {"float32": 1e-5, "float16": 2e-2}
 TIMED = "float16"  # what a cache is by default
+# No dropout, as in the demo's recipes: a CPU has no fast attention with it.
+QFORMER = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # Small steps: what is compared is the features, and large ones from a random start make any difference grow.
 RECIPE = {"num_train_epochs": 1, "learning_rate": 1e-5, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
 
@@ -115,7 +117,7 @@ def epoch(stage: str, options: Options, vision: Path | str, source: Path, output
     """Seconds of an epoch, and the loss of each of its steps."""
     module, arguments = STAGES[stage]
     given = {name: getattr(options, name) for name in ("num_query_tokens", "text_column", "qformer")}
-    given |= {"vision": vision, "dataset": source, "output_dir": output}
+    given |= {"vision": vision, "dataset": source, "output_dir": output, "qformer_config": json.dumps(QFORMER)}
     given |= {"per_device_train_batch_size": options.batch_size}
     own = {"stage1": {}, "stage2": {"text": options.text, "lora": '{"r": 8}'}}[stage]
     argv = [part for name, value in (RECIPE | given | own).items() for part in (f"--{name}", str(value))]
