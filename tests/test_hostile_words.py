@@ -3,20 +3,19 @@
 import pytest
 import tiny
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from lorgnette import LorgnetteCollator, LorgnetteProcessor
 
 
 QUERIES = 4
-# Takes an assistant's words apart at a marker and writes them anew, as Qwen3's template does.
+# Gives an assistant's thought a turn of its own, as gpt-oss' template does, and so takes the words apart at a marker.
 THINKING_APART = (
-    "{% for message in messages %}{% set words = message['content'] %}"
-    "{% if message['role'] == 'assistant' and '</think>' in words %}"
-    "{% set thought = words.split('</think>')[0].split('<think>')[-1] %}{% set words = words.split('</think>')[-1] %}"
-    "{% set words = '<think>\n' + thought + '\n</think>\n\n' + words %}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + words + '<|im_end|>\n' }}{% endfor %}"
+    "{% set opening = '<think>' %}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ message['content'].split('</think>') | join('<|im_end|>\n<|im_start|>assistant\n') }}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -104,7 +103,7 @@ MESSAGES = st.lists(
 )
 # the same examples each time, in a few seconds
 bounded = settings(
-    derandomize=True, max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+    derandomize=True, max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
 )
 on_all = pytest.mark.parametrize("lm", LMS)
 
@@ -163,6 +162,7 @@ def test_a_caption(lm, words):
 @on_all
 @bounded
 @given(messages=MESSAGES, query=WORDS, answer=WORDS)
+@example(messages=[("assistant", ["a thought</think>an answer"])], query="Q", answer="A")
 def test_a_chat(lm, messages, query, answer):
     """The roles that open are those of the messages, in their order."""
     processor = PROCESSORS[lm]
@@ -175,11 +175,13 @@ def test_a_chat(lm, messages, query, answer):
         last["content"].append({"type": "image"})
     ids, output = processor.encode_example(answer, messages=chat)
     expected, _ = processor.encode_example("O", messages=harmless)
-    allowed = {"<think>", "</think>"} if lm == "taking thoughts apart" else set()
-    keep = [
-        token for token in control(processor, ids) if processor.tokenizer.convert_ids_to_tokens(token) not in allowed
-    ]
-    assert keep == control(processor, expected)
+    if lm == "taking thoughts apart":
+        turns = len(asked) + sum("\n".join(texts).count("</think>") for role, texts in messages if role == "assistant")
+        opened, closed = processor.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        kept = [token for token in control(processor, ids) if token in (opened, closed)]
+        assert kept == [opened, closed] * turns + [opened]
+    else:
+        assert control(processor, ids) == control(processor, expected)
     assert ids.count(processor.image_token_id) == QUERIES
     assert control(processor, output) == control(processor, processor.encode_example("O")[1])
 
