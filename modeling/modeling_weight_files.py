@@ -100,7 +100,9 @@ def check_fits(cls: type[PreTrainedModel], name: str | Path, files: list[str], t
     # names may differ (transformers keeps older ones in files), and some weights may be absent that nothing reads
     room, needed = (sum(math.prod(shape) for shape in shapes.values()) for shapes in (found, described))
     if needed > 2 * room:
-        raise ValueError(f"{name}: its config describes {needed:,} numbers, and the files hold {room:,}")
+        lacking = sorted(key for key in described.keys() - found.keys() if is_backbone_key(cls, key))
+        what = f" lacks {len(lacking)} weights of its backbones ({lacking[0]}, …)" if lacking else ""
+        raise ValueError(f"{name}{what}: its config describes {needed:,} numbers, and the files hold {room:,}")
 
 
 def _shapes_in(file: str) -> dict[str, Shape]:
