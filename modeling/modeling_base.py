@@ -118,6 +118,24 @@ class LorgnettePreTrainedModel(PreTrainedModel):
             if parameter.is_floating_point() and not apart:
                 parameter.data = parameter.data.to(dtype)
 
+    def refuse_half_precision(self) -> None:
+        """Called where a loss is computed to be learned from: weights in float16 can be used, and not trained.
+
+        bfloat16 has float32's range, and mixed precision keeps float32 weights: both may train.
+
+        Raises:
+            ValueError: names the first weight, and the reason.
+        """
+        if not torch.is_grad_enabled():
+            return
+        half = [key for key, value in self.named_parameters() if value.requires_grad and value.dtype == torch.float16]
+        if half:
+            raise ValueError(
+                f"{len(half)} weights that train are float16 ({half[0]}, …). Adam's epsilon (1e-8) and the squares of "
+                "gradients below 2e-4 are 0 in it, and what is divided by them is not finite. Give dtype='float32' "
+                "where the model is built or loaded, and fp16=True or bf16=True to Trainer; or dtype='bfloat16'"
+            )
+
     def say_backbones_are_loaded(self) -> None:
         """Called where the backbones hold what was pretrained: from now on a save may leave them out."""
         self.has_loaded_backbones = True

@@ -406,8 +406,11 @@ class LorgnetteForConditionalGeneration(
 
         Raises:
             ValueError: placeholders and images that do not match, labels on placeholders, pictures that are not finite;
-                each names the row. Documents that the language model cannot be kept from mixing.
+                each names the row. Documents that the language model cannot be kept from mixing; weights in float16 that
+                train.
         """
+        if self.training and labels is not None:
+            self.refuse_half_precision()
         soft_tokens = None
         has_images = pixel_values is not None or vision_features is not None
         decoding = past_key_values is not None and input_ids is not None and input_ids.shape[1] == 1

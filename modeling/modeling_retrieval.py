@@ -248,8 +248,11 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
 
         Raises:
             ValueError: both or neither of pictures and features, not as many as texts, texts padded on the left, values
-                that are not finite, one caption for all pairs, a pair by itself, processes of unequal batches.
+                that are not finite, one caption for all pairs, a pair by itself, processes of unequal batches, weights
+                in float16 that train.
         """
+        if self.training and return_loss:
+            self.refuse_half_precision()
         features = self._look(
             pixel_values, vision_features, pixel_attention_mask, spatial_shapes, row_index, image_rows
         )
