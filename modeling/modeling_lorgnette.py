@@ -406,8 +406,8 @@ class LorgnetteForConditionalGeneration(
 
         Raises:
             ValueError: placeholders and images that do not match, labels on placeholders, pictures that are not finite;
-                each names the row. Documents that the language model cannot be kept from mixing; weights in float16 that
-                train.
+                each names the row. Documents that the language model cannot be kept from mixing, or weights in float16
+                that train.
         """
         if self.training and labels is not None:
             self.refuse_half_precision()
