@@ -3,6 +3,7 @@
 # make test   the test suite without those tests that start many processes; make test-all: with them; make lint: the linter
 # make bench   transformers' BLIP-2 and ours on the same weights, in turn: the table of results/benchmarks
 # make conformance   transformers' own common tests, on our classes and on BLIP-2
+# make faults   commands that are killed at random moments, begun again, and compared with runs that were not
 # make matrix   the tests with the lowest and the newest transformers, peft and accelerate, and a smoke test on later Pythons
 #
 # All work in a fresh clone: the virtual environment is made first.
@@ -30,7 +31,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo bench test test-all test-gpu conformance matrix lint prerequisites prerequisites-demo
+.PHONY: demo bench test test-all test-gpu conformance faults matrix lint prerequisites prerequisites-demo
 
 demo: prerequisites-demo $(VENV)/installed
 	$(BIN)/python -m examples.demo --cache "$(CACHE)" --output "$(OUTPUT)" $(if $(VISION),--vision "$(VISION)") \
@@ -52,6 +53,9 @@ bench: $(VENV)/installed
 
 conformance: $(VENV)/installed
 	$(BIN)/python -m conformance --cache "$(CACHE)" $(ARGS)
+
+faults: $(VENV)/installed
+	$(BIN)/python -m faults $(ARGS)
 
 matrix: $(VENV)/installed
 	TORCH="$(TORCH)" $(BIN)/nox --noxfile .ci/noxfile.py --envdir "$(abspath $(CACHE))/matrix" $(ARGS)

@@ -1,0 +1,237 @@
+"""What is killed: commands on tiny random parts, when, and what they may leave behind."""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import ClassVar
+
+import datasets
+import tiny
+from tiny_training import write_backbones, write_pairs
+from transformers.trainer import TRAINER_STATE_NAME
+
+from lorgnette.trainer.checkpoints import fault_of
+from lorgnette.trainer.feature_cache import COLUMN
+
+from .comparing import LACKS, differences
+from .killing import Moment
+
+
+QFORMER = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
+STEPS, EACH = 24, 2  # of a training run, and from one checkpoint to the next
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a killed process has left.
+
+    Args:
+        fell: where the kill fell, by what is there.
+        whole: what the next process has to go on from.
+        unlike: in what that is not what it should be.
+    """
+
+    fell: str
+    whole: str
+    unlike: list[str]
+
+
+class Case(ABC):
+    """A command, the moments at which it is killed, and what is asked of the folder that it leaves.
+
+    Args:
+        work: where backbones and data lie.
+    """
+
+    name: str
+    title: str
+    kills: int
+
+    def __init__(self, work: Path):
+        self.work = work
+
+    @abstractmethod
+    def arguments(self, output: Path, reference: bool = False) -> list[str]:
+        """Of Python, for the command to work in the folder `output`; the reference run keeps all that it makes."""
+
+    @abstractmethod
+    def moments(self, random: Random, seen: dict[str, float]) -> list[Moment]:
+        """`kills` moments in the order of the run, drawn with what an uninterrupted run was seen to make, and when."""
+
+    @abstractmethod
+    def left(self, output: Path, reference: Path) -> Left:
+        """What is in the folder after a kill."""
+
+    @abstractmethod
+    def went_on_from(self, log: str) -> str:
+        """What a process has gone on from, by its log, in the words of [`Left`]."""
+
+
+class Training(Case):
+    """Stage 2: pictures of a folder, a data loader worker, random crops, dropout, evaluation, the best model kept."""
+
+    name = "stage 2"
+    title = "`stage2`: evaluation, best model, `save_total_limit: 2`, a worker, `augment`"
+    kills = 9
+    options: ClassVar[str] = (
+        "--eval_fraction 0.25 --eval_strategy steps --eval_steps 2 --load_best_model_at_end true --augment true "
+        "--dataloader_num_workers 1 --lr_scheduler_type cosine --gradient_accumulation_steps 2"
+    )
+    limit: ClassVar[int] = 2
+
+    def arguments(self, output: Path, reference: bool = False) -> list[str]:
+        lora = {"r": 2, "lora_dropout": 0.1}
+        command = (
+            f"-m lorgnette.trainer stage2 --vision {self.work}/vit --text {self.work}/llama --num_query_tokens 4 "
+            f"--dataset {self.work}/pictures --output_dir {output} --max_steps {STEPS} --save_steps {EACH} "
+            f"--per_device_train_batch_size 2 --learning_rate 1e-3 --logging_steps 1 --log_level info "
+            f"--report_to none --use_cpu true --resume_from_checkpoint true {self.options}"
+        ).split()
+        command += ["--qformer_config", json.dumps(QFORMER), "--lora", json.dumps(lora)]
+        return command if reference else [*command, "--save_total_limit", str(self.limit)]
+
+    def moments(self, random: Random, seen: dict[str, float]) -> list[Moment]:
+        def whole(step: int) -> str:
+            return f"checkpoint-{step}/{TRAINER_STATE_NAME}"
+
+        found = [moment("before the first checkpoint", seen, random, "", f"checkpoint-{EACH}")]
+        middle = self.kills - 3
+        steps = sorted(random.sample(range(2 * EACH, STEPS, EACH), middle))
+        between = set(random.sample(steps, middle // 3))
+        for step in steps:
+            name = f"checkpoint-{step}"
+            if step in between:
+                found.append(moment(f"after {name}", seen, random, whole(step), f"checkpoint-{step + EACH}"))
+            else:
+                found.append(moment(f"while {name} is written", seen, random, name, whole(step)))
+        found.append(moment("after the last checkpoint", seen, random, whole(STEPS), ".unfinished"))
+        return [*found, moment("while the model is saved", seen, random, ".unfinished", TRAINER_STATE_NAME)]
+
+    def left(self, output: Path, reference: Path) -> Left:
+        there = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        whole = [path for path in there if fault_of(path) is None]
+        found = {path: differences(path, reference / path.name) for path in there}
+        unlike = [f"{path.name}: {difference}" for path in whole for difference in found[path]]
+        for path in set(whole[:-1]):  # a deletion that was cut off may have left all that training needs
+            unlike = [difference for difference in unlike if not difference.startswith(f"{path.name}: {LACKS}")]
+        files = {path: sum(file.is_file() for file in path.rglob("*")) for path in there}
+        of = {path: sum(file.is_file() for file in (reference / path.name).rglob("*")) for path in there}
+        fell = [f"in the deletion of {path.name}, {files[path]} of {of[path]} files left"
+                for path in there[:-1] if files[path] < of[path]]  # fmt: skip
+        if (output / ".unfinished").exists():
+            fell.append("in the save at the end")
+        elif there and fault_of(there[-1]) is not None:
+            fell.append(f"in the writing of {there[-1].name}, {files[there[-1]]} of {of[there[-1]]} files")
+        if not fell:
+            fell = [f"in training, after {there[-1].name}" if there else "before the first checkpoint"]
+        return Left("; ".join(fell), whole[-1].name if whole else "the start", unlike)
+
+    def went_on_from(self, log: str) -> str:
+        found = re.search(r"Resuming training from checkpoint .* global step (\d+)", log)
+        return f"checkpoint-{found[1]}" if found else "the start"
+
+
+class Streaming(Training):
+    """Stage 2: the same pictures as a stream, a constant learning rate, no evaluation."""
+
+    name = "stage 2, a stream"
+    title = "`stage2`: `streaming`, shuffled in a buffer, `save_total_limit: 1`"
+    kills = 5
+    options = "--streaming true --shuffle_buffer_size 5 --lr_scheduler_type constant"
+    limit = 1
+
+
+class Caching(Case):
+    """The features of 300 pictures in shards of four."""
+
+    name = "cache"
+    title = "`cache`: 75 shards"
+    kills = 3
+    rows, shard = 300, 4
+
+    def arguments(self, output: Path, reference: bool = False) -> list[str]:
+        source = self.work / "rows"
+        if not source.exists():
+            pictures = [tiny.picture(n) for n in range(self.rows)]
+            features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
+            columns = {"image": pictures, "text": [f"picture {n}" for n in range(self.rows)]}
+            datasets.Dataset.from_dict(columns, features=features).save_to_disk(source)
+        return (
+            f"-m lorgnette.trainer cache --vision {self.work}/vit --dataset {source} --output_dir {output} "
+            f"--shard_size {self.shard}"
+        ).split()
+
+    def moments(self, random: Random, seen: dict[str, float]) -> list[Moment]:
+        count = self.rows // self.shard
+        path = f"train/{COLUMN}-{{:05}}-of-{count:05}".format
+        numbers = sorted(random.sample(range(1, count), self.kills))
+        return [moment(f"while shard {n} is made", seen, random, path(n - 1), path(n)) for n in numbers]
+
+    def left(self, output: Path, reference: Path) -> Left:
+        shards = [path for path in output.glob("train/*") if path.suffix != ".unfinished"]
+        theirs = reference / "train"
+        unlike = [f"{path.name}/{name}" for path in shards for name in differences(path, theirs / path.name)]
+        cut = [f"in the writing of {path.stem}" for path in output.rglob("*.unfinished")]
+        return Left(cut[0] if cut else "between shards", f"{len(shards)} whole shards", unlike)
+
+    def went_on_from(self, log: str) -> str:
+        found = re.search(r"(\d+) of \d+ shards are whole already", log)
+        return f"{found[1]} whole shards" if found else "the start"
+
+
+class Exporting(Case):
+    """What the first case has trained, exported in full and tried by a stranger."""
+
+    name = "export"
+    title = "`hub_upload --export-dir`"
+    kills = 3
+
+    def arguments(self, output: Path, reference: bool = False) -> list[str]:
+        command = f"-m lorgnette.hub_upload {self.work}/reference-0 --repo-id me/eyes --license mit --dry-run"
+        return [*command.split(), "--export-dir", str(output / "export")]
+
+    def moments(self, random: Random, seen: dict[str, float]) -> list[Moment]:
+        folder = ".unfinished-export/export"
+        written = max((path for path in seen if path.startswith(f"{folder}/")), key=seen.__getitem__)
+        writing = [moment("while the export is written", seen, random, folder, written) for _ in range(self.kills - 1)]
+        return [*writing, moment("while a stranger tries it", seen, random, written, "export")]
+
+    def left(self, output: Path, reference: Path) -> Left:
+        if (output / "export").exists():
+            return Left("after the end", "the start", differences(output / "export", reference / "export"))
+        files, of = (
+            sum(path.is_file() and path.suffix != ".pyc" for path in folder.rglob("*"))
+            for folder in (output, reference)
+        )
+        return Left(f"in the writing, {files} of {of} files" if files < of else "in the trial", "the start", [])
+
+    def went_on_from(self, log: str) -> str:
+        return "the start"
+
+
+def moment(name: str, seen: dict[str, float], random: Random, begin: str, end: str) -> Moment:
+    """A random moment between two paths, counted from the last path before it: so it is met on a busy machine, too.
+
+    Args:
+        seen: when an uninterrupted run was seen to make what.
+        begin: a path; "" for the start of the process.
+        end: a path.
+    """
+    last = seen.get(end, 0.0)  # what was too short to be seen has taken no time
+    first = seen.get(begin, last) if begin else 0.0
+    when = random.uniform(first, max(first, last))
+    lasting = (path for path in seen if "unfinished" not in path.removeprefix(".unfinished-"))
+    after = max((path for path in lasting if first < seen[path] <= when), key=seen.__getitem__, default=begin)
+    return Moment(name, after, when - seen.get(after, 0.0))
+
+
+CASES = (Training, Streaming, Caching, Exporting)
+
+
+def write_parts(work: Path) -> None:
+    """Backbones and pictures that the cases share."""
+    write_backbones(work)
+    write_pairs(work / "pictures")
