@@ -113,7 +113,7 @@ def check_context(
 
 
 def check_shared(
-    num_shared_tokens: int,
+    shared_input_ids: torch.Tensor,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     labels: torch.Tensor,
@@ -123,7 +123,7 @@ def check_shared(
     """Refuse to run a row's first tokens for all rows where they are not those of all.
 
     Args:
-        num_shared_tokens: how many.
+        shared_input_ids: `(B, P)`, said to be the first tokens of each row.
         input_ids, attention_mask, labels: `(B, S)`.
         config: for `image_token_id`.
         row_index: as in [`check_placeholders`].
@@ -131,17 +131,17 @@ def check_shared(
     Raises:
         ValueError: names the row that differs, or in which padding, a placeholder or what is to be learned is too near.
     """
-    shared = input_ids[:, :num_shared_tokens]
-    taken = (shared == config.image_token_id).any(dim=1) | (labels[:, : num_shared_tokens + 1] != -100).any(dim=1)
+    num_shared = shared_input_ids.shape[1]
+    first = input_ids[:, :num_shared]
+    taken = (first == config.image_token_id).any(dim=1) | (labels[:, : num_shared + 1] != -100).any(dim=1)
     if attention_mask is not None:
-        taken = taken | ~attention_mask[:, :num_shared_tokens].bool().all(dim=1)
+        taken = taken | ~attention_mask[:, :num_shared].bool().all(dim=1)
     for wrong, why in (
-        ((shared != shared[:1]).any(dim=1), "are not those of the batch's first row"),
+        ((first != shared_input_ids[:1]).any(dim=1), "are not those of the batch's shared_input_ids"),
         (taken, "cannot be shared: padding, a picture or what is to be learned is among them or next"),
     ):
         if wrong.any():
-            row = row_name(int(wrong.nonzero()[0]), row_index)
-            raise ValueError(f"{row}: its first {num_shared_tokens} tokens (num_shared_tokens) {why}")
+            raise ValueError(f"{row_name(int(wrong.nonzero()[0]), row_index)}: its first {num_shared} tokens {why}")
 
 
 def row_name(row: int, row_index: torch.Tensor | None) -> str:

@@ -53,9 +53,9 @@ def test_loss_and_gradients_are_the_plain_runs(architecture: str, attention: str
     built = without_dropout(text=architecture, attn_implementation=attention)
     batch, seen = batch_of(built), widths(built)
     losses, gradients = [], []
-    for shared in (0, SHARED):
+    for shared in ({}, {"shared_input_ids": batch["input_ids"][:, :SHARED]}):
         built.zero_grad()
-        loss = built(**batch, num_shared_tokens=shared).loss
+        loss = built(**batch, **shared).loss
         loss.backward()
         losses.append(loss)
         gradients.append({name: p.grad.clone() for name, p in built.named_parameters() if p.requires_grad})
@@ -71,18 +71,20 @@ def test_the_collator_counts_what_prompts_have_in_common(tmp_path):
     rows = [{**row, "query": query} for row, query in zip(pairs(2), ("red or blue?", "red or green?"), strict=True)]
     batch = collator(rows)
     first, second = batch["input_ids"]
-    shared = batch["num_shared_tokens"]
-    assert torch.equal(first[:shared], second[:shared]) and first[shared] != second[shared]
+    shared = batch["shared_input_ids"].shape[1]
+    assert torch.equal(batch["shared_input_ids"], batch["input_ids"][:, :shared])
+    assert torch.equal(first[:shared], second[:shared])
+    assert first[shared] != second[shared]
 
     alike = LorgnetteCollator(processor)(pairs(3))
-    assert alike["num_shared_tokens"] == alike["input_ids"][0].tolist().index(processor.image_token_id) > 0
+    assert alike["shared_input_ids"].shape[1] == alike["input_ids"][0].tolist().index(processor.image_token_id) > 0
     seen = widths(built.train())
     built(**alike)
     assert [rows for rows, _ in seen] == [1, 3]
     assert sum(tokens for _, tokens in seen) == alike["input_ids"].shape[1]
 
-    assert "num_shared_tokens" not in LorgnetteCollator(processor)(pairs(1))
-    assert "num_shared_tokens" not in LorgnetteCollator(processor, pack_to=256)(pairs(3))
+    assert "shared_input_ids" not in LorgnetteCollator(processor)(pairs(1))
+    assert "shared_input_ids" not in LorgnetteCollator(processor, pack_to=256)(pairs(3))
 
 
 def test_of_prompts_without_pictures_a_token_is_left_to_each(tmp_path):
@@ -93,15 +95,15 @@ def test_of_prompts_without_pictures_a_token_is_left_to_each(tmp_path):
     ]
     batch = LorgnetteCollator(processor)(rows)
     first_label = (batch["labels"][0] != -100).nonzero()[0].item()
-    assert batch["num_shared_tokens"] == first_label - 1
+    assert batch["shared_input_ids"].shape == (2, first_label - 1)
 
 
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda batch: batch["input_ids"][2, 1].add_(1), "Row 2 .*not those of the batch's first row"),
-        (lambda batch: batch["attention_mask"][1, 0].zero_(), "Row 1 .*cannot be shared"),
-        (lambda batch: batch["labels"][1, SHARED].fill_(5), "Row 1 .*cannot be shared"),
+        (lambda batch: batch["input_ids"][2, 1].add_(1), r"Row 2 .*not those of the batch's shared_input_ids"),
+        (lambda batch: batch["attention_mask"][1, 0].zero_(), r"Row 1 .*cannot be shared"),
+        (lambda batch: batch["labels"][1, SHARED].fill_(5), r"Row 1 .*cannot be shared"),
     ],
 )
 def test_tokens_that_are_not_shared_are_refused(spoil, said):
@@ -109,24 +111,25 @@ def test_tokens_that_are_not_shared_are_refused(spoil, said):
     batch = batch_of(built)
     spoil(batch)
     with pytest.raises(ValueError, match=said):
-        built(**batch, num_shared_tokens=SHARED)
+        built(**batch, shared_input_ids=batch["input_ids"][:, :SHARED].clone())
 
 
 def test_a_picture_is_not_shared():
     built = model().train()
     batch = batch_of(built)
     batch["input_ids"][:] = batch["input_ids"][0]
-    with pytest.raises(ValueError, match="Row 0 .*a picture"):
-        built(**batch, num_shared_tokens=8)
+    with pytest.raises(ValueError, match=r"Row 0 .*a picture"):
+        built(**batch, shared_input_ids=batch["input_ids"][:, :8])
 
 
 def test_evaluation_and_checkpointing_run_all_rows_in_full():
     built = model().train()
     batch, seen = batch_of(built), widths(built)
-    assert built.eval()(**batch, num_shared_tokens=SHARED).logits.shape[1] == 15
+    batch["shared_input_ids"] = batch["input_ids"][:, :SHARED]
+    assert built.eval()(**batch).logits.shape[1] == 15
     built.train().gradient_checkpointing_enable()
     assert not can_share(built.language_model, {})
-    built(**batch, num_shared_tokens=SHARED).loss.backward()
+    built(**batch).loss.backward()
     assert set(seen) == {(3, 15)}
 
 

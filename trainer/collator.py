@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import PurePath
 from typing import Any
 
@@ -66,7 +66,7 @@ class LorgnetteCollator:
         if self.pack_to is not None and self.pack_to < 1:
             raise ValueError(f"pack_to is {self.pack_to}; it has to be at least 1")
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor | int]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch of B rows and the N images in them.
 
         Returns:
@@ -74,8 +74,8 @@ class LorgnetteCollator:
             the output and the tokens that end it; `pixel_values` `(N, 3, H, W)` with the image processor's other keys,
             or `vision_features` `(N, L, E)`; `image_rows` `(N,)` where a picture is there several times, and
             `pixel_values` has it once; `qformer_input_ids`, `qformer_attention_mask` `(N, T)` for a Q-Former that
-            takes instructions; `row_index` `(B,)` where rows have an `index`; `num_shared_tokens`, an int, where
-            prompts begin alike. With `pack_to` there are fewer rows than B, and `document_ids` in place of
+            takes instructions; `row_index` `(B,)` where rows have an `index`; `shared_input_ids` `(B, P)` where
+            all prompts begin alike. With `pack_to` there are fewer rows than B, and `document_ids` in place of
             `attention_mask`.
 
         Raises:
@@ -104,8 +104,8 @@ class LorgnetteCollator:
             batch["labels"] = joined(
                 [[_IGNORED] * len(example.prompt) + example.output for example in examples], _IGNORED
             )
-            if self.pack_to is None and len(examples) > 1:
-                batch["num_shared_tokens"] = self._shared([example.prompt for example in examples])
+            if self.pack_to is None and (alike := self._alike([example.prompt for example in examples])):
+                batch["shared_input_ids"] = batch["input_ids"][:, :alike]
         return batch | self._shown(rows, examples)
 
     def prompts(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -219,11 +219,13 @@ class LorgnetteCollator:
             raise ValueError(f"column '{self.image_column}' is an empty list")
         return [self._load(image) for image in images]
 
-    def _shared(self, prompts: list[list[int]]) -> int:
-        """How many tokens all prompts begin with, before the first placeholder; one of the prompt is left to each."""
-        shared = commonprefix([prompt[:-1] for prompt in prompts])
+    def _alike(self, prompts: list[list[int]]) -> int:
+        """How many tokens several prompts all begin with: before the first placeholder, and not all of any."""
+        if len(prompts) == 1:
+            return 0
+        places = zip(*(prompt[:-1] for prompt in prompts), strict=False)
         image = self.processor.image_token_id
-        return shared.index(image) if image in shared else len(shared)
+        return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1 and ids[0] != image, places))
 
     def _load(self, image: Any) -> Image.Image:
         """A picture that the batch has several times is loaded once."""
