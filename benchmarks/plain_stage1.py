@@ -113,18 +113,18 @@ class PlainStage1(nn.Module):
     ) -> torch.Tensor:
         """Pairs, each image with a wrong text, each text with a wrong image: 3 B rows."""
         generator = None if self.training else torch.Generator(hardness.device).manual_seed(0)
-        images, wrong_texts = draw_negatives(hardness, candidates, generator)
-        texts, wrong_images = draw_negatives(hardness.T, candidates.T, generator)
+        has_text, wrong_texts = draw_negatives(hardness, candidates, generator)
+        has_image, wrong_images = draw_negatives(hardness.T, candidates.T, generator)
         pairs, queries = torch.arange(len(ids), device=ids.device), self.blip2.query_tokens.shape[1]
-        of_text = torch.cat([pairs, wrong_texts, texts])
+        of_text = torch.cat([pairs, wrong_texts, pairs])
         states = self._both(
-            features[torch.cat([pairs, images, wrong_images])],
+            features[torch.cat([pairs, pairs, wrong_images])],
             ids[of_text],
             nn.functional.pad(mask[of_text], (queries, 0), value=1),
         )
         logits = self.blip2.itm_head(states[:, :queries]).mean(dim=1)
-        matches = (torch.arange(len(logits), device=ids.device) < len(ids)).long()
-        return matching_loss(logits, matches)
+        wrong = 100 * (torch.cat([has_text, has_image]).long() - 1)  # 0, or -100 where there is no negative
+        return matching_loss(logits, torch.cat([torch.ones_like(pairs), wrong]))
 
     def _continue(self, kept: list[torch.Tensor], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """States `(B, T, D)` of a text that sees its past and, by their keys and values, the queries."""

@@ -38,10 +38,11 @@ from .modeling_backbones import (
 from .modeling_base import LorgnettePreTrainedModel
 from .modeling_blip2 import Blip2Generation
 from .modeling_bridges import Bridges
+from .modeling_checks import checked_placeholders, checked_shared
 from .modeling_lora import check_lora_config, resolve_lora_config
 from .modeling_outputs_lorgnette import LorgnetteCausalLMOutputWithPast, LorgnetteImageFeatures
 from .modeling_packing import check_documents, packed
-from .modeling_placeholders import PlaceholderBlind, check_context, check_finite, check_placeholders, check_shared
+from .modeling_placeholders import PlaceholderBlind, check_context
 from .modeling_qformer import LorgnetteQFormerModel
 from .modeling_qformer_start import QFormerStart
 from .modeling_shared_prefix import can_share
@@ -339,20 +340,27 @@ class LorgnetteForConditionalGeneration(
         return (inputs_embeds == placeholder).all(-1)
 
     def _embed(
-        self, input_ids, inputs_embeds, row_index, labels=None, document_ids=None, **images
+        self, input_ids, inputs_embeds, row_index, labels=None, supervised_positions=None, document_ids=None, **images
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Token embeddings `(B, S, M)`, soft tokens in the placeholders' places; and the soft tokens `(N, Q, M)`."""
         mask = self.get_placeholder_mask(input_ids, inputs_embeds)
         pictures = images["pixel_values"] if images["vision_features"] is None else images["vision_features"]
-        shown = pictures if images["image_rows"] is None else images["image_rows"]
-        num_images = None if shown is None else len(shown)
-        images_per_row = check_placeholders(mask, self.config, num_images, row_index, labels, document_ids)
+        mask = checked_placeholders(
+            mask,
+            None if pictures is None else pictures.detach(),
+            images["image_rows"],
+            row_index,
+            labels,
+            supervised_positions,
+            document_ids,
+            self.config.num_query_tokens,
+            self.config.image_token_id,
+        )
         if inputs_embeds is None:
             # swapped out before the look-up: the placeholder's id may lie past the end of the table
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
         if pictures is None:
             return inputs_embeds, None
-        check_finite(pictures, images_per_row, row_index, images["image_rows"])
         soft = self.get_image_features(**images).pooler_output.to(inputs_embeds)
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), soft), soft
 
@@ -383,6 +391,7 @@ class LorgnetteForConditionalGeneration(
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
+        supervised_positions: torch.Tensor | None = None,
         shared_input_ids: torch.Tensor | None = None,
         row_index: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -400,6 +409,8 @@ class LorgnetteForConditionalGeneration(
                 [`get_image_features`].
             document_ids: `(B, S)` int64: where several documents share a row, which one each token is of, numbered from
                 0 through the batch, and -1 for padding; in place of `attention_mask` and `position_ids`.
+            supervised_positions: `(K,)` int64, where in `labels`, flat, those are that are not -100; 0 for padding.
+                Without them the head of a compiled model sees all positions in training.
             shared_input_ids: `(B, P)`, the first tokens of `input_ids` where they are the same in all rows: in training
                 the language model runs them once. The loss is the same without.
             row_index: `(B,)` rows of the data set, or `(D,)` of D documents, for error messages alone.
@@ -424,6 +435,7 @@ class LorgnetteForConditionalGeneration(
                 inputs_embeds,
                 row_index,
                 labels,
+                supervised_positions,
                 document_ids,
                 pixel_values=pixel_values,
                 vision_features=vision_features,
@@ -445,16 +457,20 @@ class LorgnetteForConditionalGeneration(
             "labels": labels,
         }
         if document_ids is not None:
-            check_documents(document_ids, self.language_model, inputs)
+            document_ids = check_documents(document_ids, self.language_model, inputs)
             inputs |= packed(self.language_model, document_ids, inputs_embeds, labels) | {"use_cache": False}
         speak = self.language_model
         if self.training:
             inputs["use_cache"] = False  # Trainer turns it off in this config, not in the language model's
             if labels is not None and can_supervise(self.language_model, kwargs):
-                speak = partial(supervised_loss, self.language_model)
+                if inputs["labels"].shape != labels.shape:  # FlashAttention's packed rows are one
+                    supervised_positions = None
+                speak = partial(supervised_loss, self.language_model, supervised_positions=supervised_positions)
                 if shared_input_ids is not None and can_share(self.language_model, inputs | kwargs):
-                    check_shared(shared_input_ids, input_ids, attention_mask, labels, self.config, row_index)
                     inputs["num_shared_tokens"] = shared_input_ids.shape[1]
+                    inputs["labels"] = checked_shared(
+                        labels, shared_input_ids, input_ids, attention_mask, row_index, self.config.image_token_id
+                    )
         outputs = speak(return_dict=True, **inputs | kwargs)
         loss = outputs.loss
         if self.training and loss is not None and soft_tokens is None and torch.distributed.is_initialized():

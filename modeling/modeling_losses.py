@@ -31,8 +31,8 @@ def similarities(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch
 
 def same_caption(input_ids: torch.Tensor) -> torch.Tensor:
     """`(N, N)` bool: whether two of N texts, `(N, T)` ids whose padding is one value, are the same."""
-    caption = input_ids.unique(dim=0, return_inverse=True)[1]  # (N,) one number for each distinct text
-    return caption[:, None] == caption[None]
+    ids = input_ids.float()  # whole numbers, exact below 2**24
+    return torch.cdist(ids, ids, p=0) == 0  # how many places differ
 
 
 def contrastive_loss(
@@ -74,25 +74,30 @@ def draw_negatives(
         generator: where the random numbers come from, on the device of `logits`; the device's own by default.
 
     Returns:
-        `rows` and `negatives`, `(R,)` int64 each: the rows that have a candidate, and the column drawn for each. Where
-        `logits` are NaN any column is drawn: the loss, NaN as well, is what tells of it.
+        `drawn` `(B,)` bool, whether a row has a candidate, and `negatives` `(B,)` int64, the column drawn for it (0
+        without one). Where `logits` are NaN any column is drawn: the loss, NaN as well, is what tells of it.
     """
-    rows = candidates.any(dim=1).nonzero().squeeze(1)
-    weights = logits.float().masked_fill(~candidates, -torch.inf)[rows].softmax(dim=1)
+    weights = logits.float().masked_fill(~candidates, -torch.inf).softmax(dim=1)
     # the floor, also BLIP-2's, keeps every candidate possible: a softmax may round all but one to 0
-    weights = (weights + 1e-4).masked_fill(~candidates[rows], 0.0)
+    weights = (weights + 1e-4).masked_fill(~candidates, 0.0)
     # as torch.multinomial draws, but for its check, which would stop one process and leave the others waiting for it
-    return rows, (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(dim=1)
+    negatives = (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(dim=1)
+    return candidates.any(dim=1), negatives
 
 
 def matching_loss(logits: torch.Tensor, matches: torch.Tensor) -> torch.Tensor:
-    """ITM: cross-entropy of `(R, 2)` logits (no match, match) and `(R,)` 0 or 1, a scalar."""
+    """ITM: cross-entropy of `(R, 2)` logits (no match, match) and `(R,)` 0 or 1, a scalar; -100 is left out."""
     return nn.functional.cross_entropy(logits.float(), matches)
 
 
 def generation_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.1) -> torch.Tensor:
-    """ITG: cross-entropy of `(R, vocabulary)` logits and the `(R,)` tokens they are to predict, a scalar."""
+    """ITG: cross-entropy of `(R, vocabulary)` logits and the `(R,)` tokens they predict (-100: none), a scalar."""
     return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+
+def processes() -> int:
+    """How many processes learn together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
@@ -100,9 +105,7 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 
     In one process, with or without a process group, it is the tensor itself.
     """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return tensor
-    return _AllGather.apply(tensor.contiguous())
+    return tensor if processes() == 1 else _AllGather.apply(tensor.contiguous())
 
 
 class _AllGather(torch.autograd.Function):
@@ -127,6 +130,7 @@ __all__ = [
     "gather",
     "generation_loss",
     "matching_loss",
+    "processes",
     "same_caption",
     "similarities",
 ]

@@ -15,15 +15,17 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate, packed_sequence_mask_function
 from transformers.utils.generic import is_flash_attention_requested
 
-from .modeling_supervision import IGNORED
+from .modeling_checks import IGNORED, checked_documents
 
 
 PADDING = -1  # in place of a document's number
 MASKED_BY = ("eager", "sdpa", "flex_attention")
 
 
-def check_documents(document_ids: torch.Tensor, language_model: PreTrainedModel, keywords: dict[str, Any]) -> None:
-    """Refuse what would let documents see each other.
+def check_documents(
+    document_ids: torch.Tensor, language_model: PreTrainedModel, keywords: dict[str, Any]
+) -> torch.Tensor:
+    """Refuse what would let documents see each other; `document_ids` otherwise.
 
     Args:
         document_ids: `(B, S)`, see [`packed`].
@@ -43,9 +45,7 @@ def check_documents(document_ids: torch.Tensor, language_model: PreTrainedModel,
         raise ValueError(
             f"attn_implementation {attention!r} cannot mask documents: take {', '.join(MASKED_BY)} or FlashAttention"
         )
-    numbers = document_ids[_starts(document_ids) & (document_ids != PADDING)]
-    if not torch.equal(numbers, torch.arange(len(numbers), device=numbers.device)):
-        raise ValueError(f"the documents of a batch are numbered in their order, from 0; these are {numbers.tolist()}")
+    return checked_documents(document_ids, _starts(document_ids))
 
 
 def packed(

@@ -14,7 +14,8 @@ def count_in_rows(mask: torch.Tensor, document_ids: torch.Tensor | None) -> torc
 
 def check_placeholders(
     mask: torch.Tensor,
-    config: PreTrainedConfig,
+    num_query_tokens: int,
+    image_token_id: int,
     num_images: int | None,
     row_index: torch.Tensor | None,
     labels: torch.Tensor | None = None,
@@ -24,7 +25,7 @@ def check_placeholders(
 
     Args:
         mask: `(B, S)`, True at placeholders.
-        config: for `num_query_tokens` and `image_token_id`.
+        num_query_tokens, image_token_id: the config's.
         num_images: images of the whole batch, or None where there are none.
         row_index: `(B,)` names of the rows in messages; their positions in the batch by default. `(D,)` of documents.
         labels: `(B, S)`; a label on a placeholder is an error.
@@ -37,14 +38,14 @@ def check_placeholders(
         ValueError: names the row and both counts.
     """
     in_rows = count_in_rows(mask, document_ids)
-    per_image, counts = config.num_query_tokens, in_rows.tolist()
+    per_image, counts = num_query_tokens, in_rows.tolist()
     wanted = (num_images or 0) * per_image
     if sum(counts) != wanted or any(count % per_image for count in counts):
         one_each = num_images == len(counts)
         wrong = [row for row, count in enumerate(counts) if count % per_image or (one_each and count != per_image)]
         row = wrong[0] if wrong else max(range(len(counts)), key=counts.__getitem__)
         raise ValueError(
-            f"{row_name(row, row_index)} has {counts[row]} image placeholders (id {config.image_token_id}); the batch "
+            f"{row_name(row, row_index)} has {counts[row]} image placeholders (id {image_token_id}); the batch "
             f"has {sum(counts)} for {num_images or 0} image(s), and each image takes {per_image}"
         )
     if labels is not None and labels.shape == mask.shape:
@@ -117,7 +118,7 @@ def check_shared(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     labels: torch.Tensor,
-    config: PreTrainedConfig,
+    image_token_id: int,
     row_index: torch.Tensor | None,
 ) -> None:
     """Refuse to run a row's first tokens for all rows where they are not those of all.
@@ -125,7 +126,6 @@ def check_shared(
     Args:
         shared_input_ids: `(B, P)`, said to be the first tokens of each row.
         input_ids, attention_mask, labels: `(B, S)`.
-        config: for `image_token_id`.
         row_index: as in [`check_placeholders`].
 
     Raises:
@@ -133,7 +133,7 @@ def check_shared(
     """
     num_shared = shared_input_ids.shape[1]
     first = input_ids[:, :num_shared]
-    taken = (first == config.image_token_id).any(dim=1) | (labels[:, : num_shared + 1] != -100).any(dim=1)
+    taken = (first == image_token_id).any(dim=1) | (labels[:, : num_shared + 1] != -100).any(dim=1)
     if attention_mask is not None:
         taken = taken | ~attention_mask[:, :num_shared].bool().all(dim=1)
     for wrong, why in (

@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from .modeling_companions import ProcessorBeside
 from .modeling_losses import similarities
+from .modeling_placeholders import check_finite
 
 
 RERANKED = 128  # candidates that ITM looks at, as in BLIP-2's evaluation
@@ -74,10 +75,11 @@ class ImageTextRanking:
                 seen = {"vision_features": images[rows].to(self.device)}
             else:
                 seen = processor(images=[images[row] for row in rows], return_tensors="pt").to(self.device)
-            mask = seen.get("pixel_attention_mask")
-            features = self._look(
-                seen.get("pixel_values"), seen.get("vision_features"), mask, seen.get("spatial_shapes")
+            mask, pictures, known = (
+                seen.get(name) for name in ("pixel_attention_mask", "pixel_values", "vision_features")
             )
+            check_finite(pictures if known is None else known, None, None)
+            features = self._look(pictures, known, mask, seen.get("spatial_shapes"))
             image = {"encoder_hidden_states": features, "encoder_attention_mask": mask}
             queries, _ = self._read(image, None)
             scores.append(similarities(self._project(queries), text_embeds))

@@ -27,19 +27,21 @@ from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig, Lorg
 from .modeling_backbones import load_bert, load_vision_model, new_vision_model, parse_dtype, qformer_fields
 from .modeling_base import LorgnettePreTrainedModel
 from .modeling_blip2 import Blip2Retrieval
+from .modeling_checks import IGNORED, checked_candidates, checked_texts
 from .modeling_losses import (
     contrastive_loss,
     draw_negatives,
     gather,
     generation_loss,
     matching_loss,
+    processes,
     same_caption,
     similarities,
 )
 from .modeling_outputs_lorgnette import LorgnetteImageTextOutput
-from .modeling_placeholders import check_finite, row_name
 from .modeling_qformer import LorgnetteQFormerModel
 from .modeling_ranking import ImageTextRanking, take_rows
+from .modeling_supervision import places
 
 
 START_TEMPERATURE = 0.07  # of the contrast, as in BLIP-2
@@ -253,18 +255,18 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         """
         if self.training and return_loss:
             self.refuse_half_precision()
-        features = self._look(
-            pixel_values, vision_features, pixel_attention_mask, spatial_shapes, row_index, image_rows
-        )
-        if image_rows is None:
-            image_rows = torch.arange(len(features), device=features.device)
-        if len(image_rows) != len(input_ids):
-            raise ValueError(f"{len(image_rows)} pictures and {len(input_ids)} texts: stage 1 learns from pairs")
+        if (pixel_values is None) == (vision_features is None):
+            raise ValueError("Give either pixel_values or vision_features")
+        pictures = pixel_values if vision_features is None else vision_features
+        shown = pictures if image_rows is None else image_rows
+        if len(shown) != len(input_ids):
+            raise ValueError(f"{len(shown)} pictures and {len(input_ids)} texts: stage 1 learns from pairs")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if (attention_mask[:, 0] == 0).any():
-            row = int((attention_mask[:, 0] == 0).nonzero()[0])
-            raise ValueError(f"{row_name(row, row_index)} is padded on the left: a text begins with its [CLS]")
+        attention_mask = checked_texts(attention_mask, pictures.detach(), image_rows, row_index)
+        features = self._look(pixel_values, vision_features, pixel_attention_mask, spatial_shapes)
+        if image_rows is None:
+            image_rows = torch.arange(len(features), device=features.device)
         ids = input_ids.masked_fill(attention_mask == 0, self.config.qformer_config.pad_token_id or 0)
         image = {
             "encoder_hidden_states": self.qformer.project_image(features),  # once for the passes of all losses
@@ -290,9 +292,11 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         if match:
             losses["loss_itm"] = self._match(image, text, hardness, candidates, **kwargs)
         if generate:
-            predicted = attention_mask[:, 1:] > 0
-            logits = self.text_head(states[:, :-1][predicted], self.get_input_embeddings().weight)  # (R, vocabulary)
-            losses["loss_itg"] = generation_loss(logits, ids[:, 1:][predicted])
+            next_tokens = input_ids.masked_fill(attention_mask == 0, IGNORED)[:, 1:].flatten()
+            predicted = places(next_tokens != IGNORED)
+            states = states[:, :-1].flatten(0, 1)[predicted]
+            logits = self.text_head(states, self.get_input_embeddings().weight)  # (R, vocabulary)
+            losses["loss_itg"] = generation_loss(logits, next_tokens[predicted])
         weights = {"loss_itc": contrast, "loss_itm": match, "loss_itg": generate}
         loss = sum(weights[name] * value for name, value in losses.items()) if losses else None
         return LorgnetteImageTextOutput(loss=loss, logits_per_image=logits_per_image, **losses)
@@ -303,12 +307,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         vision_features: torch.Tensor | None,
         pixel_attention_mask: torch.Tensor | None,
         spatial_shapes: torch.Tensor | None,
-        row_index: torch.Tensor | None = None,
-        image_rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if (pixel_values is None) == (vision_features is None):
-            raise ValueError("Give either pixel_values or vision_features")
-        check_finite(pixel_values if vision_features is None else vision_features, None, row_index, image_rows)
         if vision_features is not None:
             return vision_features
         return self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes).last_hidden_state
@@ -336,27 +335,17 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         Raises:
             ValueError: none is.
         """
-        sizes = gather(torch.tensor([len(ids)], device=ids.device))
-        if (sizes != len(ids)).any():
-            raise ValueError(
-                f"The processes' batches differ in size ({sizes.tolist()}): negatives are taken from all of them. Set "
-                "dataloader_drop_last"
-            )
-        if len(sizes) > 1:  # texts of one length, whatever the process
+        if processes() > 1:
+            sizes = gather(torch.tensor([len(ids)], device=ids.device))
+            if (sizes != len(ids)).any():
+                raise ValueError(
+                    f"The processes' batches differ in size ({sizes.tolist()}): negatives are taken from all of them. "
+                    "Set dataloader_drop_last"
+                )
+            # texts of one length, whatever the process
             pad_token_id = self.config.qformer_config.pad_token_id or 0
             ids = nn.functional.pad(ids, (0, self.max_text_length - ids.shape[1]), value=pad_token_id)
-        candidates = ~same_caption(gather(ids))
-        if len(candidates) == 1:
-            raise ValueError(
-                f"{row_name(0, row_index)} is alone in its batch: there are no negatives to tell it from. "
-                "dataloader_drop_last leaves out such a last batch"
-            )
-        if not candidates.any():
-            raise ValueError(
-                f"{row_name(0, row_index)} and the {len(candidates) - 1} others of its batch have the same "
-                "caption: there are no negatives to tell them from. Larger batches may help"
-            )
-        return candidates[self._own_columns(len(ids))]
+        return checked_candidates(~same_caption(gather(ids)), row_index)[self._own_columns(len(ids))]
 
     def _own_columns(self, batch_size: int) -> slice:
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
@@ -387,17 +376,17 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         pairs = len(hardness)
         candidates = candidates[:, self._own_columns(pairs)]  # (B, B)
         generator = None if self.training else torch.Generator(hardness.device).manual_seed(0)
-        images, wrong_texts = draw_negatives(hardness, candidates, generator)
-        texts, wrong_images = draw_negatives(hardness.T, candidates.T, generator)
-        all_pairs = torch.arange(pairs, device=hardness.device)
+        has_text, wrong_texts = draw_negatives(hardness, candidates, generator)
+        has_image, wrong_images = draw_negatives(hardness.T, candidates.T, generator)
+        own = torch.arange(pairs, device=hardness.device)
         logits = self._match_logits(
-            image | {"image_rows": image["image_rows"][torch.cat([all_pairs, images, wrong_images])]},
-            take_rows(text, torch.cat([all_pairs, wrong_texts, texts])),
+            image | {"image_rows": image["image_rows"][torch.cat([own, own, wrong_images])]},
+            take_rows(text, torch.cat([own, wrong_texts, own])),
             **kwargs,
         )
-        matches = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        matches[:pairs] = 1
-        return matching_loss(logits, matches)
+        # a pair without a negative has nothing to be told from
+        wrong = torch.cat([has_text, has_image]).long() - 1  # 0, or -1
+        return matching_loss(logits, torch.cat([torch.ones_like(own), -IGNORED * wrong]))
 
     def _match_logits(
         self, image: dict[str, torch.Tensor], text: dict[str, torch.Tensor], **kwargs: Any

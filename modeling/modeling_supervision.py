@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import is_liger_kernel_available
 
+from .modeling_checks import IGNORED
 from .modeling_shared_prefix import decoded
 
 
-IGNORED = -100  # as transformers' losses have it
 LOGITS_AT_ONCE = 2**25  # elements, 128 MiB in float32
 
 
@@ -41,6 +41,7 @@ def can_supervise(language_model: PreTrainedModel, keywords: Collection[str] = (
 def supervised_loss(
     language_model: PreTrainedModel,
     labels: torch.Tensor,
+    supervised_positions: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
     num_shared_tokens: int = 0,
     **inputs: Any,
@@ -49,6 +50,8 @@ def supervised_loss(
 
     Args:
         labels: `(B, S)`, -100 where nothing is to be learned.
+        supervised_positions: `(K,)` int64, where in `labels`, flat, the others are, in order; 0 for padding. Without
+            them they are looked for, or, while compiling, all positions are taken.
         num_items_in_batch: what the sum over positions is divided by; their number by default.
         num_shared_tokens: so many first ones are the same in all rows, and are run once, see
             modeling_shared_prefix.py.
@@ -56,12 +59,17 @@ def supervised_loss(
     """
     decode = language_model.base_model
     if num_shared_tokens:
-        decode, labels = partial(decoded, decode, num_shared_tokens), labels[:, num_shared_tokens:]
+        decode = partial(decoded, decode, num_shared_tokens)
+        if supervised_positions is not None:
+            rows = supervised_positions // labels.shape[1]
+            supervised_positions = (supervised_positions - (rows + 1) * num_shared_tokens).clamp(min=0)
+        labels = labels[:, num_shared_tokens:]
     outputs = decode(**inputs)
-    next_tokens = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    learned = next_tokens != IGNORED
-    states, targets = outputs.last_hidden_state[learned], next_tokens[learned]  # (K, M), (K,)
-    total = num_items_in_batch if num_items_in_batch is not None else len(targets)
+    next_tokens = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    # a row's first label is nothing's next token: the place before it, and so padding's, is the end of a row
+    learned = places(next_tokens != IGNORED) if supervised_positions is None else supervised_positions - 1
+    states, targets = outputs.last_hidden_state.flatten(0, 1)[learned], next_tokens[learned]  # (K, M), (K,)
+    total = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
     loss_of = partial(_loss, language_model, total)
     at_once = max(1, LOGITS_AT_ONCE // language_model.config.vocab_size)
     if len(targets) > at_once:  # the backward pass makes the logits again
@@ -73,6 +81,13 @@ def supervised_loss(
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
     )
+
+
+def places(mask: torch.Tensor) -> torch.Tensor:
+    """`(K,)` int64: where a flat mask is True. While compiling all of it: values cannot decide a shape there."""
+    if torch.compiler.is_compiling():
+        return torch.arange(len(mask), device=mask.device)
+    return mask.nonzero().squeeze(1)
 
 
 def _loss(
@@ -122,4 +137,4 @@ class _Decoded:
         return None
 
 
-__all__ = ["can_supervise", "supervised_loss"]
+__all__ = ["can_supervise", "places", "supervised_loss"]

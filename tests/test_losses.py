@@ -82,9 +82,9 @@ def test_negatives_are_candidates_drawn_by_similarity_and_repeat_with_the_genera
     candidates = torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 0]]).bool()
     drawn = []
     for seed in range(2000):
-        rows, negatives = draw_negatives(logits, candidates, torch.Generator().manual_seed(seed))
-        assert rows.tolist() == [0, 2]  # the second row has nothing to choose from
-        assert negatives[1] == 0
+        has, negatives = draw_negatives(logits, candidates, torch.Generator().manual_seed(seed))
+        assert has.tolist() == [True, False, True]  # the second row has nothing to choose from
+        assert negatives[2] == 0
         drawn.append(int(negatives[0]))
     assert set(drawn) == {1, 2}
     assert sum(column == 2 for column in drawn) / 2000 == pytest.approx(0.75, abs=0.04)
@@ -93,15 +93,16 @@ def test_negatives_are_candidates_drawn_by_similarity_and_repeat_with_the_genera
 
 
 def test_no_candidate_anywhere_draws_nothing():
-    rows, negatives = draw_negatives(torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool))
-    assert len(rows) == len(negatives) == 0
+    has, negatives = draw_negatives(torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool))
+    assert not has.any()
+    assert negatives.tolist() == [0, 0]
 
 
 def test_similarities_that_are_not_finite_stop_no_draw():
     """The loss of the same batch is NaN, and Trainer's guard says so in all processes."""
     candidates = ~torch.eye(3, dtype=torch.bool)
-    rows, negatives = draw_negatives(torch.full((3, 3), torch.nan), candidates)
-    assert rows.tolist() == [0, 1, 2]
+    has, negatives = draw_negatives(torch.full((3, 3), torch.nan), candidates)
+    assert has.all()
     assert negatives.max() < 3
 
 
@@ -109,6 +110,8 @@ def test_matching_and_generation_are_cross_entropies_in_float32():
     logits = torch.tensor([[2.0, -1.0], [0.5, 0.5]])
     expected = (math.log(1 + math.exp(-3.0)) + math.log(2)) / 2
     assert float(matching_loss(logits, torch.tensor([0, 1]))) == pytest.approx(expected, rel=1e-5)
+    left_out = matching_loss(torch.cat([logits, logits]), torch.tensor([0, 1, -100, -100]))
+    assert float(left_out) == pytest.approx(expected, rel=1e-5)
 
     logits = torch.tensor([[1.0, 2.0, 3.0]])
     logs = [value - math.log(sum(math.exp(v) for v in (1, 2, 3))) for value in (1, 2, 3)]

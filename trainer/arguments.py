@@ -251,6 +251,10 @@ class DataArguments(RowArguments):
             "padding; the model keeps them apart."
         },
     )
+    pad_to_multiple_of: int | None = field(
+        default=None,
+        metadata={"help": "Make batches as wide as a multiple of it: few widths, for torch_compile. 64 is one."},
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -10,17 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from ..modeling.modeling_checks import IGNORED
 from ..modeling.modeling_packing import PADDING
 from ..processing.conversations import count_images, images_in, parts_of, query_in
 from ..processing.image_loading import naming
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .augmentation import augment
-
-
-_IGNORED = -100  # the label that transformers' losses leave out
 
 
 @dataclass
@@ -44,9 +41,12 @@ class LorgnetteCollator:
         max_length: tokens a row may take, placeholders included; by default what the tokenizer says of its context.
         pack_to: in stage 2, tokens that rows may share: several are then put side by side, in place of padding, and
             the model keeps them apart.
+        pad_to_multiple_of: batches are as wide as a multiple of it, and so there are few widths: a compiled model is
+            compiled anew for each. In stage 2 they also say where their labels are, for its head to look there alone.
 
     Raises:
-        ValueError: `query` and `query_column` are both given; `pack_to` in stage 1, or below 1.
+        ValueError: `query` and `query_column` are both given; `pack_to` in stage 1, or below 1; so is
+            `pad_to_multiple_of`.
     """
 
     processor: LorgnetteProcessor
@@ -56,6 +56,7 @@ class LorgnetteCollator:
     query_column: str | None = None
     max_length: int | None = None
     pack_to: int | None = None
+    pad_to_multiple_of: int | None = None
 
     def __post_init__(self):
         self._loaded: dict[Any, Image.Image] = {}  # pictures of the batch that is being made
@@ -63,8 +64,9 @@ class LorgnetteCollator:
             raise ValueError("query and query_column are two answers to one question: give one of them")
         if self.pack_to is not None and self.processor.is_stage1:
             raise ValueError("pack_to is for stage 2: in stage 1 each text is compared with each picture")
-        if self.pack_to is not None and self.pack_to < 1:
-            raise ValueError(f"pack_to is {self.pack_to}; it has to be at least 1")
+        for name in ("pack_to", "pad_to_multiple_of"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it has to be at least 1")
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch of B rows and the N images in them.
@@ -74,9 +76,10 @@ class LorgnetteCollator:
             the output and the tokens that end it; `pixel_values` `(N, 3, H, W)` with the image processor's other keys,
             or `vision_features` `(N, L, E)`; `image_rows` `(N,)` where a picture is there several times, and
             `pixel_values` has it once; `qformer_input_ids`, `qformer_attention_mask` `(N, T)` for a Q-Former that
-            takes instructions; `row_index` `(B,)` where rows have an `index`; `shared_input_ids` `(B, P)` where
-            all prompts begin alike. With `pack_to` there are fewer rows than B, and `document_ids` in place of
-            `attention_mask`.
+            takes instructions; `row_index` `(B,)` where rows have an `index`; `shared_input_ids` `(B, P)` where all
+            prompts begin alike. With `pack_to` there are fewer rows than B, and `document_ids` in place of
+            `attention_mask`. With `pad_to_multiple_of`, in stage 2, `supervised_positions` `(K,)`: where in `labels`,
+            flat, there is no -100, and 0 up to a multiple.
 
         Raises:
             ValueError: a column that is not there (with the ones that are), an empty text, one longer than the context
@@ -93,7 +96,7 @@ class LorgnetteCollator:
             shared = [[next(numbers) for _ in pack] for pack in shared]
 
         def joined(values: list[list[int]], padding: int) -> torch.Tensor:
-            return _padded([[value for n in pack for value in values[n]] for pack in shared], padding)
+            return self._padded([[value for n in pack for value in values[n]] for pack in shared], padding)
 
         batch = {"input_ids": joined([example.ids for example in examples], self.processor.tokenizer.pad_token_id)}
         if self.pack_to is None:
@@ -102,10 +105,13 @@ class LorgnetteCollator:
             batch["document_ids"] = joined([[n] * len(example.ids) for n, example in enumerate(examples)], PADDING)
         if not self.processor.is_stage1:
             batch["labels"] = joined(
-                [[_IGNORED] * len(example.prompt) + example.output for example in examples], _IGNORED
+                [[IGNORED] * len(example.prompt) + example.output for example in examples], IGNORED
             )
             if self.pack_to is None and (alike := self._alike([example.prompt for example in examples])):
                 batch["shared_input_ids"] = batch["input_ids"][:, :alike]
+            if self.pad_to_multiple_of is not None:
+                labelled = (batch["labels"].flatten() != IGNORED).nonzero().squeeze(1)
+                batch["supervised_positions"] = self._padded([labelled.tolist()], 0)[0]
         return batch | self._shown(rows, examples)
 
     def prompts(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -121,8 +127,8 @@ class LorgnetteCollator:
         examples = self._examples(rows, partial(self._stage2, answered=False))
         pad_token_id = self.processor.tokenizer.pad_token_id
         return {
-            "input_ids": _padded([example.prompt for example in examples], pad_token_id, "left"),
-            "attention_mask": _padded([[1] * len(example.prompt) for example in examples], 0, "left"),
+            "input_ids": self._padded([example.prompt for example in examples], pad_token_id, "left"),
+            "attention_mask": self._padded([[1] * len(example.prompt) for example in examples], 0, "left"),
         } | self._shown(rows, examples)
 
     def _examples(self, rows: list[dict[str, Any]], encode: Callable[[dict[str, Any]], "_Example"]) -> list["_Example"]:
@@ -142,8 +148,8 @@ class LorgnetteCollator:
         """The batch's images, what the Q-Former is told of them, and the rows' numbers."""
         batch: dict[str, torch.Tensor] = {}
         if instructions := [ids for example in examples for ids in example.instructions]:
-            batch["qformer_input_ids"] = _padded(instructions, self.processor.qformer_tokenizer.pad_token_id)
-            batch["qformer_attention_mask"] = _padded([[1] * len(ids) for ids in instructions], 0)
+            batch["qformer_input_ids"] = self._padded(instructions, self.processor.qformer_tokenizer.pad_token_id)
+            batch["qformer_attention_mask"] = self._padded([[1] * len(ids) for ids in instructions], 0)
         if images := [image for example in examples for image in example.images]:
             if isinstance(images[0], torch.Tensor):
                 if len(shapes := {tuple(features.shape) for features in images}) > 1:
@@ -236,6 +242,13 @@ class LorgnetteCollator:
             self._loaded[key] = self.processor.load_image(image)
         return self._loaded[key]
 
+    def _padded(self, rows: list[list[int]], value: int, side: str = "right") -> torch.Tensor:
+        width = max(map(len, rows))
+        width += -width % (self.pad_to_multiple_of or 1)
+        padding = [[value] * (width - len(row)) for row in rows]
+        whole = zip(rows, padding, strict=True) if side == "right" else zip(padding, rows, strict=True)
+        return torch.tensor([before + after for before, after in whole])
+
     def _check_length(self, prompt: list[int], output: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
         limit = tokenizer.model_max_length if self.max_length is None else self.max_length
         if len(prompt) + len(output) > limit:
@@ -300,7 +313,3 @@ def _text(row: dict[str, Any], name: str) -> str:
     if not value.strip():
         raise ValueError(f"column '{name}' is empty")
     return value
-
-
-def _padded(rows: list[list[int]], value: int, side: str = "right") -> torch.Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value, padding_side=side)

@@ -27,6 +27,7 @@ def nan_guard(trainer: Trainer) -> Iterator[None]:
         handle.remove()
 
 
+@torch.compiler.disable  # hooks are called outside a compiled forward: it stays one graph
 def _check(trainer: Trainer, model: torch.nn.Module, _args: tuple, inputs: dict[str, Any], outputs: Any) -> None:
     if not model.training:
         return

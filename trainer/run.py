@@ -122,6 +122,7 @@ def train(
             query_column=data_args.query_column,
             max_length=data_args.max_length or model.max_text_length,
             pack_to=data_args.pack_to,
+            pad_to_multiple_of=data_args.pad_to_multiple_of,
         ),
         processing_class=processor,  # saved with every checkpoint
         callbacks=[CleanPush(), *([augmentation] if augmentation is not None else [])],
