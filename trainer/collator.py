@@ -257,7 +257,7 @@ class LorgnetteCollator:
         width += -width % (self.pad_to_multiple_of or 1)
         padding = [[value] * (width - len(row)) for row in rows]
         whole = zip(rows, padding, strict=True) if side == "right" else zip(padding, rows, strict=True)
-        return torch.tensor([before + after for before, after in whole])
+        return torch.tensor([before + after for before, after in whole], dtype=torch.long)
 
     def _check_length(self, prompt: list[int], output: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
         limit = tokenizer.model_max_length if self.max_length is None else self.max_length
