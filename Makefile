@@ -2,6 +2,7 @@
 # make quality-cifar, quality-emoji, …   what examples/quality measures, a row each; into results/quality and README.md
 # make test   the test suite without those tests that start many processes; make test-all: with them; make lint: the linter
 # make bench   transformers' BLIP-2 and ours on the same weights, in turn: the table of results/benchmarks
+# make growth   speed and memory over batch, image tokens, caption length and rows in the cache: plots beside it
 # make conformance   transformers' own common tests, on our classes and on BLIP-2
 # make faults   commands that are killed at random moments and begun again, bad pictures, bf16 beside fp32, memory
 # make matrix   the tests with the lowest and the newest transformers, peft and accelerate, and a smoke test on later Pythons
@@ -31,7 +32,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo bench test test-all test-gpu conformance faults matrix lint prerequisites prerequisites-demo
+.PHONY: demo bench growth test test-all test-gpu conformance faults matrix lint prerequisites prerequisites-demo
 
 demo: prerequisites-demo $(VENV)/installed
 	$(BIN)/python -m examples.demo --cache "$(CACHE)" --output "$(OUTPUT)" $(if $(VISION),--vision "$(VISION)") \
@@ -50,6 +51,9 @@ test-all: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+growth: $(VENV)/installed
+	$(BIN)/python -m benchmarks.growth $(ARGS)
 
 conformance: $(VENV)/installed
 	$(BIN)/python -m conformance --cache "$(CACHE)" $(ARGS)

@@ -21,7 +21,17 @@ from .blip2_prompts import BLIP2_TEMPLATE
 from .conversations import flatten, images_in, is_batch, query_in
 from .image_loading import MAX_IMAGE_PIXELS, load_image_for, naming
 from .image_rows import match_images, rows_of, texts_of
-from .prompt_encoding import IMAGE_TOKEN, answer_frame, check_unicode, encode, render, truncate, with_start
+from .prompt_encoding import (
+    IMAGE_TOKEN,
+    answer_frame,
+    check_unicode,
+    encode,
+    remembered,
+    render,
+    truncate,
+    with_start,
+    writes_time,
+)
 from .tokenizer_preparation import prepare_tokenizer
 
 
@@ -186,10 +196,9 @@ class LorgnetteProcessor(ProcessorMixin):
             ValueError: the template refuses it (some know no system message: put it in the query then).
             TypeError: a part that is no string.
         """
-        for name, value in (("query", query), ("system", system), ("output", output)):
-            if value is not None and not isinstance(value, str):
-                raise TypeError(f"{name} is a {type(value).__name__}; a string is needed")
-        query, system = self.query if query is None else query, self.system_prompt if system is None else system
+        query, system = self._asked(query, system)
+        if output is not None and not isinstance(output, str):
+            raise TypeError(f"output is a {type(output).__name__}; a string is needed")
         asked = [{"type": "text", "text": query}] if query else []
         messages = [{"role": "user", "content": asked + [{"type": "image"}] * num_images}]
         if system:
@@ -197,6 +206,12 @@ class LorgnetteProcessor(ProcessorMixin):
         if output is not None:
             messages.append({"role": "assistant", "content": output})
         return self.apply_chat_template(messages, add_generation_prompt=output is None)
+
+    def _asked(self, query: str | None, system: str | None) -> tuple[str, str | None]:
+        for name, value in (("query", query), ("system", system)):
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{name} is a {type(value).__name__}; a string is needed")
+        return self.query if query is None else query, self.system_prompt if system is None else system
 
     def apply_chat_template(
         self,
@@ -269,14 +284,25 @@ class LorgnetteProcessor(ProcessorMixin):
         """
         tokenizer = self._lm_tokenizer()
         if messages is None:
-            prompt = self.build_prompt(query, system, num_images=num_images)
+            prompt = self._prompt_ids(*self._asked(query, system), num_images)
         else:
-            prompt = self.apply_chat_template(messages, add_generation_prompt=True)
+            prompt = self._encode_prompt(self.apply_chat_template(messages, add_generation_prompt=True))
         if output is None:
-            return self._encode_prompt(prompt), []
+            return prompt, []
         lead, end = answer_frame(tokenizer)
         answer = flatten(tokenizer, [{"content": output}])[0]["content"]
-        return self._encode_prompt(prompt), encode(tokenizer, lead + answer, continues=True) + end
+        return prompt, encode(tokenizer, lead + answer, continues=True) + end
+
+    def _prompt_ids(self, query: str, system: str | None, num_images: int) -> list[int]:
+        """Of a prompt that [`build_prompt`] writes: mostly one and the same for all rows."""
+
+        def made() -> list[int]:
+            return self._encode_prompt(self.build_prompt(query, system or "", num_images=num_images))
+
+        if writes_time(self.tokenizer):
+            return made()
+        words = (query, system, num_images, self.num_query_tokens)
+        return list(remembered(self.tokenizer, words, made))
 
     def _encode_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         ids = encode(self.tokenizer, prompt)

@@ -7,7 +7,7 @@ between them without looking for control tokens. Text without any takes the toke
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,24 +20,54 @@ IMAGE_TOKEN = "<image>"
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _ESCAPES = {_OPEN: "\ufdd2", _CLOSE: "\ufdd3"}  # the two themselves, where a user's text has them
 _ANSWER = "THE-ANSWER"
-_known_tokens: WeakKeyDictionary[PreTrainedTokenizerBase, Any] = WeakKeyDictionary()
+_REMEMBERED = 1024  # answers, a tokenizer
+_memories: WeakKeyDictionary[PreTrainedTokenizerBase, Any] = WeakKeyDictionary()
+
+
+def remembered(tokenizer: PreTrainedTokenizerBase, question: Hashable, answer: Callable[[], Any]) -> Any:
+    """What `answer` gave for this question, as long as the tokenizer and its chat template are what they were."""
+    state = (
+        len(tokenizer),
+        _templates(tokenizer),
+        getattr(tokenizer, "add_bos_token", None),
+        getattr(tokenizer, "add_eos_token", None),
+        *tokenizer.all_special_tokens,
+    )
+    known, memory = _memories.get(tokenizer, (None, {}))
+    if state != known:
+        memory = {}
+        _memories[tokenizer] = state, memory
+    if question not in memory:
+        if len(memory) >= _REMEMBERED:
+            memory.clear()
+        memory[question] = answer()
+    return memory[question]
+
+
+def writes_time(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template may write the same conversation in another way later (Llama 3's has the date)."""
+    return "strftime_now" in _templates(tokenizer)
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> str:
+    template = tokenizer.chat_template or ""
+    return "\0".join(template.values()) if isinstance(template, dict) else template
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """`<image>`, the special tokens, and other added tokens that the chat template writes (some LMs' role markers)."""
-    template = tokenizer.chat_template or ""
-    templates = "\0".join(template.values()) if isinstance(template, dict) else template
-    state = (len(tokenizer), templates, *tokenizer.all_special_tokens)
-    known, tokens = _known_tokens.get(tokenizer, (None, ()))
-    if state != known:  # Gemma has 6,000 added tokens, which take 20 ms to list
-        added = [
-            token.content
-            for token in tokenizer.added_tokens_decoder.values()
-            if token.special or (token.content in templates and not token.content.isspace())
-        ]
-        tokens = tuple(dict.fromkeys((*added, *tokenizer.all_special_tokens, IMAGE_TOKEN)))
-        _known_tokens[tokenizer] = state, tokens
-    return tokens
+    # Gemma has 6,000 added tokens, which take 20 ms to list
+    return remembered(tokenizer, control_tokens, partial(_control_tokens, tokenizer))
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    templates = _templates(tokenizer)
+    added = [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special or (token.content in templates and not token.content.isspace())
+    ]
+    return tuple(dict.fromkeys((*added, *tokenizer.all_special_tokens, IMAGE_TOKEN)))
 
 
 def mark_as_words(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
@@ -92,12 +122,16 @@ def with_start(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
 
     It may have written pictures before it, as BLIP-2 does.
     """
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    start = next((full[:n] for n in range(len(full)) if full[n : n + len(bare)] == bare), [])
+    start = remembered(tokenizer, with_start, partial(_start, tokenizer))
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     first = next((n for n, token in enumerate(ids) if token != image_token_id), len(ids))
     return ids if ids[first : first + len(start)] == start else start + ids
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    return next((full[:n] for n in range(len(full)) if full[n : n + len(bare)] == bare), [])
 
 
 def truncate(tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int, fixed_id: int) -> list[int]:
@@ -154,6 +188,10 @@ def answer_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
     Raises:
         ValueError: the template does not write out the assistant's message, or nothing ends an answer.
     """
+    return remembered(tokenizer, answer_frame, partial(_answer_frame, tokenizer))
+
+
+def _answer_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
     if tokenizer.chat_template is None:
         lead, end = "\n", []
     else:
@@ -177,22 +215,33 @@ def answer_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
 
 def _encode_piece(tokenizer: PreTrainedTokenizerBase, text: str, words: bool, continues: bool) -> list[int]:
     if not words:
-        return _in_context(lambda piece: tokenizer(piece, add_special_tokens=False)["input_ids"], text, continues)
+        return _in_context(_encode_markup, tokenizer, text, continues)
     text = next((mark for mark, escape in _ESCAPES.items() if escape == text), text)
-    plainly = partial(_encode_words, tokenizer)
-    ids = _in_context(plainly, text, continues)
+    plainly = partial(_in_context, _encode_words, tokenizer)
+    ids = plainly(text, continues)
     if len(text) > 1 and tokenizer.convert_tokens_to_ids(text) in ids:  # the vocabulary has it too; not its halves
-        return _in_context(plainly, text[:1], continues) + _in_context(plainly, text[1:], continues=True)
+        return plainly(text[:1], continues) + plainly(text[1:], continues=True)
     return ids
 
 
-def _in_context(tokenize: Callable[[str], list[int]], text: str, continues: bool) -> list[int]:
+def _in_context(
+    tokenize: Callable[[PreTrainedTokenizerBase, str], list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    continues: bool,
+) -> list[int]:
     """Behind a line break no space is put in front of a word: tokenize it there, and take the break off again."""
     if continues:
-        line, ids = tokenize("\n"), tokenize("\n" + text)
+        line = remembered(tokenizer, tokenize, partial(tokenize, tokenizer, "\n"))
+        ids = tokenize(tokenizer, "\n" + text)
         if ids[: len(line)] == line:
             return ids[len(line) :]
-    return tokenize(text)
+    return tokenize(tokenizer, text)
+
+
+def _encode_markup(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text in which control tokens are what they say."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _encode_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

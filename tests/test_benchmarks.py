@@ -12,7 +12,21 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from tiny_training import joined, pairs, write_backbones
 
-from benchmarks import cache, files, floor, forms, goals, memory, run, sides, stage1, table
+from benchmarks import (
+    cache,
+    files,
+    floor,
+    forms,
+    goals,
+    growth,
+    memory,
+    operations,
+    run,
+    sides,
+    stage1,
+    table,
+    training,
+)
 from benchmarks.rows import captions, rows
 from benchmarks.shapes import PRESETS
 
@@ -169,3 +183,59 @@ def test_a_goal_is_met_from_its_own_side():
     assert smaller.met is False
     assert "| a | **1.5** (1 to 2) | ≥ 1.5: met | 8 | 4 |  |" in table.markdown([faster, smaller], ())
     assert "≤ 0.5: not met" in table.markdown([faster, smaller], ())
+
+
+def test_growth_is_measured_point_by_point(tmp_path, monkeypatch):
+    monkeypatch.setattr(growth.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    options = "--shapes tiny --batch_sizes 1 4 --image_tokens 2 --caption_tokens 8 16 --cache_rows 20 2000"
+    assert growth.main([*options.split(), "--usual", "2", "4", "8", "--repeats", "1", "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "growth.json").read_text())
+    points = {(point["axis"], point["kind"], point["size"]): point for point in report["points"]}
+    sizes = [("batch", 1), ("batch", 4), ("image", 2), ("caption", 8), ("caption", 16)]
+    seen = {(axis, kind, size) for axis, size in sizes for kind in ("pictures", "features")}
+    assert points.keys() == seen | {("cache", "cache", 20), ("cache", "cache", 2000)}
+    assert "2,000 rows take 0.0 GB, and the disk has 0.0 GB free" in points["cache", "cache", 2000]["left_out"]
+    measured = [point for point in points.values() if point["left_out"] is None]
+    assert len(measured) == 11
+    assert all(point["pairs_per_s"] > 0 for point in measured)
+    features, pictures = (points["batch", kind, 4] for kind in ("features", "pictures"))
+    assert features["operations"] < pictures["operations"]
+    assert points["batch", "pictures", 1]["operations"] * 4 == pytest.approx(pictures["operations"], rel=1e-3)
+    assert points["caption", "features", 8]["bytes"] < points["caption", "features", 16]["bytes"]
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    assert "| tiny | cache | rows cached | 20 |" in (tmp_path / "growth.md").read_text()
+
+
+def test_a_cost_that_outgrows_its_size_is_told():
+    line = [growth.Point("tiny", "batch", "pictures", size, speed, 100 * size, 10 * size) for size, speed in
+            ((1, 8.0), (2, 8.0), (4, 4.0))]  # fmt: skip
+    (turn,) = growth.turns(line)
+    assert (turn["from"], turn["to"], turn["kind"]) == (2, 4, "pictures")
+    assert turn["powers"] == pytest.approx({"seconds": 2, "bytes": 1, "operations": 1})
+
+
+def test_a_step_that_does_not_fit_is_left_out_with_the_estimate(monkeypatch):
+    monkeypatch.setattr(floor.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
+    options = growth.Options(shapes=["tiny"], batch_sizes=[1], image_tokens=[], caption_tokens=[16])
+    found = list(growth.steps("tiny", options))
+    assert len(found) == 4
+    assert all("preset tiny with batches of" in point.left_out for point in found)
+
+
+def test_operations_by_shapes_are_those_that_are_counted():
+    pairs_of_both = rows(3, seed=0)
+    theirs, ours = sides.build(TINY, seed=0)
+    sides_of = {"stage2": {"theirs": theirs, "uncached": ours}, "stage1": stage1.build(TINY, seed=0)}
+    for stage, built in sides_of.items():
+        found = getattr(operations, stage)(TINY, pairs_of_both)
+        for name, side in built.items():
+            counted = floor.operations(training.step_of(side, pairs_of_both, "cpu", False))
+            assert sum(found[name].values()) == pytest.approx(counted, rel=0.03), (stage, name)
+
+
+def test_operations_are_told_by_part(capsys):
+    assert operations.main(["--preset", "tiny", "--batch_size", "2"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("| theirs over this | 1.00 | ") == 1
+    assert told.count("| separate over this | 1.00 | ") == 1
+    assert "| LM's head | " in told

@@ -5,12 +5,12 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState
 from tiny import bert_tokenizer, image_processor, picture
-from tiny_models import NUM_QUERY_TOKENS, QFORMER, bert, model, vision_model
+from tiny_models import NUM_QUERY_TOKENS, QFORMER, bert, inputs, model, vision_model
 from tiny_training import joined, trainer, write_backbones
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch.fx import GraphModule
-from transformers import set_seed
+from transformers import CompileConfig, set_seed
 
 from lorgnette import LorgnetteCollator, LorgnetteForImageTextRetrieval, LorgnetteProcessor
 from lorgnette.modeling import modeling_supervision
@@ -190,3 +190,19 @@ def test_the_stock_trainer_compiles_and_learns_the_same(tmp_path, monkeypatch):
     assert not counters["graph_break"]
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert losses[1][0] != losses[1][2]
+
+
+# a sliding window is cut in another way once it is full
+@pytest.mark.parametrize(("text", "graphs"), [("llama", 1), ("gemma3_text", 2)])
+def test_a_static_cache_is_compiled_and_says_what_a_growing_one_says(text, graphs):
+    own, batch = model(text=text), inputs(rows=3)
+    batch["attention_mask"][1, :2] = 0  # as padding on the left is
+    how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    how |= {"return_dict_in_generate": True, "output_logits": True}
+    plain = own.generate(**batch, **how)
+    compiling = CompileConfig(backend="eager", mode="default", fullgraph=True)
+    compiling._compile_all_devices = True  # transformers compiles on GPUs alone otherwise
+    static = own.generate(**batch, **how, cache_implementation="static", compile_config=compiling)
+    assert torch.equal(static.sequences, plain.sequences)
+    torch.testing.assert_close(static.logits, plain.logits, atol=1e-5, rtol=1e-5)
+    assert counters["stats"]["unique_graphs"] == graphs

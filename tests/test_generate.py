@@ -6,9 +6,15 @@ from unittest import mock
 
 import pytest
 import torch
+from tiny import picture
 from tiny_models import NUM_QUERY_TOKENS, VOCAB_SIZE, inputs, model
+from tiny_training import joined, write_backbones
 from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
+
+from lorgnette import LorgnetteCollator, LorgnetteProcessor
+from lorgnette.trainer import generation
+from lorgnette.trainer.generation import generate_texts
 
 
 def count_vision_passes(built, **kwargs) -> tuple[int, torch.Tensor]:
@@ -233,3 +239,29 @@ def test_beams_have_scores_and_attentions():
     transitions = built.compute_transition_scores(outputs.sequences, outputs.scores, outputs.beam_indices)
     lengths = (transitions != 0).sum(dim=1)
     torch.testing.assert_close(transitions.sum(dim=1) / lengths, outputs.sequences_scores)
+
+
+def test_prompts_of_like_length_share_a_batch_and_answers_are_in_the_rows_order(tmp_path, monkeypatch):
+    built, processor = joined(write_backbones(tmp_path), dropout=0.0)
+    lengths = [1, 9, 2, 8, 1, 7, 2, 9, 3]
+    rows = [{"index": n, "image": picture(n), "ask": "cat " * length} for n, length in enumerate(lengths)]
+    collator, decoding = LorgnetteCollator(processor, query_column="ask"), {"max_new_tokens": 4, "do_sample": False}
+    alone = [
+        text for row in rows for _, text in generate_texts(built, collator, [row], decoding=decoding, batch_size=1)
+    ]
+    monkeypatch.setattr(generation, "BATCHES_READ", 4)
+    loads, load_image = [], LorgnetteProcessor.load_image
+    monkeypatch.setattr(LorgnetteProcessor, "load_image", lambda *args: loads.append(1) or load_image(*args))
+    asked = []
+    with mock.patch.object(built, "generate", wraps=built.generate) as generate:
+        found = list(generate_texts(built, collator, rows, decoding=decoding, batch_size=2))
+        asked = [call.kwargs["attention_mask"] for call in generate.call_args_list]
+    assert [row["index"] for row, _ in found] == list(range(9))
+    assert [text for _, text in found] == alone
+    assert len(set(alone)) > 1
+    padding = [int((mask == 0).sum()) for mask in asked]
+    words = collator.prompt_lengths(rows[:8])
+    assert len(asked) == 5  # four batches of the first eight rows, and the ninth row
+    assert [mask.shape[1] for mask in asked[:4]] == sorted(words, reverse=True)[::2]
+    assert sum(padding) < sum(abs(a - b) for a, b in zip(words[::2], words[1::2], strict=True)) / 4
+    assert len(loads) == 9

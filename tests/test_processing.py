@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import AutoProcessor, Siglip2ImageProcessor
+from transformers import AutoProcessor, PreTrainedTokenizerBase, Siglip2ImageProcessor
 
 from lorgnette import LorgnetteProcessor
 
@@ -391,3 +391,47 @@ class TestSaving:
         tiny.chat_tokenizer().save_pretrained(tmp_path / "lm")
         processor = LorgnetteProcessor.from_backbones(tmp_path / "vit", str(tmp_path / "lm"), num_query_tokens=QUERIES)
         assert processor(images=tiny.picture())["input_ids"] == make()(images=tiny.picture())["input_ids"]
+
+
+class TestRemembered:
+    """The same prompt is written and tokenized once."""
+
+    def told(self, processor):
+        prompt, answer = processor.encode_example("A cat.")
+        expected = processor(images=tiny.picture(), text=processor.build_prompt())["input_ids"][0]
+        assert prompt == expected
+        return prompt, answer
+
+    @pytest.mark.parametrize("kind", ["chatml", "gemma", "plain"])
+    def test_a_row_costs_one_call_of_the_tokenizer(self, kind, monkeypatch):
+        processor = make(kind)
+        first = self.told(processor)
+        calls, plain = [], PreTrainedTokenizerBase.__call__
+        monkeypatch.setattr(
+            PreTrainedTokenizerBase, "__call__", lambda *args, **kwargs: calls.append(1) or plain(*args, **kwargs)
+        )
+        assert processor.encode_example("A cat.") == first
+        assert len(calls) == 1
+
+    def test_as_long_as_nothing_has_changed(self):
+        processor = make("chatml")
+        before = self.told(processor)
+        before[0].append(7)  # whoever was given it may do with it what they like
+        assert self.told(processor)[0] == before[0][:-1]
+        found = {tuple(before[0])}
+        processor.query = "What is it?"
+        found.add(tuple(self.told(processor)[0]))
+        processor.system_prompt = "Be brief."
+        found.add(tuple(self.told(processor)[0]))
+        processor.num_query_tokens += 1
+        found.add(tuple(self.told(processor)[0]))
+        processor.chat_template = tiny.CHATML.replace("assistant", "bot").replace("<|im_end|>' + ", "<|endoftext|>' + ")
+        after = self.told(processor)
+        found.add(tuple(after[0]))
+        assert len(found) == 5
+        assert after[1][-1] != before[1][-1]  # what ends an answer
+
+    def test_a_template_that_writes_the_time_is_asked_each_time(self):
+        processor = make("chatml")
+        processor.chat_template = "{{ strftime_now('%f') }}" + tiny.CHATML
+        assert len({tuple(processor.encode_example("A cat.")[0]) for _ in range(5)}) > 1

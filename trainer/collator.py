@@ -1,6 +1,6 @@
 """From rows of a dataset to a batch that either stage trains on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -131,18 +131,33 @@ class LorgnetteCollator:
             "attention_mask": self._padded([[1] * len(example.prompt) for example in examples], 0, "left"),
         } | self._shown(rows, examples)
 
+    def prompt_lengths(self, rows: list[dict[str, Any]]) -> list[int]:
+        """How many tokens the rows' prompts have, placeholders included; no picture is loaded.
+
+        Raises:
+            ValueError, TypeError: as [`prompts`], but for the pictures.
+        """
+        return [len(words.prompt) for words in self._encoded(rows, partial(self._words, answered=False))]
+
     def _examples(self, rows: list[dict[str, Any]], encode: Callable[[dict[str, Any]], "_Example"]) -> list["_Example"]:
         if not rows:
             raise ValueError("the batch is empty")
-        examples = []
         self._loaded.clear()
-        for position, row in enumerate(rows):
-            with naming(f"row {row['index']}" if "index" in row else f"row {position} of the batch"):
-                examples.append(encode(row))
+        examples = []
+        for row, example in zip(rows, self._encoded(rows, encode), strict=True):
             if "augmentation_seed" in row:  # a training row's, see augmentation.py
                 generator = np.random.default_rng(row["augmentation_seed"])
-                examples[-1].images = [augment(image, generator) for image in examples[-1].images]
+                example.images = [augment(image, generator) for image in example.images]
+            examples.append(example)
         return examples
+
+    @staticmethod
+    def _encoded(rows: list[dict[str, Any]], encode: Callable[[dict[str, Any]], "_Example"]) -> Iterator["_Example"]:
+        """Errors name the row."""
+        for position, row in enumerate(rows):
+            with naming(f"row {row['index']}" if "index" in row else f"row {position} of the batch"):
+                example = encode(row)
+            yield example
 
     def _shown(self, rows: list[dict[str, Any]], examples: list["_Example"]) -> dict[str, torch.Tensor]:
         """The batch's images, what the Q-Former is told of them, and the rows' numbers."""
@@ -167,20 +182,26 @@ class LorgnetteCollator:
 
     def _stage1(self, row: dict[str, Any]) -> "_Example":
         ids = self.processor.encode_for_qformer([_text(row, self.text_column)])["input_ids"][0]
-        images = self._images(row)
+        images = self._sources(row)
         if len(images) != 1:
             raise ValueError(f"{len(images)} images; stage 1 learns from pairs of one image and one text")
         self._check_length([], ids, self.processor.qformer_tokenizer)
-        return _Example([], ids, images)
+        return _Example([], ids, [load() for load in images])
 
     def _stage2(self, row: dict[str, Any], answered: bool = True) -> "_Example":
+        example = self._words(row, answered)
+        example.images = [load() for load in example.images]
+        return example
+
+    def _words(self, row: dict[str, Any], answered: bool = True) -> "_Example":
+        """A row of stage 2 whose images are functions that load them."""
         if row.get("messages") is not None:
             messages, output, images = self._chat(row)
             query = query_in(messages)
             prompt, ids = self.processor.encode_example(output if answered else None, messages=messages)
         else:
             output = _text(row, self.text_column) if answered else None
-            images, query = self._images(row), self.query
+            images, query = self._sources(row), self.query
             if self.query_column is not None:
                 query = _text(row, self.query_column)
             prompt, ids = self.processor.encode_example(output, query=query, num_images=len(images))
@@ -191,8 +212,8 @@ class LorgnetteCollator:
             instructions = self.processor.encode_for_qformer([query] * len(images))["input_ids"]
         return _Example(prompt, ids, images, instructions)
 
-    def _chat(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], str, list[Any]]:
-        """The messages before the answer, the answer, and the images."""
+    def _chat(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], str, list[Callable[[], Any]]]:
+        """The messages before the answer, the answer, and functions that load the images."""
         *messages, answer = row["messages"] or [{}]
         if answer.get("role") != "assistant" or not messages:
             roles = [message.get("role") for message in row["messages"]]
@@ -201,7 +222,7 @@ class LorgnetteCollator:
         if count_images([answer]) or not output.strip():
             raise ValueError(f"the assistant's answer has to be words; it is {output!r}")
         has_column = row.get(self.image_column) is not None or "vision_features" in row
-        in_column = self._images(row) if has_column else []
+        in_column = self._sources(row) if has_column else []
         if in_column and not count_images(messages):
             first = next((n for n, message in enumerate(messages) if message.get("role") == "user"), 0)
             shown = [*parts_of(messages[first]), *[{"type": "image"}] * len(in_column)]
@@ -213,17 +234,18 @@ class LorgnetteCollator:
                 f'the messages have {bare} parts {{"type": "image"}} without a picture of their own and {len(own)} '
                 f"with one, and column '{self.image_column}' has {len(in_column)} images: all have to be in one place"
             )
-        return messages, output, in_column or [self._load(image) for image in own]
+        return messages, output, in_column or [partial(self._load, image) for image in own]
 
-    def _images(self, row: dict[str, Any]) -> list[Any]:
+    def _sources(self, row: dict[str, Any]) -> list[Callable[[], Any]]:
+        """Functions that load the images of the image column, or give their features."""
         if self.image_column not in row and "vision_features" in row:
             features = torch.as_tensor(row["vision_features"])
-            return list(features) if features.ndim == 3 else [features]
+            return [lambda one=one: one for one in (features if features.ndim == 3 else [features])]
         value = _column(row, self.image_column)
         images = value if isinstance(value, (list, tuple)) else [value]
         if not images:
             raise ValueError(f"column '{self.image_column}' is an empty list")
-        return [self._load(image) for image in images]
+        return [partial(self._load, image) for image in images]
 
     def _alike(self, prompts: list[list[int]]) -> int:
         """How many tokens several prompts all begin with: before the first placeholder, and not all of any."""
@@ -247,7 +269,7 @@ class LorgnetteCollator:
         width += -width % (self.pad_to_multiple_of or 1)
         padding = [[value] * (width - len(row)) for row in rows]
         whole = zip(rows, padding, strict=True) if side == "right" else zip(padding, rows, strict=True)
-        return torch.tensor([before + after for before, after in whole])
+        return torch.tensor([before + after for before, after in whole], dtype=torch.long)
 
     def _check_length(self, prompt: list[int], output: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
         limit = tokenizer.model_max_length if self.max_length is None else self.max_length

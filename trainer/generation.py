@@ -10,6 +10,9 @@ from ..processing.pipeline_lorgnette import missing_tokens
 from .collator import LorgnetteCollator
 
 
+BATCHES_READ = 16  # rows that are sorted by length at a time, in batches
+
+
 def generate_texts(
     model: LorgnetteForConditionalGeneration,
     collator: LorgnetteCollator,
@@ -20,7 +23,8 @@ def generate_texts(
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """Each row and the model's answer to it, without special tokens and white space at the ends.
 
-    Rows are read a batch at a time. The model is in eval mode meanwhile, and in the mode it was in afterwards.
+    Answers come in the order of the rows, which are read some batches at a time: of these, prompts of like length are
+    put into one batch. The model is in eval mode meanwhile, and in the mode it was in afterwards.
 
     Args:
         collator: makes the prompts; its rows may have `vision_features` in place of pictures.
@@ -34,11 +38,23 @@ def generate_texts(
     remaining, was_training = iter(rows), model.training
     model.eval()
     try:
-        while batch := list(islice(remaining, batch_size)):
-            inputs = {name: tensor.to(model.device) for name, tensor in collator.prompts(batch).items()}
-            ids = model.generate(**inputs, **keywords)  # (B, S + new)
-            answers = collator.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            yield from zip(batch, (answer.strip() for answer in answers), strict=True)
+        while read := list(islice(remaining, batch_size * BATCHES_READ)):
+            lengths = collator.prompt_lengths(read)
+            order = sorted(
+                range(len(read)), key=lengths.__getitem__, reverse=True
+            )  # what takes most memory comes first
+            answers = [""] * len(read)
+            for start in range(0, len(read), batch_size):
+                places = order[start : start + batch_size]
+                prompts = collator.prompts([read[place] for place in places])
+                inputs = {name: tensor.to(model.device) for name, tensor in prompts.items()}
+                ids = model.generate(**inputs, **keywords)  # (B, S + new)
+                new = ids[:, inputs["input_ids"].shape[1] :]
+                for place, answer in zip(
+                    places, collator.processor.batch_decode(new, skip_special_tokens=True), strict=True
+                ):
+                    answers[place] = answer.strip()
+            yield from zip(read, answers, strict=True)
     finally:
         model.train(was_training)
 

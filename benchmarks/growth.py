@@ -1,0 +1,276 @@
+"""How it grows: a training step over batch, image tokens and caption length, and a feature cache over its rows.
+
+    python -m benchmarks.growth [--shapes tiny smollm2] [--batch_sizes 1 2 4 …] [--cache_rows 1000 10000 100000]
+
+Pairs a second, and the memory that a step takes at once, of stage 2 with random weights, one size changed at a time;
+from pictures, and from the ViT's features. A cache is opened and its rows are read in any order. Writes
+`results/benchmarks/growth.json`, `.md` and `.png`. What does not fit into memory or on the disk is left out, and said.
+"""
+
+import itertools
+import json
+import math
+import random
+import shlex
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure  # without pyplot: no window, whatever the machine
+from transformers import Blip2ForConditionalGeneration, HfArgumentParser
+
+from benchmarks import floor, memory
+from benchmarks import rows as data
+from benchmarks.shapes import PRESETS, Preset
+from benchmarks.sides import LORA
+from examples.demo.report import machine, versions
+from examples.quality.steps import say
+from lorgnette import LorgnetteForConditionalGeneration
+from lorgnette.modeling.modeling_checks import IGNORED
+from lorgnette.trainer.feature_cache import COLUMN, METADATA, feature_opener, load_cache, planned_shards
+
+
+SUPER_LINEAR = 1.1  # a cost that grows with more than this power of what grows
+AXES = {"batch": "pairs in a batch", "image": "image tokens", "caption": "tokens of a caption", "cache": "rows cached"}
+
+
+@dataclass
+class Options:
+    shapes: list[str] = field(default_factory=lambda: ["tiny", "smollm2"], metadata={"help": ", ".join(PRESETS)})
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
+    image_tokens: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128, 256])
+    caption_tokens: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128, 256])
+    cache_rows: list[int] = field(default_factory=lambda: [10**3, 10**4, 10**5])
+    usual: list[int] = field(default_factory=lambda: [8, 32, 16], metadata={"help": "Batch, image, caption otherwise."})
+    repeats: int = field(default=3, metadata={"help": "Timed steps, after one that is not."})
+    seed: int = field(default=0)
+    output: Path = field(default=Path("results/benchmarks"))
+
+
+@dataclass
+class Point:
+    """Args: kind: pictures, features or cache; operations: of a step's matrix products; left_out: why, if it was."""
+
+    shape: str
+    axis: str
+    kind: str
+    size: int
+    pairs_per_s: float | None = None
+    bytes: int | None = None
+    operations: int | None = None
+    left_out: str | None = None
+
+
+def main(argv: list[str]) -> int:
+    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses(argv)
+    points: list[Point] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for shape in options.shapes:
+            for point in itertools.chain(steps(shape, options), caches(shape, options, Path(scratch).resolve())):
+                points.append(point)
+                say(_line(point))
+    save(points, options, shlex.join(["python", "-m", "benchmarks.growth", *argv]))
+    return 0
+
+
+def steps(shape: str, options: Options) -> Iterator[Point]:
+    """Forward and backward passes of stage 2."""
+    batch, image, caption = options.usual
+    sizes = [("batch", size, image, caption) for size in options.batch_sizes]
+    sizes += [("caption", batch, image, size) for size in options.caption_tokens]
+    sizes += [("image", batch, size, caption) for size in options.image_tokens]
+    for tokens, group in itertools.groupby(sizes, key=lambda size: size[2]):  # a model for each number of queries
+        preset = with_room(
+            replace(PRESETS[shape], num_query_tokens=tokens), tokens + max(caption, *options.caption_tokens) + 1
+        )
+        model = None
+        for axis, pairs, _, words in group:
+            size = {"batch": pairs, "image": tokens, "caption": words}[axis]
+            try:
+                floor.check_memory(replace(preset, num_query_tokens=tokens + words), shape, pairs, "cpu")
+            except ValueError as error:
+                yield from (Point(shape, axis, kind, size, left_out=str(error)) for kind in ("pictures", "features"))
+                continue
+            model = build(preset, options.seed) if model is None else model
+            for kind in ("pictures", "features"):
+                yield measure(model, Point(shape, axis, kind, size), pairs, words, options.repeats)
+
+
+def with_room(preset: Preset, tokens: int) -> Preset:
+    """The same with an LM that has positions for so many tokens; they are no weights where there is RoPE."""
+    fields = preset.text.to_dict()
+    room = max(tokens, fields["max_position_embeddings"])
+    return replace(preset, text=type(preset.text).from_dict(fields | {"max_position_embeddings": room}))
+
+
+def build(preset: Preset, seed: int) -> LorgnetteForConditionalGeneration:
+    torch.manual_seed(seed)
+    processor = data.processor(preset)
+    blip2 = Blip2ForConditionalGeneration(preset.config(image_token_index=processor.image_token_id))
+    lora = LORA | {"target_modules": list(preset.lora_targets)}
+    return LorgnetteForConditionalGeneration.from_blip2(blip2, processor=processor, lora=lora).train()
+
+
+def measure(model: LorgnetteForConditionalGeneration, point: Point, pairs: int, words: int, repeats: int) -> Point:
+    batch = batch_of(model, pairs, words, point.kind)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+
+    taken = floor.seconds(step, "cpu", repeats + 1)[1:]
+    point.pairs_per_s = pairs / statistics.median(taken)
+    point.bytes, point.operations = memory.step_bytes(step, "cpu"), floor.operations(step)
+    model.zero_grad()
+    return point
+
+
+def batch_of(model: LorgnetteForConditionalGeneration, pairs: int, words: int, kind: str) -> dict[str, torch.Tensor]:
+    """Pictures or features of noise, with captions of `words` random tokens each: none is padded."""
+    vision = model.config.vision_config
+    image = torch.full((pairs, model.config.num_query_tokens), model.config.image_token_id)
+    caption = torch.randint(3, model.config.text_config.vocab_size - 1, (pairs, words))
+    ids = torch.cat([image, caption], dim=1)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch["labels"] = torch.cat([torch.full_like(image, IGNORED), caption], dim=1)
+    if kind == "features":
+        return batch | {"vision_features": torch.randn(pairs, *feature_shape(vision))}
+    return batch | {"pixel_values": torch.randn(pairs, 3, vision.image_size, vision.image_size)}
+
+
+def feature_shape(vision: Any) -> tuple[int, int]:
+    """Tokens, CLS among them, and width."""
+    return (vision.image_size // vision.patch_size) ** 2 + 1, vision.hidden_size
+
+
+def caches(shape: str, options: Options, scratch: Path) -> Iterator[Point]:
+    """Features in float16, as `lorgnette.trainer cache` lays them out; `pairs_per_s` are rows read in any order."""
+    tokens, width = feature_shape(PRESETS[shape].config().vision_config)
+    for rows in options.cache_rows:
+        point, folder = Point(shape, "cache", "cache", rows), scratch / f"{shape}-{rows}"
+        needed, free = 2 * tokens * width * rows, shutil.disk_usage(scratch).free
+        if 1.1 * needed > free:
+            point.left_out = f"{rows:,} rows take {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB free"
+            yield point
+            continue
+        write_cache(folder, rows, (tokens, width))
+        point.pairs_per_s, point.bytes = read(folder, rows, options)
+        shutil.rmtree(folder)
+        yield point
+
+
+def read(folder: Path, rows: int, options: Options) -> tuple[float, int]:
+    """Rows a second, and what opening the cache and reading them has left in memory."""
+    before = anonymous_bytes()
+    dataset, opened = load_cache(folder, "train"), feature_opener(folder)
+    places = random.Random(options.seed).choices(range(rows), k=64 * options.usual[0])
+    taken = floor.seconds(lambda: [opened(dataset[place][COLUMN], place) for place in places], "cpu", options.repeats)
+    return len(places) / statistics.median(taken), max(0, anonymous_bytes() - before)
+
+
+def write_cache(folder: Path, rows: int, shape: tuple[int, int]) -> None:
+    """A feature cache of noise."""
+    metadata = {"splits": {"train": rows}, "unreadable": {}, "shard_size": min(rows, 1000), "complete": True}
+    metadata |= {"dtype": "float16", "feature_shape": list(shape)}
+    folder.mkdir()
+    (folder / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
+    generator = np.random.default_rng(0)
+    for path, numbers in planned_shards(folder, metadata, "train"):
+        features = generator.standard_normal((len(numbers), *shape)).astype(np.float16)
+        Dataset.from_dict({"index": numbers, COLUMN: [one.tobytes() for one in features]}).save_to_disk(path)
+
+
+def anonymous_bytes() -> int:
+    """What this process holds besides mapped files."""
+    found = psutil.Process().memory_info()
+    return found.rss - found.shared
+
+
+def turns(points: Sequence[Point]) -> list[dict[str, Any]]:
+    """Where a step's time or memory grows by more than `SUPER_LINEAR` between two sizes, and its operations' power."""
+    found = []
+
+    def line(point: Point) -> tuple[str, str, str]:
+        return point.shape, point.axis, point.kind
+
+    measured = [point for point in points if point.left_out is None]
+    for _, group in itertools.groupby(sorted(measured, key=lambda point: (*line(point), point.size)), key=line):
+        for small, large in itertools.pairwise(group):
+            pairs = (small.size, large.size) if small.axis == "batch" else (1, 1)
+            costs = {"seconds": [n / point.pairs_per_s for n, point in zip(pairs, (small, large), strict=True)]}
+            costs |= {"bytes": [small.bytes, large.bytes], "operations": [small.operations, large.operations]}
+            powers = {
+                name: math.log(after / before) / math.log(large.size / small.size)
+                for name, (before, after) in costs.items()
+                if before and after
+            }
+            if small.axis != "cache" and max(powers["seconds"], powers.get("bytes", 0)) > SUPER_LINEAR:
+                about = {"shape": small.shape, "axis": small.axis, "kind": small.kind}
+                found.append(about | {"from": small.size, "to": large.size, "powers": powers})
+    return found
+
+
+def save(points: Sequence[Point], options: Options, command: str) -> None:
+    """`growth.json`, `growth.md` and `growth.png`."""
+    options.output.mkdir(parents=True, exist_ok=True)
+    found = turns(points)
+    report = {"command": command, "machine": machine(), "versions": versions(), "options": asdict(options)}
+    report |= {"points": [asdict(point) for point in points], "super_linear": found}
+    path = options.output / "growth.json"
+    path.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+    lines = [f"# How it grows, {machine()}", "", f"`{command}`", ""]
+    lines += ["| shape | from | what grows | to | pairs/s | MiB | 10⁹ operations |", "|---|---|---|---|---|---|---|"]
+    lines += [_line(point) for point in points]
+    lines += [
+        "",
+        f"Grows by a power above {SUPER_LINEAR} of the size (operations: what the arithmetic alone asks for):",
+        "",
+    ]
+    for turn in found:
+        powers = ", ".join(f"{name} {power:.2f}" for name, power in turn["powers"].items())
+        lines.append(
+            f"- {turn['shape']}, {turn['kind']}, {AXES[turn['axis']]} {turn['from']} to {turn['to']}: {powers}"
+        )
+    (options.output / "growth.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    chart(points, options.output / "growth.png")
+
+
+def chart(points: Sequence[Point], path: Path) -> None:
+    """Writes a PNG: a column for each size, speed above memory, a line for each shape and kind."""
+    figure = Figure(figsize=(16, 7))
+    grid = figure.subplots(2, len(AXES))
+    for column, (axis, label) in enumerate(AXES.items()):
+        lines: dict[str, list[Point]] = {}
+        for point in points:
+            if point.axis == axis and point.left_out is None:
+                lines.setdefault(f"{point.shape}, {point.kind}", []).append(point)
+        for name, line in lines.items():
+            sizes = [point.size for point in line]
+            grid[0, column].plot(sizes, [point.pairs_per_s for point in line], marker="o", label=name)
+            grid[1, column].plot(sizes, [point.bytes / 2**20 for point in line], marker="o", label=name)
+        grid[0, column].set(xscale="log", yscale="log", ylabel="rows/s" if axis == "cache" else "pairs/s", title=label)
+        grid[1, column].set(xscale="log", yscale="linear" if axis == "cache" else "log", ylabel="MiB", xlabel=label)
+        if lines:
+            grid[0, column].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def _line(point: Point) -> str:
+    cells = [point.shape, point.kind, AXES[point.axis], f"{point.size:,}"]
+    if point.left_out is not None:
+        return f"| {' | '.join(cells)} | left out: {point.left_out} | | |"
+    operations = "" if point.operations is None else f"{point.operations / 1e9:.3g}"
+    return f"| {' | '.join(cells)} | {point.pairs_per_s:.4g} | {point.bytes / 2**20:.4g} | {operations} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
