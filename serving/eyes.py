@@ -14,6 +14,7 @@ import anyio.to_thread
 import torch
 from anyio import CapacityLimiter
 
+from ..configuration.backbone_sources import from_pretrained_arguments
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.image_loading import read_web_image
 from ..processing.processing_lorgnette import LorgnetteProcessor
@@ -134,8 +135,9 @@ class Eyes:
         """
         if name in bridges:
             raise ValueError(f"two bridges are called {name!r}: the model's own, and {bridges[name]}")
-        processors = {name: LorgnetteProcessor.from_pretrained(model, revision=revision)}
-        loaded = LorgnetteForConditionalGeneration.from_pretrained(model, revision=revision, dtype="auto")
+        place, keywords = from_pretrained_arguments(model, revision)
+        processors = {name: LorgnetteProcessor.from_pretrained(place, **keywords)}
+        loaded = LorgnetteForConditionalGeneration.from_pretrained(place, dtype="auto", **keywords)
         for other, source in bridges.items():
             loaded.load_bridge(source, other)
             processors[other] = LorgnetteProcessor.from_pretrained(source)
