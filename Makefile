@@ -4,6 +4,7 @@
 # make bench   transformers' BLIP-2 and ours on the same weights, in turn: the table of results/benchmarks
 # make conformance   transformers' own common tests, on our classes and on BLIP-2
 # make faults   commands that are killed at random moments, begun again, and compared with runs that were not
+# make load   64 callers of a worker on this machine: right answers, memory, requests a second; three minutes
 # make matrix   the tests with the lowest and the newest transformers, peft and accelerate, and a smoke test on later Pythons
 #
 # All work in a fresh clone: the virtual environment is made first.
@@ -31,7 +32,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo bench test test-all test-gpu conformance faults matrix lint prerequisites prerequisites-demo
+.PHONY: demo bench test test-all test-gpu conformance faults load matrix lint prerequisites prerequisites-demo
 
 demo: prerequisites-demo $(VENV)/installed
 	$(BIN)/python -m examples.demo --cache "$(CACHE)" --output "$(OUTPUT)" $(if $(VISION),--vision "$(VISION)") \
@@ -56,6 +57,9 @@ conformance: $(VENV)/installed
 
 faults: $(VENV)/installed
 	$(BIN)/python -m faults $(ARGS)
+
+load: $(VENV)/installed
+	$(BIN)/python -m faults.load $(ARGS)
 
 matrix: $(VENV)/installed
 	TORCH="$(TORCH)" $(BIN)/nox --noxfile .ci/noxfile.py --envdir "$(abspath $(CACHE))/matrix" $(ARGS)

@@ -151,7 +151,7 @@ class Eyes:
         Raises:
             RefusedError: what is wrong with the question, or the worker.
         """
-        name = question.adapter or self.first
+        name = self.first if question.adapter is None else question.adapter
         if name not in self.processors:
             known = ", ".join(self.processors)
             raise RefusedError(404, "unknown_adapter", f"there is no adapter {name[:100]!r}; there are {known}")

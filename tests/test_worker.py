@@ -326,6 +326,23 @@ def test_a_full_house_and_callers_that_hang_up(held):
         assert metric(url, "lorgnette_inside") == 0
 
 
+def test_a_stream_that_nobody_reads_any_more_ends(held):
+    eyes, go, began = held
+    with serving(eyes) as (url, _):
+        where = urlsplit(url)
+        caller = http.client.HTTPConnection(where.hostname, where.port, timeout=30)
+        caller.request(
+            "POST", "/v1/vision", json.dumps({"image_url": data_url(), "prompt": PROMPT, "stream": True}), JSON
+        )
+        assert began.acquire(timeout=30)
+        caller.getresponse().close()
+        caller.close()
+        wait_for(lambda: metric(url, "lorgnette_inside") == 0)
+        go.set()
+        assert ask(url).status_code == 200
+        assert metric(url, "lorgnette_generated_tokens_total") <= MAX_NEW_TOKENS  # of the second alone
+
+
 def test_a_model_that_takes_too_long_or_fails(held):
     eyes, go, _ = held
     eyes.limits.timeout = 1.0
