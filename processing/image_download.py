@@ -52,7 +52,7 @@ def download(
     except (OSError, HTTPException, ValueError) as error:
         cause = error.reason if isinstance(error, URLError) and isinstance(error.reason, OSError) else error
         kind = next((kind for kind in (PermissionError, TimeoutError) if isinstance(cause, kind)), OSError)
-        raise kind(f"cannot fetch {url}: {error}") from error
+        raise kind(f"cannot fetch {url}: {cause}") from error
 
 
 class _Allowance:
