@@ -5,6 +5,7 @@
 # make growth   speed and memory over batch, image tokens, caption length and rows in the cache: plots beside it
 # make conformance   transformers' own common tests, on our classes and on BLIP-2
 # make faults   commands that are killed at random moments and begun again, bad pictures, bf16 beside fp32, memory
+# make load   64 callers of a worker on this machine: right answers, memory, requests a second; three minutes
 # make matrix   the tests with the lowest and the newest transformers, peft and accelerate, and a smoke test on later Pythons
 #
 # All work in a fresh clone: the virtual environment is made first.
@@ -32,7 +33,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo bench growth test test-all test-gpu conformance faults matrix lint prerequisites prerequisites-demo
+.PHONY: demo bench growth test test-all test-gpu conformance faults load matrix lint prerequisites prerequisites-demo
 
 demo: prerequisites-demo $(VENV)/installed
 	$(BIN)/python -m examples.demo --cache "$(CACHE)" --output "$(OUTPUT)" $(if $(VISION),--vision "$(VISION)") \
@@ -63,6 +64,9 @@ faults: $(VENV)/installed
 	$(BIN)/python -m faults.hostile --cache "$(CACHE)"
 	$(BIN)/python -m faults.numbers
 	$(BIN)/python -m faults.memory
+
+load: $(VENV)/installed
+	$(BIN)/python -m faults.load $(ARGS)
 
 matrix: $(VENV)/installed
 	TORCH="$(TORCH)" $(BIN)/nox --noxfile .ci/noxfile.py --envdir "$(abspath $(CACHE))/matrix" $(ARGS)

@@ -5,32 +5,44 @@ its timeout anew with every packet. What a server sends is therefore counted whe
 """
 
 import io
+import socket
 import time
+from collections.abc import Callable
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
-from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request, build_opener
+from urllib.error import URLError
+from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, ProxyHandler, Request, build_opener
 
 
 DOWNLOAD_SECONDS = 20.0
 DOWNLOAD_BYTES = 100 * 2**20
 WEB = ("http://", "https://")
+# (host as in the URL, address that it resolves to) -> raises PermissionError where that is not to be visited
+Guard = Callable[[str, str], None]
 
 
-def download(url: str, timeout: float | None = None) -> tuple[str, bytes]:
+def download(
+    url: str, timeout: float | None = None, max_bytes: int | None = None, guard: Guard | None = None
+) -> tuple[str, bytes]:
     """Fetch a URL that begins as [`WEB`] does.
 
     Args:
-        timeout: seconds for all of it, 20 by default; a connection that is not made yet may take as long again.
+        timeout: seconds for all of it, 20 by default; to look a name up, and a connection that is not made yet, may
+            take as long again.
+        max_bytes: how many may come in, 100 MiB by default.
+        guard: asked about every address before it is connected to, those of redirects too. The address that it was
+            asked about is the one that is connected to, and no proxy is used, which would look names up by itself.
 
     Returns:
-        its name for messages, with the content type that the server says; its bytes, at most 100 MiB.
+        its name for messages, with the content type that the server says; its bytes.
 
     Raises:
-        OSError: it cannot be fetched within that, or the server redirects to what is not http or https.
+        OSError: it cannot be fetched within that, or the server redirects to what is not http or https: a TimeoutError
+            where time was too short, a PermissionError where `guard` says no.
     """
-    allowance, data = _Allowance(DOWNLOAD_SECONDS if timeout is None else timeout), bytearray()
-    opener = build_opener(_Http(allowance), _Https(allowance), _Redirects(allowance))
+    allowance, data = _Allowance(DOWNLOAD_SECONDS if timeout is None else timeout, max_bytes, guard), bytearray()
+    opener = build_opener(_Http(allowance), _Https(allowance), _Redirects(allowance), *allowance.proxies)
     try:
         request = Request(url, headers={"User-Agent": "lorgnette"})
         with opener.open(request, timeout=allowance.seconds) as response:
@@ -38,20 +50,24 @@ def download(url: str, timeout: float | None = None) -> tuple[str, bytes]:
                 data += chunk
             return f"{url} ({response.headers.get_content_type()})", bytes(data)
     except (OSError, HTTPException, ValueError) as error:
-        raise OSError(f"cannot fetch {url}: {error}") from error
+        cause = error.reason if isinstance(error, URLError) and isinstance(error.reason, OSError) else error
+        kind = next((kind for kind in (PermissionError, TimeoutError) if isinstance(cause, kind)), OSError)
+        raise kind(f"cannot fetch {url}: {cause}") from error
 
 
 class _Allowance:
     """What all connections of one download may take together."""
 
-    def __init__(self, seconds: float):
-        self.seconds, self.deadline, self.bytes = seconds, time.monotonic() + seconds, DOWNLOAD_BYTES
+    def __init__(self, seconds: float, max_bytes: int | None, guard: Guard | None):
+        self.seconds, self.deadline, self.guard = seconds, time.monotonic() + seconds, guard
+        self.max_bytes = self.bytes = DOWNLOAD_BYTES if max_bytes is None else max_bytes
+        self.proxies = [] if guard is None else [ProxyHandler({})]
 
     def check(self) -> None:
         if time.monotonic() > self.deadline:
             raise TimeoutError(f"not complete after {self.seconds:g} s")
         if self.bytes < 0:
-            raise OSError(f"larger than {DOWNLOAD_BYTES} bytes")
+            raise OSError(f"larger than {self.max_bytes} bytes")
 
 
 class _Metered(io.RawIOBase):
@@ -83,7 +99,25 @@ class _Response(HTTPResponse):
 def _connect(kind: type[HTTPConnection], allowance: _Allowance, *args: Any, **kwargs: Any) -> HTTPConnection:
     connection = kind(*args, **kwargs)
     connection.response_class = partial(_Response, allowance)
+    if allowance.guard is not None:
+        connection._create_connection = partial(_connect_guarded, allowance)
     return connection
+
+
+def _connect_guarded(allowance: _Allowance, where: tuple[str, int], *_: Any) -> socket.socket:
+    """In place of `socket.create_connection`, which would look the name up once more."""
+    host, port = where
+    addresses = dict.fromkeys(found[4][0] for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+    for address in addresses:
+        allowance.guard(host, address)
+    failure = OSError(f"{host} has no address")
+    for address in addresses:
+        allowance.check()
+        try:
+            return socket.create_connection((address, port), max(allowance.deadline - time.monotonic(), 0.001))
+        except OSError as error:
+            failure = error
+    raise failure
 
 
 class _Http(HTTPHandler):

@@ -18,7 +18,8 @@ import torch
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 
-from .image_download import WEB, download
+from .image_download import WEB, Guard, download
+from .public_addresses import refuse_private
 
 
 MAX_IMAGE_PIXELS = 50_000_000  # a pixel takes up to 20 bytes while it is decoded (JPEG 2000): 1 GB
@@ -108,6 +109,26 @@ def load_image_for(
                 f"{pixels} pixels, more than the {max_pixels} that are allowed"
             )
     return image
+
+
+def read_web_image(
+    url: str, timeout: float | None = None, max_bytes: int | None = None, guard: Guard = refuse_private
+) -> bytes:
+    """The file behind a URL that somebody else names, and that must not lead into this machine or its network.
+
+    Args:
+        url: http, https or base64 data.
+        timeout, max_bytes, guard: see [`download`]; without a `guard` the host has to be on the public internet.
+
+    Raises:
+        ValueError: a URL of another kind, base64 that is not valid.
+        OSError: see [`download`].
+    """
+    if url.startswith(WEB):
+        return download(url, timeout, max_bytes, guard)[1]
+    if url.startswith("data:"):
+        return _from_base64(url.partition(",")[2])
+    raise ValueError(f"an image's URL begins with http://, https:// or data:, not with {url[:20]!r}")
 
 
 def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:

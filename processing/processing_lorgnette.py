@@ -19,7 +19,7 @@ from ..configuration.configuration_lorgnette import AUTO_PROCESSOR
 from ..configuration.remote_code import save_remote_code
 from .blip2_prompts import BLIP2_TEMPLATE
 from .conversations import flatten, images_in, is_batch, query_in
-from .image_loading import MAX_IMAGE_PIXELS, load_image_for, naming
+from .image_loading import MAX_IMAGE_PIXELS, load_image_for, naming, read_web_image
 from .image_rows import match_images, rows_of, texts_of
 from .prompt_encoding import (
     IMAGE_TOKEN,
@@ -388,6 +388,10 @@ class LorgnetteProcessor(ProcessorMixin):
     def load_image(self, source: Any, timeout: float | None = None) -> Image.Image:
         """[`load_image`], and see to it that the image processor can take it; raises what [`load_image_for`] does."""
         return load_image_for(self.image_processor, source, timeout, self.max_image_pixels)
+
+    def load_web_image(self, url: str, timeout: float | None = None) -> Image.Image:
+        """[`load_image`] of a URL that somebody else names; raises what it and [`read_web_image`] do."""
+        return self.load_image(read_web_image(url, timeout))
 
     def encode_images(self, images: list[Image.Image], **images_kwargs: Any) -> BatchFeature:
         """`pixel_values` `(N, 3, H, W)`, and what else this image processor gives, for N loaded RGB images."""

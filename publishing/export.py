@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
@@ -117,14 +118,15 @@ def check(
         environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(here / "modules")}
         stranger = [sys.executable, "-P", str(Path(__file__).with_name("stranger.py"))]
         try:
-            finished = subprocess.run(
-                [*stranger, str(Path(folder).resolve()), str(picture), str(seen)],
-                cwd=here,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=_PATIENCE,
-            )
+            with Console(stderr=True).status("a process without lorgnette tries the export"):
+                finished = subprocess.run(
+                    [*stranger, str(Path(folder).resolve()), str(picture), str(seen)],
+                    cwd=here,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    timeout=_PATIENCE,
+                )
         except subprocess.TimeoutExpired as error:
             raise RuntimeError(f"The export was not loaded and tried within {_PATIENCE} seconds") from error
         if finished.returncode != 0:

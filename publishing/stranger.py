@@ -5,8 +5,11 @@
 [`look`] is all that it shares with the process that checks it, which calls it with the model that was exported.
 """
 
+import base64
 import importlib.abc
+import importlib.util
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,11 +48,22 @@ def look(model: Any, processor: Any, picture: str) -> dict[str, torch.Tensor]:
     return {"states": states.cpu().contiguous()}
 
 
+def ask_endpoint(folder: str, picture: str) -> str:
+    """What the folder's `handler.py` answers, loaded as the runtime of Inference Endpoints loads it."""
+    spec = importlib.util.spec_from_file_location("handler.EndpointHandler", Path(folder, "handler.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    image = "data:image;base64," + base64.b64encode(Path(picture).read_bytes()).decode()
+    asked = {"image_url": image, "prompt": "What?", "max_new_tokens": MAX_NEW_TOKENS}
+    return module.EndpointHandler(folder)({"inputs": asked})["text"]
+
+
 def main(folder: str, picture: str, seen: str) -> None:
     """Load `folder` by all the ways there are, and write what the model sees.
 
     Raises:
-        RuntimeError: a pipeline does not answer as the model does, or lorgnette was imported after all.
+        RuntimeError: a pipeline or the Endpoint's handler does not answer as the model does, or lorgnette was imported
+            after all.
     """
     sys.meta_path.insert(0, WithoutLorgnette())
 
@@ -69,12 +83,18 @@ def main(folder: str, picture: str, seen: str) -> None:
         asked = {
             "image-to-text": processor(images=[[processor.load_image(picture)]], **tensors),
             "image-text-to-text": processor.apply_chat_template(chat, **written),
+            "endpoint": processor(images=[[processor.load_image(picture)]], queries="What?", **tensors),
         }
-        answers = {}
+        known, answers = model.generation_config.eos_token_id or [], {}
+        stops = {*processor.stop_token_ids, *([known] if isinstance(known, int) else known)}
         for task, inputs in asked.items():
-            tokens = model.generate(**inputs.to(dtype=model.dtype), **settings)
+            ends = {"eos_token_id": sorted(stops)} if task == "endpoint" else {}
+            tokens = model.generate(**inputs.to(dtype=model.dtype), **settings | ends)
             answers[task] = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         del model
+        said, answer = ask_endpoint(folder, picture), answers.pop("endpoint")
+        if said.strip() != answer.strip():
+            raise RuntimeError(f"handler.py says {said!r}, the model {answer!r}")
         for task, answer in answers.items():
             pipe = pipeline(task, model=folder, **trust)
             given = {"inputs": picture} if task == "image-to-text" else {"text": chat, "return_full_text": False}

@@ -21,6 +21,7 @@ from lorgnette.trainer.__main__ import COMMANDS, main
 from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, Stage1Arguments, Stage2Arguments
 from lorgnette.trainer.recipe import parse_recipe
 from lorgnette.trainer.run import check_arguments
+from lorgnette.trainer.stage2 import build
 
 
 RECIPES = [path for path in Path(__file__).parents[1].glob("recipes/*.yaml") if path.stem != "cache"]
@@ -323,3 +324,10 @@ def test_retrieval_takes_one_picture_a_row():
     features = [{"index": 7, "vision_features": torch.zeros(2, 17, 24)}]
     with pytest.raises(ValueError, match=r"row 7 has a list of pictures \(2\)"):
         retrieval._features(features)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./out/none", "out/none/deep"])
+def test_a_saved_model_that_is_not_there(name):
+    """transformers would say of the path that it is no Hub id."""
+    with pytest.raises(FileNotFoundError, match=f"There is no folder {name}"):
+        build(Stage2Arguments(model=name))

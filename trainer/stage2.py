@@ -64,9 +64,10 @@ def build(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, Lor
 def _build(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, LorgnetteProcessor]:
     prompts = {name: getattr(args, name) for name in ("system_prompt", "query") if getattr(args, name) is not None}
     if args.model is not None:
-        processor = LorgnetteProcessor.from_pretrained(args.model, revision=args.model_revision, **prompts)
+        name, keywords = from_pretrained_arguments(args.model, args.model_revision)
+        processor = LorgnetteProcessor.from_pretrained(name, **keywords, **prompts)
         model = LorgnetteForConditionalGeneration.from_pretrained(
-            args.model, revision=args.model_revision, attn_implementation=args.attn_implementation
+            name, **keywords, attn_implementation=args.attn_implementation
         )
         model.check_processor(processor)
         return model, processor

@@ -1,0 +1,223 @@
+"""`lorgnette COMMAND`: one door to what the package does.
+
+Commands that train, measure and publish hand their arguments on as they stand: to what `python -m lorgnette.trainer`
+runs (which stays for `accelerate launch`), and to `hub_upload`.
+"""
+
+import importlib
+import os
+import sys
+from importlib.metadata import version
+from types import TracebackType
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+
+app = typer.Typer(
+    help="Eyes for a text-only language model: train, measure, publish and serve.",
+    epilog="lorgnette COMMAND --help lists what each takes, with an example.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# --help too goes to the parser behind
+_HANDED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+_PLAIN = (OSError, ValueError, RuntimeError, TypeError, ImportError)  # whose messages say all
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("lorgnette"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    if not debug:
+        sys.excepthook = one_line
+
+
+def one_line(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
+    """What an error is told by, in place of a trace."""
+    if kind is KeyboardInterrupt:
+        typer.echo("lorgnette: interrupted", err=True)
+        return
+    message = " ".join(str(error).split())
+    message = message if message and isinstance(error, _PLAIN) else f"{kind.__name__}: {message}"
+    typer.echo(f"lorgnette: error: {message} (lorgnette --debug … shows where)", err=True)
+
+
+@app.command(context_settings=_HANDED_ON)
+def train(context: typer.Context) -> None:
+    """Train stage 1 or stage 2 by a recipe.
+
+    Example: lorgnette train stage2 --config recipes/stage2.yaml --dataset ./my-pictures
+    """
+    stages = ("stage1", "stage2")
+    if not context.args or context.args[0] not in (*stages, "--help"):
+        raise typer.BadParameter(f"name the stage first: {' or '.join(stages)}")
+    if context.args[0] == "--help":
+        typer.echo(context.command.help)
+        typer.echo("\nlorgnette train stage1 --help and lorgnette train stage2 --help list the options.")
+        return
+    _hand_on(context, f"lorgnette.trainer.{context.args[0]}", context.args[1:])
+
+
+@app.command(context_settings=_HANDED_ON)
+def cache(context: typer.Context) -> None:
+    """Write what the frozen ViT sees to disk, for both stages to read in place of pictures.
+
+    Example: lorgnette cache --config recipes/cache.yaml --dataset ./my-pictures --output_dir out/cache
+    """
+    _hand_on(context, "lorgnette.trainer.cache", context.args)
+
+
+@app.command(context_settings=_HANDED_ON)
+def evaluate(context: typer.Context) -> None:
+    """Generate texts for a data set with a saved model, and measure them.
+
+    Example: lorgnette evaluate --model out/stage2 --dataset ./my-pictures --split test --metrics cider bleu
+    """
+    _hand_on(context, "lorgnette.trainer.evaluate", context.args)
+
+
+@app.command(context_settings=_HANDED_ON)
+def push(context: typer.Context) -> None:
+    """Publish a trained model on the Hub, tried and with its card; log in once with `hf auth login`.
+
+    Example: lorgnette push out/stage2 --repo-id me/my-eyes --metrics out/evaluate/metrics.json
+    """
+    _hand_on(context, "lorgnette.hub_upload", context.args)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def export(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="OUT", help="A saved model, a run's folder or a checkpoint.")],
+    folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where the export goes.")],
+) -> None:
+    """Fill a clean folder with what `push` would send, tried by a process without lorgnette.
+
+    After the two folders come options of `lorgnette push`: --repo-id, which the card names, --form, --license …
+
+    Example: lorgnette export out/stage2 out/export --repo-id me/my-eyes --form merged
+    """
+    _hand_on(context, "lorgnette.hub_upload", [source, "--dry-run", "--export-dir", folder, *context.args])
+
+
+def _hand_on(context: typer.Context, module: str, arguments: list[str]) -> None:
+    if "--help" in arguments:
+        typer.echo(f"{context.command.help}\n")
+    importlib.import_module(module).main(arguments)
+
+
+@app.command()
+def caption(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
+    pictures: Annotated[list[str], typer.Argument(metavar="PICTURE…", help="Files or URLs.")],
+    prompt: Annotated[str | None, typer.Option(help="What is asked; by default the model's own query.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many tokens an answer.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
+) -> None:
+    """Say what is to be seen in pictures: a line each, the picture's name, a tab and the text.
+
+    Example: lorgnette caption out/stage2 cat.jpg https://example.org/dog.png --prompt "What animal is this?"
+    """
+    from tqdm.auto import tqdm
+
+    from .configuration.backbone_sources import from_pretrained_arguments
+    from .modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
+    from .processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
+    from .processing.processing_lorgnette import LorgnetteProcessor
+
+    place, keywords = from_pretrained_arguments(model, revision)
+    processor = LorgnetteProcessor.from_pretrained(place, **keywords)
+    loaded = LorgnetteForConditionalGeneration.from_pretrained(place, dtype="auto", **keywords).eval()
+    loaded.check_processor(processor)
+    say = LorgnetteImageToTextPipeline(model=loaded, processor=processor)
+    given = {"prompt": prompt, "max_new_tokens": max_new_tokens}
+    settings = {name: value for name, value in given.items() if value is not None}
+    answers = say((picture for picture in pictures), **settings)  # one at a time, as they come
+    for picture, answer in zip(pictures, tqdm(answers, total=len(pictures), unit="picture", disable=None), strict=True):
+        text = " ".join(answer[0]["generated_text"].split())
+        tqdm.write(f"{picture}\t{text}", file=sys.stdout)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
+    bridge: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=MODEL", help="Another model over the same ViT and LM; repeatable.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="What callers name MODEL's own bridge.")] = "default",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Environment variable with the key that callers have to send.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="HOST", help="Fetch pictures from this host alone; repeatable.")
+    ] = None,
+    internal_host: Annotated[
+        list[str] | None, typer.Option(metavar="HOST", help="A host of the private network, as in URLs; repeatable.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds in which a question is answered or fails.")] = 25.0,
+    max_batch: Annotated[int, typer.Option(min=1, help="Questions that the model answers at a time.")] = 8,
+    capacity: Annotated[int, typer.Option(min=1, help="Questions in the house; the next gets a 503.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most that an answer may have.")] = 128,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:1 …; by default a GPU where there is one.")] = None,
+) -> None:
+    """Answer web sites over HTTP: /v1/vision, and OpenAI's chat form at /v1/chat/completions.
+
+    Example: lorgnette serve me/my-eyes --name q-former-v2 --bridge charts=out/charts --api-key-env WORKER_KEY
+    """
+    bridges: dict[str, str] = {}
+    for pair in bridge or ():
+        called, equals, source = pair.partition("=")
+        if not (called and equals and source):
+            raise typer.BadParameter(f"--bridge {pair}: NAME=MODEL is needed")
+        if called in bridges:
+            raise typer.BadParameter(f"--bridge {called} is given twice")
+        bridges[called] = source
+    key = None if api_key_env is None else os.environ.get(api_key_env)
+    if api_key_env is not None and not key:
+        raise typer.BadParameter(f"--api-key-env: the environment has no {api_key_env}, or an empty one")
+    if key is None and host not in ("127.0.0.1", "::1", "localhost"):
+        typer.echo(f"whoever reaches {host}:{port} may ask: --api-key-env asks callers for a key", err=True)
+    try:
+        from .serving.eyes import Eyes, Limits
+        from .serving.hosts import Hosts
+        from .serving.worker import run
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error.name} is not installed: pip install 'lorgnette[serve]'") from error
+
+    limits = Limits(timeout=timeout, max_batch=max_batch, capacity=capacity, max_new_tokens=max_new_tokens)
+    hosts = Hosts(allow_host, internal_host or ())
+    run(
+        Eyes.load(model, bridges, name=name, revision=revision, device=device, limits=limits, hosts=hosts),
+        host,
+        port,
+        key,
+    )
+
+
+def main() -> None:
+    """Run the command line: status 2 for a mistake in it, 1 for an error on the way."""
+    try:
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except TyperException as error:
+        typer.echo(f"lorgnette: error: {error.format_message()} (--help lists what there is)", err=True)
+        status = error.exit_code
+    sys.exit(status or 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""A question to its answer: pictures are fetched and decoded beside the model's thread, then the model is asked."""
+
+import asyncio
+import functools
+import os
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio.to_thread
+import torch
+from anyio import CapacityLimiter
+
+from ..configuration.backbone_sources import from_pretrained_arguments
+from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
+from ..processing.image_loading import read_web_image
+from ..processing.processing_lorgnette import LorgnetteProcessor
+from .batching import Batcher, Ticket
+from .errors import RefusedError, timed_out
+from .hosts import Hosts
+from .metrics import Metrics
+from .payloads import Question
+
+
+@dataclass
+class Limits:
+    """What a worker spends on one question, and on how many at a time.
+
+    Args:
+        timeout: seconds for all of it: below the 30 after which `wp_remote_post` and others hang up.
+        fetch_timeout: seconds of these for a picture's host.
+        fetch_bytes: of a picture's file.
+        max_body: bytes of a request; base64 makes a picture a third larger.
+        max_batch: questions that the model answers at a time.
+        capacity: questions in the house.
+        max_new_tokens: the most that a question may ask for, and what it gets without asking.
+    """
+
+    timeout: float = 25.0
+    fetch_timeout: float = 10.0
+    fetch_bytes: int = 20 * 2**20
+    max_body: int = 28 * 2**20
+    max_batch: int = 8
+    capacity: int = 64
+    max_new_tokens: int = 128
+
+
+@dataclass
+class Answer:
+    """A text, and what it took.
+
+    Args:
+        why: `"stop"`, or `"length"` where the limit of tokens ended it.
+    """
+
+    text: str
+    why: str
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def usage(self) -> dict[str, int]:
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": total,
+        }
+
+
+class Eyes:
+    """A loaded model with its bridges, ready to be asked.
+
+    Args:
+        model: on its device; the thread of this object owns it from now on.
+        processors: of each adapter, by the name that callers use; the first is the model's own bridge, and the others
+            are called in the model as they are here.
+        hosts: where pictures may come from.
+
+    Raises:
+        ValueError: a processor that does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: LorgnetteForConditionalGeneration,
+        processors: Mapping[str, LorgnetteProcessor],
+        limits: Limits | None = None,
+        hosts: Hosts | None = None,
+    ):
+        self.processors, self.limits, self.hosts = dict(processors), limits or Limits(), hosts or Hosts()
+        self.metrics = Metrics()
+        for processor in self.processors.values():
+            model.check_processor(processor)
+        self.first = next(iter(self.processors))
+        self.bridges = {name: model.active_bridge if name == self.first else name for name in self.processors}
+        self._context = model.max_text_length or self.processors[self.first].tokenizer.model_max_length
+        names = {bridge: name for name, bridge in self.bridges.items()}
+        self.batcher = Batcher(
+            model.eval(),
+            self.processors[self.first],
+            self.limits.max_batch,
+            lambda bridge, rows: self.metrics.rows.labels(names[bridge]).observe(rows),
+        )
+        self.metrics.waiting.set_function(lambda: self.batcher.waiting)
+        self._fetching = CapacityLimiter(self.limits.capacity)
+        self._decoding = CapacityLimiter(min(4, os.cpu_count() or 1))  # a large picture takes up to 1 GB meanwhile
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        bridges: Mapping[str, str | Path],
+        *,
+        name: str = "default",
+        revision: str | None = None,
+        device: str | None = None,
+        limits: Limits | None = None,
+        hosts: Hosts | None = None,
+    ) -> "Eyes":
+        """Load a saved model and further bridges, each a folder or a Hub id.
+
+        Args:
+            bridges: by the names that callers use.
+            name: what callers call the model's own bridge.
+            revision: of `model`: branch, tag or commit.
+            device: an accelerator where there is one, by default.
+
+        Raises:
+            ValueError: a name twice; models that do not belong together; a processor that does not fit.
+            OSError: there is no such model.
+        """
+        if name in bridges:
+            raise ValueError(f"two bridges are called {name!r}: the model's own, and {bridges[name]}")
+        place, keywords = from_pretrained_arguments(model, revision)
+        processors = {name: LorgnetteProcessor.from_pretrained(place, **keywords)}
+        loaded = LorgnetteForConditionalGeneration.from_pretrained(place, dtype="auto", **keywords)
+        for other, source in bridges.items():
+            loaded.load_bridge(source, other)
+            processors[other] = LorgnetteProcessor.from_pretrained(source)
+        if device is None:
+            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        return cls(loaded.to(device), processors, limits, hosts)
+
+    async def begin(self, question: Question, deadline: float) -> "Asking":
+        """Fetch, decode and encode what is asked, and let it wait for the model.
+
+        Raises:
+            RefusedError: what is wrong with the question, or the worker.
+        """
+        name = self.first if question.adapter is None else question.adapter
+        if name not in self.processors:
+            known = ", ".join(self.processors)
+            raise RefusedError(404, "unknown_adapter", f"there is no adapter {name[:100]!r}; there are {known}")
+        limit = self.limits.max_new_tokens if question.max_new_tokens is None else question.max_new_tokens
+        if limit > self.limits.max_new_tokens:
+            message = f"{limit} new tokens are asked for; {self.limits.max_new_tokens} are allowed"
+            raise RefusedError(400, "too_many_tokens", message)
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                files = await asyncio.gather(*(self._fetch(url, deadline) for url in question.images))
+                encode = functools.partial(self._encode, self.processors[name], question, files)
+                inputs = await anyio.to_thread.run_sync(encode, abandon_on_cancel=True, limiter=self._decoding)
+        except TimeoutError:
+            raise timed_out(self.limits.timeout) from None
+        length = inputs["input_ids"].shape[1]
+        if length + limit > self._context:
+            message = (
+                f"prompt and pictures are {length} tokens; with {limit} new ones that is more than the {self._context} "
+                "that the language model reads"
+            )
+            raise RefusedError(400, "prompt_too_long", message)
+        asking = Asking(self, name, inputs, deadline)
+        asking.ticket = Ticket(inputs, self.bridges[name], question.use_lora, limit, deadline, asking.hear)
+        self.batcher.submit(asking.ticket)
+        return asking
+
+    async def _fetch(self, url: str, deadline: float) -> bytes:
+        seconds = min(self.limits.fetch_timeout, deadline - time.monotonic())
+
+        def read() -> bytes:
+            with _refusing():
+                return read_web_image(url, seconds, self.limits.fetch_bytes, self.hosts)
+
+        # a name server or a host that keeps this thread longer keeps nobody waiting
+        return await anyio.to_thread.run_sync(read, abandon_on_cancel=True, limiter=self._fetching)
+
+    def _encode(self, processor: LorgnetteProcessor, question: Question, files: list[bytes]) -> dict[str, Any]:
+        with _refusing():
+            images = [processor.load_image(data) for data in files]
+        try:
+            if question.messages is None:
+                return dict(processor(images=[images], queries=question.prompt, return_tensors="pt"))
+            return dict(
+                processor.apply_chat_template(
+                    question.messages,
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
+                    return_tensors="pt",
+                    processor_kwargs={"images": [images] if images else None},
+                )
+            )
+        except (ValueError, TypeError) as error:
+            raise RefusedError(400, "unusable_prompt", str(error)) from error
+
+
+class Asking:
+    """A question that waits for the model, or is being answered."""
+
+    def __init__(self, eyes: Eyes, adapter: str, inputs: dict[str, torch.Tensor], deadline: float):
+        self.eyes, self.adapter, self.deadline = eyes, adapter, deadline
+        self.prompt_tokens = inputs["input_ids"].shape[1]
+        self.ticket: Ticket | None = None
+        self._loop, self._heard = asyncio.get_running_loop(), asyncio.Queue()
+
+    def hear(self, event: int | str | Exception) -> None:
+        """What the model's thread tells of the ticket."""
+        self._loop.call_soon_threadsafe(self._heard.put_nowait, event)
+
+    async def answer(self) -> Answer:
+        """The whole answer. Raises [`RefusedError`] where the model fails or time is up."""
+        async with aclosing(self._events()) as events:
+            *tokens, why = [event async for event in events]
+        return self._answer(tokens, why)
+
+    async def pieces(self) -> AsyncIterator[str | Answer]:
+        """The answer bit by bit, then as a whole. Raises what [`answer`] does."""
+        tokens, said, why = [], "", ""
+        async with aclosing(self._events()) as events:
+            async for event in events:
+                if isinstance(event, str):
+                    why = event
+                    break
+                tokens.append(event)
+                text = self._decode(tokens)
+                if text.startswith(said) and len(text) > len(said) and not text.endswith("\ufffd"):  # half a character
+                    yield text[len(said) :]
+                    said = text
+        answer = self._answer(tokens, why)
+        if answer.text.startswith(said) and answer.text != said:
+            yield answer.text[len(said) :]
+        yield answer
+
+    async def _events(self) -> AsyncIterator[int | str]:
+        """Tokens, and last why there are no more."""
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(self.deadline - time.monotonic()):
+                        event = await self._heard.get()
+                except TimeoutError:
+                    raise timed_out(self.eyes.limits.timeout) from None
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, str):
+                    return
+        finally:
+            self.ticket.gone = True
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.eyes.processors[self.adapter].decode(tokens, skip_special_tokens=True).strip()
+
+    def _answer(self, tokens: list[int], why: str) -> Answer:
+        self.eyes.metrics.tokens.labels(self.adapter).inc(len(tokens))
+        return Answer(self._decode(tokens), why, self.prompt_tokens, len(tokens))
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Within the block what is wrong with a picture, or with its host, refuses the question."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError) as error:
+        status, code = next(told for kind, told in _PICTURE_ERRORS.items() if isinstance(error, kind))
+        raise RefusedError(status, code, f"the picture cannot be used: {error}") from error
+
+
+_PICTURE_ERRORS = {
+    PermissionError: (400, "image_refused"),
+    TimeoutError: (504, "image_timeout"),
+    OSError: (502, "image_unreachable"),
+    Exception: (422, "no_picture"),
+}

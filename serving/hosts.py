@@ -1,0 +1,25 @@
+"""Which hosts a worker fetches pictures from."""
+
+from collections.abc import Iterable
+
+from ..processing.public_addresses import refuse_private
+
+
+class Hosts:
+    """A guard for [`~lorgnette.processing.image_download.download`].
+
+    Args:
+        allowed: where pictures may come from, these names alone; None for all of the public internet.
+        internal: names that may lead into a private network; they are allowed too.
+    """
+
+    def __init__(self, allowed: Iterable[str] | None = None, internal: Iterable[str] = ()):
+        self.internal = frozenset(name.lower() for name in internal)
+        self.allowed = None if allowed is None else frozenset(name.lower() for name in allowed) | self.internal
+
+    def __call__(self, host: str, address: str) -> None:
+        host = host.lower().rstrip(".")
+        if self.allowed is not None and host not in self.allowed:
+            raise PermissionError(f"{host} is not among the hosts that pictures are fetched from here")
+        if host not in self.internal:
+            refuse_private(host, address)

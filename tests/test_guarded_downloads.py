@@ -1,0 +1,154 @@
+"""Pictures that somebody else names: no URL leads into this machine or its network, however it is written."""
+
+import base64
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import tiny
+from test_downloads import PNG
+
+from lorgnette import LorgnetteProcessor
+from lorgnette.processing.image_download import download
+from lorgnette.processing.image_loading import read_web_image
+from lorgnette.processing.public_addresses import is_public, refuse_private
+
+
+@pytest.fixture(scope="module")
+def internal():
+    """A server on the loopback device; its port, and the paths that anybody has asked it for."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            status, _, target = self.path.strip("/").partition("?")
+            body = b"" if target else PNG
+            self.send_response(int(status or 200))
+            self.send_header("Content-Length", str(len(body)))
+            if target:
+                self.send_header("Location", target)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port, asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """What names resolve to, one address after another; addresses resolve to themselves."""
+    known: dict[str, list[str]] = {}
+    look_up = socket.getaddrinfo
+
+    def resolve(host, *args, **kwargs):
+        addresses = known.get(host)
+        return look_up(addresses.pop(0) if addresses else host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    return known
+
+
+@pytest.mark.parametrize("address", ["93.184.215.14", "2606:4700::1111", "::ffff:93.184.215.14", "64:ff9b::5db8:d70e"])
+def test_public_addresses(address):
+    assert is_public(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("127.0.0.1", "127.8.9.1", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.1.1", "255.255.255.255", "240.0.0.1"),
+        *("169.254.169.254", "100.100.100.200", "168.63.129.16", "192.0.0.192", "224.0.0.1", "239.255.255.250"),
+        *("::1", "::", "fe80::1", "fe80::1%lo", "fc00::1", "fd00:ec2::254", "fec0::1", "ff02::1", "::127.0.0.1"),
+        *("::ffff:127.0.0.1", "::ffff:169.254.169.254", "64:ff9b::7f00:1", "64:ff9b:1::7f00:1", "2002:7f00:1::"),
+        "2001:0:7f00:1::",
+    ],
+)
+def test_addresses_of_nobody_else(address):
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "[::1]", "2130706433", "0x7f000001", "0177.0.0.1", "127.1", "0"],
+)
+def test_no_way_of_writing_loopback_gets_there(internal, host):
+    port, asked = internal
+    asked.clear()
+    with pytest.raises(PermissionError, match=r"cannot fetch .*is not on the public internet"):
+        read_web_image(f"http://{host}:{port}/200", timeout=10)
+    assert asked == []
+
+
+def test_a_name_that_resolves_to_loopback(internal, names):
+    port, asked = internal
+    asked.clear()
+    names["pictures.example"] = ["127.0.0.1"]
+    with pytest.raises(PermissionError, match=r"pictures\.example is not on the public internet"):
+        read_web_image(f"http://pictures.example:{port}/200", timeout=10)
+    assert asked == []
+
+
+def test_the_address_that_was_asked_about_is_the_one_that_is_connected_to(internal, names):
+    """A name server may give another address each time: only one look counts."""
+    port, asked = internal
+    asked.clear()
+    names["rebinding.example"] = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
+    seen = []
+    _, data = download(f"http://rebinding.example:{port}/200", 10, None, lambda *where: seen.append(where))
+    assert (data, seen, asked) == (PNG, [("rebinding.example", "127.0.0.1")], ["/200"])
+    assert names["rebinding.example"] == ["127.0.0.2", "127.0.0.3"]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirects_into_the_network(internal, status):
+    port, asked = internal
+    asked.clear()
+
+    def only_by_name(host: str, address: str) -> None:
+        if host != "127.0.0.1":
+            refuse_private(host, address)
+
+    with pytest.raises(PermissionError, match="localhost is not on the public internet"):
+        read_web_image(f"http://127.0.0.1:{port}/{status}?http://localhost:{port}/200", 10, guard=only_by_name)
+    assert asked == [f"/{status}?http://localhost:{port}/200"]
+
+
+def test_proxies_are_left_out(internal, names, monkeypatch):
+    """A proxy would look names up by itself, and reach what this machine must not."""
+    port, asked = internal
+    asked.clear()
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{port}")
+    with pytest.raises(PermissionError):
+        read_web_image("http://10.0.0.1/200", timeout=10)
+    assert asked == []
+
+
+def test_a_cap_of_bytes(internal):
+    port, _ = internal
+    with pytest.raises(OSError, match="larger than 100 bytes"):
+        read_web_image(f"http://127.0.0.1:{port}/200", 10, 100, guard=lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///etc/hostname", "/etc/hostname", "ftp://example.org/a.png", "", "javascript:1"]
+)
+def test_nothing_but_the_web(url):
+    with pytest.raises(ValueError, match="begins with http://, https:// or data:"):
+        read_web_image(url)
+
+
+def test_the_processors_own(internal):
+    processor = LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer())
+    with pytest.raises(PermissionError):
+        processor.load_web_image(f"http://localhost:{internal[0]}/200", timeout=10)
+    loaded = processor.load_web_image("data:image/png;base64," + base64.b64encode(PNG).decode())
+    np.testing.assert_array_equal(loaded, tiny.picture())
