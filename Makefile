@@ -3,7 +3,7 @@
 # make test   the test suite without those tests that start many processes; make test-all: with them; make lint: the linter
 # make bench   transformers' BLIP-2 and ours on the same weights, in turn: the table of results/benchmarks
 # make conformance   transformers' own common tests, on our classes and on BLIP-2
-# make faults   commands that are killed at random moments, begun again, and compared with runs that were not
+# make faults   commands that are killed at random moments and begun again, bad pictures, bf16 beside fp32, memory
 # make matrix   the tests with the lowest and the newest transformers, peft and accelerate, and a smoke test on later Pythons
 #
 # All work in a fresh clone: the virtual environment is made first.
@@ -55,7 +55,10 @@ conformance: $(VENV)/installed
 	$(BIN)/python -m conformance --cache "$(CACHE)" $(ARGS)
 
 faults: $(VENV)/installed
-	$(BIN)/python -m faults $(ARGS)
+	$(BIN)/python -m faults
+	$(BIN)/python -m faults.hostile --cache "$(CACHE)"
+	$(BIN)/python -m faults.numbers
+	$(BIN)/python -m faults.memory
 
 matrix: $(VENV)/installed
 	TORCH="$(TORCH)" $(BIN)/nox --noxfile .ci/noxfile.py --envdir "$(abspath $(CACHE))/matrix" $(ARGS)

@@ -41,9 +41,10 @@ from .modeling_bridges import Bridges
 from .modeling_lora import check_lora_config, resolve_lora_config
 from .modeling_outputs_lorgnette import LorgnetteCausalLMOutputWithPast, LorgnetteImageFeatures
 from .modeling_packing import check_documents, packed
-from .modeling_placeholders import PlaceholderBlind, check_context, check_finite, check_placeholders
+from .modeling_placeholders import PlaceholderBlind, check_context, check_finite, check_placeholders, check_shared
 from .modeling_qformer import LorgnetteQFormerModel
 from .modeling_qformer_start import QFormerStart
+from .modeling_shared_prefix import can_share
 from .modeling_supervision import can_supervise, supervised_loss
 
 
@@ -382,6 +383,7 @@ class LorgnetteForConditionalGeneration(
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
+        shared_input_ids: torch.Tensor | None = None,
         row_index: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LorgnetteCausalLMOutputWithPast:
@@ -398,6 +400,8 @@ class LorgnetteForConditionalGeneration(
                 [`get_image_features`].
             document_ids: `(B, S)` int64: where several documents share a row, which one each token is of, numbered from
                 0 through the batch, and -1 for padding; in place of `attention_mask` and `position_ids`.
+            shared_input_ids: `(B, P)`, the first tokens of `input_ids` where they are the same in all rows: in training
+                the language model runs them once. The loss is the same without.
             row_index: `(B,)` rows of the data set, or `(D,)` of D documents, for error messages alone.
             kwargs: for the language model (`use_cache`, `num_items_in_batch`, `output_attentions` …).
 
@@ -448,6 +452,9 @@ class LorgnetteForConditionalGeneration(
             inputs["use_cache"] = False  # Trainer turns it off in this config, not in the language model's
             if labels is not None and can_supervise(self.language_model, kwargs):
                 speak = partial(supervised_loss, self.language_model)
+                if shared_input_ids is not None and can_share(self.language_model, inputs | kwargs):
+                    check_shared(shared_input_ids, input_ids, attention_mask, labels, self.config, row_index)
+                    inputs["num_shared_tokens"] = shared_input_ids.shape[1]
         outputs = speak(return_dict=True, **inputs | kwargs)
         loss = outputs.loss
         if self.training and loss is not None and soft_tokens is None and torch.distributed.is_initialized():

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import is_liger_kernel_available
 
+from .modeling_shared_prefix import decoded
+
 
 IGNORED = -100  # as transformers' losses have it
 LOGITS_AT_ONCE = 2**25  # elements, 128 MiB in float32
@@ -40,6 +42,7 @@ def supervised_loss(
     language_model: PreTrainedModel,
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
+    num_shared_tokens: int = 0,
     **inputs: Any,
 ) -> CausalLMOutputWithPast:
     """What the LM's forward returns, but for logits.
@@ -47,9 +50,14 @@ def supervised_loss(
     Args:
         labels: `(B, S)`, -100 where nothing is to be learned.
         num_items_in_batch: what the sum over positions is divided by; their number by default.
+        num_shared_tokens: so many first ones are the same in all rows, and are run once, see
+            modeling_shared_prefix.py.
         inputs: of the decoder, `inputs_embeds` `(B, S, M)` and so on.
     """
-    outputs = language_model.base_model(**inputs)
+    decode = language_model.base_model
+    if num_shared_tokens:
+        decode, labels = partial(decoded, decode, num_shared_tokens), labels[:, num_shared_tokens:]
+    outputs = decode(**inputs)
     next_tokens = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     learned = next_tokens != IGNORED
     states, targets = outputs.last_hidden_state[learned], next_tokens[learned]  # (K, M), (K,)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from pathlib import PurePath
 from typing import Any
 
@@ -73,8 +74,9 @@ class LorgnetteCollator:
             the output and the tokens that end it; `pixel_values` `(N, 3, H, W)` with the image processor's other keys,
             or `vision_features` `(N, L, E)`; `image_rows` `(N,)` where a picture is there several times, and
             `pixel_values` has it once; `qformer_input_ids`, `qformer_attention_mask` `(N, T)` for a Q-Former that
-            takes instructions; `row_index` `(B,)` where rows have an `index`. With `pack_to` there are fewer rows than
-            B, and `document_ids` in place of `attention_mask`.
+            takes instructions; `row_index` `(B,)` where rows have an `index`; `shared_input_ids` `(B, P)` where
+            all prompts begin alike. With `pack_to` there are fewer rows than B, and `document_ids` in place of
+            `attention_mask`.
 
         Raises:
             ValueError: a column that is not there (with the ones that are), an empty text, one longer than the context
@@ -102,6 +104,8 @@ class LorgnetteCollator:
             batch["labels"] = joined(
                 [[_IGNORED] * len(example.prompt) + example.output for example in examples], _IGNORED
             )
+            if self.pack_to is None and (alike := self._alike([example.prompt for example in examples])):
+                batch["shared_input_ids"] = batch["input_ids"][:, :alike]
         return batch | self._shown(rows, examples)
 
     def prompts(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -214,6 +218,14 @@ class LorgnetteCollator:
         if not images:
             raise ValueError(f"column '{self.image_column}' is an empty list")
         return [self._load(image) for image in images]
+
+    def _alike(self, prompts: list[list[int]]) -> int:
+        """How many tokens several prompts all begin with: before the first placeholder, and not all of any."""
+        if len(prompts) == 1:
+            return 0
+        places = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+        image = self.processor.image_token_id
+        return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1 and ids[0] != image, places))
 
     def _load(self, image: Any) -> Image.Image:
         """A picture that the batch has several times is loaded once."""
