@@ -89,6 +89,17 @@ def evaluate(context: typer.Context) -> None:
 
 
 @app.command(context_settings=_HANDED_ON)
+def inspect(context: typer.Context) -> None:
+    """See inside a model: its parts, checks of its wiring, and where in a picture it looks.
+
+    Example: lorgnette inspect out/stage2 --dataset ./my-pictures --image cat.jpg --html report.html
+    """
+    from .inspection.__main__ import main as see
+
+    raise typer.Exit(see(context.args))
+
+
+@app.command(context_settings=_HANDED_ON)
 def push(context: typer.Context) -> None:
     """Publish a trained model on the Hub, tried and with its card; log in once with `hf auth login`.
 

@@ -1,0 +1,71 @@
+"""The command line: inspect a saved model."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from ..trainer.arguments import RowArguments, Stage2Arguments
+from ..trainer.collator import LorgnetteCollator
+from ..trainer.data import load_rows
+from ..trainer.stage2 import build
+from .check_weights import Original
+from .inspector import inspect_model
+from .printout import print_inspection
+from .report import write_html, write_json
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="A saved model of stage 2, or a checkpoint: a folder or a Hub id.")],
+    image: Annotated[
+        list[str] | None, typer.Option(help="A picture to look at: a file or URL. May be repeated.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Pictures and texts, in any form that training takes.")] = None,
+    split: Annotated[str, typer.Option(help="Of the dataset; better one that was not trained on.")] = "test",
+    image_column: Annotated[str, typer.Option(help="Column with the pictures.")] = "image",
+    text_column: Annotated[str, typer.Option(help="Column with the texts.")] = "text",
+    query_column: Annotated[str | None, typer.Option(help="Column with what is asked of each picture.")] = None,
+    messages_column: Annotated[str | None, typer.Option(help="Column with chats, in place of the two.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the dataset that are looked at.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that go through the model at once.")] = 8,
+    vision: Annotated[str | None, typer.Option(help="Where the ViT came from; left out, what the config says.")] = None,
+    text: Annotated[str | None, typer.Option(help="Where the LM came from; left out, what the config says.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps …; left out, the first that is there.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report there: one file, pictures included.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all figures there.")] = None,
+) -> None:
+    """See inside a model: its parts, checks of its wiring, and where in a picture it looks.
+
+    Example: lorgnette inspect out/stage2 --dataset ./my-pictures --image cat.jpg --html report.html
+
+    The exit status is 1 where a check is red.
+    """
+    loaded, processor = build(Stage2Arguments(model=model))
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    loaded.to(device or accelerator or "cpu")
+    found = []
+    if dataset is not None:
+        columns = {"image_column": image_column, "text_column": text_column}
+        columns |= {"query_column": query_column, "messages_column": messages_column}
+        found = list(islice(load_rows(RowArguments(dataset=dataset, **columns), split), rows))
+    inspection = inspect_model(
+        loaded,
+        processor,
+        found,
+        collator=LorgnetteCollator(
+            processor, image_column=image_column, text_column=text_column, query_column=query_column
+        ),
+        pictures=[{image_column: picture} for picture in image] if image else None,
+        original=Original.from_sources(loaded, processor, vision, text),
+        name=model,
+        batch_size=batch_size,
+    )
+    print_inspection(inspection)
+    for path, write in ((html, write_html), (json, write_json)):
+        if path is not None:
+            write(inspection, path)
+            typer.echo(f"wrote {path}")
+    if inspection.failed:
+        raise typer.Exit(1)

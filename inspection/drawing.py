@@ -1,0 +1,64 @@
+"""Pictures for reports: a map laid over its picture, numbers as colours, and many of them in a sheet."""
+
+import base64
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageOps
+
+
+# dark blue, violet, red, orange, light yellow: from little to much, in order of lightness
+COLOURS = np.array([(13, 8, 60), (106, 20, 110), (190, 55, 82), (246, 140, 30), (252, 250, 170)], dtype=float)
+
+
+def overlay(picture: Image.Image, values: np.ndarray, size: int = 112) -> Image.Image:
+    """A map laid over its picture, which is left without its own colours; the map's largest value is as bright as any.
+
+    Args:
+        values: `(h, w)`, none below 0.
+        size: pixels of the longer side.
+    """
+    scale = size / max(picture.size)
+    shape = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    under = np.asarray(ImageOps.grayscale(picture.resize(shape, Image.Resampling.BICUBIC)), dtype=float)[..., None]
+    largest = float(values.max())
+    shares = (values / largest if largest > 0 else values).astype(np.float32)
+    shares = np.asarray(Image.fromarray(shares).resize(shape, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
+    strength = 0.25 + 0.55 * shares
+    return Image.fromarray(((1 - strength) * under + strength * colours(shares[..., 0])).astype(np.uint8))
+
+
+def colours(shares: np.ndarray) -> np.ndarray:
+    """`(…)` numbers from 0 to 1 to `(…, 3)` colours from 0 to 255."""
+    places = np.linspace(0, 1, len(COLOURS))
+    return np.stack([np.interp(shares, places, channel) for channel in COLOURS.T], axis=-1)
+
+
+def matrix(values: np.ndarray, low: float, high: float, size: int = 224) -> Image.Image:
+    """A `(rows, columns)` table as squares of colour, from `low` to `high`."""
+    shares = ((np.asarray(values, dtype=float) - low) / (high - low)).clip(0, 1)
+    small = Image.fromarray(colours(shares).astype(np.uint8))
+    return small.resize((size, round(size * small.height / small.width)), Image.Resampling.NEAREST)
+
+
+def sheet(titled: Sequence[tuple[str, Image.Image]], columns: int = 6, gap: int = 8) -> Image.Image:
+    """Pictures side by side, each with its title above it: what a tracker is given."""
+    width, height = (max(size) for size in zip(*(picture.size for _, picture in titled), strict=True))
+    rows, title = -(-len(titled) // columns), 14
+    columns = min(columns, len(titled))
+    page = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + title + gap) + gap), "white")
+    draw = ImageDraw.Draw(page)
+    for place, (text, picture) in enumerate(titled):
+        left, top = gap + place % columns * (width + gap), gap + place // columns * (height + title + gap)
+        draw.text((left, top), text.encode("latin-1", "replace").decode("latin-1")[: width // 6], fill="black")
+        page.paste(picture, (left, top + title))
+    return page
+
+
+def data_uri(picture: Image.Image, lossless: bool = False) -> str:
+    """A picture as text that HTML can hold."""
+    buffer = io.BytesIO()
+    kind = "png" if lossless else "jpeg"
+    picture.save(buffer, kind, **({} if lossless else {"quality": 85}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

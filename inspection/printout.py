@@ -1,0 +1,57 @@
+"""An inspection on a terminal."""
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from .inspector import Inspection
+from .report import human_shape, human_size
+
+
+MARKS = {True: "[bold green]✓ green[/]", False: "[bold red]✗ red[/]", None: "[dim]· not run[/]"}
+STYLES = {"learned": "bold green", "picture": "cyan", "prompt": "dim"}
+
+
+def print_inspection(inspection: Inspection, console: Console | None = None) -> None:
+    """Print anatomy, checks and what was seen of some pictures.
+
+    Args:
+        console: stdout by default.
+    """
+    console = console or Console()
+    console.rule(f"[bold]{escape(inspection.model)}")
+    console.print(_flow(inspection), justify="left")
+    console.print(_parts(inspection))
+    for check in inspection.checks:
+        console.print(f"{MARKS[check.passed]}  [bold]{escape(check.title)}[/]")
+        console.print(Text(check.finding, style="dim"), soft_wrap=False)
+        if check.advice:
+            console.print(Text(f"→ {check.advice}", style="yellow" if check.passed is False else "dim"))
+        if check.name == "labels" and check.figures:
+            console.print(Text.assemble(*((text, STYLES[kind]) for text, kind in check.figures["example"])))
+    for seen in inspection.looks:
+        console.print(f"\nIt says [bold]{escape(seen.answer) or '(nothing)'}[/]")
+        for word in seen.words:
+            row, column = divmod(int(word.patches.argmax()), word.patches.shape[1])
+            where = f"most from soft token {int(word.soft.argmax())} and the patch in row {row}, column {column}"
+            console.print(Text(f"  {word.text.strip()}: probability {word.probability:.2f}, {where}", style="dim"))
+
+
+def _flow(inspection: Inspection) -> Text:
+    text = Text()
+    for number, station in enumerate(inspection.flow):
+        text.append(f" ─ {station.part} ─▶ " if station.part else " ──▶ " if number else "", style="cyan")
+        text.append(f"{human_shape(station.shape)} ", style="bold").append(station.what)
+    return text
+
+
+def _parts(inspection: Inspection) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in ("part", "parameters", "train", "bytes", "dtype", "device", "weights from"):
+        table.add_column(heading, justify="right" if heading in ("parameters", "train", "bytes") else "left")
+    for part in inspection.parts:
+        trains = "all" if part.trainable == part.parameters else f"{part.trainable:,}" if part.trainable else "frozen"
+        places = (", ".join(part.dtypes), ", ".join(part.devices), part.source)
+        table.add_row(part.name, f"{part.parameters:,}", trains, human_size(part.bytes), *map(escape, places))
+    return table

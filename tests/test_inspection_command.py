@@ -1,0 +1,74 @@
+"""The inspector's command line, as a user calls it."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from tiny_inspection import ROWS, rows, train, untrained
+from tiny_training import write_backbones
+
+from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor
+from lorgnette.inspection.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A trained model's folder, with its backbones and pictures beside it."""
+    root = tmp_path_factory.mktemp("inspected")
+    backbones = write_backbones(root)
+    model, processor = untrained(backbones)
+    model.language_model.save_pretrained(backbones[1])  # with the fixture's louder head, and without LoRA
+    train(model, LorgnetteCollator(processor)).save_pretrained(root / "model")
+    (root / "pictures").mkdir()
+    with open(root / "pictures" / "metadata.jsonl", "w") as metadata:
+        for row in rows():
+            row["image"].save(root / "pictures" / f"{row['index']}.png")
+            metadata.write(json.dumps({"file_name": f"{row['index']}.png", "text": row["text"]}) + "\n")
+    return root
+
+
+def test_a_healthy_model_is_printed_and_written(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    options = ["--dataset", str(folder / "pictures"), "--split", "train", "--device", "cpu", "--rows", str(ROWS)]
+    options += ["--vision", str(folder / "vit"), "--image", str(folder / "pictures" / "1.png")]
+    written = [f"--{kind}={tmp_path / f'report.{kind}'}" for kind in ("html", "json")]
+    assert main([str(folder / "model"), *options, *written]) == 0
+    printed = capsys.readouterr().out
+    assert "Answers depend on the picture" in printed
+    assert "✗" not in printed
+    told = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert told["passed"] is True
+    assert [check["name"] for check in told["checks"] if check["passed"] is None] == ["text_only"]  # no --text
+    assert told["flow"][0]["shape"] == [3, 32, 32]
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_a_red_check_is_status_1(folder, tmp_path, capsys):
+    model = LorgnetteForConditionalGeneration.from_pretrained(folder / "model")
+    with torch.no_grad():
+        model.projector.weight.mul_(1e4)
+    model.save_pretrained(tmp_path / "loud")
+    LorgnetteProcessor.from_pretrained(folder / "model").save_pretrained(tmp_path / "loud")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    assert main([str(tmp_path / "loud"), "--image", str(tmp_path / "red.png"), "--device", "cpu"]) == 1
+    assert "word embeddings" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["{model}", "--image", "gone.png"], "gone.png"),
+        (["{model}", "--dataset", "{pictures}", "--split", "gone"], "gone"),
+        (["{model}", "--dataset", "{pictures}", "--split", "train", "--text-column", "words"], "words"),
+        (["{nowhere}"], "nowhere"),
+        (["{model}", "--rows", "0"], "--rows"),
+    ],
+)
+def test_a_mistake_is_status_2_and_named(folder, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    places = {name: str(folder / name) for name in ("model", "pictures", "nowhere")}
+    assert main([option.format(**places) for option in options]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
