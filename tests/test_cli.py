@@ -14,7 +14,7 @@ from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor, cli
 from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
 
 
-COMMANDS = ("train", "cache", "evaluate", "caption", "export", "push", "serve")
+COMMANDS = ("train", "cache", "evaluate", "caption", "inspect", "export", "push", "serve")
 
 
 @pytest.fixture
