@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import TensorBoardCallback
 
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
+from ..trainer.collator import LorgnetteCollator
 from .check_weights import Original
 from .drawing import overlay, sheet
 from .inspector import Inspection, inspect_model
@@ -32,11 +33,18 @@ class InspectionCallback(TrainerCallback):
         trainer: its `data_collator` is the one whose labels are looked at, its `processing_class` the processor.
         rows: what is asked about; by default the first 16 of the evaluation data, or without any of the training data.
         every: steps between inspections.
+
+    Raises:
+        ValueError: `every` is below 1.
+        TypeError: the Trainer has another collator.
     """
 
     def __init__(self, trainer: Trainer, rows: Sequence[Mapping[str, Any]] | None = None, every: int = 200):
         if every < 1:
             raise ValueError(f"every is {every}; it has to be at least 1")
+        if not isinstance(trainer.data_collator, LorgnetteCollator):
+            kind = type(trainer.data_collator).__name__
+            raise TypeError(f"the Trainer's data_collator is a {kind}; a LorgnetteCollator is needed")
         self.trainer, self.every = trainer, every
         if rows is None:
             dataset = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset

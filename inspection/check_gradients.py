@@ -29,7 +29,12 @@ def check_gradients(model: LorgnetteForConditionalGeneration, batches: Sequence[
         model.train()
         for batch in batches:
             model.zero_grad(set_to_none=True)
-            model(**batch).loss.backward()
+            try:
+                loss = model(**batch).loss
+            except ValueError as error:  # placeholders, labels or pictures that do not fit: it says which
+                advice = "Training stops there as well: look at what the collator makes of that row"
+                return Check(NAME, TITLE, False, f"The model refuses a batch: {error}", advice)
+            loss.backward()
             missed |= {
                 name for name, parameter in model.named_parameters() if name in trains and parameter.grad is None
             }

@@ -70,6 +70,9 @@ def check_queries(soft: torch.Tensor | None) -> Check:
         return Check(name, title, None, "There are no pictures", "Give --image or --dataset")
     if soft.shape[1] < 2:
         return Check(name, title, None, "There is one query", "")
+    if not soft.isfinite().all():
+        finding = f"{int((~soft.isfinite()).any(-1).sum())} of {soft[..., 0].numel()} soft tokens are not finite"
+        return Check(name, title, False, finding, "Look for weights that are not finite: the loss was not, either")
     directions = torch.nn.functional.normalize(soft, dim=-1)
     cosines = (directions @ directions.transpose(1, 2)).mean(0)  # (Q, Q)
     pairs = ~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)

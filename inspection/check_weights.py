@@ -167,6 +167,9 @@ def check_lora_size(model: LorgnetteForConditionalGeneration) -> Check:
     for key, layer in layers.items():
         for adapter, a in layer.lora_A.items():
             a, b = a.weight.float(), layer.lora_B[adapter].weight.float()  # (r, in), (out, r)
+            if not (a.isfinite().all() and b.isfinite().all()):
+                updates[key], ranks[key] = float("inf"), 0.0
+                continue
             # the singular values of BA are those of the small product of both triangles
             values = torch.linalg.svdvals(torch.linalg.qr(b)[1] @ torch.linalg.qr(a.T)[1].T) * layer.scaling[adapter]
             updates[key] = values.norm().item()
@@ -175,11 +178,17 @@ def check_lora_size(model: LorgnetteForConditionalGeneration) -> Check:
                 sizes[key] = updates[key] / base.float().norm().item()
             shares = values / values.sum()
             ranks[key] = torch.special.entr(shares).sum().exp().item() if updates[key] > 0 else 0.0
-    if not layers:
-        return Check(name, title, None, "The language model has no LoRA", "from_backbones(lora={'r': 16}) attaches one")
+    if not updates:
+        return Check(
+            name,
+            title,
+            None,
+            "The language model has no LoRA in linear layers",
+            "from_backbones(lora={'r': 16}) attaches one",
+        )
     r = model.config.lora_config.get("r", 8)
     idle = sorted(key for key, size in updates.items() if size == 0)
-    wild = sorted(key for key in updates if not updates[key] < float("inf") or not sizes.get(key, 0) < 1)
+    wild = sorted(key for key in updates if updates[key] == float("inf") or sizes.get(key, 0) >= 1)
     finding = f"{len(layers)} layers: mean effective rank {_mean(ranks.values()):.1f} of {r}"
     if sizes:
         finding += f", mean size {_mean(sizes.values()):.2%} of the weights', largest {max(sizes.values()):.2%}"

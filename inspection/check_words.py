@@ -15,6 +15,7 @@ from .checks import Check, some, undisturbed
 IGNORED = -100
 # A model that was trained on its prompt says it by heart. One that was not finds it about as likely as the original LM.
 BY_HEART = 0.25
+EASY = 0.1  # nats a token, below which the original LM knows the prompt by heart itself
 SAME = 0.01  # batches of one and of many round differently
 
 PICTURE_KEYS = ("pixel_values", "vision_features", "pixel_attention_mask", "spatial_shapes")  # one a picture
@@ -87,8 +88,10 @@ def check_prompt(model: LorgnetteForConditionalGeneration, batches: Sequence[Map
             ours, theirs = ours + losses[asked].sum().item(), theirs + plain[asked].sum().item()
             words += int(asked.sum())
     ours, theirs = ours / max(words, 1), theirs / max(words, 1)
+    finding = f"Loss on {words} words of prompts: {ours:.3g} nats a token, {theirs:.3g} without LoRA"
+    if theirs < EASY:
+        return Check(name, title, None, f"{finding}: too little to tell", "Ask something that is less expected")
     passed = ours > BY_HEART * theirs
-    finding = f"Loss on the prompt's words: {ours:.3g} nats a token, {theirs:.3g} without LoRA"
     advice = "Look at the labels that it was trained on: they have to be -100 on the prompt"
     return Check(name, title, passed, finding, "" if passed else advice, {"with_lora": ours, "without_lora": theirs})
 

@@ -16,9 +16,10 @@ def overlay(picture: Image.Image, values: np.ndarray, size: int = 112) -> Image.
     """A map laid over its picture, which is left without its own colours; the map's largest value is as bright as any.
 
     Args:
-        values: `(h, w)`, none below 0.
+        values: `(h, w)`, none below 0; what is not finite is drawn as nothing.
         size: pixels of the longer side.
     """
+    values = np.nan_to_num(values)
     scale = size / max(picture.size)
     shape = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     under = np.asarray(ImageOps.grayscale(picture.resize(shape, Image.Resampling.BICUBIC)), dtype=float)[..., None]

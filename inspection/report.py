@@ -1,6 +1,7 @@
 """An inspection as one HTML file that needs nothing else, and as JSON."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,17 @@ def write_json(inspection: Inspection, path: str | Path) -> None:
     """Write all figures, the maps' included, and no pictures."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(inspection.as_json(), indent=1, ensure_ascii=False)
+    text = json.dumps(_spelt(inspection.as_json()), indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def _spelt(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: they are written as words."""
+    if isinstance(value, dict):
+        return {key: _spelt(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_spelt(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def as_html(inspection: Inspection) -> str:

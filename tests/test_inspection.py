@@ -180,6 +180,14 @@ def test_gradients_that_are_missing_or_not_finite_are_found(spoilt, backbones):
     assert check_gradients.check_gradients(model, batches(processor)).figures["not_finite"]
 
 
+def test_a_batch_that_the_model_refuses_is_a_red_check_with_its_reason(trained):
+    (batch,) = batches(trained[1])
+    batch["labels"] = batch["input_ids"]  # placeholders and all
+    found = check_gradients.check_gradients(trained[0], [batch])
+    assert found.passed is False
+    assert "labels on image placeholders" in found.finding
+
+
 def test_outputs_without_their_end_are_found(trained):
     class Endless(LorgnetteCollator):
         def __call__(self, rows):
@@ -289,6 +297,17 @@ def test_the_report_is_one_file_and_says_what_was_found(spoilt, tmp_path):
     assert told["passed"] is False
     assert {check["name"]: check["passed"] for check in told["checks"]}["trainable"] is False
     assert len(told["looks"][0]["queries"][0]) == 4
+
+
+def test_a_model_with_a_nan_in_it_is_reported_on(spoilt, tmp_path):
+    model, processor, original = spoilt
+    model.projector.weight.data[3, 5] = float("nan")
+    next(p for name, p in model.named_parameters() if "lora_A" in name).data[0, 0] = float("inf")
+    found = inspect_model(model, processor, rows(), original=original, quiet=True)
+    assert {"gradients", "lora_size", "queries", "soft_norm", "sees"} <= {check.name for check in found.failed}
+    write_html(found, tmp_path / "report.html")
+    write_json(found, tmp_path / "report.json")
+    json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=lambda name: 1 / 0)
 
 
 def test_overlays_are_brightest_where_the_map_is():

@@ -4,6 +4,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_inspection import PicturesShuffled, rows, untrained
 from tiny_training import trainer, write_backbones
+from transformers import default_data_collator
 
 from lorgnette.inspection.callback import InspectionCallback
 
@@ -63,3 +64,6 @@ def test_rows_are_the_evaluation_datas_where_none_are_given(backbones, tmp_path)
     assert [row["text"] for row in InspectionCallback(training).rows] == [row["text"] for row in training.eval_dataset]
     with pytest.raises(ValueError, match="every is 0"):
         InspectionCallback(training, every=0)
+    training.data_collator = default_data_collator
+    with pytest.raises(TypeError, match="LorgnetteCollator is needed"):
+        InspectionCallback(training)

@@ -38,6 +38,7 @@ class LabelsOnPrompt(LorgnetteCollator):
     def __call__(self, rows):
         batch = super().__call__(rows)
         words = (batch["input_ids"] != self.processor.image_token_id) & batch["attention_mask"].bool()
+        batch.pop("shared_input_ids", None)  # the model would refuse to share what is to be learned
         return batch | {"labels": batch["input_ids"].masked_fill(~words, -100)}
 
 
