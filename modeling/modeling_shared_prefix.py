@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -22,7 +24,8 @@ NOT_SHARED = ("position_ids", "past_key_values", "output_attentions", "output_hi
 def can_share(language_model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
     """Whether this LM can go on from keys and values of another pass, with gradients through both.
 
-    Gradient checkpointing keeps neither; a state that is carried from token to token is no key and no value.
+    Gradient checkpointing keeps neither; a state that is carried from token to token is no key and no value; and weights
+    that lie in shards (FSDP, ZeRO-3) come back for what goes through a layer's output, which keys and values do not.
 
     Args:
         inputs: of the call; some settle positions, or ask for what is there of all of them.
@@ -32,6 +35,8 @@ def can_share(language_model: PreTrainedModel, inputs: Mapping[str, Any]) -> boo
         and not language_model._is_stateful
         and not any(getattr(part, "gradient_checkpointing", False) for part in language_model.modules())
         and language_model.config._attn_implementation in CONTINUED_BY
+        and not any(isinstance(part, FullyShardedDataParallel) for part in language_model.modules())
+        and not any(isinstance(weight, DTensor) or weight.numel() == 0 for weight in language_model.parameters())
     )
 
 
