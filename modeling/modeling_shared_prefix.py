@@ -24,8 +24,8 @@ NOT_SHARED = ("position_ids", "past_key_values", "output_attentions", "output_hi
 def can_share(language_model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
     """Whether this LM can go on from keys and values of another pass, with gradients through both.
 
-    Gradient checkpointing keeps neither; a state that is carried from token to token is no key and no value; and weights
-    that lie in shards (FSDP, ZeRO-3) come back for what goes through a layer's output, which keys and values do not.
+    Gradient checkpointing keeps neither; a state that is carried from token to token is no key and no value; weights in
+    shards (FSDP, ZeRO-3) come back for gradients through a layer's output, and those of keys and values go past it.
 
     Args:
         inputs: of the call; some settle positions, or ask for what is there of all of them.
