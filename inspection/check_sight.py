@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..modeling.modeling_checks import IGNORED
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
-from .check_words import IGNORED, PICTURE_KEYS
+from .check_words import PICTURE_KEYS
 from .checks import Check, undisturbed
 
 

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..modeling.modeling_checks import IGNORED
 from ..modeling.modeling_lora import lora_layers
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..trainer.collator import LorgnetteCollator
 from .checks import Check, some, undisturbed
 
 
-IGNORED = -100
 # A model that was trained on its prompt says it by heart. One that was not finds it about as likely as the original LM.
 BY_HEART = 0.25
 EASY = 0.1  # nats a token, below which the original LM knows the prompt by heart itself

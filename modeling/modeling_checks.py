@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from .modeling_placeholders import check_finite, check_placeholders, check_shared, row_name
+from .modeling_placeholders import check_finite, check_placeholders, row_name
 
 
 IGNORED = -100  # the label of what is not to be learned, as transformers' losses have it
@@ -73,12 +73,22 @@ def checked_shared(
     row_index: torch.Tensor | None,
     image_token_id: int,
 ) -> torch.Tensor:
-    """The labels `(B, S)` of rows that begin with `shared_input_ids` `(B, P)`, and do not learn them.
+    """The labels `(B, S)` of rows that all begin with `shared_input_ids` `(B, P)`.
 
     Raises:
-        ValueError: see [`check_shared`].
+        ValueError: names the row that does not, or has padding, a placeholder or a label among them or next.
     """
-    check_shared(shared_input_ids, input_ids, attention_mask, labels, image_token_id, row_index)
+    num_shared = shared_input_ids.shape[1]
+    first = input_ids[:, :num_shared]
+    taken = (first == image_token_id).any(dim=1) | (labels[:, : num_shared + 1] != IGNORED).any(dim=1)
+    if attention_mask is not None:
+        taken = taken | ~attention_mask[:, :num_shared].bool().all(dim=1)
+    for wrong, why in (
+        ((first != shared_input_ids[:1]).any(dim=1), "are not those of the batch's shared_input_ids"),
+        (taken, "cannot be shared: padding, a picture or what is to be learned is among them or next"),
+    ):
+        if wrong.any():
+            raise ValueError(f"{row_name(int(wrong.nonzero()[0]), row_index)}: its first {num_shared} tokens {why}")
     return labels.clone()
 
 

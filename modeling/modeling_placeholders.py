@@ -113,37 +113,6 @@ def check_context(
         raise ValueError(f"{row_name(row, row_index)} has {width} tokens; the language model's context is {context}")
 
 
-def check_shared(
-    shared_input_ids: torch.Tensor,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    labels: torch.Tensor,
-    image_token_id: int,
-    row_index: torch.Tensor | None,
-) -> None:
-    """Refuse to run a row's first tokens for all rows where they are not those of all.
-
-    Args:
-        shared_input_ids: `(B, P)`, said to be the first tokens of each row.
-        input_ids, attention_mask, labels: `(B, S)`.
-        row_index: as in [`check_placeholders`].
-
-    Raises:
-        ValueError: names the row that differs, or in which padding, a placeholder or what is to be learned is too near.
-    """
-    num_shared = shared_input_ids.shape[1]
-    first = input_ids[:, :num_shared]
-    taken = (first == image_token_id).any(dim=1) | (labels[:, : num_shared + 1] != -100).any(dim=1)
-    if attention_mask is not None:
-        taken = taken | ~attention_mask[:, :num_shared].bool().all(dim=1)
-    for wrong, why in (
-        ((first != shared_input_ids[:1]).any(dim=1), "are not those of the batch's shared_input_ids"),
-        (taken, "cannot be shared: padding, a picture or what is to be learned is among them or next"),
-    ):
-        if wrong.any():
-            raise ValueError(f"{row_name(int(wrong.nonzero()[0]), row_index)}: its first {num_shared} tokens {why}")
-
-
 def row_name(row: int, row_index: torch.Tensor | None) -> str:
     """How a message calls a row: by its index in the data set where that is known."""
     return f"Row {row} of the batch" if row_index is None else f"Row {int(row_index[row])} of the data set"
@@ -171,4 +140,4 @@ class PlaceholderBlind(LogitsProcessorList):
         return super().__call__(input_ids, scores, **kwargs)
 
 
-__all__ = ["PlaceholderBlind", "check_context", "check_finite", "check_placeholders", "check_shared", "row_name"]
+__all__ = ["PlaceholderBlind", "check_context", "check_finite", "check_placeholders", "row_name"]

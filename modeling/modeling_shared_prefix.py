@@ -33,9 +33,11 @@ def can_share(language_model: PreTrainedModel, inputs: Mapping[str, Any]) -> boo
     return (
         all(inputs.get(name) is None for name in NOT_SHARED)
         and not language_model._is_stateful
-        and not any(getattr(part, "gradient_checkpointing", False) for part in language_model.modules())
         and language_model.config._attn_implementation in CONTINUED_BY
-        and not any(isinstance(part, FullyShardedDataParallel) for part in language_model.modules())
+        and not any(
+            isinstance(part, FullyShardedDataParallel) or getattr(part, "gradient_checkpointing", False)
+            for part in language_model.modules()
+        )
         and not any(isinstance(weight, DTensor) or weight.numel() == 0 for weight in language_model.parameters())
     )
 
