@@ -69,7 +69,7 @@ def test_the_command_line_wins_over_yaml_and_yaml_over_the_defaults(recipe):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: 1", "unknown field 'learning_rat' (did you mean learning_rate?)"),
+        ("learning_rat: 1", "unknown field 'learning_rat' (did you mean learning_rate or qformer_learning_rate?)"),
         ("num_query_tokens: many", "--num_query_tokens/--num-query-tokens: invalid int value: 'many'"),
         ("num_query_tokens: [1, 2]", "num_query_tokens takes a single value, not a list"),
         ("learning_rate:", "learning_rate takes a single value, not null"),
@@ -90,7 +90,7 @@ def test_a_mistake_in_the_recipe_is_one_message_and_status_2(recipe, capsys, tex
     [
         (["--vision", "v", "--dataset", "d"], "text not given"),
         (["--vision", "v", "--text", "t"], "dataset not given"),
-        ([*BASE, "--learning_rat", "1"], "unknown option '--learning_rat' (did you mean learning_rate?)"),
+        ([*BASE, "--learning_rat", "1"], "unknown option '--learning_rat' (did you mean learning_rate or qformer"),
         ([*BASE, "--config", "gone.yaml"], "cannot read the recipe gone.yaml"),
         ([*BASE, "--model", "m"], "model 'm' is given: it has settled vision, text"),
         ([*BASE, "--qformer_config", '{"use_qformer_text_input": true}'], "use_qformer_text_input needs qformer"),
@@ -142,6 +142,7 @@ output_dir: {output}
 max_steps: 4
 per_device_train_batch_size: 2
 learning_rate: 1e-3
+qformer_learning_rate: 1e-4
 logging_steps: 1
 save_steps: 2
 eval_strategy: steps

@@ -116,6 +116,10 @@ class Stage2Arguments(BackboneArguments):
     query: str | None = field(
         default=None, metadata={"help": "What the model is asked of every picture. Saved with the processor."}
     )
+    qformer_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Of the Q-Former, lower than learning_rate where stage 1 taught it. Left out, the same."},
+    )
     generate_metrics: list[str] = field(
         default_factory=list,
         metadata={
@@ -138,6 +142,8 @@ class Stage2Arguments(BackboneArguments):
         super().__post_init__()
         if self.reads_query and self.model is None and self.qformer is None:
             raise ValueError("qformer_config.use_qformer_text_input needs qformer: the text's tokenizer is its own")
+        if self.qformer_learning_rate is not None and self.qformer_learning_rate <= 0:
+            raise ValueError(f"qformer_learning_rate is {self.qformer_learning_rate}; it has to be above 0")
         if self.generate_samples < 1:
             raise ValueError(f"generate_samples is {self.generate_samples}; it has to be at least 1")
 

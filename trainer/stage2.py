@@ -12,6 +12,7 @@ from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import DataArguments, Stage2Arguments
 from .callbacks import GenerateMetricsCallback
 from .decoding import decoding_of
+from .learning_rates import QFormerLearningRate
 from .metrics import text_metrics
 from .run import check_arguments, parse, train
 
@@ -19,8 +20,7 @@ from .run import check_arguments, parse, train
 def main(argv: list[str]) -> None:
     """Train as a recipe and the command line say; see `recipes/stage2.yaml`."""
     model_args, data_args, training_args = parse("stage2", Stage2Arguments, argv, __doc__, check)
-    measure = partial(measure_texts, model_args, data_args) if model_args.generate_metrics else None
-    train(partial(build, model_args), data_args, training_args, measure)
+    train(partial(build, model_args), data_args, training_args, partial(prepare, model_args, data_args))
 
 
 def check(model_args: Stage2Arguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
@@ -31,6 +31,15 @@ def check(model_args: Stage2Arguments, data_args: DataArguments, training_args: 
         decoding_of(model_args.generate_decoding)
         if training_args.eval_strategy == "no":
             raise ValueError("generate_metrics are measured at each evaluation: set eval_strategy")
+
+
+def prepare(model_args: Stage2Arguments, data_args: DataArguments, trainer: Trainer) -> None:
+    """What stage 2 asks of the Trainer besides training."""
+    if model_args.qformer_learning_rate is not None:
+        factory = partial(QFormerLearningRate, trainer.args, model_args.qformer_learning_rate)
+        trainer.optimizer_cls_and_kwargs = (factory, {})
+    if model_args.generate_metrics:
+        measure_texts(model_args, data_args, trainer)
 
 
 def measure_texts(model_args: Stage2Arguments, data_args: DataArguments, trainer: Trainer) -> None:

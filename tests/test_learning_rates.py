@@ -1,0 +1,33 @@
+"""The Q-Former's own learning rate: who gets it, and that the Trainer's schedule keeps the ratio."""
+
+from functools import partial
+
+import pytest
+import tiny_models
+import torch
+from transformers import Trainer, TrainingArguments
+
+from lorgnette.trainer.arguments import Stage2Arguments
+from lorgnette.trainer.learning_rates import QFormerLearningRate
+
+
+def test_every_trainable_parameter_is_in_one_group_and_the_qformers_have_their_rate(tmp_path):
+    model = tiny_models.model(lora={"r": 2})
+    args = TrainingArguments(
+        output_dir=tmp_path, use_cpu=True, learning_rate=1e-3, weight_decay=0.1, report_to="none", max_steps=10
+    )
+    trainer = Trainer(model, args, optimizer_cls_and_kwargs=(partial(QFormerLearningRate, args, 5e-5), {}))
+    trainer.create_optimizer_and_scheduler(10)
+    rate = {id(p): (g["initial_lr"], g["weight_decay"]) for g in trainer.optimizer.param_groups for p in g["params"]}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(rate) == len(trainable) == sum(len(g["params"]) for g in trainer.optimizer.param_groups)
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    for name, parameter in trainable.items():
+        learning_rate, decay = rate[id(parameter)]
+        assert learning_rate == (5e-5 if name.startswith("qformer.") else 1e-3), name
+        assert decay == (0.0 if "bias" in name or "LayerNorm" in name or "layernorm" in name else 0.1), name
+
+
+def test_a_rate_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="qformer_learning_rate is 0"):
+        Stage2Arguments(vision="v", text="t", qformer_learning_rate=0.0)

@@ -1,0 +1,40 @@
+"""A learning rate of its own for the Q-Former, in the stock Trainer.
+
+Stage 1 has taught the Q-Former what it sees; LoRA and projector start from nothing. One rate for all is too high for
+the first or too low for the others.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+
+@dataclass
+class QFormerLearningRate:
+    """Builds the optimizer that `TrainingArguments` name, the Q-Former's parameters at another learning rate.
+
+    For `Trainer(optimizer_cls_and_kwargs=(lambda: QFormerLearningRate(…), {}))`: what is no optimizer class is called
+    with the model (`transformers/trainer_optimizer.py`, `is_optimizer_factory`), wrapped as it is then.
+    """
+
+    args: TrainingArguments
+    learning_rate: float
+
+    def __call__(self, model: nn.Module, **_: Any) -> torch.optim.Optimizer:
+        optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(self.args, model)
+        decayed = set(Trainer.get_decay_parameter_names(None, model))
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(("qformer" in name.split("."), name in decayed), []).append(parameter)
+        return optimizer(
+            [
+                {"params": parameters, "weight_decay": self.args.weight_decay if decays else 0.0}
+                | ({"lr": self.learning_rate} if in_qformer else {})
+                for (in_qformer, decays), parameters in groups.items()
+            ],
+            **kwargs,
+        )
