@@ -57,6 +57,17 @@ def sheet(titled: Sequence[tuple[str, Image.Image]], columns: int = 6, gap: int 
     return page
 
 
+def drawn() -> Image.Image:
+    """A house under the sun, 320 x 240: a picture for whoever has none."""
+    image = Image.new("RGB", (320, 240), (140, 190, 240))
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((0, 170, 320, 240), fill=(90, 150, 70))
+    pen.rectangle((110, 100, 210, 200), fill=(190, 90, 60))
+    pen.polygon([(100, 100), (160, 50), (220, 100)], fill=(110, 50, 40))
+    pen.ellipse((240, 20, 290, 70), fill=(250, 220, 80))
+    return image
+
+
 def data_uri(picture: Image.Image, lossless: bool = False) -> str:
     """A picture as text that HTML can hold."""
     buffer = io.BytesIO()

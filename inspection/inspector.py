@@ -23,7 +23,8 @@ from .check_weights import (
 )
 from .check_words import check_in_step, check_labels, check_prompt
 from .checks import Check, undisturbed
-from .maps import Look, look
+from .looking import look
+from .maps import Look
 
 
 @dataclass(frozen=True)

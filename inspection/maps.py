@@ -11,6 +11,8 @@ picture, from which patches each soft token was. One product of both is the word
 A patch's feature has seen the whole picture, since the ViT's own layers mix patches and are not followed: a map says
 where features were read, and not where in the picture all that is in them came from.
 
+Nothing of lorgnette is imported here: this file also goes to where a model's code is remote code.
+
 Shapes: Q queries, L image tokens, h x w patches, S tokens, T of them the answer's.
 """
 
@@ -22,12 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-
-from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
-from ..processing.processing_lorgnette import LorgnetteProcessor
-from ..trainer.collator import LorgnetteCollator
-from ..trainer.generation import generate_texts
-from .checks import undisturbed
+from transformers import PreTrainedModel, ProcessorMixin
 
 
 @dataclass(frozen=True)
@@ -68,46 +65,33 @@ class Look:
     words: tuple[WordMap, ...]
 
 
-def look(
-    model: LorgnetteForConditionalGeneration,
-    collator: LorgnetteCollator,
-    row: Mapping[str, Any],
-    *,
+def maps_of(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    prompt: Mapping[str, torch.Tensor],
+    answer: str,
     max_words: int = 8,
-    max_new_tokens: int = 24,
-) -> Look | None:
-    """Let the model answer for a row, and see where it looked; of several pictures, at the first.
+) -> Look:
+    """See where the model looked for an answer of its own; of several pictures, at the first.
 
     Attention is computed plainly (`attn_implementation="eager"`) meanwhile, whatever the model has otherwise.
 
     Args:
-        row: as the collator takes it; no text is needed.
+        model: a `LorgnetteForConditionalGeneration` in eval mode.
+        processor: its `LorgnetteProcessor`.
+        prompt: one row with a picture, on the model's device: what `generate` was given.
+        answer: what it said.
         max_words: of the answer that are followed back.
-        max_new_tokens: of the answer.
-
-    Returns:
-        None for a row of features, which has no picture to draw on.
-
-    Raises:
-        ValueError, OSError, TypeError: the row has no picture that can be read.
     """
-    prompt = {name: value.to(model.device) for name, value in collator.prompts([dict(row)]).items()}
-    if "pixel_values" not in prompt:
-        return None
-    prompt.pop("row_index", None)
-    processor = collator.processor
-    with undisturbed(model):
-        decoding = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
-        ((_, answer),) = generate_texts(model, collator, [dict(row)], decoding=decoding, batch_size=1)
-        answer_ids = processor.encode_example(answer)[1] if answer else []
-        with plain_attention(model), torch.enable_grad(), followed(model):
-            return _look(model, processor, prompt, answer, answer_ids, max_words)
+    answer_ids = processor.encode_example(answer)[1] if answer else []
+    with plain_attention(model), torch.enable_grad(), followed(model):
+        return _look(model, processor, prompt, answer, answer_ids, max_words)
 
 
 def _look(
-    model: LorgnetteForConditionalGeneration,
-    processor: LorgnetteProcessor,
-    prompt: dict[str, torch.Tensor],
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    prompt: Mapping[str, torch.Tensor],
     answer: str,
     answer_ids: list[int],
     max_words: int,
@@ -207,7 +191,7 @@ def read_from_picture(
 
 
 @contextmanager
-def plain_attention(model: LorgnetteForConditionalGeneration) -> Iterator[None]:
+def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """Language model and Q-Former compute attention so that its weights can be had; afterwards as before."""
     parts: list[Any] = [model.language_model, model.qformer]
     before = [part.config._attn_implementation for part in parts]
@@ -221,7 +205,7 @@ def plain_attention(model: LorgnetteForConditionalGeneration) -> Iterator[None]:
 
 
 @contextmanager
-def followed(model: LorgnetteForConditionalGeneration) -> Iterator[None]:
+def followed(model: PreTrainedModel) -> Iterator[None]:
     """Gradients come as far as the queries, from which all attention maps are made, whether or not these train."""
     queries = model.qformer.query_tokens.weight
     trains = queries.requires_grad
@@ -233,7 +217,7 @@ def followed(model: LorgnetteForConditionalGeneration) -> Iterator[None]:
 
 
 def picture_seen(
-    processor: LorgnetteProcessor, image: Mapping[str, torch.Tensor], grid: tuple[int, int], patch: tuple[int, int]
+    processor: ProcessorMixin, image: Mapping[str, torch.Tensor], grid: tuple[int, int], patch: tuple[int, int]
 ) -> Image.Image:
     """The first picture of a batch as the ViT sees it: what was normalised is brought back to colours.
 
@@ -255,9 +239,7 @@ def picture_seen(
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def _patches(
-    model: LorgnetteForConditionalGeneration, image: Mapping[str, torch.Tensor], tokens: int
-) -> tuple[int, tuple[int, int]]:
+def _patches(model: PreTrainedModel, image: Mapping[str, torch.Tensor], tokens: int) -> tuple[int, tuple[int, int]]:
     """Which of the image tokens is the first patch, and how many there are, high and wide."""
     if "spatial_shapes" in image:
         height, width = image["spatial_shapes"][0].tolist()
@@ -267,12 +249,12 @@ def _patches(
     return tokens - height * width, (height, width)  # CLS and registers come first
 
 
-def _patch_size(model: LorgnetteForConditionalGeneration) -> tuple[int, int]:
+def _patch_size(model: PreTrainedModel) -> tuple[int, int]:
     size = model.config.vision_config.patch_size
     return tuple(size) if isinstance(size, (tuple, list)) else (size, size)
 
 
-def _words(processor: LorgnetteProcessor, answer_ids: list[int]) -> list[tuple[str, range]]:
+def _words(processor: ProcessorMixin, answer_ids: list[int]) -> list[tuple[str, range]]:
     """The words of an answer and the tokens that each is made of; what ends the answer is none."""
     words: list[tuple[str, range]] = []
     special = set(processor.tokenizer.all_special_ids) | set(processor.stop_token_ids)
@@ -295,4 +277,4 @@ def _shares(values: torch.Tensor) -> torch.Tensor:
     return values / total if total > 0 else values
 
 
-__all__ = ["Look", "WordMap", "look", "picture_seen", "plain_attention", "read_from_picture", "rollout"]
+__all__ = ["Look", "WordMap", "maps_of", "picture_seen", "plain_attention", "read_from_picture", "rollout"]

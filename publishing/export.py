@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
 from ..configuration.configuration_lorgnette import LorgnetteConfig, LorgnetteRetrievalConfig
+from ..inspection.drawing import drawn
 from ..modeling.modeling_base import LorgnettePreTrainedModel
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..modeling.modeling_retrieval import LorgnetteForImageTextRetrieval
@@ -143,14 +143,8 @@ def check(
 
 
 def draw(path: Path) -> Path:
-    """A house under the sun, 320 x 240, as a PNG file."""
-    image = Image.new("RGB", (320, 240), (140, 190, 240))
-    pen = ImageDraw.Draw(image)
-    pen.rectangle((0, 170, 320, 240), fill=(90, 150, 70))
-    pen.rectangle((110, 100, 210, 200), fill=(190, 90, 60))
-    pen.polygon([(100, 100), (160, 50), (220, 100)], fill=(110, 50, 40))
-    pen.ellipse((240, 20, 290, 70), fill=(250, 220, 80))
-    image.save(path)
+    """[`drawn`] as a PNG file."""
+    drawn().save(path)
     return path
 
 

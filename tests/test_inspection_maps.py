@@ -9,7 +9,8 @@ from tiny_models import VISION, model
 from tiny_training import write_backbones
 
 from lorgnette import LorgnetteCollator, LorgnetteProcessor
-from lorgnette.inspection.maps import look, picture_seen, plain_attention, read_from_picture, rollout
+from lorgnette.inspection.looking import look
+from lorgnette.inspection.maps import picture_seen, plain_attention, read_from_picture, rollout
 
 
 @pytest.fixture(scope="module")
