@@ -7,6 +7,8 @@ runs (which stays for `accelerate launch`), and to `hub_upload`.
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from types import TracebackType
 from typing import Annotated
@@ -24,6 +26,7 @@ app = typer.Typer(
 
 # --help too goes to the parser behind
 _HANDED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _PLAIN = (OSError, ValueError, RuntimeError, TypeError, ImportError)  # whose messages say all
 
 
@@ -190,25 +193,16 @@ def serve(
 
     Example: lorgnette serve me/my-eyes --name q-former-v2 --bridge charts=out/charts --api-key-env WORKER_KEY
     """
-    bridges: dict[str, str] = {}
-    for pair in bridge or ():
-        called, equals, source = pair.partition("=")
-        if not (called and equals and source):
-            raise typer.BadParameter(f"--bridge {pair}: NAME=MODEL is needed")
-        if called in bridges:
-            raise typer.BadParameter(f"--bridge {called} is given twice")
-        bridges[called] = source
+    bridges = _bridges(bridge)
     key = None if api_key_env is None else os.environ.get(api_key_env)
     if api_key_env is not None and not key:
         raise typer.BadParameter(f"--api-key-env: the environment has no {api_key_env}, or an empty one")
-    if key is None and host not in ("127.0.0.1", "::1", "localhost"):
+    if key is None and host not in _LOOPBACK:
         typer.echo(f"whoever reaches {host}:{port} may ask: --api-key-env asks callers for a key", err=True)
-    try:
+    with _extra("serve"):
         from .serving.eyes import Eyes, Limits
         from .serving.hosts import Hosts
         from .serving.worker import run
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is not installed: pip install 'lorgnette[serve]'") from error
 
     limits = Limits(timeout=timeout, max_batch=max_batch, capacity=capacity, max_new_tokens=max_new_tokens)
     hosts = Hosts(allow_host, internal_host or ())
@@ -218,6 +212,60 @@ def serve(
         port,
         key,
     )
+
+
+@app.command("app")
+def page(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
+    bridge: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=MODEL", help="Another model over the same ViT and LM; repeatable.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens an answer.")] = 128,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:1 …; by default a GPU where there is one.")] = None,
+) -> None:
+    """Show a page to play with: answers, where in the picture they were read from, and what another picture gives.
+
+    Example: lorgnette app out/stage2 --bridge charts=out/charts
+    """
+    bridges = _bridges(bridge)
+    if host not in _LOOPBACK:
+        typer.echo(f"whoever reaches {host}:{port} may ask", err=True)
+    with _extra("app"):
+        from .serving.app import SETTINGS, build
+    from .processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
+    from .serving.loading import load
+
+    loaded, processors = load(model, bridges, name="default", revision=revision, device=device)
+    pipes = {}
+    for name, processor in processors.items():
+        loaded.set_bridge(name)  # a pipeline keeps the generation config of the bridge that it finds
+        pipes[name] = LorgnetteImageToTextPipeline(model=loaded, processor=processor, device=loaded.device)
+    build(pipes, model, max_new_tokens).launch(server_name=host, server_port=port, **SETTINGS)
+
+
+def _bridges(pairs: list[str] | None) -> dict[str, str]:
+    """`NAME=MODEL` of each `--bridge`."""
+    bridges: dict[str, str] = {}
+    for pair in pairs or ():
+        name, equals, source = pair.partition("=")
+        if not (name and equals and source):
+            raise typer.BadParameter(f"--bridge {pair}: NAME=MODEL is needed")
+        if name in bridges:
+            raise typer.BadParameter(f"--bridge {name} is given twice")
+        bridges[name] = source
+    return bridges
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Says of a package that is missing which extra it comes with."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{error.name} is not installed: pip install 'lorgnette[{name}]'") from error
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from lorgnette.publishing.endpoint import write_endpoint
 from lorgnette.publishing.export import appearing_whole, check, load
 from lorgnette.publishing.guards import check_card, check_folder
 from lorgnette.publishing.push import check_name, push, told_plainly
+from lorgnette.publishing.space import write_space
 from lorgnette.trainer.logs import set_up_logging
 
 
@@ -74,6 +75,7 @@ def prepare(
         processor.save_pretrained(unfinished)
         if not processor.is_stage1:
             write_endpoint(unfinished)
+            write_space(unfinished, repo_id)
         files = check_folder(unfinished, private_paths=(source, folder))
         if form == "thin" != model.config.saved_form:
             type(model).from_pretrained(unfinished)  # brings the backbones into the cache: the stranger asks no Hub

@@ -15,6 +15,10 @@ _NEEDED = ("transformers", "peft", "pillow", "safetensors")  # torch is the Endp
 def write_endpoint(folder: str | Path) -> None:
     """Put both into an exported folder of stage 2. The Endpoint installs what `requirements.txt` says."""
     shutil.copyfile(HANDLER, Path(folder, HANDLER.name))
-    ours = [Requirement(line) for line in requires("lorgnette") or ()]
-    lines = [f"{one.name}{one.specifier}\n" for one in ours if one.name in _NEEDED and one.marker is None]
-    Path(folder, REQUIREMENTS).write_text("".join(lines), encoding="utf-8")
+    Path(folder, REQUIREMENTS).write_text(requirements(*_NEEDED), encoding="utf-8")
+
+
+def requirements(*packages: str) -> str:
+    """Lines of a requirements file: what lorgnette asks of these packages."""
+    ours = map(Requirement, requires("lorgnette") or ())
+    return "".join(f"{one.name}{one.specifier}\n" for one in ours if one.name in packages)

@@ -14,13 +14,13 @@ import anyio.to_thread
 import torch
 from anyio import CapacityLimiter
 
-from ..configuration.backbone_sources import from_pretrained_arguments
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.image_loading import read_web_image
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .batching import Batcher, Ticket
 from .errors import RefusedError, timed_out
 from .hosts import Hosts
+from .loading import load
 from .metrics import Metrics
 from .payloads import Question
 
@@ -121,29 +121,9 @@ class Eyes:
         limits: Limits | None = None,
         hosts: Hosts | None = None,
     ) -> "Eyes":
-        """Load a saved model and further bridges, each a folder or a Hub id.
-
-        Args:
-            bridges: by the names that callers use.
-            name: what callers call the model's own bridge.
-            revision: of `model`: branch, tag or commit.
-            device: an accelerator where there is one, by default.
-
-        Raises:
-            ValueError: a name twice; models that do not belong together; a processor that does not fit.
-            OSError: there is no such model.
-        """
-        if name in bridges:
-            raise ValueError(f"two bridges are called {name!r}: the model's own, and {bridges[name]}")
-        place, keywords = from_pretrained_arguments(model, revision)
-        processors = {name: LorgnetteProcessor.from_pretrained(place, **keywords)}
-        loaded = LorgnetteForConditionalGeneration.from_pretrained(place, dtype="auto", **keywords)
-        for other, source in bridges.items():
-            loaded.load_bridge(source, other)
-            processors[other] = LorgnetteProcessor.from_pretrained(source)
-        if device is None:
-            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        return cls(loaded.to(device), processors, limits, hosts)
+        """What [`~lorgnette.serving.loading.load`] loads, ready to be asked; see there for arguments and errors."""
+        loaded, processors = load(model, bridges, name=name, revision=revision, device=device)
+        return cls(loaded, processors, limits, hosts)
 
     async def begin(self, question: Question, deadline: float) -> "Asking":
         """Fetch, decode and encode what is asked, and let it wait for the model.

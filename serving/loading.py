@@ -1,0 +1,48 @@
+"""One model with all its bridges, from folders or the Hub."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..configuration.backbone_sources import from_pretrained_arguments
+from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
+from ..processing.processing_lorgnette import LorgnetteProcessor
+
+
+def load(
+    model: str | Path,
+    bridges: Mapping[str, str | Path],
+    *,
+    name: str = "default",
+    revision: str | None = None,
+    device: str | None = None,
+) -> tuple[LorgnetteForConditionalGeneration, dict[str, LorgnetteProcessor]]:
+    """Load a saved model and further bridges, each a folder or a Hub id.
+
+    Args:
+        bridges: by the names that callers use.
+        name: what callers call the model's own bridge.
+        revision: of `model`: branch, tag or commit.
+        device: an accelerator where there is one, by default.
+
+    Returns:
+        the model, in eval mode, and each bridge's processor, the model's own first.
+
+    Raises:
+        ValueError: a name twice; models that do not belong together; a processor that does not fit.
+        OSError: there is no such model.
+    """
+    if name in bridges:
+        raise ValueError(f"two bridges are called {name!r}: the model's own, and {bridges[name]}")
+    place, keywords = from_pretrained_arguments(model, revision)
+    processors = {name: LorgnetteProcessor.from_pretrained(place, **keywords)}
+    loaded = LorgnetteForConditionalGeneration.from_pretrained(place, dtype="auto", **keywords)
+    for other, source in bridges.items():
+        loaded.load_bridge(source, other)
+        processors[other] = LorgnetteProcessor.from_pretrained(source)
+    for processor in processors.values():
+        loaded.check_processor(processor)
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return loaded.eval().to(device), processors

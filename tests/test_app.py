@@ -1,0 +1,183 @@
+"""The page to play with: what it answers, what it shows, and what it says of what cannot be used."""
+
+import json
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import gradio as gr
+import numpy as np
+import pytest
+from huggingface_hub import SpaceCard
+from strangers import WITHOUT_LORGNETTE
+from tiny_inspection import STEPS, rows, train, untrained
+from tiny_training import write_backbones
+
+from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor, cli
+from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
+from lorgnette.publishing.guards import check_folder
+from lorgnette.publishing.space import write_space
+from lorgnette.serving.app import ask, stream
+
+
+QUESTION = "Describe the picture."
+MAX_NEW_TOKENS = 8
+CHROMIUM = shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two bridges over one ViT and LM, of which the first can name colours, and pictures of these."""
+    made = tmp_path_factory.mktemp("bridges")
+    backbones = write_backbones(made)
+    for name, steps in (("one", 2 * STEPS), ("two", 2)):
+        model, processor = untrained(backbones)
+        train(model, LorgnetteCollator(processor), steps).save_pretrained(made / name)
+        processor.save_pretrained(made / name)
+    for row in rows(2):
+        row["image"].save(made / f"{row['index']}.png")
+    (made / "broken.png").write_bytes(b"GIF89a, it says")
+    return made
+
+
+@pytest.fixture(scope="module")
+def launched(folder):
+    """The page as `lorgnette app` builds it, and how it is launched."""
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gr.Blocks, "launch", lambda page, **settings: seen.update(page=page, settings=settings))
+        patch.setattr(sys, "argv", ["lorgnette", "app", str(folder / "one"), "--bridge", f"two={folder / 'two'}",
+                                    "--max-new-tokens", str(MAX_NEW_TOKENS), "--device", "cpu"])  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 0
+    return seen
+
+
+@pytest.fixture(scope="module")
+def pipes(launched):
+    (asking,) = (event.fn for event in launched["page"].fns.values())
+    return asking.args[0]
+
+
+def expected(folder, bridge: str, number: int, use_lora: bool = True) -> str:
+    model = LorgnetteForConditionalGeneration.from_pretrained(folder / bridge).eval()
+    pipe = LorgnetteImageToTextPipeline(model=model, processor=LorgnetteProcessor.from_pretrained(folder / bridge))
+    settings = {"max_new_tokens": MAX_NEW_TOKENS, "generate_kwargs": {"do_sample": False}}
+    with nullcontext() if use_lora else model.disable_adapter():
+        return pipe(str(folder / f"{number}.png"), prompt=QUESTION, **settings)[0]["generated_text"]
+
+
+def test_it_listens_on_this_machine_alone_and_fetches_nothing(launched):
+    settings = launched["settings"]
+    assert (settings["server_name"], settings["server_port"], settings["share"]) == ("127.0.0.1", 7860, False)
+    assert launched["page"].analytics_enabled is False
+    assert settings["theme"]._stylesheets == []
+    assert "@font-face" not in settings["theme"]._get_theme_css()
+
+
+@pytest.mark.parametrize("use_lora", [True, False])
+@pytest.mark.parametrize(("shown", "bridge"), [("default", "one"), ("two", "two")])
+def test_both_pictures_are_answered_as_the_pipeline_answers(pipes, folder, shown, bridge, use_lora):
+    pictures = [str(folder / f"{seed}.png") for seed in range(2)]
+    *_, (answer, maps, other, other_maps) = ask(pipes, MAX_NEW_TOKENS, *pictures, QUESTION, shown, use_lora)
+    if use_lora and bridge == "one":
+        assert (answer, other) == tuple(row["text"] for row in rows(2))
+    assert answer == expected(folder, bridge, 0, use_lora)
+    assert other == expected(folder, bridge, 1, use_lora)
+    for said, drawn in ((answer, maps), (other, other_maps)):
+        titles = [title for _, title in drawn]
+        assert titles[0] == "all queries"
+        assert said.startswith(" ".join(titles[1:]))
+        assert np.ptp(np.asarray(drawn[0][0]), axis=-1).max() > 20  # colours over grey
+    assert not np.array_equal(*(np.asarray(drawn[0][0]) for drawn in (maps, other_maps)))
+
+
+def test_an_answer_comes_piece_by_piece_and_without_another_picture_alone(pipes, folder):
+    steps = list(ask(pipes, MAX_NEW_TOKENS, str(folder / "0.png"), None, QUESTION, "default", True))
+    answers = [step[0] for step in steps]
+    assert answers[0] == ""
+    assert answers[-1] == expected(folder, "one", 0)
+    assert len(set(answers)) > 2
+    assert all(answers[-1].startswith(answer) for answer in answers)
+    assert all(step[2:] == ["", None] for step in steps)
+
+
+def test_who_stops_listening_stops_the_model(pipes, folder):
+    pipe = pipes["default"]
+    pipe.model.set_bridge("default")
+    lengths = []
+    watched = pipe.model.register_forward_hook(lambda *_: lengths.append(1))
+    prompt = dict(pipe.preprocess(rows(1)[0]["image"], prompt=QUESTION))
+    try:
+        saying = stream(pipe, prompt, 100)
+        with pipe.model.disable_adapter():
+            next(saying)
+        saying.close()
+    finally:
+        watched.remove()
+    assert len(lengths) < 100
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"picture": None}, "Drop a picture first"),
+        ({"picture": "broken.png"}, "broken.png: the picture cannot be read|broken.png: the picture is no picture"),
+        ({"other": "broken.png"}, "broken.png: "),
+        ({"question": " "}, "no words"),
+        ({"question": "a " * 50_000}, "has 100000 characters; 50000 are allowed"),
+        ({"question": "a " * 999}, r"are \d+ tokens; with 8 of an answer that is more than the 256"),
+    ],
+)
+def test_what_cannot_be_used_is_told(pipes, folder, changed, message):
+    given = {"picture": "0.png", "other": "1.png", "question": QUESTION} | changed
+    files = [given[name] and str(folder / given[name]) for name in ("picture", "other")]
+    asking = ask(pipes, MAX_NEW_TOKENS, *files, given["question"], "default", True)
+    assert next(asking) == ["", None, "", None]
+    with pytest.raises(gr.Error, match=message) as told:
+        next(asking)
+    assert told.value.print_exception is False
+
+
+def test_a_space_is_what_may_be_published_and_names_the_model(folder):
+    write_space(folder / "one", "me/my-eyes")
+    space = folder / "one" / "space"
+    assert sorted(path.name for path in space.iterdir()) == [
+        "README.md", "app.py", "drawing.py", "maps.py", "requirements.txt"]  # fmt: skip
+    card = SpaceCard.load(space / "README.md").data
+    assert (card.models, card.sdk, card.app_file) == (["me/my-eyes"], "gradio", "app.py")
+    assert "torch>=" in (space / "requirements.txt").read_text()
+    assert "space/app.py" in check_folder(folder / "one")
+
+
+SPACE = """
+import json, sys
+sys.path.insert(0, sys.argv[1] + "/space")
+import app
+shown = {}
+app.gr.Blocks.launch = lambda page, **_: shown.update(page=page)
+app.main(sys.argv[1])
+(asking,) = (event.fn for event in shown["page"].fns.values())
+*_, last = asking(sys.argv[2], None, sys.argv[3], "default", True)
+print(json.dumps([last[0], len(last[1])]))
+"""
+
+
+@pytest.mark.slow
+def test_a_space_needs_no_lorgnette(folder, tmp_path):
+    shutil.copytree(folder / "one", tmp_path / "export")
+    shutil.rmtree(tmp_path / "export" / "space", ignore_errors=True)
+    write_space(tmp_path / "export", "me/my-eyes")
+    finished = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LORGNETTE + SPACE, str(tmp_path / "export"), str(folder / "0.png"), QUESTION],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    answer, maps = json.loads(finished.stdout.splitlines()[-1])
+    assert maps > 1
+    assert answer.startswith(expected(folder, "one", 0))
