@@ -1,10 +1,14 @@
 """The page to play with: what it answers, what it shows, and what it says of what cannot be used."""
 
 import json
+import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import gradio as gr
 import numpy as np
@@ -23,7 +27,7 @@ from lorgnette.serving.app import ask, stream
 
 QUESTION = "Describe the picture."
 MAX_NEW_TOKENS = 8
-CHROMIUM = shutil.which("chromium")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -181,3 +185,89 @@ def test_a_space_needs_no_lorgnette(folder, tmp_path):
     answer, maps = json.loads(finished.stdout.splitlines()[-1])
     assert maps > 1
     assert answer.startswith(expected(folder, "one", 0))
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    """`lorgnette app` in a process of its own: its URL, and the file that it writes to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "lorgnette.cli", "app", str(folder / "one"), "--bridge", f"two={folder / 'two'}"]
+    log, url = folder / "log.txt", f"http://127.0.0.1:{port}"
+    with log.open("w") as file:
+        options = ["--port", str(port), "--max-new-tokens", str(MAX_NEW_TOKENS), "--device", "cpu"]
+        process = subprocess.Popen([*command, *options], stdout=file, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 300
+        while url not in log.read_text():
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        yield url, log
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.fixture(params=["light", "dark"])
+def page(served, request):
+    """The page in a browser, and what it asked the network for."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        try:
+            page = browser.new_page(color_scheme=request.param)
+            page.set_default_timeout(120_000)
+            asked = []
+            page.on("request", lambda one: asked.append(one.url))
+            page.goto(served[0])
+            page.get_by_role("button", name="Ask").wait_for()
+            yield page
+            assert not [url for url in asked if not url.startswith((served[0], "data:", "blob:"))]
+        finally:
+            browser.close()
+
+
+def upload(page, path: Path) -> None:
+    with page.expect_response(lambda response: "/upload" in response.url):
+        page.locator("input[type=file]").first.set_input_files(path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_in_a_browser(page, served, folder):
+    from playwright.sync_api import expect
+
+    first, second = (page.get_by_label(label, exact=True) for label in ("Answer", "Answer to the other picture"))
+    maps = page.locator(".thumbnail-item img")
+    upload(page, folder / "0.png")
+    page.get_by_role("button", name="Ask").click()
+    expect(first).to_have_value("a red")  # it is looked at again and again while the answer grows
+    expect(first).to_have_value("a red car")
+    expect(second).to_have_value(re.compile(r"\w"))
+    expect(page.get_by_text("all queries", exact=True)).to_have_count(2)
+    assert maps.first.evaluate("image => image.decode().then(() => image.naturalWidth)") == 336
+    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+    page.get_by_label("off", exact=True).check()
+    page.get_by_label("Question").fill(QUESTION)
+    page.get_by_label("Question").press("Enter")
+    expect(first).to_have_value(expected(folder, "one", 0, use_lora=False))
+    page.get_by_label("on", exact=True).check()
+    page.get_by_label("two", exact=True).check()
+    page.get_by_role("button", name="Ask").click()
+    expect(first).to_have_value(expected(folder, "two", 0))
+    assert "Traceback" not in served[1].read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_a_broken_file_in_a_browser(page, served, folder):
+    from playwright.sync_api import expect
+
+    upload(page, folder / "broken.png")
+    page.get_by_role("button", name="Ask").click()
+    expect(page.get_by_text("broken.png: the picture")).to_be_visible()
+    assert "Traceback" not in served[1].read_text()

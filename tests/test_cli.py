@@ -14,7 +14,7 @@ from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor, cli
 from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
 
 
-COMMANDS = ("train", "cache", "evaluate", "caption", "inspect", "export", "push", "serve")
+COMMANDS = ("train", "cache", "evaluate", "caption", "inspect", "export", "push", "serve", "app")
 
 
 @pytest.fixture
@@ -98,6 +98,7 @@ def test_arguments_are_handed_on_as_they_stand(run, handed_on, arguments, module
         ("serve m --bridge a=b --bridge a=c", "--bridge a is given twice"),
         ("serve m --api-key-env NO_SUCH_VARIABLE", "the environment has no NO_SUCH_VARIABLE"),
         ("serve m --port x", "Invalid value for '--port'"),
+        ("app m --bridge charts", "--bridge charts: NAME=MODEL is needed"),
         ("push out", "--repo-id"),
         ("evaluate --no_such_option 1", "unknown option '--no_such_option'"),
     ],
@@ -154,9 +155,8 @@ def test_serving(run, folder, monkeypatch):
 
 
 def test_the_command_is_light_and_installed():
-    code = (
-        "import sys, lorgnette.cli; print(sorted({'torch', 'transformers', 'datasets', 'fastapi'} & set(sys.modules)))"
-    )
+    heavy = {"torch", "transformers", "datasets", "fastapi", "gradio"}
+    code = f"import sys, lorgnette.cli; print(sorted({heavy} & set(sys.modules)))"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert finished.stdout.strip() == "[]"
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
