@@ -26,6 +26,7 @@ MAX_CHARACTERS = 50_000  # counting the tokens of more would take longer than an
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none is fetched
 SETTINGS = {  # for `launch`
     "theme": gr.themes.Default(**FONTS),
+    "footer_links": ["api", "gradio", "settings"],
     "max_file_size": "20mb",
     "share": False,
     "ssr_mode": False,
@@ -61,12 +62,12 @@ def build(pipes: Mapping[str, Pipeline], name: str, max_new_tokens: int = 128) -
             switch = [("on", True), ("off", False)]
             use_lora = gr.Radio(switch, value=True, label="LoRA", visible=has_lora, min_width=180)
         button = gr.Button("Ask", variant="primary")
-        outputs = []
+        outputs, gallery = [], {"show_label": False, "columns": 3, "interactive": False, "buttons": ["fullscreen"]}
         with gr.Row():
             for label in ("Answer", "Answer to the other picture"):
                 with gr.Column(min_width=280):
                     outputs.append(gr.Textbox(label=label, interactive=False))
-                    outputs.append(gr.Gallery(label=f"{label}: maps", show_label=False, columns=3, interactive=False))
+                    outputs.append(gr.Gallery(label=f"{label}: maps", height="max-content", **gallery))
         inputs = [*pictures, question, bridge, use_lora]
         answer = partial(ask, pipes, max_new_tokens)
         gr.on([button.click, question.submit], answer, inputs, outputs, api_name="ask", show_progress="minimal")
@@ -160,7 +161,7 @@ def stream(pipe: Pipeline, prompt: Mapping[str, torch.Tensor], max_new_tokens: i
 def overlays(pipe: Pipeline, prompt: Mapping[str, torch.Tensor], answer: str) -> list[tuple[Image.Image, str]]:
     """Cross-attention over the picture, the mean over queries and layers; then where each word was read from."""
     look = maps_of(pipe.model, pipe.processor, prompt, answer)
-    named = [("all queries", look.queries.mean((0, 1)))]
+    named = [("queries", look.queries.mean((0, 1)))]
     named += [(word.text.strip(), word.patches) for word in look.words]
     return [(overlay(look.picture, patches, 336), title) for title, patches in named]
 
