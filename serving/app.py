@@ -45,7 +45,7 @@ def build(pipes: Mapping[str, Pipeline], name: str, max_new_tokens: int = 128) -
     """
     bridges, (first, *_) = list(pipes), pipes.values()
     has_lora = False
-    for bridge in reversed(bridges):
+    for bridge in reversed(bridges):  # the first is in use in the end
         first.model.set_bridge(bridge)
         has_lora = has_lora or first.model.config.lora_config is not None
     with gr.Blocks(title=f"lorgnette: {name}", analytics_enabled=False, delete_cache=(600, 3600)) as page:
