@@ -3,16 +3,19 @@
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from ddp_equal_worker import EQUAL
+from ddp_stage1_worker import next_of_its_half
 from safetensors.torch import load_file, save_file
 from tiny import bert_tokenizer, image_processor, picture
 from tiny_models import bert, vision_model
 from tiny_training import joined, trainer, write_backbones, write_pairs
 
 from lorgnette import LorgnetteForImageTextRetrieval, LorgnetteProcessor
+from lorgnette.modeling import modeling_retrieval
 from lorgnette.trainer.checkpoints import train_from
 
 
@@ -38,7 +41,7 @@ def test_two_processes_without_looking_for_unused_parameters(tmp_path):
 
 
 def test_two_processes_are_one_that_accumulates_and_their_checkpoint_is_anyones(tmp_path):
-    """Stage 2; resumed on one process; a stream's rows; FSDP2's shards, saved whole."""
+    """Stage 2; resumed on two processes and on one; a stream's rows; FSDP2's shards, saved whole."""
     backbones = write_backbones(tmp_path)
     write_pairs(tmp_path / "pictures")
     run_two_processes("ddp_equal_worker.py", tmp_path)
@@ -64,11 +67,21 @@ def test_two_processes_are_one_that_accumulates_and_their_checkpoint_is_anyones(
         assert all(torch.equal(state[name], value) for name, value in moments[index].items())
 
 
-def test_the_contrast_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_path):
-    """Loss and gradients; one caption stands in both halves, and is a negative in neither."""
+def test_stage_1_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_path):
+    """Loss and gradients; one caption stands in both halves, and is a negative in neither. ITM's draw is fixed."""
     processor = LorgnetteProcessor.from_backbones(image_processor(), None, qformer=bert_tokenizer(), num_query_tokens=4)
-    texts = ["the cat", "a dog", "a very long text about a road", "a bird", "the cat", "a red car"]
+    texts = [
+        "the cat",
+        "a dog",
+        "a very long text about a road",
+        "a picture of a bird",
+        "the cat",
+        "a very red car on the road",
+    ]
     batch = processor(images=[picture(n) for n in range(6)], text=texts, padding=True, return_tensors="pt")
+    lengths = batch["attention_mask"].sum(1)
+    assert lengths[:3].sum() == lengths[3:].sum()  # ITG's mean over tokens is the halves' mean then
+    assert lengths[:3].max() != lengths[3:].max()
     save_file(dict(batch), tmp_path / "batch.safetensors")
     for name, weight in (("all", 1.0), ("itc", 0.0)):
         torch.manual_seed(0)
@@ -81,8 +94,9 @@ def test_the_contrast_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_p
             itg_weight=weight,
         ).train()
         model.save_pretrained(tmp_path / name)
-    loss = model(**batch).loss
-    loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
-    save_file({"loss": loss.detach()} | gradients, tmp_path / "expected.safetensors")
+        with mock.patch.object(modeling_retrieval, "draw_negatives", next_of_its_half):
+            loss = model(**batch).loss
+        loss.backward()
+        gradients = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.requires_grad}
+        save_file({"loss": loss.detach()} | gradients, tmp_path / f"{name}.safetensors")
     run_two_processes("ddp_stage1_worker.py", tmp_path)
