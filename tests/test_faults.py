@@ -18,6 +18,7 @@ from test_ddp import run_two_processes
 from tiny_training import joined, pairs, trainer, write_backbones, write_pairs
 from transformers import Trainer, TrainerCallback, set_seed
 
+from faults.cases import Left, Training
 from faults.comparing import differences
 from lorgnette.trainer.__main__ import main
 from lorgnette.trainer.checkpoints import checkpoint_to_resume, fault_of, train_from
@@ -99,6 +100,35 @@ def test_the_comparison_sees_every_bit_and_no_clock(folder, tmp_path):
     (copy / "more.txt").touch()
     found = ["model.safetensors", "has more.txt", "lacks rng_state.pth", "trainer_state.json: log_history"]
     assert differences(copy, whole) == found
+
+
+def test_where_a_kill_fell_is_read_off_what_that_process_has_touched(folder, tmp_path):
+    """Not off what an earlier one has left half deleted or half written."""
+    case, reference, output = Training(tmp_path), folder / "whole", tmp_path / "out"
+    for name in ("checkpoint-2", "checkpoint-4"):
+        shutil.copytree(reference / name, output / name)
+    count = sum(path.is_file() for path in (reference / "checkpoint-2").rglob("*"))
+
+    def begin():
+        now = time.time_ns()
+        time.sleep(0.05)  # more than a tick of the clock that stamps files
+        return now
+
+    begun = begin()
+    assert case.left(output, reference, begun) == Left("in training, after checkpoint-4", "checkpoint-4", [])
+    (output / "checkpoint-2" / "optimizer.pt").unlink()
+    fell = f"in the deletion of checkpoint-2, {count - 1} of {count} files left"
+    assert case.left(output, reference, begun) == Left(fell, "checkpoint-4", [])
+    assert case.left(output, reference, begin()).fell == "in training, after checkpoint-4"
+    begun = begin()
+    (output / "checkpoint-4" / "trainer_state.json").unlink()
+    fell = f"in the writing of checkpoint-4, {count - 1} of {count} files"
+    assert case.left(output, reference, begun) == Left(fell, "the start", [])
+    shutil.copy2(reference / "checkpoint-2" / "optimizer.pt", output / "checkpoint-2")
+    weights = output / "checkpoint-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    left = case.left(output, reference, begin())
+    assert (left.whole, left.unlike) == ("checkpoint-2", ["checkpoint-2: model.safetensors"])
 
 
 # ------------------------------------------------------------------------------------------------ going on
