@@ -1,21 +1,25 @@
 """Several processes: nothing that trains is without a gradient, and stage 1 takes its negatives from all of them."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
 
+import datasets
 import pytest
 import torch
 from ddp_equal_worker import EQUAL
 from ddp_stage1_worker import next_of_its_half
 from safetensors.torch import load_file, save_file
 from tiny import bert_tokenizer, image_processor, picture
-from tiny_models import bert, vision_model
+from tiny_models import QFORMER, bert, vision_model
 from tiny_training import joined, trainer, write_backbones, write_pairs
 
 from lorgnette import LorgnetteForImageTextRetrieval, LorgnetteProcessor
 from lorgnette.modeling import modeling_retrieval
+from lorgnette.trainer.__main__ import main
 from lorgnette.trainer.checkpoints import train_from
 
 
@@ -65,6 +69,33 @@ def test_two_processes_are_one_that_accumulates_and_their_checkpoint_is_anyones(
     moments = torch.load(checkpoint / "optimizer.pt")["state"]
     for index, state in resumed.optimizer.state_dict()["state"].items():
         assert all(torch.equal(state[name], value) for name, value in moments[index].items())
+
+
+def test_accelerate_launch_runs_the_entry_point_on_two_processes(tmp_path, monkeypatch):
+    """Its weights are those of one process that accumulates. With `--cpu` it would start one process."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    vision, text = write_backbones(tmp_path)
+    qformer = QFORMER | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    command = (
+        f"stage2 --vision {vision} --text {text} --num_query_tokens 4 --dataset {write_pairs(tmp_path / 'pictures')} "
+        "--max_steps 3 --save_steps 2 --per_device_train_batch_size 2 --optim sgd --learning_rate 0.1 "
+        "--max_grad_norm 0 --report_to none --use_cpu true --bf16 false"
+    ).split()
+    command += ["--qformer_config", json.dumps(qformer), "--lora", '{"r": 2}']
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "lorgnette.trainer"]
+    two = [*launch, *command, "--output_dir", str(tmp_path / "two"), "--ddp_backend", "gloo"]
+    finished = subprocess.run(
+        two, env=os.environ | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    assert (tmp_path / "two" / "checkpoint-2" / "rng_state_1.pth").is_file()
+    main([*command, "--output_dir", str(tmp_path / "one"), "--gradient_accumulation_steps", "2"])
+    saved, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    assert saved.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(saved[name], value, atol=1e-6, rtol=1e-6)
 
 
 def test_stage_1_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_path):
