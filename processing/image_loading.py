@@ -7,6 +7,7 @@ path) for what cannot be read or fetched, `TypeError` for an object that is no i
 import base64
 import binascii
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -165,6 +166,9 @@ def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
         return "the data URL", _from_base64(source.partition(",")[2])
     if isinstance(source, (str, os.PathLike)):
         try:
+            mode = os.stat(source).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # open says what a folder is; a pipe may never end
+                raise OSError(f"no regular file: {str(source)[:200]}")
             with open(source, "rb") as file:
                 return str(source), file.read()
         except FileNotFoundError as error:
