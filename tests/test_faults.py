@@ -13,6 +13,8 @@ from pathlib import Path
 
 import datasets
 import pytest
+import tiny
+import tiny_models
 from safetensors import SafetensorError
 from test_ddp import run_two_processes
 from tiny_training import joined, pairs, trainer, write_backbones, write_pairs
@@ -141,6 +143,24 @@ def test_from_the_last_checkpoint_no_step_more_is_taken(folder, tmp_path):
     main(stage2(folder, output, "--resume_from_checkpoint", "true"))
     assert differences(output, folder / "whole") == []
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_stage_1_goes_on_as_it_would_have_gone(folder, tmp_path):
+    """Its negatives are drawn at random, as dropout is."""
+    words = tiny.bert_tokenizer()
+    for part in (tiny_models.bert(vocab_size=len(words)), words):
+        part.save_pretrained(tmp_path / "bert")
+    command = (
+        f"stage1 --vision {folder}/vit --qformer {tmp_path}/bert --num_query_tokens 4 --dataset {folder}/pictures "
+        "--max_steps 5 --save_steps 2 --per_device_train_batch_size 4 --dataloader_drop_last true --learning_rate 1e-2 "
+        "--logging_steps 1 --report_to none --use_cpu"
+    ).split()
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    main([*command, "--output_dir", str(whole)])
+    shutil.copytree(whole / "checkpoint-2", output / "checkpoint-2")
+    main([*command, "--output_dir", str(output), "--resume_from_checkpoint", "true"])
+    for name in (".", "checkpoint-4", "checkpoint-5"):
+        assert differences(output / name, whole / name) == []
 
 
 def test_the_best_checkpoint_outlives_the_interruption(folder, tmp_path):
