@@ -27,8 +27,8 @@ pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 
 
-def run_two_processes(worker: str, folder: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def run_processes(worker: str, folder: Path, count: int = 2) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     with subprocess.Popen([*command, HERE / worker, folder], stderr=subprocess.PIPE, text=True) as process:
         try:
             _, errors = process.communicate(timeout=900)
@@ -41,14 +41,14 @@ def run_two_processes(worker: str, folder: Path) -> None:
 def test_two_processes_without_looking_for_unused_parameters(tmp_path):
     """`ddp_find_unused_parameters=False` would wait for ever for a gradient that does not come."""
     write_backbones(tmp_path)
-    run_two_processes("ddp_worker.py", tmp_path)
+    run_processes("ddp_worker.py", tmp_path)
 
 
 def test_two_processes_are_one_that_accumulates_and_their_checkpoint_is_anyones(tmp_path):
     """Stage 2; resumed on two processes and on one; a stream's rows; FSDP2's shards, saved whole."""
     backbones = write_backbones(tmp_path)
     write_pairs(tmp_path / "pictures")
-    run_two_processes("ddp_equal_worker.py", tmp_path)
+    run_processes("ddp_equal_worker.py", tmp_path)
 
     torch.manual_seed(0)
     one = trainer(*joined(backbones, dropout=0.0), tmp_path / "one", gradient_accumulation_steps=2, **EQUAL)
@@ -130,4 +130,4 @@ def test_stage_1_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_path):
         loss.backward()
         gradients = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.requires_grad}
         save_file({"loss": loss.detach()} | gradients, tmp_path / f"{name}.safetensors")
-    run_two_processes("ddp_stage1_worker.py", tmp_path)
+    run_processes("ddp_stage1_worker.py", tmp_path)

@@ -16,7 +16,7 @@ import pytest
 import tiny
 import tiny_models
 from safetensors import SafetensorError
-from test_ddp import run_two_processes
+from test_ddp import run_processes
 from tiny_training import joined, pairs, trainer, write_backbones, write_pairs
 from transformers import Trainer, TrainerCallback, set_seed
 
@@ -230,7 +230,7 @@ def test_sigterm_is_a_pause(folder, tmp_path):
 @pytest.mark.slow
 def test_of_several_processes_all_stop_after_the_same_step(tmp_path):
     write_backbones(tmp_path)
-    run_two_processes("sigterm_worker.py", tmp_path)
+    run_processes("sigterm_worker.py", tmp_path)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     assert fault_of(tmp_path / "out" / "checkpoint-2") is None
 
