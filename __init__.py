@@ -1,10 +1,10 @@
 """Eyes for a text-only language model: a frozen ViT, a Q-Former that learns, and a causal LM with LoRA.
 
-Names are imported on first use, so that `import lorgnette` itself loads neither torch nor transformers.
+Names are imported on first use, so that `import lorgnette` itself loads neither torch nor transformers. It raises
+ImportError where what is installed is not what it needs, before anything is made of that.
 """
 
 import importlib
-from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 
 
@@ -30,11 +30,13 @@ __all__ = list(_EXPORTS)
 def __getattr__(name: str):
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    _check_versions()
     return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
 
 
-@cache
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
 def _check_versions() -> None:
     """Compare what is installed with what pyproject.toml asks for.
 
@@ -44,7 +46,7 @@ def _check_versions() -> None:
     from packaging.requirements import Requirement
 
     wrong = []
-    for requirement in map(Requirement, requires(__name__)):
+    for requirement in map(Requirement, requires("lorgnette")):
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             try:
                 installed = version(requirement.name)
@@ -56,5 +58,4 @@ def _check_versions() -> None:
         raise ImportError(f"lorgnette {__version__} needs {', '.join(wrong)}")
 
 
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+_check_versions()

@@ -16,7 +16,10 @@ from examples.sources.registry import check_sha256, whole
 
 PACKAGE = "transformers_tests"  # what `tests` of the distribution is called here
 # The versions that this package is tested with. pip compares any other with the hash that the index gives.
-SHA256 = {"5.23.0": "19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71"}
+SHA256 = {
+    "5.17.0": "a153be279169b55b92d8000bf4af294aed684503d091cca7804da2dd8a9de000",
+    "5.23.0": "19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71",
+}
 MISSING = {
     "__init__.py": "",
     "../fetch_hub_objects_for_ci.py": "def url_to_local_path(url, **_):\n    return url\n",

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from argparse import ArgumentParser
 from dataclasses import asdict
 from importlib.metadata import version
@@ -56,8 +57,8 @@ def measure(case: Case, number: int, random: Random) -> dict[str, Any]:
     kills: list[dict[str, Any]] = []
     for moment in case.moments(random, seen):
         say(f"{case.name}: {moment.name}")
-        kill_at(moment, case, kills, log, environment, output)
-        left = case.left(output, reference)
+        begun = kill_at(moment, case, kills, log, environment, output)
+        left = case.left(output, reference, begun)
         kills.append({"what": case.name, "moment": moment.name, **asdict(left)})
     run_to_its_end(case.arguments(output), log, environment, output)
     tell_resumed(kills, case, log)
@@ -67,14 +68,19 @@ def measure(case: Case, number: int, random: Random) -> dict[str, Any]:
 
 def kill_at(
     moment: Moment, case: Case, kills: list[dict[str, Any]], log: Path, environment: dict[str, str], output: Path
-) -> None:
-    """Begin again after the last kill, and kill; where the end comes first, from the very start once more."""
+) -> int:
+    """Begin again after the last kill, and kill; where the end comes first, from the very start once more.
+
+    Returns:
+        when the process began that was killed, in nanoseconds since the epoch.
+    """
     for attempt in range(ATTEMPTS):
+        begun = time.time_ns()
         killed = run_and_kill(case.arguments(output), log, environment, output, moment)
         if attempt == 0:
             tell_resumed(kills, case, log)
         if killed:
-            return
+            return begun
         shutil.rmtree(output)
         output.mkdir()
     raise RuntimeError(f"{moment.name}: it was through {ATTEMPTS} times before it could be killed")

@@ -12,6 +12,7 @@ import datasets
 import tiny
 from tiny_training import write_backbones, write_pairs
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME
 
 from lorgnette.trainer.checkpoints import fault_of
 from lorgnette.trainer.feature_cache import COLUMN
@@ -62,8 +63,8 @@ class Case(ABC):
         """`kills` moments in the order of the run, drawn with what an uninterrupted run was seen to make, and when."""
 
     @abstractmethod
-    def left(self, output: Path, reference: Path) -> Left:
-        """What is in the folder after a kill."""
+    def left(self, output: Path, reference: Path, begun: int) -> Left:
+        """What is in the folder after a kill of a process that began at `begun`, in nanoseconds since the epoch."""
 
     @abstractmethod
     def went_on_from(self, log: str) -> str:
@@ -108,9 +109,9 @@ class Training(Case):
             else:
                 found.append(moment(f"while {name} is written", seen, random, name, whole(step)))
         found.append(moment("after the last checkpoint", seen, random, whole(STEPS), ".unfinished"))
-        return [*found, moment("while the model is saved", seen, random, ".unfinished", TRAINER_STATE_NAME)]
+        return [*found, moment("while the model is saved", seen, random, ".unfinished", CONFIG_NAME)]
 
-    def left(self, output: Path, reference: Path) -> Left:
+    def left(self, output: Path, reference: Path, begun: int) -> Left:
         there = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
         whole = [path for path in there if fault_of(path) is None]
         found = {path: differences(path, reference / path.name) for path in there}
@@ -119,11 +120,16 @@ class Training(Case):
             unlike = [difference for difference in unlike if not difference.startswith(f"{path.name}: {LACKS}")]
         files = {path: sum(file.is_file() for file in path.rglob("*")) for path in there}
         of = {path: sum(file.is_file() for file in (reference / path.name).rglob("*")) for path in there}
+        # what an earlier process was killed at may lie there still
+        saved = [output / ".unfinished", output / CONFIG_NAME]
+        its = [path for path in (*there, *saved) if changed_since(path, begun)]
         fell = [f"in the deletion of {path.name}, {files[path]} of {of[path]} files left"
-                for path in there[:-1] if files[path] < of[path]]  # fmt: skip
-        if (output / ".unfinished").exists():
+                for path in there[:-1] if path in its and files[path] < of[path]]  # fmt: skip
+        if saved[0] in its:
             fell.append("in the save at the end")
-        elif there and fault_of(there[-1]) is not None:
+        elif saved[1] in its:
+            fell.append("after the save at the end")
+        elif there and there[-1] in its and fault_of(there[-1]) is not None:
             fell.append(f"in the writing of {there[-1].name}, {files[there[-1]]} of {of[there[-1]]} files")
         if not fell:
             fell = [f"in training, after {there[-1].name}" if there else "before the first checkpoint"]
@@ -167,14 +173,19 @@ class Caching(Case):
     def moments(self, random: Random, seen: dict[str, float]) -> list[Moment]:
         count = self.rows // self.shard
         path = f"train/{COLUMN}-{{:05}}-of-{count:05}".format
-        numbers = sorted(random.sample(range(1, count), self.kills))
-        return [moment(f"while shard {n} is made", seen, random, path(n - 1), path(n)) for n in numbers]
+        found = []
+        for n in sorted(random.sample(range(1, count), self.kills)):
+            written = len(found) % 2 == 0
+            begin = f"{path(n)}.unfinished" if written else path(n - 1)
+            what = "written" if written else "made"
+            found.append(moment(f"while shard {n} is {what}", seen, random, begin, path(n)))
+        return found
 
-    def left(self, output: Path, reference: Path) -> Left:
+    def left(self, output: Path, reference: Path, begun: int) -> Left:
         shards = [path for path in output.glob("train/*") if path.suffix != ".unfinished"]
         theirs = reference / "train"
         unlike = [f"{path.name}/{name}" for path in shards for name in differences(path, theirs / path.name)]
-        cut = [f"in the writing of {path.stem}" for path in output.rglob("*.unfinished")]
+        cut = [f"in the writing of {path.stem}" for path in output.rglob("*.unfinished") if changed_since(path, begun)]
         return Left(cut[0] if cut else "between shards", f"{len(shards)} whole shards", unlike)
 
     def went_on_from(self, log: str) -> str:
@@ -199,7 +210,7 @@ class Exporting(Case):
         writing = [moment("while the export is written", seen, random, folder, written) for _ in range(self.kills - 1)]
         return [*writing, moment("while a stranger tries it", seen, random, written, "export")]
 
-    def left(self, output: Path, reference: Path) -> Left:
+    def left(self, output: Path, reference: Path, begun: int) -> Left:
         if (output / "export").exists():
             return Left("after the end", "the start", differences(output / "export", reference / "export"))
         files, of = (
@@ -226,6 +237,11 @@ def moment(name: str, seen: dict[str, float], random: Random, begin: str, end: s
     lasting = (path for path in seen if "unfinished" not in path.removeprefix(".unfinished-"))
     after = max((path for path in lasting if first < seen[path] <= when), key=seen.__getitem__, default=begin)
     return Moment(name, after, when - seen.get(after, 0.0))
+
+
+def changed_since(path: Path, time_ns: int) -> bool:
+    """Whether anything was made in a folder since then, or deleted from it."""
+    return path.exists() and any(one.stat().st_mtime_ns >= time_ns for one in (path, *path.rglob("*")))
 
 
 CASES = (Training, Streaming, Caching, Exporting)

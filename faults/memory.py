@@ -3,17 +3,21 @@
     python -m faults.memory
 
 Trains both stages on tiny random backbones by `recipes/stage1.yaml` and `recipes/stage2.yaml`, in bf16, and captions
-pictures one by one. Prints a table and writes it to `results/memory.md`, with the samples in `memory.json` beside it.
-Exits with status 1 where a loss, a gradient or a weight is not finite, or where the resident memory grows by more than
-[`BOUND`] after warming up.
+pictures one by one, each in a process of its own: what an earlier one has freed would hide what a later one takes.
+Prints a table and writes it to `results/memory.md`, with the samples in `memory.json` beside it. Exits with status 1
+where a loss, a gradient or a weight is not finite, or where the resident memory grows by more than [`BOUND`] after
+warming up.
 """
 
 import gc
 import json
 import math
+import multiprocessing
 import sys
 import tempfile
 from argparse import ArgumentParser
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -51,8 +55,8 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         parts = write_parts(work)
-        outcomes = {f"training, {stage}": trained(stage, args.steps, work, parts) for stage in STAGES}
-        outcomes["captions"] = captioned(args.steps, parts)
+        outcomes = {f"training, {stage}": alone(trained, stage, args.steps, work, parts) for stage in STAGES}
+        outcomes["captions"] = alone(captioned, args.steps, parts)
     text = table(outcomes)
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "memory.json").write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
@@ -62,6 +66,12 @@ def main(argv: list[str]) -> int:
     for line in wrong:
         say(f"FAILED: {line}")
     return 1 if wrong else 0
+
+
+def alone(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What a function returns in a process that has done nothing else."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure, *arguments).result()
 
 
 def write_parts(work: Path) -> dict[str, str]:

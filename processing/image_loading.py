@@ -7,6 +7,7 @@ path) for what cannot be read or fetched, `TypeError` for an object that is no i
 import base64
 import binascii
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -93,22 +94,40 @@ def load_image(source: Any, timeout: float | None = None, max_pixels: int = MAX_
 def load_image_for(
     image_processor: Any, source: Any, timeout: float | None = None, max_pixels: int = MAX_IMAGE_PIXELS
 ) -> Image.Image:
-    """[`load_image`], and see to it that the ViT's image processor can take it.
+    """[`load_image`], and see to it that the ViT's image processor makes no huge one of it.
 
     Raises:
-        ValueError: as there; or so narrow a picture that resizing its shorter side would make it huge.
+        ValueError: as there; or one that it would make larger than `max_pixels`: a narrow one whose shorter side it
+            resizes, or any, where its settings are absurd.
     """
     image = load_image(source, timeout, max_pixels)
-    size = dict(getattr(image_processor, "size", None) or {})
-    edge, longest = (size.get(name) for name in ("shortest_edge", "longest_edge"))
-    if edge and not longest:
-        pixels = edge * edge * max(image.size) // min(image.size)
-        if pixels > max_pixels:
+    limit = _limit(max_pixels)
+    for what, (width, height) in _made_of(image_processor, *image.size):
+        if width * height > limit:
             raise ValueError(
-                f"a picture of {image.width} x {image.height}, its shorter side resized to {edge}, would have "
-                f"{pixels} pixels, more than the {max_pixels} that are allowed"
+                f"a picture of {image.width} x {image.height}, {what}, would have {width * height} pixels, more than "
+                f"the {limit} that are allowed"
             )
     return image
+
+
+def _made_of(image_processor: Any, width: int, height: int) -> Iterator[tuple[str, tuple[int, int]]]:
+    """What an image processor does to the size of a picture, and what it is then at least."""
+    short, long = sorted((width, height))
+    for field, used in (("size", "do_resize"), ("crop_size", "do_center_crop"), ("pad_size", "do_pad")):
+        size = dict(getattr(image_processor, field, None) or {})
+        if not size or not getattr(image_processor, used, True):
+            continue
+        edge, longest = size.get("shortest_edge"), size.get("longest_edge")
+        if size.get("height") and size.get("width"):
+            yield f"by the image processor's {field}", (size["width"], size["height"])
+        elif edge:
+            yield f"its shorter side resized to {edge}", (edge, edge if longest else edge * long // short)
+        elif longest:
+            yield f"its longer side resized to {longest}", (longest, longest * short // long)
+    patches, patch = (getattr(image_processor, field, None) for field in ("max_num_patches", "patch_size"))
+    if isinstance(patches, int) and isinstance(patch, int):
+        yield f"in {patches} patches of {patch} x {patch}", (patches * patch, patch)
 
 
 def read_web_image(
@@ -147,6 +166,9 @@ def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
         return "the data URL", _from_base64(source.partition(",")[2])
     if isinstance(source, (str, os.PathLike)):
         try:
+            mode = os.stat(source).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # open says what a folder is; a pipe may never end
+                raise OSError(f"no regular file: {str(source)[:200]}")
             with open(source, "rb") as file:
                 return str(source), file.read()
         except FileNotFoundError as error:
@@ -190,10 +212,14 @@ def _readable_formats() -> tuple[str, ...]:
     return tuple(kind for kind in FORMATS if kind in Image.OPEN)  # older versions of Pillow know no AVIF
 
 
+def _limit(max_pixels: int) -> int:
+    return min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)  # Pillow only warns, up to twice its own
+
+
 def _check_size(width: int, height: int, max_pixels: int) -> None:
     if not width or not height:
         raise ValueError(f"{width} x {height} pixels")
-    limit = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)  # Pillow only warns, up to twice its own
+    limit = _limit(max_pixels)
     if width * height > limit:
         raise ValueError(f"{width} x {height} pixels are more than the {limit} that are allowed")
 

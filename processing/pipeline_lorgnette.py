@@ -36,6 +36,7 @@ class LorgnetteImageToTextPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         if self.processor is None:
             raise ValueError("a LorgnetteProcessor is needed: pass it as processor=")
+        self.model.check_processor(self.processor)
 
     def __call__(
         self, inputs: Any = None, *, images: Any = None, **kwargs: Any

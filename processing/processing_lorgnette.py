@@ -80,8 +80,8 @@ class LorgnetteProcessor(ProcessorMixin):
         if tokenizer is None and qformer_tokenizer is None:
             raise ValueError("a tokenizer is needed: the LM's, or in stage 1 the Q-Former's (qformer_tokenizer)")
         for name, value in (("num_query_tokens", num_query_tokens), ("max_image_pixels", max_image_pixels)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it has to be at least 1")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it has to be a whole number of at least 1")
         if tokenizer is not None:
             tokenizer = prepare_tokenizer(tokenizer)
         super().__init__(image_processor, tokenizer or qformer_tokenizer, qformer_tokenizer)

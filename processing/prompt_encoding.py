@@ -71,12 +71,12 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
 
 def mark_as_words(tokenizer: PreTrainedTokenizerBase, value: Any) -> Any:
-    """Mark control tokens in a string, or in all strings of a list or dict, as plain text."""
+    """Mark control tokens in a string, or in all strings of a list or dict, its keys too, as plain text."""
     if isinstance(value, str):
         to_mark, _ = _patterns(control_tokens(tokenizer))
         return to_mark.sub(lambda match: f"{_OPEN}{_ESCAPES.get(match[0], match[0])}{_CLOSE}", value)
     if isinstance(value, dict):
-        return {key: mark_as_words(tokenizer, item) for key, item in value.items()}
+        return {mark_as_words(tokenizer, key): mark_as_words(tokenizer, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [mark_as_words(tokenizer, item) for item in value]
     return value

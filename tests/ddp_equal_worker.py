@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from tiny_training import joined, pairs, trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from lorgnette import LorgnetteForConditionalGeneration
 from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments
+from lorgnette.trainer.checkpoints import train_from
 from lorgnette.trainer.data import load_pairs
 
 
@@ -27,6 +29,7 @@ EQUAL = {
     "max_grad_norm": 0.0,
     "logging_steps": 1,
     "seed": 3,
+    "ddp_find_unused_parameters": False,
 }
 
 
@@ -34,14 +37,20 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     backbones = (str(folder / "vit"), str(folder / "llama"))
     torch.manual_seed(0)
-    run = trainer(*joined(backbones, dropout=0.0), folder / "two", ddp_find_unused_parameters=False, **EQUAL)
+    run = trainer(*joined(backbones, dropout=0.0), folder / "two", **EQUAL)
     run.train()
     run.save_model(str(folder / "two"))
 
-    # a checkpoint of two processes, for one to go on from
-    torch.manual_seed(0)
-    settings = EQUAL | {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-    trainer(*joined(backbones), folder / "saved", ddp_find_unused_parameters=False, **settings).train()
+    # a checkpoint of two processes, for them and for one to go on from
+    settings = EQUAL | {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    saved = []
+    for checkpoint in (None, str(folder / "saved" / "checkpoint-2")):
+        torch.manual_seed(len(saved) + 1)
+        run = trainer(*joined(backbones), folder / "saved", **settings)
+        train_from(run, checkpoint)
+        saved.append(load_file(folder / "saved" / "checkpoint-4" / "model.safetensors"))
+        dist.barrier()  # before the first process saves once more
+    assert all(torch.equal(value, saved[1][name]) for name, value in saved[0].items()), "going on is another run"
 
     # a stream: each row goes to one process
     arguments = DataArguments(dataset=str(folder / "pictures"), streaming=True, shuffle_buffer_size=0)

@@ -1,6 +1,7 @@
 """Every kind of image becomes upright 8-bit RGB, and every kind of wreck an error that names it."""
 
 import base64
+import os
 from io import BytesIO
 
 import numpy as np
@@ -149,6 +150,14 @@ class TestBad:
             LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer())(images="gone.png")
         with pytest.raises(OSError, match=tmp_path.name):
             load_image(tmp_path)
+
+    @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in this system's folders")
+    def test_what_never_ends(self, tmp_path):
+        """A row of a data set may name a device or a pipe: the one fills the memory, the other waits for a writer."""
+        os.mkfifo(tmp_path / "pipe.png")
+        for source in (tmp_path / "pipe.png", "/dev/zero", {"path": "/dev/zero"}):
+            with pytest.raises(OSError, match="no regular file: /"):
+                load_image(source)
 
     @pytest.mark.filterwarnings(
         "ignore::PIL.Image.DecompressionBombWarning"

@@ -96,3 +96,16 @@ def test_shards_are_all_there(checkpoint):
     assert fault_of(folder) == "no model-00002-of-00002.safetensors, which model.safetensors.index.json lists"
     save_file({"bias": torch.zeros(3)}, folder / "model-00002-of-00002.safetensors")
     assert fault_of(folder) is None
+
+
+@pytest.mark.parametrize("processes", [2, 3, 11])
+def test_random_numbers_of_all_processes_are_there(checkpoint, processes):
+    """Without its own a process goes on with others; the first process writes the state before another is through."""
+    folder = checkpoint(1)
+    content = (folder / "rng_state.pth").read_bytes()
+    (folder / "rng_state.pth").unlink()
+    for rank in range(processes):
+        (folder / f"rng_state_{rank}.pth").write_bytes(content)
+    assert fault_of(folder) is None
+    (folder / "rng_state_1.pth").unlink()
+    assert fault_of(folder) == "no rng_state_1.pth"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from conformance.__main__ import OURS, PROCESSOR, THEIRS, behind, table
+from conformance.models import NOT_FOR, OVERRIDES
 from conformance.source import common_tests
 
 
@@ -14,6 +16,7 @@ CLASSES = ["LorgnetteTest", "LorgnetteWithLoraTest", "RetrievalTest", "QFormerTe
 QUICK = [
     "test_attention_outputs",
     "test_can_init_all_missing_weights",
+    "test_causal_lm_loss_honors_shift_labels",
     "test_can_use_safetensors",
     "test_config",
     "test_determinism",
@@ -57,3 +60,54 @@ def test_common_tests_that_are_quick(suites, name):
     failed = "\n".join(f"{case}: {trace}" for case, trace in result.failures + result.errors)
     assert not failed
     assert len(result.skipped) < result.testsRun / 2
+
+
+def test_each_override_has_its_reason_in_the_table(suites):
+    """And each reason to skip is of a suite and a test that there are."""
+    other = set()
+    for name in OURS:
+        if name == PROCESSOR:
+            continue
+        case = getattr(suites, name)
+        tests = {test: getattr(case, test) for test in dir(case) if test.startswith("test_")}
+        other |= {test for test, method in tests.items() if getattr(method, "__module__", "") == suites.__name__}
+        for beginning in NOT_FOR[name]:
+            assert any(test.startswith(beginning) for test in tests), f"{name} has no {beginning}"
+    assert other == {"test_config", *OVERRIDES}  # the mixins have none, for each model's tests bring it along
+    assert set(NOT_FOR) == set(OURS)
+
+
+@pytest.fixture
+def outcomes():
+    """Of three tests, of which BLIP-2 fails two; all pass for our classes."""
+    tests = {"test_a": ["passed", ""], "test_b": ["passed", ""], "test_c": ["passed", ""]}
+    failing = {test: ["failed", "AssertionError"] for test in ("test_b", "test_c")}
+    return {name: dict(tests) for name in OURS} | {THEIRS: tests | failing}
+
+
+def test_what_passes_for_blip2_has_to_pass(outcomes):
+    assert behind(outcomes) == []
+    for name, title in OURS.items():
+        for outcome, reason in (("failed", "AssertionError"), ("skipped", "a reason of the mixin's"), ("absent", "")):
+            spoilt = outcomes | {name: outcomes[name] | {"test_a": [outcome, reason]}}
+            if outcome == "absent":
+                del spoilt[name]["test_a"]
+            told = behind(spoilt)
+            if name != PROCESSOR:
+                assert told == [f"{title}: test_a, which passes for BLIP-2, is {outcome}"]
+            elif outcome == "failed":
+                assert told == [f"{title}: test_a fails"]
+        reason = next(iter(NOT_FOR[name].values()))
+        assert behind(outcomes | {name: outcomes[name] | {"test_a": ["skipped", reason]}}) == []
+        assert f"{title}: " in "".join(behind(outcomes | {name: {}}))
+    assert f"| {reason} | 1 | 0 |" in table(outcomes | {name: outcomes[name] | {"test_a": ["skipped", reason]}})
+
+
+def test_half_of_what_fails_for_blip2_may_fail(outcomes):
+    failing = {test: ["failed", "AssertionError"] for test in ("test_b", "test_c")}
+    title = OURS["LorgnetteTest"]
+    once = outcomes | {"LorgnetteTest": outcomes["LorgnetteTest"] | {"test_b": failing["test_b"]}}
+    assert behind(once) == []
+    twice = outcomes | {"LorgnetteTest": outcomes["LorgnetteTest"] | failing}
+    assert behind(twice) == [f"{title}: 2 tests fail, more than half of BLIP-2's"]
+    assert behind(outcomes | {THEIRS: failing})[0].startswith("nothing passes for Blip2")

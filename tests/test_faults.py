@@ -13,11 +13,14 @@ from pathlib import Path
 
 import datasets
 import pytest
+import tiny
+import tiny_models
 from safetensors import SafetensorError
-from test_ddp import run_two_processes
+from test_ddp import run_processes
 from tiny_training import joined, pairs, trainer, write_backbones, write_pairs
 from transformers import Trainer, TrainerCallback, set_seed
 
+from faults.cases import Left, Training
 from faults.comparing import differences
 from lorgnette.trainer.__main__ import main
 from lorgnette.trainer.checkpoints import checkpoint_to_resume, fault_of, train_from
@@ -101,6 +104,35 @@ def test_the_comparison_sees_every_bit_and_no_clock(folder, tmp_path):
     assert differences(copy, whole) == found
 
 
+def test_where_a_kill_fell_is_read_off_what_that_process_has_touched(folder, tmp_path):
+    """Not off what an earlier one has left half deleted or half written."""
+    case, reference, output = Training(tmp_path), folder / "whole", tmp_path / "out"
+    for name in ("checkpoint-2", "checkpoint-4"):
+        shutil.copytree(reference / name, output / name)
+    count = sum(path.is_file() for path in (reference / "checkpoint-2").rglob("*"))
+
+    def begin():
+        now = time.time_ns()
+        time.sleep(0.05)  # more than a tick of the clock that stamps files
+        return now
+
+    begun = begin()
+    assert case.left(output, reference, begun) == Left("in training, after checkpoint-4", "checkpoint-4", [])
+    (output / "checkpoint-2" / "optimizer.pt").unlink()
+    fell = f"in the deletion of checkpoint-2, {count - 1} of {count} files left"
+    assert case.left(output, reference, begun) == Left(fell, "checkpoint-4", [])
+    assert case.left(output, reference, begin()).fell == "in training, after checkpoint-4"
+    begun = begin()
+    (output / "checkpoint-4" / "trainer_state.json").unlink()
+    fell = f"in the writing of checkpoint-4, {count - 1} of {count} files"
+    assert case.left(output, reference, begun) == Left(fell, "the start", [])
+    shutil.copy2(reference / "checkpoint-2" / "optimizer.pt", output / "checkpoint-2")
+    weights = output / "checkpoint-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    left = case.left(output, reference, begin())
+    assert (left.whole, left.unlike) == ("checkpoint-2", ["checkpoint-2: model.safetensors"])
+
+
 # ------------------------------------------------------------------------------------------------ going on
 
 
@@ -111,6 +143,24 @@ def test_from_the_last_checkpoint_no_step_more_is_taken(folder, tmp_path):
     main(stage2(folder, output, "--resume_from_checkpoint", "true"))
     assert differences(output, folder / "whole") == []
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_stage_1_goes_on_as_it_would_have_gone(folder, tmp_path):
+    """Its negatives are drawn at random, as dropout is."""
+    words = tiny.bert_tokenizer()
+    for part in (tiny_models.bert(vocab_size=len(words)), words):
+        part.save_pretrained(tmp_path / "bert")
+    command = (
+        f"stage1 --vision {folder}/vit --qformer {tmp_path}/bert --num_query_tokens 4 --dataset {folder}/pictures "
+        "--max_steps 5 --save_steps 2 --per_device_train_batch_size 4 --dataloader_drop_last true --learning_rate 1e-2 "
+        "--logging_steps 1 --report_to none --use_cpu"
+    ).split()
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    main([*command, "--output_dir", str(whole)])
+    shutil.copytree(whole / "checkpoint-2", output / "checkpoint-2")
+    main([*command, "--output_dir", str(output), "--resume_from_checkpoint", "true"])
+    for name in (".", "checkpoint-4", "checkpoint-5"):
+        assert differences(output / name, whole / name) == []
 
 
 def test_the_best_checkpoint_outlives_the_interruption(folder, tmp_path):
@@ -180,7 +230,7 @@ def test_sigterm_is_a_pause(folder, tmp_path):
 @pytest.mark.slow
 def test_of_several_processes_all_stop_after_the_same_step(tmp_path):
     write_backbones(tmp_path)
-    run_two_processes("sigterm_worker.py", tmp_path)
+    run_processes("sigterm_worker.py", tmp_path)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     assert fault_of(tmp_path / "out" / "checkpoint-2") is None
 

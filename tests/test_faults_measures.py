@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import time
 
 import pytest
@@ -113,6 +114,12 @@ class TestMemory:
     )
     def test_what_counts_as_a_failure(self, outcome, lines):
         assert len(memory.failures({"captions": outcome})) == lines
+
+    @pytest.mark.slow
+    def test_each_is_measured_in_a_process_of_its_own(self):
+        """In one process what stage 1 has freed would hide what captions take."""
+        first, second = (memory.alone(os.getpid) for _ in range(2))
+        assert len({first, second, os.getpid()}) == 3
 
     def test_it_trains_by_the_shipped_recipes(self, tmp_path):
         parts = memory.write_parts(tmp_path)

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import tiny_models
 import torch
+from test_ddp import run_processes
 from test_packing import documents, side_by_side
 from tiny_training import write_backbones, write_pairs
 from transformers import BitsAndBytesConfig
@@ -115,6 +116,12 @@ def test_the_example_trains_in_bf16(parts, tmp_path, monkeypatch):
     words = options(parts, text_column="text", output_dir=tmp_path / "out", max_steps=2, bf16=True)
     monkeypatch.setattr("sys.argv", [str(EXAMPLE), *words])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
+    answers_on_gpu(tmp_path / "out")
+
+
+def test_trainers_own_fsdp_splits_all_weights_and_saves_them_whole(parts, tmp_path):
+    """Not run yet; torch's `fully_shard` by itself is run in test_ddp.py, on CPUs."""
+    run_processes("fsdp_worker.py", tmp_path, torch.cuda.device_count())
     answers_on_gpu(tmp_path / "out")
 
 

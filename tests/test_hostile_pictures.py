@@ -10,6 +10,7 @@ import tiny
 import torch
 from PIL import Image, ImageFile
 from tiny_models import NUM_QUERY_TOKENS, QFORMER, language_model, vision_model
+from transformers import CLIPImageProcessor, Siglip2ImageProcessor, ViTImageProcessor
 
 from lorgnette import (
     LorgnetteCollator,
@@ -192,8 +193,35 @@ def test_a_processor_has_a_limit_of_its_own(tmp_path):
                     continue
                 with pytest.raises(ValueError, match=rf"{where}: .*40 x 30 pixels are more than the {limit} that"):
                     way(source)
-    with pytest.raises(ValueError, match="max_image_pixels is 0"):
-        LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer(), max_image_pixels=0)
+    for spoilt in (0, -1, "7", 1.5, None):
+        with pytest.raises(
+            ValueError, match=f"max_image_pixels is {spoilt!r}; it has to be a whole number of at least 1"
+        ):
+            LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer(), max_image_pixels=spoilt)
+    other = LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer(), num_query_tokens=10**9)
+    with pytest.raises(ValueError, match="num_query_tokens is 4, the processor's 1000000000"):
+        LorgnetteImageToTextPipeline(model=model, processor=other, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("image_processor", "cause"),
+    [
+        (ViTImageProcessor(size={"height": 20000, "width": 20000}), "by the image processor's size"),
+        (CLIPImageProcessor(size={"shortest_edge": 10**5}), "its shorter side resized to 100000"),
+        (CLIPImageProcessor(size={"shortest_edge": 10**5, "longest_edge": 10**6}), "its shorter side resized"),
+        (CLIPImageProcessor(size={"longest_edge": 10**5}), "its longer side resized to 100000"),
+        (CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=20000), "by the image processor's crop_size"),
+        (Siglip2ImageProcessor(patch_size=16, max_num_patches=10**9), "in 1000000000 patches of 16 x 16"),
+    ],
+)
+def test_an_image_processor_that_would_make_a_small_picture_huge(image_processor, cause, monkeypatch):
+    """A stranger's settings: refused before anything is made of the picture."""
+    monkeypatch.setattr(LorgnetteProcessor, "encode_images", None)
+    processor = LorgnetteProcessor(image_processor, tiny.chat_tokenizer(), max_image_pixels=10**18)
+    with pytest.raises(
+        ValueError, match=rf"image 0: a picture of 40 x 30, {cause}.*more than the {Image.MAX_IMAGE_PIXELS}"
+    ):
+        processor(images=tiny.picture())
 
 
 def test_what_a_picture_says_of_itself_is_left_behind():

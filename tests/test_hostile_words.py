@@ -186,6 +186,24 @@ def test_a_chat(lm, messages, query, answer):
     assert control(processor, output) == control(processor, processor.encode_example("O")[1])
 
 
+@bounded
+@given(key=WORDS, value=WORDS)
+def test_what_a_tool_was_called_with(key, value):
+    """A template may write out fields of a message besides its content, names and all."""
+    tokenizer = tiny.chat_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] }}{{ message.get('tool_calls') | tojson }}"
+        "{{ message['content'] + '<|im_end|>' }}{% endfor %}"
+    )
+    processor = LorgnetteProcessor(tiny.image_processor(), tokenizer, num_query_tokens=QUERIES)
+
+    def ids(arguments):
+        called = {"role": "assistant", "content": "C", "tool_calls": [{"function": {"arguments": arguments}}]}
+        return processor.encode_example(None, messages=[called, {"role": "user", "content": "Q"}])[0]
+
+    assert control(processor, ids({key: value})) == control(processor, ids({"K": "V"}))
+
+
 @on_all
 @bounded
 @given(caption=WORDS, query=WORDS)

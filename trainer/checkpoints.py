@@ -107,6 +107,10 @@ def fault_of(checkpoint: Path) -> str | None:
     for what, patterns in _NEEDED.items():
         if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
             return f"no {what}"
+    # each of several processes writes its own, and the first, which writes the state, waits for none
+    of = {int(path.stem.rpartition("_")[2]) for path in checkpoint.glob("rng_state_*[0-9].pth")}
+    if of and (absent := set(range(max(2, max(of) + 1))) - of):
+        return f"no rng_state_{min(absent)}.pth"
     return None
 
 

@@ -1,15 +1,19 @@
 """`ModelTesterMixin`, `TrainingTesterMixin` and `ConfigTester` on our models, and on BLIP-2 beside them."""
 
 import unittest
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+from transformers_tests import test_modeling_common
 from transformers_tests.test_configuration_common import ConfigTester
-from transformers_tests.test_modeling_common import ModelTesterMixin
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
 from conformance.models import (
-    NOT_FOR_STAGE_1,
+    QUERIES,
     Blip2Tester,
     GenerationTester,
     LorgnetteTester,
@@ -17,14 +21,17 @@ from conformance.models import (
     QFormerTester,
     RetrievalTester,
     Tester,
+    skip_what_is_not_for,
 )
+from lorgnette.modeling import modeling_base
 
 
-class Common(ModelTesterMixin):
+class Common(test_modeling_common.ModelTesterMixin):
     """What all have: the tester, and the config's tests."""
 
     model_tester_class: type[Tester]
     _is_composite = True
+    test_can_init_all_missing_weights_before_2023 = True  # else it is skipped where a file begins with no year
     additional_model_inputs = ("input_ids", "pixel_values")  # beside the main one, where a mixin makes its own batch
 
     @classmethod
@@ -32,6 +39,7 @@ class Common(ModelTesterMixin):
         cls.all_model_classes = (cls.model_tester_class.model_class,)
 
     def setUp(self) -> None:
+        skip_what_is_not_for(self)
         torch.manual_seed(0)
         self.model_tester = self.model_tester_class(self)
 
@@ -40,12 +48,25 @@ class Common(ModelTesterMixin):
         ConfigTester(self, config_class=config_class, has_text_modality=False).run_common_tests()
 
 
+@contextmanager
+def missing_weights_allowed() -> Iterator[None]:
+    """Where weights are missing random ones are drawn for a while, as in transformers."""
+    with mock.patch.multiple(modeling_base, refuse_missing=mock.DEFAULT, check_fits=mock.DEFAULT):
+        yield
+
+
 class Ours(Common):
     """What is different on purpose; `OVERRIDES` in `conformance/models.py` says why."""
 
     def test_model_weights_reload_no_missing_tied_weights(self) -> None:
         with pytest.raises(ValueError, match=r"lacks \d+ weights of its backbones"):
             super().test_model_weights_reload_no_missing_tied_weights()
+        with missing_weights_allowed():
+            super().test_model_weights_reload_no_missing_tied_weights()
+
+    def test_can_init_all_missing_weights(self) -> None:
+        with missing_weights_allowed():
+            super().test_can_init_all_missing_weights()
 
 
 class Generation(Common, TrainingTesterMixin):
@@ -59,28 +80,48 @@ class Generation(Common, TrainingTesterMixin):
         return inputs
 
 
-class LorgnetteTest(Ours, Generation, unittest.TestCase):
+class OurGeneration(Ours, Generation):
+    def test_causal_lm_loss_honors_shift_labels(self) -> None:
+        words = {name: value[:, QUERIES:] for name, value in self.model_tester.inputs().items() if value.dim() == 2}
+        known = {self.model_tester.get_config().model_type: self.model_tester.model_class.__name__}
+        with (
+            mock.patch.object(self.model_tester, "inputs", return_value=words),
+            mock.patch.dict(test_modeling_common.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, known),
+        ):
+            super().test_causal_lm_loss_honors_shift_labels()
+
+
+class LorgnetteTest(OurGeneration, unittest.TestCase):
     model_tester_class = LorgnetteTester
 
 
-class LorgnetteWithLoraTest(Ours, Generation, unittest.TestCase):
+class LorgnetteWithLoraTest(OurGeneration, unittest.TestCase):
     model_tester_class = LorgnetteWithLoraTester
+
+    def test_can_init_all_missing_weights(self) -> None:
+        draw = LoraLayer.reset_lora_parameters
+
+        def seeded(*args, **kwargs) -> None:  # as the mixin has transformers draw all others
+            torch.manual_seed(42)
+            draw(*args, **kwargs)
+
+        with mock.patch.object(LoraLayer, "reset_lora_parameters", seeded):
+            super().test_can_init_all_missing_weights()
 
 
 class Blip2Test(Generation, unittest.TestCase):
     model_tester_class = Blip2Tester
 
 
-class RetrievalTest(Ours, unittest.TestCase):
+class RetrievalTest(Ours, TrainingTesterMixin, unittest.TestCase):
     model_tester_class = RetrievalTester
 
-    def setUp(self) -> None:
-        for name, reason in NOT_FOR_STAGE_1.items():
-            if self._testMethodName.startswith(name):
-                self.skipTest(reason)
-        super().setUp()
 
-
-class QFormerTest(Common, unittest.TestCase):
+class QFormerTest(Common, TrainingTesterMixin, unittest.TestCase):
     model_tester_class = QFormerTester
     _is_composite = False
+
+    def test_torch_save_load(self) -> None:
+        model_class = self.model_tester.model_class
+        with mock.patch.object(test_modeling_common, "MODEL_MAPPING", {model_class.config_class: model_class}):
+            super().test_torch_save_load()

@@ -1,33 +1,42 @@
 """`ProcessorTesterMixin` on our processor, of a tiny tokenizer and a ViT's image processor."""
 
 import unittest
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest import mock
 
-from tiny import chat_tokenizer, image_processor
-from transformers_tests.test_processing_common import ProcessorTesterMixin
+import tiny
+from transformers_tests import test_processing_common as common
 
-from conformance.models import NOT_FOR_PROCESSOR
+from conformance.models import skip_what_is_not_for
 from lorgnette import LorgnetteProcessor
 
 
-class ProcessorTest(ProcessorTesterMixin, unittest.TestCase):
+class ProcessorTest(common.ProcessorTesterMixin, unittest.TestCase):
     processor_class = LorgnetteProcessor
 
     @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        picture = Path(cls.enterClassContext(TemporaryDirectory()), "picture.png")
+        tiny.picture().save(picture)  # in place of those of the Hub
+        cls.enterClassContext(mock.patch.dict(common.MODALITY_INPUT_DATA, images=[str(picture)] * 2))
+        cls.enterClassContext(mock.patch.object(common, "url_to_local_path", return_value=str(picture)))
+
+    @classmethod
     def _setup_image_processor(cls):
-        return image_processor()
+        return tiny.image_processor()
 
     @classmethod
     def _setup_tokenizer(cls):
-        return chat_tokenizer()
+        return tiny.chat_tokenizer()
 
     @classmethod
     def _setup_qformer_tokenizer(cls):
         return None
 
     def setUp(self):
-        for name, reason in NOT_FOR_PROCESSOR.items():
-            if self._testMethodName.startswith(name):
-                self.skipTest(reason)
+        skip_what_is_not_for(self)
         super().setUp()
 
     def get_component(self, attribute, **kwargs):  # the mixin looks for a folder of it
