@@ -17,7 +17,6 @@ from huggingface_hub import CommitInfo, HfApi
 from lorgnette.configuration.configuration_lorgnette import FORMS
 from lorgnette.modeling.modeling_forms import resolve_form
 from lorgnette.publishing.card import make_card
-from lorgnette.publishing.endpoint import write_endpoint
 from lorgnette.publishing.export import appearing_whole, check, load
 from lorgnette.publishing.guards import check_card, check_folder
 from lorgnette.publishing.push import check_name, push, told_plainly
@@ -72,8 +71,6 @@ def prepare(
         check_card(unfinished / "README.md")
         model.save_pretrained(unfinished, form=form)
         processor.save_pretrained(unfinished)
-        if not processor.is_stage1:
-            write_endpoint(unfinished)
         files = check_folder(unfinished, private_paths=(source, folder))
         if form == "thin" != model.config.saved_form:
             type(model).from_pretrained(unfinished)  # brings the backbones into the cache: the stranger asks no Hub
