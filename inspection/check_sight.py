@@ -91,8 +91,9 @@ def check_queries(soft: torch.Tensor | None) -> Check:
         finding += f"; between the same one of two pictures {figures['between_pictures']:.3f}"
     passed = mean < COLLAPSED
     advice = (
-        "All queries ask the same of the picture. Begin from a stage-1 model or a BERT (qformer=), lower the learning "
-        "rate, and see that query_tokens were not filled with one value"
+        f"The language model is given one soft token {soft.shape[1]} times. See that query_tokens were not filled with "
+        "one value, begin from a stage-1 model or a BERT (qformer=), and lower the learning rate. Where the right "
+        "pictures take much off the loss all the same, outputs ask for no more than one thing of a picture"
     )
     return Check(name, title, passed, finding, "" if passed else advice, figures)
 

@@ -52,6 +52,7 @@ class Look:
     """How the model looks at one picture.
 
     Args:
+        name: of the file that was given, or of the row.
         picture: as the ViT sees it: resized, cropped, and back from its normalisation.
         layers: numbers of the Q-Former's layers that look at the picture.
         queries: `(layers, Q, h, w)` attention, mean over heads.
@@ -60,6 +61,7 @@ class Look:
         words: of the answer, in their order; none where the language model has no attention maps.
     """
 
+    name: str
     picture: Image.Image
     layers: tuple[int, ...]
     queries: np.ndarray
@@ -101,12 +103,13 @@ def look(
         ((_, answer),) = generate_texts(model, collator, [dict(row)], decoding=decoding, batch_size=1)
         answer_ids = processor.encode_example(answer)[1] if answer else []
         with plain_attention(model), torch.enable_grad(), followed(model):
-            return _look(model, processor, prompt, answer, answer_ids, max_words)
+            return _look(model, processor, _called(row, collator), prompt, answer, answer_ids, max_words)
 
 
 def _look(
     model: LorgnetteForConditionalGeneration,
     processor: LorgnetteProcessor,
+    name: str,
     prompt: dict[str, torch.Tensor],
     answer: str,
     answer_ids: list[int],
@@ -165,6 +168,7 @@ def _look(
             )
         )
     return Look(
+        name,
         picture_seen(processor, image, (height, width), _patch_size(model)),
         tuple(with_image),
         patches.cpu().numpy(),
@@ -172,6 +176,13 @@ def _look(
         answer,
         tuple(words),
     )
+
+
+def _called(row: Mapping[str, Any], collator: LorgnetteCollator) -> str:
+    image = row.get(collator.image_column)
+    if isinstance(image, str):
+        return image[:200]
+    return f"row {row['index']}" if "index" in row else "a picture"
 
 
 def rollout(mixes: Sequence[torch.Tensor]) -> torch.Tensor:
