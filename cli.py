@@ -95,7 +95,7 @@ def push(context: typer.Context) -> None:
 
     Example: lorgnette push out/stage2 --repo-id me/my-eyes --metrics out/evaluate/metrics.json
     """
-    _hand_on(context, "lorgnette.hub_upload", context.args)
+    _hand_on(context, "lorgnette.hub_upload", context.args, "run")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -110,13 +110,13 @@ def export(
 
     Example: lorgnette export out/stage2 out/export --repo-id me/my-eyes --form merged
     """
-    _hand_on(context, "lorgnette.hub_upload", [source, "--dry-run", "--export-dir", folder, *context.args])
+    _hand_on(context, "lorgnette.hub_upload", [source, "--dry-run", "--export-dir", folder, *context.args], "run")
 
 
-def _hand_on(context: typer.Context, module: str, arguments: list[str]) -> None:
+def _hand_on(context: typer.Context, module: str, arguments: list[str], function: str = "main") -> None:
     if "--help" in arguments:
         typer.echo(f"{context.command.help}\n")
-    importlib.import_module(module).main(arguments)
+    getattr(importlib.import_module(module), function)(arguments)
 
 
 @app.command()

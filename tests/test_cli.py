@@ -44,7 +44,8 @@ def handed_on(monkeypatch):
     calls = {}
     for name in ("trainer.stage1", "trainer.stage2", "trainer.cache", "trainer.evaluate", "hub_upload"):
         module = cli.importlib.import_module(f"lorgnette.{name}")
-        monkeypatch.setattr(module, "main", lambda argv, name=name: calls.update({name: argv}))
+        function = "run" if name == "hub_upload" else "main"
+        monkeypatch.setattr(module, function, lambda argv, name=name: calls.update({name: argv}))
     return calls
 
 
@@ -116,6 +117,11 @@ def test_errors_on_the_way_are_one_line_unless_debugging(run, monkeypatch, tmp_p
     status, _, errors = run(*asked)
     assert status == 2
     assert errors == f"lorgnette: error: There is no folder {tmp_path / 'none'} (lorgnette --debug … shows where)\n"
+    monkeypatch.setattr(sys, "argv", ["lorgnette", "--debug", *asked])
+    with pytest.raises(OSError, match="There is no folder"):
+        cli.main()
+    asked = ("export", str(tmp_path / "none"), str(tmp_path / "to"), "--repo-id", "me/x")
+    assert run(*asked)[0] == 2
     monkeypatch.setattr(sys, "argv", ["lorgnette", "--debug", *asked])
     with pytest.raises(OSError, match="There is no folder"):
         cli.main()

@@ -18,6 +18,8 @@ from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
 from lorgnette.configuration.remote_code import REQUIREMENTS
 from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
 from lorgnette.publishing.guards import check_folder
+from lorgnette.serving.handler import FIELDS
+from lorgnette.serving.payloads import VisionRequest
 
 
 # The runtime gives the module this name and puts the folder first on the path.
@@ -64,7 +66,10 @@ def expected(folder):
 @pytest.mark.parametrize("use_lora", [True, False])
 def test_it_answers_as_the_worker_does(handler, expected, use_lora):
     assert expected[True] != expected[False]
-    for payload in ({"inputs": ASKED | {"use_lora": use_lora}}, ASKED | {"use_lora": use_lora, "adapter": "default"}):
+    for payload in (
+        {"inputs": ASKED | {"use_lora": use_lora}},
+        ASKED | {"use_lora": use_lora, "adapter": "default", "stream": False},
+    ):
         answer = handler(payload)
         assert answer["text"] == expected[use_lora]
         usage = answer["usage"]
@@ -88,11 +93,16 @@ def test_it_answers_as_the_worker_does(handler, expected, use_lora):
         ({"max_new_tokens": True}, ValueError, "max_new_tokens is a bool"),
         ({"max_new_tokens": 1000}, ValueError, "runs from 1 to 128"),
         ({"temperature": 1}, ValueError, "no field 'temperature'"),
+        ({"stream": True}, ValueError, "stream is true"),
     ],
 )
 def test_bad_requests(handler, changed, kind, message):
     with pytest.raises(kind, match=message):
         handler({"inputs": ASKED | changed})
+
+
+def test_it_takes_the_workers_fields():
+    assert FIELDS.keys() == VisionRequest.model_fields.keys()
 
 
 def test_no_object(handler):
