@@ -10,11 +10,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from types import TracebackType
 from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
+
+from .inspection.command import inspect
 
 
 app = typer.Typer(
@@ -38,23 +39,20 @@ def _tell_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
     _: Annotated[
         bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    if not debug:
-        sys.excepthook = one_line
+    context.obj["debug"] = debug
 
 
-def one_line(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
+def one_line(error: Exception) -> str:
     """What an error is told by, in place of a trace."""
-    if kind is KeyboardInterrupt:
-        typer.echo("lorgnette: interrupted", err=True)
-        return
     message = " ".join(str(error).split())
-    message = message if message and isinstance(error, _PLAIN) else f"{kind.__name__}: {message}"
-    typer.echo(f"lorgnette: error: {message} (lorgnette --debug … shows where)", err=True)
+    message = message if message and isinstance(error, _PLAIN) else f"{type(error).__name__}: {message}"
+    return f"lorgnette: error: {message} (lorgnette --debug … shows where)"
 
 
 @app.command(context_settings=_HANDED_ON)
@@ -91,15 +89,7 @@ def evaluate(context: typer.Context) -> None:
     _hand_on(context, "lorgnette.trainer.evaluate", context.args)
 
 
-@app.command(context_settings=_HANDED_ON)
-def inspect(context: typer.Context) -> None:
-    """See inside a model: its parts, checks of its wiring, and where in a picture it looks.
-
-    Example: lorgnette inspect out/stage2 --dataset ./my-pictures --image cat.jpg --html report.html
-    """
-    from .inspection.__main__ import main as see
-
-    raise typer.Exit(see(context.args))
+app.command()(inspect)
 
 
 @app.command(context_settings=_HANDED_ON)
@@ -108,7 +98,7 @@ def push(context: typer.Context) -> None:
 
     Example: lorgnette push out/stage2 --repo-id me/my-eyes --metrics out/evaluate/metrics.json
     """
-    _hand_on(context, "lorgnette.hub_upload", context.args)
+    _hand_on(context, "lorgnette.hub_upload", context.args, "run")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -123,13 +113,13 @@ def export(
 
     Example: lorgnette export out/stage2 out/export --repo-id me/my-eyes --form merged
     """
-    _hand_on(context, "lorgnette.hub_upload", [source, "--dry-run", "--export-dir", folder, *context.args])
+    _hand_on(context, "lorgnette.hub_upload", [source, "--dry-run", "--export-dir", folder, *context.args], "run")
 
 
-def _hand_on(context: typer.Context, module: str, arguments: list[str]) -> None:
+def _hand_on(context: typer.Context, module: str, arguments: list[str], function: str = "main") -> None:
     if "--help" in arguments:
         typer.echo(f"{context.command.help}\n")
-    importlib.import_module(module).main(arguments)
+    getattr(importlib.import_module(module), function)(arguments)
 
 
 @app.command()
@@ -172,7 +162,7 @@ def serve(
     ] = None,
     name: Annotated[str, typer.Option(help="What callers name MODEL's own bridge.")] = "default",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key_env: Annotated[
         str | None, typer.Option(metavar="NAME", help="Environment variable with the key that callers have to send.")
     ] = None,
@@ -269,12 +259,18 @@ def _extra(name: str) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line: status 2 for a mistake in it, 1 for an error on the way."""
+    """Run the command line: status 2 for a mistake in it or an error on the way, 1 where `inspect` saw a red check."""
+    settings: dict[str, bool] = {}
     try:
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False, obj=settings)
     except TyperException as error:
         typer.echo(f"lorgnette: error: {error.format_message()} (--help lists what there is)", err=True)
         status = error.exit_code
+    except Exception as error:
+        if settings["debug"]:
+            raise
+        typer.echo(one_line(error), err=True)
+        status = 2
     sys.exit(status or 0)
 
 

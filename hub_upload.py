@@ -17,7 +17,6 @@ from huggingface_hub import CommitInfo, HfApi
 from lorgnette.configuration.configuration_lorgnette import FORMS
 from lorgnette.modeling.modeling_forms import resolve_form
 from lorgnette.publishing.card import make_card
-from lorgnette.publishing.endpoint import write_endpoint
 from lorgnette.publishing.export import appearing_whole, check, load
 from lorgnette.publishing.guards import check_card, check_folder
 from lorgnette.publishing.push import check_name, push, told_plainly
@@ -74,7 +73,6 @@ def prepare(
         model.save_pretrained(unfinished, form=form)
         processor.save_pretrained(unfinished)
         if not processor.is_stage1:
-            write_endpoint(unfinished)
             write_space(unfinished, repo_id)
         files = check_folder(unfinished, private_paths=(source, folder))
         if form == "thin" != model.config.saved_form:
@@ -111,7 +109,16 @@ def upload(
 
 
 def main(argv: list[str]) -> None:
-    """Do as the command line says; a mistake is one message and status 2."""
+    """As [`run`], but an error is one message and status 2."""
+    try:
+        run(argv)
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.stderr.write(f"hub_upload.py: error: {error}\n")
+        sys.exit(2)
+
+
+def run(argv: list[str]) -> None:
+    """Do as the command line says. Raises what [`prepare`] and [`upload`] do."""
     parser = ArgumentParser(prog="hub_upload.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="OUT", help="a saved lorgnette model, a Trainer's output_dir or a checkpoint")
     parser.add_argument(
@@ -135,19 +142,16 @@ def main(argv: list[str]) -> None:
         parser.error("--export-dir goes with --dry-run")
     set_up_logging(True)
     shared = {name: getattr(args, name) for name in ("form", "license", "picture")} | {"metrics": tuple(args.metrics)}
-    try:
-        if args.dry_run:
-            with tempfile.TemporaryDirectory() as scratch:
-                folder = Path(args.export_dir or Path(scratch, "export"))
-                files = prepare(args.source, args.repo_id, folder, **shared)
-                sizes = [f"{(folder / name).stat().st_size:>15,}  {name}" for name in files]
-                card = (folder / "README.md").read_text(encoding="utf-8")
-            logger.info("%s would hold, in bytes:\n%s\n\n%s", args.repo_id, "\n".join(sizes), card)
-            return
-        options = {name: getattr(args, name) for name in ("private", "revision", "replace")}
-        commit = upload(args.source, args.repo_id, **shared, **options)
-    except (OSError, ValueError, RuntimeError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    if args.dry_run:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(args.export_dir or Path(scratch, "export"))
+            files = prepare(args.source, args.repo_id, folder, **shared)
+            sizes = [f"{(folder / name).stat().st_size:>15,}  {name}" for name in files]
+            card = (folder / "README.md").read_text(encoding="utf-8")
+        logger.info("%s would hold, in bytes:\n%s\n\n%s", args.repo_id, "\n".join(sizes), card)
+        return
+    options = {name: getattr(args, name) for name in ("private", "revision", "replace")}
+    commit = upload(args.source, args.repo_id, **shared, **options)
     logger.info("%s", commit.commit_url)
 
 

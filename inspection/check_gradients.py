@@ -47,7 +47,7 @@ def check_gradients(model: LorgnetteForConditionalGeneration, batches: Sequence[
     strays = sorted(name for name in reached if not belongs_to_training(name))
     parts = {part: [step.get(part, 0.0) for step in norms] for part in dict.fromkeys(key for n in norms for key in n)}
     spoken = ", ".join(f"{part} {sum(values) / len(values):.2g}" for part, values in parts.items())
-    finding = f"{len(trains)} tensors, {len(batches)} batches; mean norm: {spoken or 'none'}"
+    finding = f"{len(trains)} tensors, {len(batches)} batch{'es' * (len(batches) > 1)}; mean norm: {spoken or 'none'}"
     advice = ""
     if unreached:
         finding += f"; {len(unreached)} get none ({some(unreached)})"

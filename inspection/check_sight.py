@@ -17,6 +17,7 @@ FAINT, LOUD = 0.05, 100.0  # soft tokens' norm in word embeddings' norms
 CHANCE = 0.01  # p-value below which answers are taken to depend on the picture
 GAP = 0.02  # least share of the loss that right pictures take off: what is surely not nothing may still be little
 FEWEST = 8  # rows: with fewer the p-value cannot be that small
+ENOUGH = 32  # rows: with fewer a small difference may not show
 FLIPS = 10_000
 
 
@@ -91,8 +92,9 @@ def check_queries(soft: torch.Tensor | None) -> Check:
         finding += f"; between the same one of two pictures {figures['between_pictures']:.3f}"
     passed = mean < COLLAPSED
     advice = (
-        "All queries ask the same of the picture. Begin from a stage-1 model or a BERT (qformer=), lower the learning "
-        "rate, and see that query_tokens were not filled with one value"
+        f"The language model is given one soft token {soft.shape[1]} times. See that query_tokens were not filled with "
+        "one value, begin from a stage-1 model or a BERT (qformer=), and lower the learning rate. Where the right "
+        "pictures take much off the loss all the same, outputs ask for no more than one thing of a picture"
     )
     return Check(name, title, passed, finding, "" if passed else advice, figures)
 
@@ -146,6 +148,8 @@ def check_sees(
         "The model speaks without looking. See that pictures and texts of the training rows belong together, that the "
         "other checks are green, and train longer, from a stage-1 Q-Former"
     )
+    if moved.sum() < ENOUGH:
+        advice += f". Or {moved.sum()} rows are too few to tell: give more --rows"
     return Check(
         name, title, passed, finding, "" if passed else advice, {"losses": means, "gap": gap, "p_value": chance}
     )

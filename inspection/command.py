@@ -1,24 +1,15 @@
 """The command line: inspect a saved model."""
 
-from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-
-from ..trainer.arguments import RowArguments, Stage2Arguments
-from ..trainer.collator import LorgnetteCollator
-from ..trainer.data import load_rows
-from ..trainer.stage2 import build
-from .check_weights import Original
-from .inspector import inspect_model
-from .printout import print_inspection
-from .report import write_html, write_json
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A saved model of stage 2, or a checkpoint: a folder or a Hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A saved model of stage 2, or a checkpoint: a folder or a Hub id.")
+    ],
     image: Annotated[
         list[str] | None, typer.Option(help="A picture to look at: a file or URL. May be repeated.")
     ] = None,
@@ -32,9 +23,12 @@ def inspect(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that go through the model at once.")] = 8,
     vision: Annotated[str | None, typer.Option(help="Where the ViT came from; left out, what the config says.")] = None,
     text: Annotated[str | None, typer.Option(help="Where the LM came from; left out, what the config says.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps …; left out, the first that is there.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the report there: one file, pictures included.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write all figures there.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(dir_okay=False, writable=True, help="Write the report there: one file, pictures too.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(dir_okay=False, writable=True, help="Write all figures there.")] = None,
 ) -> None:
     """See inside a model: its parts, checks of its wiring, and where in a picture it looks.
 
@@ -42,7 +36,26 @@ def inspect(
 
     The exit status is 1 where a check is red.
     """
-    loaded, processor = build(Stage2Arguments(model=model))
+    from itertools import islice
+
+    import torch
+
+    from ..configuration.backbone_sources import from_pretrained_arguments
+    from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
+    from ..processing.processing_lorgnette import LorgnetteProcessor
+    from ..trainer.arguments import RowArguments
+    from ..trainer.collator import LorgnetteCollator
+    from ..trainer.data import load_rows
+    from .check_weights import Original
+    from .inspector import inspect_model
+    from .printout import print_inspection
+    from .report import write_html, write_json
+
+    for path in filter(None, (html, json)):
+        path.parent.mkdir(parents=True, exist_ok=True)  # now rather than when all is done
+    place, keywords = from_pretrained_arguments(model, revision)
+    processor = LorgnetteProcessor.from_pretrained(place, **keywords)
+    loaded = LorgnetteForConditionalGeneration.from_pretrained(place, **keywords)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     loaded.to(device or accelerator or "cpu")
     found = []

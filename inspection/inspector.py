@@ -59,6 +59,7 @@ class Inspection:
             "checks": [asdict(check) for check in self.checks],
             "looks": [
                 {
+                    "picture": seen.name,
                     "answer": seen.answer,
                     "layers": seen.layers,
                     "queries": seen.queries.round(5).tolist(),

@@ -38,4 +38,11 @@ def look(
     with undisturbed(model):
         decoding = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
         ((_, answer),) = generate_texts(model, collator, [dict(row)], decoding=decoding, batch_size=1)
-        return maps_of(model, collator.processor, prompt, answer, max_words)
+        return maps_of(model, collator.processor, prompt, answer, max_words, _called(row, collator))
+
+
+def _called(row: Mapping[str, Any], collator: LorgnetteCollator) -> str:
+    image = row.get(collator.image_column)
+    if isinstance(image, str):
+        return image[:200]
+    return f"row {row['index']}" if "index" in row else "a picture"

@@ -49,6 +49,7 @@ class Look:
     """How the model looks at one picture.
 
     Args:
+        name: of the file that was given, or of the row.
         picture: as the ViT sees it: resized, cropped, and back from its normalisation.
         layers: numbers of the Q-Former's layers that look at the picture.
         queries: `(layers, Q, h, w)` attention, mean over heads.
@@ -57,6 +58,7 @@ class Look:
         words: of the answer, in their order; none where the language model has no attention maps.
     """
 
+    name: str
     picture: Image.Image
     layers: tuple[int, ...]
     queries: np.ndarray
@@ -71,6 +73,7 @@ def maps_of(
     prompt: Mapping[str, torch.Tensor],
     answer: str,
     max_words: int = 8,
+    name: str = "a picture",
 ) -> Look:
     """See where the model looked for an answer of its own; of several pictures, at the first.
 
@@ -82,15 +85,17 @@ def maps_of(
         prompt: one row with a picture, on the model's device: what `generate` was given.
         answer: what it said.
         max_words: of the answer that are followed back.
+        name: of the picture.
     """
     answer_ids = processor.encode_example(answer)[1] if answer else []
     with plain_attention(model), torch.enable_grad(), followed(model):
-        return _look(model, processor, prompt, answer, answer_ids, max_words)
+        return _look(model, processor, name, prompt, answer, answer_ids, max_words)
 
 
 def _look(
     model: PreTrainedModel,
     processor: ProcessorMixin,
+    name: str,
     prompt: Mapping[str, torch.Tensor],
     answer: str,
     answer_ids: list[int],
@@ -149,6 +154,7 @@ def _look(
             )
         )
     return Look(
+        name,
         picture_seen(processor, image, (height, width), _patch_size(model)),
         tuple(with_image),
         patches.cpu().numpy(),

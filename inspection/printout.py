@@ -31,7 +31,7 @@ def print_inspection(inspection: Inspection, console: Console | None = None) -> 
         if check.name == "labels" and check.figures:
             console.print(Text.assemble(*((text, STYLES[kind]) for text, kind in check.figures["example"])))
     for seen in inspection.looks:
-        console.print(f"\nIt says [bold]{escape(seen.answer) or '(nothing)'}[/]")
+        console.print(f"\n{escape(seen.name)}: it says [bold]{escape(seen.answer) or '(nothing)'}[/]")
         for word in seen.words:
             row, column = divmod(int(word.patches.argmax()), word.patches.shape[1])
             where = f"most from soft token {int(word.soft.argmax())} and the patch in row {row}, column {column}"
@@ -40,16 +40,17 @@ def print_inspection(inspection: Inspection, console: Console | None = None) -> 
 
 def _flow(inspection: Inspection) -> Text:
     text = Text()
-    for number, station in enumerate(inspection.flow):
-        text.append(f" ─ {station.part} ─▶ " if station.part else " ──▶ " if number else "", style="cyan")
-        text.append(f"{human_shape(station.shape)} ", style="bold").append(station.what)
+    for station in inspection.flow:
+        text.append(f"  ─ {station.part} ─▶ " if station.part else "  ", style="cyan")
+        text.append(human_shape(station.shape), style="bold").append(f" {station.what}\n")
     return text
 
 
 def _parts(inspection: Inspection) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("part", "parameters", "train", "bytes", "dtype", "device", "weights from"):
-        table.add_column(heading, justify="right" if heading in ("parameters", "train", "bytes") else "left")
+        justify = "right" if heading in ("parameters", "train", "bytes") else "left"
+        table.add_column(heading, justify=justify, overflow="fold")
     for part in inspection.parts:
         trains = "all" if part.trainable == part.parameters else f"{part.trainable:,}" if part.trainable else "frozen"
         places = (", ".join(part.dtypes), ", ".join(part.devices), part.source)

@@ -84,6 +84,7 @@ def _drawn(seen: Look) -> dict[str, Any]:
         return data_uri(overlay(seen.picture, values, size))
 
     return {
+        "name": seen.name,
         "picture": data_uri(seen.picture.resize(_longest(seen.picture, 224), Image.Resampling.BICUBIC)),
         "answer": seen.answer,
         "words": [

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from .modeling_lm_adapter import LM_ADAPTER, detach_lora, load_lora_weights, read_lm_adapter, write_lm_adapter
+from .modeling_lm_adapter import (
+    LM_ADAPTER,
+    DetachedLora,
+    detach_lora,
+    load_lora_weights,
+    put_back_lora,
+    read_lm_adapter,
+    write_lm_adapter,
+)
 from .modeling_lora import lora_layers
 
 
@@ -61,23 +69,36 @@ class LanguageModelAdapters:
         """
         self._replace_lora(*read_lm_adapter(source, self.config, revision))
 
-    def _replace_lora(self, lora_config: dict[str, Any] | None, weights: dict[str, torch.Tensor]) -> None:
-        """Another LoRA, on or off as the present one is, or none at all."""
-        detach_lora(self.language_model)
+    def _replace_lora(
+        self, lora_config: dict[str, Any] | None, lora: dict[str, torch.Tensor] | DetachedLora
+    ) -> DetachedLora:
+        """Another LoRA, on or off as the present one is, or none at all; the present one is returned.
+
+        Args:
+            lora: its weights, or one that was on this language model before, which is put back as it is: building
+                peft's layers anew takes as long as a short answer.
+        """
+        before = detach_lora(self.language_model)
         self.config.lora_config = lora_config
-        if lora_config is None:
-            self._name_backbones_anew()
-            return
-        self._attach_lora()
-        for name, parameter in self.language_model.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.to(self.projector.weight.dtype)  # it lies beside the layer it adapts
-        load_lora_weights(self.language_model, weights)
+        if isinstance(lora, DetachedLora):
+            put_back_lora(self.language_model, lora)
+        elif lora_config is not None:
+            self._attach_lora()
+        for layer in lora_layers(self.language_model).values():
+            beside = next(layer.get_base_layer().parameters())  # which may have been moved meanwhile
+            for name, parameter in layer.named_parameters():
+                if "lora_" in name:
+                    parameter.data = parameter.data.to(beside.device, self.projector.weight.dtype)
+        if lora_config is not None and not isinstance(lora, DetachedLora):
+            load_lora_weights(self.language_model, lora)
         self._name_backbones_anew()
         self.freeze()
         self.train(self.training)  # new layers are in train mode
-        if self._adapters_are_off:
+        if lora_config is not None and self._adapters_are_off:
             self.language_model.disable_adapters()
+        elif lora_config is not None:
+            self.language_model.enable_adapters()
+        return before
 
     def _name_backbones_anew(self) -> None:
         if self.has_loaded_backbones:  # under another LoRA their weights go by other names

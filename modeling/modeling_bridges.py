@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..configuration.backbone_sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from .modeling_backbones import is_unread
-from .modeling_lm_adapter import lora_weights
+from .modeling_lm_adapter import DetachedLora, lora_weights
 
 
 # What the config says of a bridge; everything else in it is of the backbones, or has to be the same for all.
@@ -46,7 +46,8 @@ class Bridge:
     Args:
         fields: of the config.
         qformer, projector: the modules.
-        lora: as [`lora_weights`] gives them; empty without LoRA.
+        lora: weights, as [`lora_weights`] gives them, until it has been in use, and from then on peft's layers; none
+            without LoRA.
         generation_config: what ends an answer, and how one is searched for.
         processor: what the model saves along with itself; None where it knows of none.
     """
@@ -54,7 +55,7 @@ class Bridge:
     fields: dict[str, Any]
     qformer: PreTrainedModel
     projector: nn.Linear
-    lora: dict[str, torch.Tensor]
+    lora: dict[str, torch.Tensor] | DetachedLora
     generation_config: GenerationConfig
     processor: Any
 
@@ -94,7 +95,10 @@ class Bridges:
         _check_shared(self.config, self.config_class.from_pretrained(place, **keywords))
         other = type(self).from_pretrained(place, dtype=self.projector.weight.dtype, **keywords)
         _check_backbones(self, other)
-        self._idle_bridges = {**self._idle_bridges, name: other._bridge_in_use()}
+        bridge = other._bridge_in_use()
+        if other.config.lora_config is not None:
+            bridge.lora = lora_weights(other.language_model)
+        self._idle_bridges = {**self._idle_bridges, name: bridge}
 
     def set_bridge(self, name: str) -> None:
         """Put a bridge to use. LoRA stays off where it is off; an optimizer made before knows the other's weights.
@@ -106,24 +110,24 @@ class Bridges:
             raise ValueError(f"There is no bridge {name!r}; there are {self.bridges}")
         if name == self.active_bridge:
             return
-        idle = {**self._idle_bridges, self.active_bridge: self._bridge_in_use()}
-        bridge = idle.pop(name)
+        bridge, leaving = self._idle_bridges[name], self._bridge_in_use()
         bridge.qformer.set_attn_implementation(self.qformer.config._attn_implementation)
         self.qformer = bridge.qformer.to(self.projector.weight)  # its dtype and device
         self.projector = bridge.projector.to(self.projector.weight)
         for field, value in bridge.fields.items():
             setattr(self.config, field, value)
-        self._replace_lora(self.config.lora_config, bridge.lora)
-        self.train(self.training)
+        leaving.lora = self._replace_lora(self.config.lora_config, bridge.lora)
         self.generation_config, self._processor = bridge.generation_config, bridge.processor
-        self._idle_bridges, self.active_bridge = idle, name
+        others = {other: idle for other, idle in self._idle_bridges.items() if other != name}
+        self._idle_bridges, self.active_bridge = {**others, self.active_bridge: leaving}, name
 
     def _bridge_in_use(self) -> Bridge:
+        """All of it but LoRA, which is on the language model."""
         return Bridge(
             fields={name: getattr(self.config, name) for name in _FIELDS},
             qformer=self.qformer,
             projector=self.projector,
-            lora={} if self.config.lora_config is None else lora_weights(self.language_model),
+            lora={},
             generation_config=self.generation_config,
             processor=self._processor,
         )

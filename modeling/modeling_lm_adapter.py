@@ -4,10 +4,13 @@ It lies in a sub-folder of the model's. At the top transformers would take it fo
 """
 
 import copy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file, is_peft_available, requires_backends
 
@@ -132,13 +135,36 @@ def load_lora_weights(language_model: PreTrainedModel, weights: dict[str, torch.
     set_peft_model_state_dict(language_model, weights)
 
 
-def detach_lora(language_model: PreTrainedModel) -> None:
+@dataclass(frozen=True)
+class DetachedLora:
+    """A LoRA that was taken off a language model, whole, so that it can be put back on the same one at once.
+
+    Args:
+        layers: peft's, around the base layers, by the names of these in the LM; empty where there was none.
+        peft_config: what the language model told of it.
+    """
+
+    layers: dict[str, nn.Module]
+    peft_config: Any
+
+
+def detach_lora(language_model: PreTrainedModel) -> DetachedLora:
     """Take LoRA off again: the layers are the original ones, under their original names."""
-    for name, layer in lora_layers(language_model).items():
+    lora = DetachedLora(lora_layers(language_model), getattr(language_model, "peft_config", None))
+    for name, layer in lora.layers.items():
         language_model.set_submodule(name, layer.get_base_layer())
     if language_model._hf_peft_config_loaded:
         language_model._hf_peft_config_loaded = False
         del language_model.peft_config
+    return lora
+
+
+def put_back_lora(language_model: PreTrainedModel, lora: DetachedLora) -> None:
+    """Put a LoRA on again that was taken off this language model, which has none now."""
+    for name, layer in lora.layers.items():
+        language_model.set_submodule(name, layer)
+    if lora.peft_config is not None:
+        language_model._hf_peft_config_loaded, language_model.peft_config = True, lora.peft_config
 
 
 def _bare_language_model(config: LorgnetteConfig) -> PreTrainedModel:
@@ -157,9 +183,11 @@ def _is_hub_id(name: str) -> bool:
 
 __all__ = [
     "LM_ADAPTER",
+    "DetachedLora",
     "detach_lora",
     "load_lora_weights",
     "lora_weights",
+    "put_back_lora",
     "read_lm_adapter",
     "write_lm_adapter",
 ]

@@ -6,12 +6,14 @@ its timeout anew with every packet. What a server sends is therefore counted whe
 
 import io
 import socket
+import string
 import time
 from collections.abc import Callable
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
 from urllib.error import URLError
+from urllib.parse import quote, urlsplit, urlunsplit
 from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, ProxyHandler, Request, build_opener
 
 
@@ -44,7 +46,7 @@ def download(
     allowance, data = _Allowance(DOWNLOAD_SECONDS if timeout is None else timeout, max_bytes, guard), bytearray()
     opener = build_opener(_Http(allowance), _Https(allowance), _Redirects(allowance), *allowance.proxies)
     try:
-        request = Request(url, headers={"User-Agent": "lorgnette"})
+        request = Request(_as_browsers_send(url), headers={"User-Agent": "lorgnette"})
         with opener.open(request, timeout=allowance.seconds) as response:
             while chunk := response.read1(2**16):
                 data += chunk
@@ -53,6 +55,13 @@ def download(
         cause = error.reason if isinstance(error, URLError) and isinstance(error.reason, OSError) else error
         kind = next((kind for kind in (PermissionError, TimeoutError) if isinstance(cause, kind)), OSError)
         raise kind(f"cannot fetch {url}: {cause}") from error
+
+
+def _as_browsers_send(url: str) -> str:
+    """Spaces and letters beyond ASCII in percent of their UTF-8, those of a host as `xn--`: urllib sends neither."""
+    parts = urlsplit(url)
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    return quote(urlunsplit(parts._replace(netloc=host)), safe=string.punctuation)
 
 
 class _Allowance:

@@ -189,7 +189,7 @@ def _from_base64(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except binascii.Error as error:
-        raise ValueError(f"not valid base64: {error}") from error
+        raise ValueError(f"the data URL is not valid base64: {error}") from error
 
 
 @contextmanager

@@ -7,13 +7,12 @@ from pathlib import Path
 from huggingface_hub import SpaceCardData
 from packaging.requirements import Requirement
 
-from .endpoint import REQUIREMENTS, requirements
+from ..configuration.remote_code import REQUIREMENTS
 
 
 FOLDER = "space"
 _ROOT = Path(__file__).parents[1]
 _SOURCES = (_ROOT / "serving" / "app.py", _ROOT / "inspection" / "maps.py", _ROOT / "inspection" / "drawing.py")
-_NEEDED = ("torch", "transformers", "peft", "pillow", "safetensors")
 _RELATIVE_IMPORT = re.compile(r"^from \.+(?:\w+\.)*(\w+) import", flags=re.MULTILINE)
 
 
@@ -28,7 +27,8 @@ def write_space(folder: str | Path, repo_id: str) -> None:
     for source in _SOURCES:  # side by side, as scripts import one another
         text = _RELATIVE_IMPORT.sub(r"from \1 import", source.read_text(encoding="utf-8"))
         (place / source.name).write_text(text, encoding="utf-8")
-    (place / REQUIREMENTS).write_text(requirements(*_NEEDED), encoding="utf-8")
+    needed = (str(_asked("torch")), *REQUIREMENTS)
+    (place / "requirements.txt").write_text("".join(f"{line}\n" for line in needed), encoding="utf-8")
     card = SpaceCardData(
         title=repo_id.split("/")[-1],
         sdk="gradio",
@@ -43,6 +43,11 @@ def write_space(folder: str | Path, repo_id: str) -> None:
 
 def _lowest(package: str) -> str:
     """The lowest version that lorgnette asks for, which it has been tested with."""
-    (asked,) = (one for one in map(Requirement, requires("lorgnette") or ()) if one.name == package)
-    (lowest,) = (one.version for one in asked.specifier if one.operator == ">=")
+    (lowest,) = (one.version for one in _asked(package).specifier if one.operator == ">=")
     return lowest
+
+
+def _asked(package: str) -> Requirement:
+    """What lorgnette asks of a package."""
+    (asked,) = (one for one in map(Requirement, requires("lorgnette") or ()) if one.name == package)
+    return asked

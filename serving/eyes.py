@@ -257,7 +257,7 @@ def _refusing() -> Iterator[None]:
         yield
     except (OSError, TypeError, ValueError) as error:
         status, code = next(told for kind, told in _PICTURE_ERRORS.items() if isinstance(error, kind))
-        raise RefusedError(status, code, f"the picture cannot be used: {error}") from error
+        raise RefusedError(status, code, str(error)) from error
 
 
 _PICTURE_ERRORS = {

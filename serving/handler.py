@@ -23,6 +23,7 @@ FIELDS = {
     "adapter": (str, ""),
     "use_lora": (bool, True),
     "max_new_tokens": (int, MAX_NEW_TOKENS),
+    "stream": (bool, False),
 }
 
 
@@ -103,6 +104,8 @@ def _checked(fields: Any) -> dict[str, Any]:
         raise ValueError("prompt has no words in it")
     if len(checked["prompt"]) > 50_000:
         raise ValueError(f"prompt has {len(checked['prompt'])} characters; 50000 are allowed")
+    if checked["stream"]:
+        raise ValueError("stream is true; an Endpoint sends its answer as a whole")
     if not 1 <= checked["max_new_tokens"] <= MAX_NEW_TOKENS:
         raise ValueError(f"max_new_tokens is {checked['max_new_tokens']}; it runs from 1 to {MAX_NEW_TOKENS}")
     return checked

@@ -13,7 +13,10 @@ class Metrics:
         self.registry = CollectorRegistry()
         where = {"registry": self.registry}
         self.requests = Counter("lorgnette_requests", "Questions, by answer; 499: hung up", ["path", "status"], **where)
-        self.seconds = Histogram("lorgnette_request_seconds", "From a question's head to its answer", ["path"], **where)
+        spans = (0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 25, 30)
+        self.seconds = Histogram(
+            "lorgnette_request_seconds", "From a question's head to its answer", ["path"], buckets=spans, **where
+        )
         rows = (1, 2, 4, 8, 16, 32, 64)
         self.rows = Histogram("lorgnette_batch_rows", "Questions in a batch", ["adapter"], buckets=rows, **where)
         self.tokens = Counter("lorgnette_generated_tokens", "Tokens of answers", ["adapter"], **where)

@@ -75,6 +75,23 @@ def test_each_speaks_as_the_model_it_came_from(folders):
     assert ours.generation_config.eos_token_id == 7
 
 
+def test_layers_of_a_bridge_that_was_in_use_are_put_back_and_not_built_again(folders, monkeypatch):
+    place, said = folders
+    ours = built()
+    ours.load_bridge(place / "lora", "lora")
+    ours.set_bridge("lora")
+    its_own = [parameter for parameter in ours.parameters() if parameter.requires_grad]
+    ours.set_bridge("default")
+    monkeypatch.delattr(LorgnetteForConditionalGeneration, "_attach_lora")
+    ours.to(torch.float64)  # what is beside the model follows when it is put to use
+    ours.set_bridge("lora")
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.float64}
+    again = [parameter for parameter in ours.parameters() if parameter.requires_grad]
+    assert all(one is other for one, other in zip(its_own, again, strict=True))  # an optimizer still has them
+    assert not any(module.training for module in ours.modules())
+    torch.testing.assert_close(logits(ours).float(), said["lora"], rtol=0, atol=1e-5)
+
+
 def test_adapters_off_stay_off(folders):
     place, _ = folders
     ours, ids = built(), inputs()["input_ids"][:, :6]

@@ -20,7 +20,6 @@ COMMANDS = ("train", "cache", "evaluate", "caption", "inspect", "export", "push"
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run a command line in this process; its status, what it said and its errors."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setenv("COLUMNS", "200")
 
     def command(*arguments: str) -> tuple[int, str, str]:
@@ -45,7 +44,8 @@ def handed_on(monkeypatch):
     calls = {}
     for name in ("trainer.stage1", "trainer.stage2", "trainer.cache", "trainer.evaluate", "hub_upload"):
         module = cli.importlib.import_module(f"lorgnette.{name}")
-        monkeypatch.setattr(module, "main", lambda argv, name=name: calls.update({name: argv}))
+        function = "run" if name == "hub_upload" else "main"
+        monkeypatch.setattr(module, function, lambda argv, name=name: calls.update({name: argv}))
     return calls
 
 
@@ -99,6 +99,7 @@ def test_arguments_are_handed_on_as_they_stand(run, handed_on, arguments, module
         ("serve m --api-key-env NO_SUCH_VARIABLE", "the environment has no NO_SUCH_VARIABLE"),
         ("serve m --port x", "Invalid value for '--port'"),
         ("app m --bridge charts", "--bridge charts: NAME=MODEL is needed"),
+        ("serve m --port 70000", "Invalid value for '--port'"),
         ("push out", "--repo-id"),
         ("evaluate --no_such_option 1", "unknown option '--no_such_option'"),
     ],
@@ -112,20 +113,20 @@ def test_mistakes_are_told_in_a_line(run, arguments, message):
     assert last.startswith(("lorgnette: error: ", "hub_upload.py: error: ", "python -m lorgnette.trainer"))
 
 
-def test_errors_on_the_way_are_one_line_unless_debugging(monkeypatch, capsys, tmp_path):
-    before = sys.__excepthook__
-    for debug, hook in (([], cli.one_line), (["--debug"], before)):
-        monkeypatch.setattr(sys, "excepthook", before)
-        monkeypatch.setattr(sys, "argv", ["lorgnette", *debug, "caption", str(tmp_path / "none"), "cat.png"])
-        with pytest.raises(OSError, match="There is no folder") as raised:
-            cli.main()
-        assert (sys.excepthook is cli.one_line) == (hook is cli.one_line)
-    capsys.readouterr()
-    cli.one_line(raised.type, raised.value, None)
-    cli.one_line(KeyError, KeyError("x"), None)
-    first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("lorgnette: error: ")
-    assert second.startswith("lorgnette: error: KeyError: 'x'")
+def test_errors_on_the_way_are_one_line_unless_debugging(run, monkeypatch, tmp_path):
+    asked = ("caption", str(tmp_path / "none"), "cat.png")
+    status, _, errors = run(*asked)
+    assert status == 2
+    assert errors == f"lorgnette: error: There is no folder {tmp_path / 'none'} (lorgnette --debug … shows where)\n"
+    monkeypatch.setattr(sys, "argv", ["lorgnette", "--debug", *asked])
+    with pytest.raises(OSError, match="There is no folder"):
+        cli.main()
+    asked = ("export", str(tmp_path / "none"), str(tmp_path / "to"), "--repo-id", "me/x")
+    assert run(*asked)[0] == 2
+    monkeypatch.setattr(sys, "argv", ["lorgnette", "--debug", *asked])
+    with pytest.raises(OSError, match="There is no folder"):
+        cli.main()
+    assert cli.one_line(KeyError("x")).startswith("lorgnette: error: KeyError: 'x'")
 
 
 def test_captions(run, folder, tmp_path):

@@ -39,6 +39,9 @@ class Handler(BaseHTTPRequestHandler):
     def picture(self, _):
         self.answer("image/png", PNG)
 
+    def path_that_was_asked_for(self, _):
+        self.answer("text/plain", self.path.encode())
+
     def drip(self, _):
         self.answer("image/png", b"", length=len(PNG))
         while True:
@@ -163,3 +166,9 @@ def test_other_schemes_are_no_urls():
     for source in ("ftp://127.0.0.1/cat.png", "file:///etc/hostname"):
         with pytest.raises(FileNotFoundError, match="no such file"):
             load_image(source)
+
+
+def test_letters_and_spaces_in_a_url_are_sent_as_browsers_send_them(server):
+    name, sent = image_download.download(f"{server}/path_that_was_asked_for?größe=1 2%20&x=[a]#part")
+    assert sent == b"/path_that_was_asked_for?gr%C3%B6%C3%9Fe=1%202%20&x=[a]"
+    assert "größe" in name

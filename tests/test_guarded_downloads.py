@@ -152,3 +152,14 @@ def test_the_processors_own(internal):
         processor.load_web_image(f"http://localhost:{internal[0]}/200", timeout=10)
     loaded = processor.load_web_image("data:image/png;base64," + base64.b64encode(PNG).decode())
     np.testing.assert_array_equal(loaded, tiny.picture())
+
+
+def test_a_host_in_letters_beyond_ascii_is_looked_up_by_its_own_name(internal, names):
+    port, asked = internal
+    asked.clear()
+    names["xn--mnchen-3ya.example"], seen = ["127.0.0.1"], []
+    download(f"http://münchen.example:{port}/200", guard=lambda *found: seen.append(found))
+    assert (seen, asked) == ([("xn--mnchen-3ya.example", "127.0.0.1")], ["/200"])
+    with pytest.raises(PermissionError, match=r"127\.0\.0\.1 is not on the public internet"):
+        read_web_image(f"http://１２７。0。0。1:{port}/200", timeout=10)  # noqa: RUF001
+    assert asked == ["/200"]

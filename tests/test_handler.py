@@ -4,29 +4,36 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from strangers import WITHOUT_LORGNETTE
 from tiny import picture
 from tiny_serving import MAX_NEW_TOKENS, data_url, save_bridges
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
+from lorgnette.configuration.remote_code import REQUIREMENTS
 from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
-from lorgnette.publishing.endpoint import write_endpoint
 from lorgnette.publishing.guards import check_folder
+from lorgnette.serving.handler import FIELDS
+from lorgnette.serving.payloads import VisionRequest
 
 
 # The runtime gives the module this name and puts the folder first on the path.
 AS_THE_RUNTIME = """
 import importlib.util, json, sys
-folder, request = sys.argv[1:]
+folder, request, again = sys.argv[1:]
 spec = importlib.util.spec_from_file_location("handler.EndpointHandler", folder + "/handler.py")
 sys.path.insert(0, folder)
 module = importlib.util.module_from_spec(spec)
 sys.modules["handler.EndpointHandler"] = module
 spec.loader.exec_module(module)
-print(json.dumps(module.EndpointHandler(folder)(json.loads(request))))
+handler = module.EndpointHandler(folder)
+print(json.dumps(handler(json.loads(request))))
+handler.model.save_pretrained(again)
 """
 ASKED = {"image_url": data_url(), "prompt": "What is this?", "max_new_tokens": MAX_NEW_TOKENS}
 
@@ -35,7 +42,6 @@ ASKED = {"image_url": data_url(), "prompt": "What is this?", "max_new_tokens": M
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("bridges")
     save_bridges(made)
-    write_endpoint(made / "one")
     return made / "one"
 
 
@@ -60,7 +66,10 @@ def expected(folder):
 @pytest.mark.parametrize("use_lora", [True, False])
 def test_it_answers_as_the_worker_does(handler, expected, use_lora):
     assert expected[True] != expected[False]
-    for payload in ({"inputs": ASKED | {"use_lora": use_lora}}, ASKED | {"use_lora": use_lora, "adapter": "default"}):
+    for payload in (
+        {"inputs": ASKED | {"use_lora": use_lora}},
+        ASKED | {"use_lora": use_lora, "adapter": "default", "stream": False},
+    ):
         answer = handler(payload)
         assert answer["text"] == expected[use_lora]
         usage = answer["usage"]
@@ -84,11 +93,16 @@ def test_it_answers_as_the_worker_does(handler, expected, use_lora):
         ({"max_new_tokens": True}, ValueError, "max_new_tokens is a bool"),
         ({"max_new_tokens": 1000}, ValueError, "runs from 1 to 128"),
         ({"temperature": 1}, ValueError, "no field 'temperature'"),
+        ({"stream": True}, ValueError, "stream is true"),
     ],
 )
 def test_bad_requests(handler, changed, kind, message):
     with pytest.raises(kind, match=message):
         handler({"inputs": ASKED | changed})
+
+
+def test_it_takes_the_workers_fields():
+    assert FIELDS.keys() == VisionRequest.model_fields.keys()
 
 
 def test_no_object(handler):
@@ -99,15 +113,22 @@ def test_no_object(handler):
 def test_what_goes_along_may_be_published(folder):
     (folder / "README.md").write_text("A model.", encoding="utf-8")
     assert {"handler.py", "requirements.txt"} <= set(check_folder(folder))
-    lines = [Requirement(line) for line in (folder / "requirements.txt").read_text().splitlines()]
-    assert [line.name for line in lines] == ["transformers", "peft", "pillow", "safetensors"]
-    assert all(line.specifier for line in lines)
+    lines = {Requirement(line).name: line for line in (folder / "requirements.txt").read_text().splitlines()}
+    assert list(lines) == ["transformers", "peft", "pillow", "safetensors"]
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert set(lines.values()) == set(REQUIREMENTS) <= set(project["dependencies"])
+
+
+def test_code_that_was_loaded_from_the_folder_writes_it_again(folder, tmp_path):
+    get_class_from_dynamic_module("remote_code.save_remote_code", folder)(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"handler.py", "requirements.txt", "modeling_lorgnette.py"}
+    assert all(path.read_text() == (folder / path.name).read_text() for path in tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_where_lorgnette_is_not_installed(folder, expected, tmp_path):
     finished = subprocess.run(
-        [sys.executable, "-c", WITHOUT_LORGNETTE + AS_THE_RUNTIME, str(folder), json.dumps({"inputs": ASKED})],
+        [sys.executable, "-c", WITHOUT_LORGNETTE + AS_THE_RUNTIME, str(folder), json.dumps({"inputs": ASKED}), "again"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -115,3 +136,5 @@ def test_where_lorgnette_is_not_installed(folder, expected, tmp_path):
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert json.loads(finished.stdout.splitlines()[-1])["text"] == expected[True]
+    for name in ("handler.py", "requirements.txt"):
+        assert (tmp_path / "again" / name).read_text() == (folder / name).read_text()

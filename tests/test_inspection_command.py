@@ -1,6 +1,7 @@
 """The inspector's command line, as a user calls it."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,8 +9,7 @@ from PIL import Image
 from tiny_inspection import ROWS, rows, train, untrained
 from tiny_training import write_backbones
 
-from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor
-from lorgnette.inspection.__main__ import main
+from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor, cli
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +28,29 @@ def folder(tmp_path_factory):
     return root
 
 
-def test_a_healthy_model_is_printed_and_written(folder, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def inspect(monkeypatch):
+    """Run `lorgnette inspect` in this process, which gives its status."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def command(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["lorgnette", "inspect", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code
+
+    return command
+
+
+def test_a_healthy_model_is_printed_and_written(folder, tmp_path, monkeypatch, capsys, inspect):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     options = ["--dataset", str(folder / "pictures"), "--split", "train", "--device", "cpu", "--rows", str(ROWS)]
     options += ["--vision", str(folder / "vit"), "--image", str(folder / "pictures" / "1.png")]
     written = [f"--{kind}={tmp_path / f'report.{kind}'}" for kind in ("html", "json")]
-    assert main([str(folder / "model"), *options, *written]) == 0
+    assert inspect(str(folder / "model"), *options, *written) == 0
     printed = capsys.readouterr().out
+    assert "1.png: it says " in " ".join(printed.split())
+    assert "…" not in printed  # nothing is cut off in 80 columns
     assert "Answers depend on the picture" in printed
     assert "✗" not in printed
     told = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
@@ -44,14 +60,14 @@ def test_a_healthy_model_is_printed_and_written(folder, tmp_path, monkeypatch, c
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
-def test_a_red_check_is_status_1(folder, tmp_path, capsys):
+def test_a_red_check_is_status_1(folder, tmp_path, capsys, inspect):
     model = LorgnetteForConditionalGeneration.from_pretrained(folder / "model")
     with torch.no_grad():
         model.projector.weight.mul_(1e4)
     model.save_pretrained(tmp_path / "loud")
     LorgnetteProcessor.from_pretrained(folder / "model").save_pretrained(tmp_path / "loud")
     Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
-    assert main([str(tmp_path / "loud"), "--image", str(tmp_path / "red.png"), "--device", "cpu"]) == 1
+    assert inspect(str(tmp_path / "loud"), "--image", str(tmp_path / "red.png"), "--device", "cpu") == 1
     assert "word embeddings" in capsys.readouterr().out
 
 
@@ -63,12 +79,16 @@ def test_a_red_check_is_status_1(folder, tmp_path, capsys):
         (["{model}", "--dataset", "{pictures}", "--split", "train", "--text-column", "words"], "words"),
         (["{nowhere}"], "nowhere"),
         (["{model}", "--rows", "0"], "--rows"),
+        (["{model}", "--html", "{pictures}"], "is a directory"),
+        (["{model}", "--html", "{model}/config.json/deep/report.html"], "config.json"),
+        (["{pictures}"], "pictures"),
+        ([], "MODEL"),
     ],
 )
-def test_a_mistake_is_status_2_and_named(folder, tmp_path, monkeypatch, capsys, options, message):
+def test_a_mistake_is_status_2_and_one_line(folder, tmp_path, monkeypatch, capsys, inspect, options, message):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     places = {name: str(folder / name) for name in ("model", "pictures", "nowhere")}
-    assert main([option.format(**places) for option in options]) == 2
-    printed = capsys.readouterr().err
-    assert message in printed
-    assert "Traceback" not in printed
+    assert inspect(*(option.format(**places) for option in options)) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("lorgnette: error: ")
+    assert message in last

@@ -185,7 +185,8 @@ def test_push_to_hub_sends_a_whole_folder(by_save: bool, tmp_path, monkeypatch):
         built.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/eyes")
     else:
         built.push_to_hub("me/eyes")
-    assert {path.name for path in repository.iterdir()} >= {"processor_config.json", "tokenizer.json", "remote_code.py"}
+    wanted = {"processor_config.json", "tokenizer.json", "remote_code.py", "handler.py", "requirements.txt"}
+    assert {path.name for path in repository.iterdir()} >= wanted
     if not by_save:
         assert_same(*visit(repository, tmp_path), built, logits, caption)
 
