@@ -66,7 +66,12 @@ def options(row: Row) -> Mapping[str, list[str]]:
         both += layer_option(row)
     if row.seed != headline.seed:
         both += ["--seed", str(row.seed)]
-    return {"stage1": both, "stage2": both if row.lora else [*both, "--lora", "null"]}
+    stage2 = list(both)
+    if not row.lora:
+        stage2 += ["--lora", "null"]
+    if not row.stage1:  # the Q-Former has been taught nothing that it could forget
+        stage2 += ["--qformer_learning_rate", "5e-4"]
+    return {"stage1": both, "stage2": stage2}
 
 
 def layer_option(row: Row) -> list[str]:
