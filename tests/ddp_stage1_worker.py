@@ -82,6 +82,7 @@ def main(folder: Path) -> None:
     dist.all_gather_object(gathered, {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
     first, second = gathered
     assert all((first[name] == second[name]).all() for name in first), "the processes have drifted apart"
+    dist.barrier()  # meanwhile the last gather frees its tensors; for that it needs the GIL, which the end of DDP keeps
     dist.destroy_process_group()
 
 

@@ -37,6 +37,7 @@ def main(folder: Path) -> None:
     assert all((first[name] == second[name]).all() for name in first), "the processes have drifted apart"
     dist.all_gather_object(gathered, run.evaluate()["eval_cider"])
     assert gathered[0] == gathered[1], "the processes would choose different best models"
+    dist.barrier()  # meanwhile the last gather frees its tensors; for that it needs the GIL, which the end of DDP keeps
     dist.destroy_process_group()
 
 
