@@ -220,6 +220,24 @@ def test_two_recipes_from_pictures_to_words(tmp_path, recipe, monkeypatch):
     assert reports[0]["metrics"]["itc"].keys() == reports[0]["metrics"]["itc_and_itm"].keys()
     assert reports[0]["metrics"]["itc"]["image_to_text_recall@5"] == 1  # of four texts
 
+    # the tokenizer has no capitals: to the model these are the same texts, and no wrong ones of each other
+    renamed = datasets.load_dataset("imagefolder", data_dir=str(data), split="train").map(
+        lambda row, n: {"text": row["text"].upper() if n >= 4 else row["text"]}, with_indices=True
+    )
+    renamed.save_to_disk(tmp_path / "renamed")
+    renamed = {"dataset": str(tmp_path / "renamed"), "output_dir": str(tmp_path / "found"), "split": "train"}
+    told = retrieval.measure(
+        retrieval.RetrievalArguments(model=str(tmp_path / "stage1"), batch_size=4, rerank=2, **renamed)
+    )
+    assert (told["texts"], told["metrics"]) == (4, reports[0]["metrics"])
+
+    processor = LorgnetteProcessor.from_backbones(vision, None, qformer=tmp_path / "bert", num_query_tokens=4)
+    LorgnetteForImageTextRetrieval.from_backbones(
+        vision, qformer=tmp_path / "bert", processor=processor, itm_weight=0.0
+    ).save_pretrained(tmp_path / "unmatched")
+    with pytest.raises(ValueError, match="unmatched was trained with itm_weight 0, and matching re-ranks: set rerank"):
+        retrieval.measure(retrieval.RetrievalArguments(model=str(tmp_path / "unmatched"), **renamed))
+
     stage2 = ["stage2", "--vision", vision, "--text", text, "--qformer", str(tmp_path / "stage1"), *run]
     main([*stage2, "--dataset", features, "--output_dir", str(tmp_path / "stage2"), "--max_steps", "1"])
     built = LorgnetteForConditionalGeneration.from_pretrained(tmp_path / "stage2")
