@@ -17,6 +17,8 @@ class Row:
     seed: int = 0
 
 
+UNTAUGHT = "5e-4"  # learning rate of a Q-Former that stage 1 has not taught
+
 # The layers are those whose CLS tells more on pictures for training: on CIFAR-10 by a linear probe on the validation
 # split, on emoji by finding the same emoji of the other training style.
 HEADLINES = {"cifar": Row("cifar"), "emoji": Row("emoji", layer=-2)}
@@ -70,7 +72,7 @@ def options(row: Row) -> Mapping[str, list[str]]:
     if not row.lora:
         stage2 += ["--lora", "null"]
     if not row.stage1:  # the Q-Former has been taught nothing that it could forget
-        stage2 += ["--qformer_learning_rate", "5e-4"]
+        stage2 += ["--qformer_learning_rate", UNTAUGHT]
     return {"stage1": both, "stage2": stage2}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .rows import HEADLINES, ROWS, Row
+from .rows import HEADLINES, ROWS, UNTAUGHT, Row
 
 
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
@@ -44,7 +44,7 @@ def different(row: Row) -> str:
     headline = HEADLINES[row.dataset]
     layer = "the ViT's last layer" if row.layer is None else f"the ViT's layer {row.layer}"
     said = {
-        "stage1": "no stage 1",
+        "stage1": f"no stage 1; the Q-Former at {UNTAUGHT}",
         "lora": "no LoRA",
         "queries": f"{row.queries} queries",
         "layer": layer,
