@@ -107,8 +107,8 @@ def test_from_beginning_to_end_on_tiny_parts(tmp_path, monkeypatch, capfd):
     vision, text = write_backbones(tmp_path)
     for part in (tiny_models.bert(vocab_size=len(tiny.bert_tokenizer())), tiny.bert_tokenizer()):
         part.save_pretrained(tmp_path / "bert")
-    cifar_archive(tmp_path, [cifar.CLASSES.index(name) for name in data.CLASSES for _ in range(8)])
-    for name, count in {"TRAIN": 7, "VALIDATION": 1, "HELD_OUT": 8}.items():
+    cifar_archive(tmp_path, [cifar.CLASSES.index(name) for name in data.CLASSES for _ in range(12)])
+    for name, count in {"TRAIN": 7, "VALIDATION": 5, "HELD_OUT": 8}.items():  # a whole batch of each, in stage 1
         monkeypatch.setattr(data, name, count)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     out = tmp_path / "out"
