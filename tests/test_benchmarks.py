@@ -185,7 +185,7 @@ def test_a_goal_is_met_from_its_own_side():
     assert "≤ 0.5: not met" in table.markdown([faster, smaller], ())
 
 
-def test_growth_is_measured_point_by_point(tmp_path, monkeypatch):
+def test_growth_is_measured_point_by_point(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(growth.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     options = "--shapes tiny --batch_sizes 1 4 --image_tokens 2 --caption_tokens 8 16 --cache_rows 20 2000"
     assert growth.main([*options.split(), "--usual", "2", "4", "8", "--repeats", "1", "--output", str(tmp_path)]) == 0
@@ -194,7 +194,8 @@ def test_growth_is_measured_point_by_point(tmp_path, monkeypatch):
     sizes = [("batch", 1), ("batch", 4), ("image", 2), ("caption", 8), ("caption", 16)]
     seen = {(axis, kind, size) for axis, size in sizes for kind in ("pictures", "features")}
     assert points.keys() == seen | {("cache", "cache", 20), ("cache", "cache", 2000)}
-    assert "2,000 rows take 0.0 GB, and the disk has 0.0 GB free" in points["cache", "cache", 2000]["left_out"]
+    assert "2,000 rows take 0.0 GB, and " in points["cache", "cache", 2000]["left_out"]
+    assert "minutes at least" in capsys.readouterr().out.splitlines()[0]
     measured = [point for point in points.values() if point["left_out"] is None]
     assert len(measured) == 11
     assert all(point["pairs_per_s"] > 0 for point in measured)
@@ -220,6 +221,17 @@ def test_a_step_that_does_not_fit_is_left_out_with_the_estimate(monkeypatch):
     found = list(growth.steps("tiny", options))
     assert len(found) == 4
     assert all("preset tiny with batches of" in point.left_out for point in found)
+
+
+def test_growth_says_first_what_it_takes_and_begins_nothing_when_time_is_over(tmp_path):
+    options = growth.Options(shapes=["tiny", "smollm2"], minutes=0)
+    told = growth.needed(options, tmp_path)
+    assert "The largest cache is 30.3 GB; " in told
+    assert "nothing is begun after 0 minutes" in told
+    late = [*growth.steps("tiny", options, until=0), *growth.caches("smollm2", options, tmp_path, until=0)]
+    assert len(late) == 2 * (7 + 6 + 6) + 3
+    assert all(point.left_out for point in late)
+    assert {point.left_out for point in late if point.size < 10**5} == {"the 0 minutes were over"}
 
 
 def test_operations_by_shapes_are_those_that_are_counted():
