@@ -3,7 +3,7 @@
 # make test   the test suite without those tests that start many processes; make test-all: with them; make lint: the linter
 # make bench   transformers' BLIP-2 and ours on the same weights, in turn: the table of results/benchmarks
 # make growth   speed and memory over batch, image tokens, caption length and rows in the cache: plots beside it;
-#               an hour at most, and 31 GB of the temporary folder (ARGS="--scratch FOLDER" for another), or less is measured
+#               nothing is begun after an hour; 31 GB of the temporary folder, or of ARGS="--scratch FOLDER", or less is measured
 # make conformance   transformers' own common tests, on our classes and on BLIP-2
 # make faults   commands that are killed at random moments and begun again, bad pictures, bf16 beside fp32, memory
 # make load   64 callers of a worker on this machine: right answers, memory, requests a second; three minutes
