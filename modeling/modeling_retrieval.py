@@ -342,6 +342,11 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
                     f"The processes' batches differ in size ({sizes.tolist()}): negatives are taken from all of them. "
                     "Set dataloader_drop_last"
                 )
+            if self.config.itm_weight and len(ids) == 1:
+                raise ValueError(
+                    f"Each of {len(sizes)} processes has a batch of one pair, and matching (ITM) takes its negatives "
+                    "from a process' own batch: make per_device_train_batch_size 2 or more, or itm_weight 0"
+                )
             # texts of one length, whatever the process
             pad_token_id = self.config.qformer_config.pad_token_id or 0
             ids = nn.functional.pad(ids, (0, self.max_text_length - ids.shape[1]), value=pad_token_id)

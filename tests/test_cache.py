@@ -235,6 +235,9 @@ def test_nothing_is_overwritten(backbones, pictures, cache, tmp_path):
     (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(FileExistsError, match="is not empty, and no feature cache"):
         write(backbones[0], pictures, tmp_path / "mine")
+    (cache / METADATA).write_text((cache / METADATA).read_text()[:100])
+    with pytest.raises(ValueError, match=f"{METADATA} cannot be read .*: write the feature cache anew"):
+        load_pairs(DataArguments(dataset=str(cache)), evaluate=False, seed=0)
     (cache / METADATA).unlink()
     with pytest.raises(FileNotFoundError, match=f"has lost its {METADATA}"):
         load_pairs(DataArguments(dataset=str(cache)), evaluate=False, seed=0)

@@ -105,6 +105,8 @@ class TestColumns:
         assert processor.decode(batch["input_ids"][0]) == "[CLS] a cat. [SEP]" + " [PAD]" * int(
             (1 - batch["attention_mask"][0]).sum()
         )
+        with pytest.raises(ValueError, match=r"row 3: column 'text' is '\\u200b', of which the tokenizer makes no tok"):
+            LorgnetteCollator(processor)([{**ROWS[0], "index": 3, "text": "\u200b"}])  # a space of no width
 
     def test_workers_can_have_it(self):
         collator = pickle.loads(pickle.dumps(LorgnetteCollator(make())))

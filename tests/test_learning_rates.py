@@ -26,6 +26,16 @@ def test_every_trainable_parameter_is_in_one_group_and_the_qformers_have_their_r
         learning_rate, decay = rate[id(parameter)]
         assert learning_rate == (5e-5 if name.startswith("qformer.") else 1e-3), name
         assert decay == (0.0 if "bias" in name or "LayerNorm" in name or "layernorm" in name else 0.1), name
+    assert trainer._get_learning_rate() == 1e-3  # what is logged is `learning_rate`
+
+
+def test_an_optimizer_that_divides_the_parameters_itself_is_refused(tmp_path, monkeypatch):
+    args = TrainingArguments(output_dir=tmp_path, use_cpu=True, optim="lomo", report_to="none")
+    monkeypatch.setattr(  # what Trainer makes of it where lomo_optim is installed
+        Trainer, "get_optimizer_cls_and_kwargs", staticmethod(lambda args, model: (torch.optim.SGD, {"model": model}))
+    )
+    with pytest.raises(ValueError, match="optim lomo divides the parameters by itself: leave out qformer_learning"):
+        QFormerLearningRate(args, 5e-5)(tiny_models.model())
 
 
 def test_a_rate_of_nothing_is_refused():

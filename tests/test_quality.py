@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from examples.demo.report import curves
 from examples.quality import __main__ as quality
-from examples.quality import baselines, plain_text, steps, table
+from examples.quality import baselines, measure, plain_text, steps, table
 from examples.quality.measure import score, score_shuffled
 from examples.quality.rows import HEADLINES, ROWS, Row, Task, layer_option, options
 from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, Stage1Arguments, Stage2Arguments
@@ -115,6 +115,16 @@ def test_plain_methods_find_what_is_in_the_features():
 def test_the_nearest_neighbour_is_that_of_the_smallest_angle():
     keys = np.array([[[3.0, 0.0]] * 2, [[1.0, 1.0]] * 2])
     assert baselines.nearest_texts((keys, ["right", "up"]), np.array([[[9.0, 8.0]] * 2]))["CLS"] == ["up"]
+
+
+def test_made_up_pairs_are_not_for_the_baselines(monkeypatch):
+    columns = {"vision_features": [[[0.0]], [[1.0]], [[2.0]]], "text": ["cat", "dog", "owl"]}
+    monkeypatch.setattr(measure, "feature_opener", lambda folder: lambda value, number: torch.tensor(value))
+    for marks, left in (({}, [0, 1, 2]), ({"synthetic": [False, True, False]}, [0, 2])):
+        monkeypatch.setattr(measure, "load_cache", lambda folder, split, m=marks: Dataset.from_dict(columns | m))
+        found, texts = measure.read(Path("features"), "train")
+        assert found.flatten().tolist() == left
+        assert texts == [columns["text"][n] for n in left]
 
 
 def test_shuffled_pictures_are_right_by_chance():

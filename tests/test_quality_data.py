@@ -112,6 +112,8 @@ def test_held_out_and_unknown_concepts_are_refused(cache):
         synthetic.add_pairs(splits, cache, concepts=[held_out])
     with pytest.raises(ValueError, match=r"cap is 1\.0"):
         synthetic.add_pairs(splits, cache, cap=1.0)
+    with pytest.raises(ValueError, match=r"\d+ concepts, 1 pairs of each and a cap of 0\.0 on \d+ rows make no pair"):
+        synthetic.add_pairs(splits, cache, cap=0.0)
 
 
 def test_a_cut_out_is_whole_and_before_the_photograph():

@@ -22,6 +22,7 @@ from lorgnette import (
     LorgnetteQFormerModel,
     LorgnetteRetrievalConfig,
 )
+from lorgnette.modeling import modeling_retrieval
 from lorgnette.modeling.modeling_losses import (
     contrastive_loss,
     draw_negatives,
@@ -343,6 +344,13 @@ class TestWrongInput:
             retriever()(**batch(["a dog"]), row_index=torch.tensor([7]))
         assert torch.isfinite(retriever(itc_weight=0.0, itm_weight=0.0)(**batch(["a dog"])).loss)
         assert retriever()(**batch(["a dog"]), return_loss=False).logits_per_image.shape == (1, 1)
+
+    def test_a_pair_by_itself_in_each_of_several_processes(self, monkeypatch):
+        """The contrast has the other processes' texts, matching has nothing: it would learn to say yes."""
+        monkeypatch.setattr(modeling_retrieval, "processes", lambda: 2)
+        monkeypatch.setattr(modeling_retrieval, "gather", lambda tensor: torch.cat([tensor, tensor]))
+        with pytest.raises(ValueError, match="Each of 2 processes has a batch of one pair, and matching"):
+            retriever()(**batch(["a dog"]))
 
     def test_pictures_and_texts_that_do_not_pair(self):
         inputs = batch()

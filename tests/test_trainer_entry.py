@@ -4,7 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -21,6 +23,7 @@ from lorgnette.trainer.__main__ import COMMANDS, main
 from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, Stage1Arguments, Stage2Arguments
 from lorgnette.trainer.recipe import parse_recipe
 from lorgnette.trainer.run import check_arguments
+from lorgnette.trainer.stage1 import check_negatives
 from lorgnette.trainer.stage2 import build
 
 
@@ -220,6 +223,24 @@ def test_two_recipes_from_pictures_to_words(tmp_path, recipe, monkeypatch):
     assert reports[0]["metrics"]["itc"].keys() == reports[0]["metrics"]["itc_and_itm"].keys()
     assert reports[0]["metrics"]["itc"]["image_to_text_recall@5"] == 1  # of four texts
 
+    # the tokenizer has no capitals: to the model these are the same texts, and no wrong ones of each other
+    renamed = datasets.load_dataset("imagefolder", data_dir=str(data), split="train").map(
+        lambda row, n: {"text": row["text"].upper() if n >= 4 else row["text"]}, with_indices=True
+    )
+    renamed.save_to_disk(tmp_path / "renamed")
+    renamed = {"dataset": str(tmp_path / "renamed"), "output_dir": str(tmp_path / "found"), "split": "train"}
+    told = retrieval.measure(
+        retrieval.RetrievalArguments(model=str(tmp_path / "stage1"), batch_size=4, rerank=2, **renamed)
+    )
+    assert (told["texts"], told["metrics"]) == (4, reports[0]["metrics"])
+
+    processor = LorgnetteProcessor.from_backbones(vision, None, qformer=tmp_path / "bert", num_query_tokens=4)
+    LorgnetteForImageTextRetrieval.from_backbones(
+        vision, qformer=tmp_path / "bert", processor=processor, itm_weight=0.0
+    ).save_pretrained(tmp_path / "unmatched")
+    with pytest.raises(ValueError, match="unmatched was trained with itm_weight 0, and matching re-ranks: set rerank"):
+        retrieval.measure(retrieval.RetrievalArguments(model=str(tmp_path / "unmatched"), **renamed))
+
     stage2 = ["stage2", "--vision", vision, "--text", text, "--qformer", str(tmp_path / "stage1"), *run]
     main([*stage2, "--dataset", features, "--output_dir", str(tmp_path / "stage2"), "--max_steps", "1"])
     built = LorgnetteForConditionalGeneration.from_pretrained(tmp_path / "stage2")
@@ -242,6 +263,38 @@ def test_two_recipes_from_pictures_to_words(tmp_path, recipe, monkeypatch):
                 str(tmp_path / "x"),
             ]
         )
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings", "message"),
+    [
+        ("aabb", {}, r"a batch of it, 2 from row 10 on, has one caption alone"),
+        ("abbb", {}, "2 from row 12 on"),
+        ("aba", {}, "1 from row 12 on"),
+        ("aba", {"dataloader_drop_last": True}, None),
+        ("aabb", {"per_device_eval_batch_size": 4}, None),
+        ("aabb", {"train_sampling_strategy": "group_by_length"}, None),
+        ("abab", {}, None),
+        ("abab", {"per_device_train_batch_size": 3}, "the last of 7 pairs would be a batch by itself, after 2 of 3"),
+        ("abab", {"per_device_train_batch_size": 3, "max_steps": 2}, None),
+        ("abab", {"per_device_train_batch_size": 3, "max_steps": 2, "gradient_accumulation_steps": 2}, "the last of 7"),
+        ("abab", {"per_device_train_batch_size": 3, "dataloader_drop_last": True}, None),
+    ],
+)
+def test_stage1_sees_to_it_that_batches_have_negatives(tmp_path, texts, settings, message):
+    """Before it trains: it would stop at its first evaluation, or at the end of the first epoch."""
+    settings = {"per_device_eval_batch_size": 2, "use_cpu": True, "report_to": "none"} | settings
+    rows = datasets.Dataset.from_dict({"text": list(texts), "index": range(10, 10 + len(texts))})
+    trainer = SimpleNamespace(
+        args=TrainingArguments(str(tmp_path), **settings),
+        train_dataset=datasets.Dataset.from_dict({"text": list("abcdefg")}),
+        eval_dataset=rows.with_transform(lambda batch: batch),
+        model=SimpleNamespace(config=SimpleNamespace(itc_weight=1.0, itm_weight=0.0)),
+    )
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        check_negatives(DataArguments(dataset="d"), trainer)
+    trainer.model.config.itc_weight = 0.0  # generation has no use for negatives
+    check_negatives(DataArguments(dataset="d"), trainer)
 
 
 @pytest.mark.parametrize("option", ["--query_column", "--messages_column"])

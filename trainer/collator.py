@@ -181,7 +181,10 @@ class LorgnetteCollator:
         return batch
 
     def _stage1(self, row: dict[str, Any]) -> "_Example":
-        ids = self.processor.encode_for_qformer([_text(row, self.text_column)])["input_ids"][0]
+        text = _text(row, self.text_column)
+        ids = self.processor.encode_for_qformer([text])["input_ids"][0]
+        if len(ids) <= self.processor.qformer_tokenizer.num_special_tokens_to_add():
+            raise ValueError(f"column '{self.text_column}' is {text!r}, of which the tokenizer makes no tokens")
         images = self._sources(row)
         if len(images) != 1:
             raise ValueError(f"{len(images)} images; stage 1 learns from pairs of one image and one text")

@@ -39,12 +39,15 @@ def read_metadata(folder: str | Path) -> dict[str, Any]:
     """What `vision_features.json` says.
 
     Raises:
-        FileNotFoundError: there is none beside the shards.
+        FileNotFoundError: there is none beside the shards. ValueError: it is no JSON.
     """
     path = Path(folder).expanduser() / METADATA
     if not path.is_file():
         raise FileNotFoundError(f"the feature cache {folder} has lost its {METADATA}: write it anew, elsewhere")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}): write the feature cache anew, elsewhere") from error
 
 
 def load_cache(folder: str | Path, split: str) -> Dataset:

@@ -18,6 +18,9 @@ class QFormerLearningRate:
 
     For `Trainer(optimizer_cls_and_kwargs=(lambda: QFormerLearningRate(…), {}))`: what is no optimizer class is called
     with the model (`transformers/trainer_optimizer.py`, `is_optimizer_factory`), wrapped as it is then.
+
+    Raises:
+        ValueError: when called, for an optimizer that makes groups of parameters by itself.
     """
 
     args: TrainingArguments
@@ -25,6 +28,10 @@ class QFormerLearningRate:
 
     def __call__(self, model: nn.Module, **_: Any) -> torch.optim.Optimizer:
         optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(self.args, model)
+        if {"params", "model", "optimizer_dict"} & kwargs.keys():  # GaLore, Apollo, LOMO
+            raise ValueError(
+                f"optim {self.args.optim.value} divides the parameters by itself: leave out qformer_learning_rate"
+            )
         decayed = set(Trainer.get_decay_parameter_names(None, model))
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
@@ -32,9 +39,9 @@ class QFormerLearningRate:
                 groups.setdefault(("qformer" in name.split("."), name in decayed), []).append(parameter)
         return optimizer(
             [
-                {"params": parameters, "weight_decay": self.args.weight_decay if decays else 0.0}
+                {"params": groups[in_qformer, decays], "weight_decay": self.args.weight_decay if decays else 0.0}
                 | ({"lr": self.learning_rate} if in_qformer else {})
-                for (in_qformer, decays), parameters in groups.items()
+                for in_qformer, decays in sorted(groups)  # Trainer logs the rate of the first: `learning_rate`
             ],
             **kwargs,
         )

@@ -68,7 +68,8 @@ def main(argv: list[str]) -> None:
 def measure(args: RetrievalArguments) -> dict[str, Any]:
     """Score all pictures against all texts, and write how high the right ones come.
 
-    A text that several pictures have counts once, and is right for each of them.
+    A text that several pictures have counts once, and is right for each of them. So do texts that the Q-Former's
+    tokenizer makes one of, which the model cannot tell apart: "A cat" and "a cat", mostly.
 
     Returns:
         What `metrics.json` holds.
@@ -87,6 +88,8 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
     rows = load_rows(args, args.split)
     model, processor = build(Stage1Arguments(model=args.model, model_revision=args.model_revision))
     model.to(accelerator.device).eval()
+    if args.rerank and not model.config.itm_weight:
+        raise ValueError(f"{args.model} was trained with itm_weight 0, and matching re-ranks: set rerank to 0")
     if is_cache(args.dataset):
         check_cache(args.dataset, model, processor.image_processor)
     found = len(rows)
@@ -95,18 +98,21 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
         (rows,) = leave_out_unreadable(splits, args.image_column, processor.load_image, args.output_dir).values()
 
     references = [references_of(row, args.text_column) for row in rows.select_columns(["index", args.text_column])]
-    column = {text: number for number, text in enumerate(dict.fromkeys(text for texts in references for text in texts))}
-    right = [sorted({column[text] for text in texts}) for texts in references]
+    different = list(dict.fromkeys(text for texts in references for text in texts))
+    ids = dict(zip(different, map(tuple, processor.encode_for_qformer(different)["input_ids"]), strict=True))
+    asked = {ids[text]: text for text in different}  # one of those that are one to the model
+    column = {key: number for number, key in enumerate(asked)}
+    right = [sorted({column[ids[text]] for text in texts}) for texts in references]
     images = _features(rows) if COLUMN in rows.column_names else _Pictures(rows, args.image_column)
     figures, keywords = {}, {"processor": processor, "batch_size": args.batch_size}
     for name, rerank in {"itc": 0, "itc_and_itm": args.rerank}.items():
         if name == "itc" or rerank:
-            scores = model.retrieve(images, list(column), rerank=rerank, **keywords)
+            scores = model.retrieve(images, list(asked.values()), rerank=rerank, **keywords)
             figures[name] = figures_of(Recall().compute(predictions=scores, references=right))
     report = {
         "metrics": figures,
         "pictures": len(rows),
-        "texts": len(column),
+        "texts": len(asked),
         "skipped": found - len(rows),
         **{name: getattr(args, name) for name in _REPORTED},
         **hub_dataset(args),

@@ -2,7 +2,8 @@
 
 from functools import partial
 
-from transformers import TrainingArguments
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
 
 from ..modeling.modeling_retrieval import LorgnetteForImageTextRetrieval
 from ..processing.processing_lorgnette import LorgnetteProcessor
@@ -13,7 +14,7 @@ from .run import check_arguments, parse, train
 def main(argv: list[str]) -> None:
     """Train as a recipe and the command line say; see `recipes/stage1.yaml`."""
     model_args, data_args, training_args = parse("stage1", Stage1Arguments, argv, __doc__, check)
-    train(partial(build, model_args), data_args, training_args)
+    train(partial(build, model_args), data_args, training_args, partial(check_negatives, data_args))
 
 
 def check(model_args: Stage1Arguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
@@ -21,6 +22,44 @@ def check(model_args: Stage1Arguments, data_args: DataArguments, training_args: 
     check_arguments(model_args, data_args, training_args)
     if data_args.query_column or data_args.messages_column:
         raise ValueError("stage 1 learns from pairs of picture and text: leave out query_column and messages_column")
+
+
+def check_negatives(data_args: DataArguments, trainer: Trainer) -> None:
+    """See to it, as far as batches are known beforehand, that each has negatives: the last one, and evaluation's.
+
+    Raises:
+        ValueError: an epoch would end with one pair; or evaluation, which reads rows in order, and they may be sorted
+            by class, would have a batch of one caption; with the numbers.
+    """
+    args, config = trainer.args, trainer.model.config
+    if not (config.itc_weight or config.itm_weight):
+        return
+    if isinstance(trainer.train_dataset, Dataset) and args.world_size == 1 and not args.dataloader_drop_last:
+        rows, size = len(trainer.train_dataset), args.train_batch_size
+        whole, left = divmod(rows, size)
+        reached = args.max_steps <= 0 or args.max_steps * args.gradient_accumulation_steps > whole
+        if left == 1 and reached:
+            raise ValueError(
+                f"the last of {rows} pairs would be a batch by itself, after {whole} of {size}: it has no negatives. "
+                "Set dataloader_drop_last"
+            )
+    if isinstance(trainer.eval_dataset, Dataset) and args.train_sampling_strategy != "group_by_length":
+        _check_in_order(trainer.eval_dataset, data_args.text_column, args)
+
+
+def _check_in_order(rows: Dataset, text_column: str, args: TrainingArguments) -> None:
+    columns = rows.with_format(None)
+    texts, numbers = columns[text_column][:], columns["index"][:]
+    size = args.eval_batch_size * args.world_size
+    # the last batch is left out where it is not whole, or filled up where there are several processes
+    smallest = size if args.dataloader_drop_last or args.world_size > 1 else 1
+    for start in range(0, len(texts) - smallest + 1, size):
+        batch = texts[start : start + size]
+        if all(text == batch[0] for text in batch):
+            raise ValueError(
+                f"evaluation reads its rows in order, and a batch of it, {len(batch)} from row {numbers[start]} on, "
+                "has one caption alone: there are no negatives. Shuffle the rows, or change per_device_eval_batch_size"
+            )
 
 
 def build(args: Stage1Arguments) -> tuple[LorgnetteForImageTextRetrieval, LorgnetteProcessor]:

@@ -67,7 +67,9 @@ def score_shuffled(
 
 
 def read(folder: Path, split: str) -> Split:
-    """Features (N, L, D) and texts (N) of a split of a feature cache."""
+    """Features (N, L, D) and texts (N) of a split of a feature cache, but for made-up pairs: no baseline has those."""
     rows, open_features = load_cache(folder, split), feature_opener(folder)
+    if "synthetic" in rows.column_names:
+        rows = rows.select(np.flatnonzero(~np.array(rows["synthetic"][:])), keep_in_memory=True)
     features = [open_features(row, i).numpy() for i, row in enumerate(rows["vision_features"])]
     return np.stack(features), rows["text"][:]

@@ -40,7 +40,8 @@ def add_pairs(
     held-out data stay unseen. There are at most as many as make the share `cap` of `train`, even over the concepts.
     The photographs are CIFAR-10's, none of them among `build_cifar`'s.
 
-    Raises ValueError for a concept that has no emoji, that `train` does not have, and for a cap outside [0, 1).
+    Raises ValueError for a concept that has no emoji, that `train` does not have, for a cap outside [0, 1), and where
+    no pair would be made.
     """
     if not 0 <= cap < 1:
         raise ValueError(f"cap is {cap}; a share of the data set below 1 is wanted")
@@ -56,6 +57,9 @@ def add_pairs(
     backgrounds = photographs[CIFAR_TRAIN + CIFAR_VALIDATION :]
     styles = [style for style in cut_outs if style != HELD_OUT_STYLE]
     count = min(len(concepts) * pairs, int(cap / (1 - cap) * len(splits["train"])))
+    if not count:
+        given = f"{len(concepts)} concepts, {pairs} pairs of each and a cap of {cap} on {len(splits['train'])} rows"
+        raise ValueError(f"{given} make no pair at all")
     rng.shuffle(concepts)
     rows = []
     for number in tqdm(range(count), desc="composing", unit="pair"):
