@@ -2,7 +2,8 @@
 # make quality-cifar, quality-emoji, …   what examples/quality measures, a row each; into results/quality and README.md
 # make test   the test suite without those tests that start many processes; make test-all: with them; make lint: the linter
 # make bench   transformers' BLIP-2 and ours on the same weights, in turn: the table of results/benchmarks
-# make growth   speed and memory over batch, image tokens, caption length and rows in the cache: plots beside it
+# make growth   speed and memory over batch, image tokens, caption length and rows in the cache: plots beside it;
+#               nothing is begun after an hour; 31 GB of the temporary folder, or of ARGS="--scratch FOLDER", or less is measured
 # make conformance   transformers' own common tests, on our classes and on BLIP-2
 # make faults   commands that are killed at random moments and begun again, bad pictures, bf16 beside fp32, memory
 # make load   64 callers of a worker on this machine: right answers, memory, requests a second; three minutes

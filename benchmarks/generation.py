@@ -1,15 +1,16 @@
-"""Greedy captions of two models in turn: how long the first token takes, and all of them."""
+"""Greedy captions of models in turn: how long the first token takes, and all of them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from benchmarks.floor import wait
-from benchmarks.sides import Batch, Side, prompts
+from benchmarks.floor import operations, wait
+from benchmarks.sides import Batch, Side
 from benchmarks.training import in_turn
 
 
@@ -26,7 +27,7 @@ class _FirstToken(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def caption(model: nn.Module, inputs: Batch, tokens: int, **keywords: Any) -> torch.Tensor:
+def caption(model: nn.Module, inputs: Batch, tokens: int, **keywords: Any) -> Any:
     """`(B, S + tokens)` ids, none shorter: random weights would end when they like."""
     return model.generate(
         **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, use_cache=True, **keywords
@@ -34,17 +35,20 @@ def caption(model: nn.Module, inputs: Batch, tokens: int, **keywords: Any) -> to
 
 
 def captions(
-    theirs: Side, ours: Side, rows: Sequence[dict[str, Any]], tokens: int, rounds: int, device: str
+    built: Mapping[str, Side], inputs: Batch, tokens: int, rounds: int, device: str, **keywords: Any
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds to the `first` token and to `all`, of theirs and ours, for the rows as one batch."""
-    inputs = prompts(ours.collator.processor, rows, ours.model.device)
-    first: dict[str, list[float]] = {"theirs": [], "ours": []}
+    """Seconds to the `first` token and to `all`, by side.
+
+    Args:
+        keywords: for `generate`.
+    """
+    first: dict[str, list[float]] = {name: [] for name in built}
 
     def timed(name: str, model: nn.Module) -> list[float]:
         clock = _FirstToken(device)
         wait(device)
         start = time.perf_counter()
-        ids = caption(model, inputs, tokens, stopping_criteria=StoppingCriteriaList([clock]))
+        ids = caption(model, inputs, tokens, stopping_criteria=StoppingCriteriaList([clock]), **keywords)
         wait(device)
         took = time.perf_counter() - start
         if ids.shape[1] != inputs["input_ids"].shape[1] + tokens:
@@ -52,6 +56,17 @@ def captions(
         first[name].append(clock.at - start)
         return [took]
 
-    runs = {name: side.model.eval() for name, side in (("theirs", theirs), ("ours", ours))}
+    runs = {name: side.model.eval() for name, side in built.items()}
     everything = in_turn({name: lambda _, n=name, m=model: timed(n, m) for name, model in runs.items()}, rounds)
     return {"first": first, "all": everything}
+
+
+def needed(model: PreTrainedModel, inputs: Batch, tokens: int) -> tuple[int, int]:
+    """Operations of captions of so many tokens, and the bytes of the LM's weights, which each token reads.
+
+    Prompts are alike, so that one row is counted for all.
+    """
+    alone = {name: tensor[:1] for name, tensor in inputs.items()}
+    counted = operations(partial(caption, model, alone, tokens)) * len(inputs["input_ids"])
+    weights = sum(value.numel() * value.element_size() for value in model.language_model.parameters())
+    return counted, weights * tokens

@@ -4,7 +4,9 @@
 
 Pairs a second, and the memory that a step takes at once, of stage 2 with random weights, one size changed at a time;
 from pictures, and from the ViT's features. A cache is opened and its rows are read in any order. Writes
-`results/benchmarks/growth.json`, `.md` and `.png`. What does not fit into memory or on the disk is left out, and said.
+`results/benchmarks/growth.json`, `.md` and `.png`. What does not fit into memory or on the disk, or would begin after
+`--minutes`, is left out, and said. What all of it takes at least is said before anything is measured: minutes, and room
+on the disk, where one cache lies at a time (100,000 rows of `smollm2` are 30.3 GB, of `tiny` 0.1 GB).
 """
 
 import itertools
@@ -16,6 +18,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,10 +29,12 @@ import psutil
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure  # without pyplot: no window, whatever the machine
+from matplotlib.lines import Line2D
 from transformers import Blip2ForConditionalGeneration, HfArgumentParser
 
 from benchmarks import floor, memory
 from benchmarks import rows as data
+from benchmarks.operations import stage2_of
 from benchmarks.shapes import PRESETS, Preset
 from benchmarks.sides import LORA
 from examples.demo.report import machine, versions
@@ -40,6 +45,7 @@ from lorgnette.trainer.feature_cache import COLUMN, METADATA, feature_opener, lo
 
 
 SUPER_LINEAR = 1.1  # a cost that grows with more than this power of what grows
+DASHES = {"pictures": ("o", "-"), "features": ("s", "--"), "cache": ("^", ":")}  # marker and line
 AXES = {"batch": "pairs in a batch", "image": "image tokens", "caption": "tokens of a caption", "cache": "rows cached"}
 
 
@@ -51,9 +57,16 @@ class Options:
     caption_tokens: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128, 256])
     cache_rows: list[int] = field(default_factory=lambda: [10**3, 10**4, 10**5])
     usual: list[int] = field(default_factory=lambda: [8, 32, 16], metadata={"help": "Batch, image, caption otherwise."})
-    repeats: int = field(default=3, metadata={"help": "Timed steps, after one that is not."})
+    repeats: int = field(default=3, metadata={"help": "Timed steps, after two that are not."})
+    minutes: float = field(default=60, metadata={"help": "Nothing is begun after so many; reports are written then."})
+    scratch: Path | None = field(
+        default=None, metadata={"help": "Where caches lie while they are read; the system's temporary folder."}
+    )
     seed: int = field(default=0)
     output: Path = field(default=Path("results/benchmarks"))
+
+
+UNTIMED = 2  # steps: operations are counted in the first, memory in the second
 
 
 @dataclass
@@ -73,36 +86,67 @@ class Point:
 def main(argv: list[str]) -> int:
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses(argv)
     points: list[Point] = []
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        say(needed(options, Path(scratch)))
+        until = time.monotonic() + 60 * options.minutes
         for shape in options.shapes:
-            for point in itertools.chain(steps(shape, options), caches(shape, options, Path(scratch).resolve())):
+            for point in itertools.chain(
+                steps(shape, options, until), caches(shape, options, Path(scratch).resolve(), until)
+            ):
                 points.append(point)
                 say(_line(point))
     save(points, options, shlex.join(["python", "-m", "benchmarks.growth", *argv]))
     return 0
 
 
-def steps(shape: str, options: Options) -> Iterator[Point]:
-    """Forward and backward passes of stage 2."""
+def needed(options: Options, scratch: Path) -> str:
+    """What the whole takes at least: minutes by operations alone, and bytes on the disk."""
+    operations = 0.0
+    for shape in options.shapes:
+        for _, pairs, image, words in sizes(options):
+            preset = replace(PRESETS[shape], num_query_tokens=image)
+            ways = stage2_of(preset, pairs, image + words, pairs * words)
+            steps_of_both = sum(ways["uncached"].values()) + sum(ways["cached"].values())
+            operations += (UNTIMED + options.repeats) * steps_of_both
+    rate = floor.matrix_rate("cpu", torch.float32, 1024)
+    largest = max((cache_bytes(shape, rows) for shape in options.shapes for rows in options.cache_rows), default=0)
+    return (
+        f"{operations / 1e12:,.3g} · 10¹² operations: {operations / rate / 60:.3g} minutes at least, with this "
+        f"machine's {rate / 1e9:,.3g} · 10⁹ a second; nothing is begun after {options.minutes:g} minutes. The largest "
+        f"cache is {largest / 1e9:.1f} GB; {scratch} has {shutil.disk_usage(scratch).free / 1e9:.1f} GB free"
+    )
+
+
+def sizes(options: Options) -> list[tuple[str, int, int, int]]:
+    """What changes, and pairs, image tokens and tokens of a caption; those of one number of image tokens in a row."""
     batch, image, caption = options.usual
-    sizes = [("batch", size, image, caption) for size in options.batch_sizes]
-    sizes += [("caption", batch, image, size) for size in options.caption_tokens]
-    sizes += [("image", batch, size, caption) for size in options.image_tokens]
-    for tokens, group in itertools.groupby(sizes, key=lambda size: size[2]):  # a model for each number of queries
-        preset = with_room(
-            replace(PRESETS[shape], num_query_tokens=tokens), tokens + max(caption, *options.caption_tokens) + 1
-        )
-        model = None
+    found = [("batch", size, image, caption) for size in options.batch_sizes]
+    found += [("caption", batch, image, size) for size in options.caption_tokens]
+    return found + [("image", batch, size, caption) for size in options.image_tokens]
+
+
+def steps(shape: str, options: Options, until: float = math.inf) -> Iterator[Point]:
+    """Forward and backward passes of stage 2, none begun after that moment of `time.monotonic`."""
+    for tokens, group in itertools.groupby(sizes(options), key=lambda size: size[2]):  # a model for each
+        room = tokens + max(options.usual[2], *options.caption_tokens) + 1
+        preset, model = with_room(replace(PRESETS[shape], num_query_tokens=tokens), room), None
         for axis, pairs, _, words in group:
             size = {"batch": pairs, "image": tokens, "caption": words}[axis]
             try:
                 floor.check_memory(replace(preset, num_query_tokens=tokens + words), shape, pairs, "cpu")
+                left_out = None
             except ValueError as error:
-                yield from (Point(shape, axis, kind, size, left_out=str(error)) for kind in ("pictures", "features"))
-                continue
-            model = build(preset, options.seed) if model is None else model
+                left_out = str(error)
             for kind in ("pictures", "features"):
-                yield measure(model, Point(shape, axis, kind, size), pairs, words, options.repeats)
+                point = Point(shape, axis, kind, size, left_out=left_out or too_late(options, until))
+                if point.left_out is None:
+                    model = build(preset, options.seed) if model is None else model
+                    measure(model, point, pairs, words, options.repeats)
+                yield point
+
+
+def too_late(options: Options, until: float) -> str | None:
+    return f"the {options.minutes:g} minutes were over" if time.monotonic() > until else None
 
 
 def with_room(preset: Preset, tokens: int) -> Preset:
@@ -120,17 +164,17 @@ def build(preset: Preset, seed: int) -> LorgnetteForConditionalGeneration:
     return LorgnetteForConditionalGeneration.from_blip2(blip2, processor=processor, lora=lora).train()
 
 
-def measure(model: LorgnetteForConditionalGeneration, point: Point, pairs: int, words: int, repeats: int) -> Point:
+def measure(model: LorgnetteForConditionalGeneration, point: Point, pairs: int, words: int, repeats: int) -> None:
+    """Fills in a point's figures."""
     batch = batch_of(model, pairs, words, point.kind)
 
     def step() -> None:
         model(**batch).loss.backward()
 
-    taken = floor.seconds(step, "cpu", repeats + 1)[1:]
-    point.pairs_per_s = pairs / statistics.median(taken)
-    point.bytes, point.operations = memory.step_bytes(step, "cpu"), floor.operations(step)
+    point.operations = floor.operations(step)  # gradients are there afterwards, and are added to
+    point.bytes = memory.step_bytes(step, "cpu")
+    point.pairs_per_s = pairs / statistics.median(floor.seconds(step, "cpu", repeats))
     model.zero_grad()
-    return point
 
 
 def batch_of(model: LorgnetteForConditionalGeneration, pairs: int, words: int, kind: str) -> dict[str, torch.Tensor]:
@@ -151,20 +195,25 @@ def feature_shape(vision: Any) -> tuple[int, int]:
     return (vision.image_size // vision.patch_size) ** 2 + 1, vision.hidden_size
 
 
-def caches(shape: str, options: Options, scratch: Path) -> Iterator[Point]:
+def caches(shape: str, options: Options, scratch: Path, until: float = math.inf) -> Iterator[Point]:
     """Features in float16, as `lorgnette.trainer cache` lays them out; `pairs_per_s` are rows read in any order."""
-    tokens, width = feature_shape(PRESETS[shape].config().vision_config)
     for rows in options.cache_rows:
-        point, folder = Point(shape, "cache", "cache", rows), scratch / f"{shape}-{rows}"
-        needed, free = 2 * tokens * width * rows, shutil.disk_usage(scratch).free
-        if 1.1 * needed > free:
-            point.left_out = f"{rows:,} rows take {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB free"
-            yield point
-            continue
-        write_cache(folder, rows, (tokens, width))
-        point.pairs_per_s, point.bytes = read(folder, rows, options)
-        shutil.rmtree(folder)
+        point, folder = (
+            Point(shape, "cache", "cache", rows, left_out=too_late(options, until)),
+            scratch / f"{shape}-{rows}",
+        )
+        size, free = cache_bytes(shape, rows), shutil.disk_usage(scratch).free
+        if 1.1 * size > free:
+            point.left_out = f"{rows:,} rows take {size / 1e9:.1f} GB, and {scratch} has {free / 1e9:.1f} GB free"
+        if point.left_out is None:
+            write_cache(folder, rows, feature_shape(PRESETS[shape].config().vision_config))
+            point.pairs_per_s, point.bytes = read(folder, rows, options)
+            shutil.rmtree(folder)
         yield point
+
+
+def cache_bytes(shape: str, rows: int) -> int:
+    return rows * 2 * math.prod(feature_shape(PRESETS[shape].config().vision_config))
 
 
 def read(folder: Path, rows: int, options: Options) -> tuple[float, int]:
@@ -177,15 +226,15 @@ def read(folder: Path, rows: int, options: Options) -> tuple[float, int]:
 
 
 def write_cache(folder: Path, rows: int, shape: tuple[int, int]) -> None:
-    """A feature cache of noise."""
+    """A feature cache of noise, the same in all shards."""
     metadata = {"splits": {"train": rows}, "unreadable": {}, "shard_size": min(rows, 1000), "complete": True}
     metadata |= {"dtype": "float16", "feature_shape": list(shape)}
     folder.mkdir()
     (folder / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
-    generator = np.random.default_rng(0)
+    noise = np.random.default_rng(0).standard_normal((metadata["shard_size"], *shape), np.float32).astype(np.float16)
+    features = [one.tobytes() for one in noise]
     for path, numbers in planned_shards(folder, metadata, "train"):
-        features = generator.standard_normal((len(numbers), *shape)).astype(np.float16)
-        Dataset.from_dict({"index": numbers, COLUMN: [one.tobytes() for one in features]}).save_to_disk(path)
+        Dataset.from_dict({"index": numbers, COLUMN: features[: len(numbers)]}).save_to_disk(path)
 
 
 def anonymous_bytes() -> int:
@@ -244,23 +293,32 @@ def save(points: Sequence[Point], options: Options, command: str) -> None:
 
 
 def chart(points: Sequence[Point], path: Path) -> None:
-    """Writes a PNG: a column for each size, speed above memory, a line for each shape and kind."""
-    figure = Figure(figsize=(16, 7))
-    grid = figure.subplots(2, len(AXES))
+    """Writes a PNG: a column for each size, speed above memory; a color for each shape, a dash for each kind."""
+    figure = Figure(figsize=(16, 7.5))
+    grid, shapes = figure.subplots(2, len(AXES)), list(dict.fromkeys(point.shape for point in points))
+    legend: dict[str, Line2D] = {}
     for column, (axis, label) in enumerate(AXES.items()):
-        lines: dict[str, list[Point]] = {}
+        lines: dict[tuple[str, str], list[Point]] = {}
         for point in points:
             if point.axis == axis and point.left_out is None:
-                lines.setdefault(f"{point.shape}, {point.kind}", []).append(point)
-        for name, line in lines.items():
-            sizes = [point.size for point in line]
-            grid[0, column].plot(sizes, [point.pairs_per_s for point in line], marker="o", label=name)
-            grid[1, column].plot(sizes, [point.bytes / 2**20 for point in line], marker="o", label=name)
-        grid[0, column].set(xscale="log", yscale="log", ylabel="rows/s" if axis == "cache" else "pairs/s", title=label)
-        grid[1, column].set(xscale="log", yscale="linear" if axis == "cache" else "log", ylabel="MiB", xlabel=label)
-        if lines:
-            grid[0, column].legend(fontsize=8)
-    figure.tight_layout()
+                lines.setdefault((point.shape, point.kind), []).append(point)
+        for (shape, kind), line in lines.items():
+            at, look = [point.size for point in line], {"color": f"C{shapes.index(shape)}", "marker": DASHES[kind][0]}
+            look |= {"linestyle": DASHES[kind][1], "markersize": 5}
+            (legend[f"{shape}, {kind}"],) = grid[0, column].plot(at, [point.pairs_per_s for point in line], **look)
+            grid[1, column].plot(at, [point.bytes / 2**20 for point in line], **look)
+        ticks = sorted({point.size for line in lines.values() for point in line})
+        grid[0, column].set(yscale="log", ylabel="rows/s" if axis == "cache" else "pairs/s", title=label)
+        grid[1, column].set(yscale="linear" if axis == "cache" else "log", ylabel="MiB", xlabel=label)
+        if axis == "cache":
+            grid[1, column].set_ylim(bottom=0)
+        for one in grid[:, column]:
+            one.set_xscale("log")
+            one.set_xticks(ticks, [f"{size:,}" for size in ticks])
+            one.minorticks_off()
+            one.grid(alpha=0.3)
+    figure.legend(legend.values(), legend.keys(), loc="lower center", ncols=max(1, len(legend)))
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     figure.savefig(path, dpi=110)
 
 

@@ -31,12 +31,18 @@ class Options:
 
 def stage2(preset: Preset, rows: list[dict[str, Any]]) -> Parts:
     """Of a step of `theirs`, `uncached` and `cached` over the same rows."""
-    batch, text = LorgnetteCollator(data.processor(preset))(rows), preset.config().text_config
-    (pairs, length), supervised = batch["input_ids"].shape, int((batch["labels"] != IGNORED).sum())
+    batch = LorgnetteCollator(data.processor(preset))(rows)
+    return stage2_of(preset, *batch["input_ids"].shape, int((batch["labels"] != IGNORED).sum()))
+
+
+def stage2_of(preset: Preset, pairs: int, length: int, supervised: int) -> Parts:
+    """Of rows of so many tokens, placeholders included, and with so many labels in all of them."""
+    text = preset.config().text_config
     width, layers = text.hidden_size, text.num_hidden_layers
-    keys = width // text.num_attention_heads * text.num_key_value_heads
+    keys = width // text.num_attention_heads * getattr(text, "num_key_value_heads", text.num_attention_heads)
     projections = [(width, width), (width, keys), (width, keys), (width, width)]
-    weights = sum(a * b for a, b in projections) + 3 * width * text.intermediate_size
+    feed_forward = 3 * text.intermediate_size if hasattr(text, "intermediate_size") else 2 * text.ffn_dim  # OPT's
+    weights = sum(a * b for a, b in projections) + width * feed_forward
     lora = sum(LORA["r"] * (a + b) for a, b in projections)
     qformer, queries = preset.config().qformer_config, preset.num_query_tokens
     common = {

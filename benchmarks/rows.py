@@ -1,4 +1,4 @@
-"""Pairs to be fast on: pictures of noise, and captions whose lengths are spread as those of COCO are."""
+"""Pairs to be fast on: pictures of noise, and captions with the lengths of COCO's, or with very different ones."""
 
 from io import BytesIO
 from typing import Any
@@ -16,7 +16,15 @@ from lorgnette.processing.blip2_prompts import BLIP2_TEMPLATE
 
 WORDS_MEAN, WORDS_SD = 10.5, 2.4  # of COCO's captions
 PICTURE = (640, 480)  # COCO's usual size
-_SPECIAL = ["<pad>", "<s>", "</s>"]
+MEDIAN, LONGEST = 10.5, 100  # words, of captions of mixed lengths; a logarithm of them has a standard deviation of 1
+_SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+_ROLES = ("system", "user", "assistant")
+# before the picture as many tokens as SmolLM2-135M-Instruct's own system message and "Describe the picture." are
+SYSTEM_WORDS, QUERY_WORDS = 15, 5
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 _SYLLABLES = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u", "ar", "en", "ol")]
 
 
@@ -39,20 +47,29 @@ def rows(count: int, seed: int) -> list[dict[str, Any]]:
     return made
 
 
-def captions(count: int, seed: int) -> list[str]:
-    """Several are never all of one length. Short words are more frequent than long ones."""
+def captions(count: int, seed: int, mixed: bool = False) -> list[str]:
+    """Several are never all of one length. Short words are more frequent than long ones.
+
+    Args:
+        mixed: many short ones and few long ones, from 3 to `LONGEST` words, in place of COCO's lengths.
+    """
     generator = np.random.default_rng(seed)
     vocabulary = words()
     frequencies = 1 / np.arange(1, len(vocabulary) + 1)
-    lengths = generator.normal(WORDS_MEAN, WORDS_SD, count).round().clip(min=3).astype(int)
+    drawn = generator.lognormal(np.log(MEDIAN), 1, count) if mixed else generator.normal(WORDS_MEAN, WORDS_SD, count)
+    lengths = drawn.round().clip(3, LONGEST).astype(int)
     while count > 1 and len(set(lengths)) == 1:
         lengths[0] += 1
     frequencies /= frequencies.sum()
     return [" ".join(generator.choice(vocabulary, length, p=frequencies)) for length in lengths]
 
 
-def processor(preset: Preset) -> LorgnetteProcessor:
-    """Stage 2's, with BLIP-2's prompts: pictures, BOS, caption, EOS."""
+def processor(preset: Preset, chat: bool = False) -> LorgnetteProcessor:
+    """Stage 2's, with BLIP-2's prompts: pictures, BOS, caption, EOS.
+
+    Args:
+        chat: with `<SYSTEM> <QUERY> <IMAGE> <OUTPUT>` in ChatML instead; ids mean the same.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -62,20 +79,18 @@ def processor(preset: Preset) -> LorgnetteProcessor:
         special_tokens=_SPECIAL,
         show_progress=False,
     )
-    backend.train_from_iterator([f" {word}" for word in words()], trainer)
+    backend.train_from_iterator([*_ROLES, *(f" {word}" for word in words())], trainer)
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="right"
     )
-    return LorgnetteProcessor(
-        image_processor(preset),
-        tokenizer,
-        num_query_tokens=preset.num_query_tokens,
-        query="",
-        chat_template=BLIP2_TEMPLATE,
-    )
+    prompt: dict[str, str] = {"query": "", "chat_template": BLIP2_TEMPLATE}
+    if chat:
+        said = {"system_prompt": words()[:SYSTEM_WORDS], "query": words()[:QUERY_WORDS]}
+        prompt = {name: " ".join(part) for name, part in said.items()} | {"chat_template": CHAT_TEMPLATE}
+    return LorgnetteProcessor(image_processor(preset), tokenizer, num_query_tokens=preset.num_query_tokens, **prompt)
 
 
 def stage1_processor(preset: Preset) -> LorgnetteProcessor:

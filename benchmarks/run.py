@@ -1,10 +1,11 @@
 """How fast, how large: transformers' BLIP-2 and ours on the same weights and rows, in one process, in turn.
 
-    python -m benchmarks.run [--device cpu|cuda] [--preset tiny|smollm2|blip2-opt-2.7b]
+    python -m benchmarks.run [--device cpu|cuda] [--preset tiny|smollm2|blip2-opt-2.7b] [--compile]
 
 Writes a table, a chart and all raw figures into `results/benchmarks`. Before anything is timed, both have to make the
 same batches and the same logits. What each figure is, and what the two sides are given, stands in the files beside this
-one: `sides.py`, `training.py`, `plain_stage1.py`, `memory.py`, `generation.py`, `files.py`; goals in `goals.py`.
+one: `sides.py`, `training.py`, `fast_paths.py`, `plain_stage1.py`, `memory.py`, `generation.py`, `files.py`; goals in
+`goals.py`. `--compile` makes a table of its own, of both sides under `torch.compile`: `compiled.py`.
 """
 
 import json
@@ -21,7 +22,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
-from benchmarks import files, floor, generation, memory, sides, stage1, training
+from benchmarks import compiled, fast_paths, files, floor, generation, memory, sides, stage1, training
+from benchmarks.forms import FORMS
 from benchmarks.goals import GOALS
 from benchmarks.rows import rows as make_rows
 from benchmarks.shapes import PRESETS
@@ -36,11 +38,32 @@ NOTES = (
     "same weights, rows, batches and dtypes, sdpa on both sides",
     "cached: ours reads the frozen ViT's features from disk; theirs has no cache and looks at the pictures each time. "
     "The first epoch of a cache costs one ViT pass a picture",
+    "chat prompts: our own order, `<SYSTEM> <QUERY> <IMAGE> <OUTPUT>` in ChatML, with some 30 tokens before the "
+    "picture that are the same in all rows: ours runs them once; theirs is given the very same tokens, and runs them "
+    "in each row",
+    "mixed lengths: captions of 3 to 100 words, drawn log-normally around 10.5, made up; ours is packed into rows of "
+    "256 tokens, theirs padded",
+    "what sharing and packing bring by themselves is in the rows against ours without them, cached on both sides",
+    "chat prompts, mixed lengths: forward and backward passes alone, over a batch a round; other rows of training are "
+    "whole steps of the stock Trainer, loading and optimizer included",
+    "against …: what stands under theirs is that",
     "stage 1 plain: one ViT pass, and the queries' keys and values used again for ITG; separate: three passes",
     "memory: the most that a forward and backward pass allocates at once; gradients were there before",
     "of the machine's best: operations of our path over the rate of one large matrix product here; of captions the "
     "larger of that and the LM's weights, once a token, over the bandwidth of a copy",
-    "torch.compile and static caches were not measured",
+    "from_pretrained: theirs is the whole model with LoRA merged into it, since nothing else comes back by itself; its "
+    "bytes are those of the checkpoint, too. All have been read before, and come from the disk's pages in memory",
+    "torch.compile and static caches: `python -m benchmarks.run --compile`, in a table of its own",
+)
+COMPILED_NOTES = (
+    "theirs: `transformers.Blip2ForConditionalGeneration` with LoRA of peft, on the same weights, rows and dtypes, "
+    "sdpa on both sides; no dropout, so that a compiled step has to give the loss of the one as it is",
+    "compiled: `torch.compile(model)` with inductor's defaults, forward and backward passes over one batch padded to a "
+    "multiple of 16 tokens; as is: the same without",
+    "captions: `generate(cache_implementation='static')`, whose steps transformers compiles; on a CPU with a flag of "
+    "its own tests, given to both. The picture and the prompt are not compiled there, on either side",
+    "the first compiled …: compiling included; theirs is compiled first, and what both have in common with it",
+    "against …: what stands under theirs is that",
 )
 
 
@@ -53,6 +76,7 @@ class Options:
     rounds: int = field(default=3, metadata={"help": "Runs of each side, in turn."})
     sizes: list[int] = field(default_factory=lambda: [1, 8, 64], metadata={"help": "Pictures captioned at once."})
     tokens: int = field(default=12, metadata={"help": "Length of each caption that is generated."})
+    compile: bool = field(default=False, metadata={"help": "torch.compile and static caches, and nothing else."})
     seed: int = field(default=0)
     output: Path = field(default=Path("results/benchmarks"))
 
@@ -62,13 +86,14 @@ class Bench:
 
     def __init__(self, options: Options, scratch: Path):
         self.options, self.scratch, self.device = options, scratch, options.device
-        self.preset = PRESETS[options.preset]
+        self.preset = PRESETS[options.preset].without_dropout() if options.compile else PRESETS[options.preset]
         self.goals: dict[str, float] = GOALS.get((options.preset, options.device), {})
         self.raw: dict[str, Any] = {}
         self.table: list[Row] = []
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, and torch sees no CUDA GPU here")
         largest = max(options.batch_size, *options.sizes)
+        trained = options.batch_size * max(options.steps + 1, options.rounds)
         self.raw["bytes_estimated"] = floor.check_memory(self.preset, options.preset, largest, self.device)
         self.bf16 = (self.device == "cuda") == torch.cuda.is_available() and has_bf16_hardware()
         size = {"cuda": 8192, "cpu": 2048}[self.device] if options.preset != "tiny" else 256
@@ -76,7 +101,9 @@ class Bench:
         self.rate = floor.matrix_rate(self.device, dtype, size)
         self.bandwidth = floor.bandwidth(self.device, 2**28 if options.preset != "tiny" else 2**20)  # past any cache
         self.raw["machine"] = {"operations_per_s": self.rate, "bytes_per_s": self.bandwidth, "bf16": self.bf16}
-        self.rows = make_rows(max(largest, options.batch_size * (options.steps + 1)), options.seed)
+        self.rows = make_rows(max(largest, trained), options.seed)
+        self.pairs = self.rows[:trained]  # those that are trained on
+        self.cached: training.CachedRows | None = None
 
     def add(self, row: Row, **raw: Any) -> None:
         row.goal = self.goals.get(row.path)
@@ -87,7 +114,7 @@ class Bench:
     def train(self, side: sides.Side, number: int, rows: Any = None) -> list[float]:
         return training.train(
             side,
-            self.rows if rows is None else rows,
+            self.pairs if rows is None else rows,
             batch_size=self.options.batch_size,
             steps=self.options.steps,
             seed=self.options.seed + number,
@@ -118,24 +145,37 @@ def main(argv: list[str]) -> int:
             "all": sum(parameter.numel() for parameter in ours.model.parameters()),
             "trained": sides.trained_parameters(ours.model),
         }
-        for side in (theirs, ours):
-            bench.quicken(side)
-        stage2(bench, theirs, ours)
-        loading(bench, theirs, ours)
-        speaking(bench, theirs, ours)
-        keeping(bench, theirs, ours)
-        del theirs, ours, side
-        stage1.measure(bench)
-        taken = files.import_seconds(options.rounds)
-        bench.add(cost("import, s", taken["ours"], taken["theirs"]), **taken)
+        if options.compile:
+            compiled.measure(bench, theirs, ours)
+        else:
+            compare(bench, theirs, ours)
+            del theirs, ours, side
+            stage1.measure(bench)
+            taken = files.import_seconds(options.rounds)
+            bench.add(cost("import, s", taken["ours"], taken["theirs"]), **taken)
     save(bench, argv)
     return 0
+
+
+def compare(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
+    """All but stage 1 and imports."""
+    cases = fast_paths.cases(bench.preset, theirs, ours, bench.pairs, bench.options.seed)
+    for case in cases:
+        bench.raw[f"{case.name}_apart"] = fast_paths.check_equal(case, case.rows[:2])
+    for side in (theirs, ours):
+        bench.quicken(side)
+    stage2(bench, theirs, ours)
+    for case in cases:
+        fast_paths.measure(bench, case)
+    loading(bench, theirs, ours)
+    speaking(bench, theirs, ours)
+    keeping(bench, theirs, ours)
 
 
 def stage2(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
     """Training: pairs a second, and what a step takes."""
     options, count = bench.options, bench.options.batch_size
-    cached = training.CachedRows(ours, bench.rows, bench.scratch / "features")
+    cached = bench.cached = training.CachedRows(ours, bench.pairs, bench.scratch / "features")
     runs = {
         "theirs": partial(bench.train, theirs),
         "uncached": partial(bench.train, ours),
@@ -184,29 +224,33 @@ def speaking(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
             side.model.eval(), sides.prompts(ours.collator.processor, bench.rows[:1], ours.model.device), 2
         )
     for size in options.sizes:
-        rows = bench.rows[:size]
-        taken = generation.captions(theirs, ours, rows, options.tokens, options.rounds, bench.device)
-        inputs = sides.prompts(ours.collator.processor, rows, ours.model.device)
-        operations = floor.operations(partial(generation.caption, ours.model, inputs, options.tokens))
-        weights = sum(value.numel() * value.element_size() for value in ours.model.language_model.parameters())
-        reached = bench.reached(operations, taken["all"]["ours"], weights * options.tokens)
-        everything, first = taken["all"], taken["first"]
-        row = speed(f"captions/s, batch {size}", size, everything["ours"], everything["theirs"], reached=reached)
-        bench.add(row, seconds=everything, operations=operations)
-        bench.add(cost(f"first token, batch {size}, s", first["ours"], first["theirs"]), seconds=first)
+        inputs = sides.prompts(ours.collator.processor, bench.rows[:size], ours.model.device)
+        built = {"theirs": theirs, "ours": ours}
+        taken = generation.captions(built, inputs, options.tokens, options.rounds, bench.device)
+        every, first = taken["all"], taken["first"]
+        for row, times, tokens in (
+            (speed(f"captions/s, batch {size}", size, every["ours"], every["theirs"]), every, options.tokens),
+            (cost(f"first token, batch {size}, s", first["ours"], first["theirs"]), first, 1),
+        ):
+            operations, moved = generation.needed(ours.model, inputs, tokens)
+            row.reached = bench.reached(operations, times["ours"], moved)
+            bench.add(row, seconds=times, operations=operations)
 
 
 def keeping(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
     """Checkpoints, and how long it takes from one to a caption."""
+    options = bench.options
+    inputs = sides.prompts(ours.collator.processor, bench.rows[:1], ours.model.device)
+    expected = {name: files.logits_of(side.model, inputs) for name, side in (("theirs", theirs), ("ours", ours))}
     files.name_backbones(ours, theirs, bench.scratch)
+    files.merge(theirs)
     found = files.checkpoint_bytes(theirs, ours, bench.scratch)
     bench.add(cost("checkpoint weights, MB", [found["ours"] / 1e6], [found["theirs"] / 1e6]), bytes=found)
-    inputs = sides.prompts(ours.collator.processor, bench.rows[:1], ours.model.device)
-    taken = files.first_caption(
-        ours, inputs, bench.options.tokens, bench.scratch, bench.options.rounds, bench.device
-    )  # fmt: skip
-    for form, times in taken.items():
-        bench.add(cost(f"from_pretrained to first caption, {form}, ms", [1000 * time for time in times]), seconds=times)
+    taken = files.first_caption(ours, expected, inputs, options.tokens, bench.scratch, options.rounds, bench.device)
+    in_ms = {name: [1000 * time for time in times] for name, times in taken.items()}
+    for form in FORMS:
+        row = cost(f"from_pretrained to first caption, {form}, ms", in_ms[form], in_ms["theirs"])
+        bench.add(row, seconds=taken)
 
 
 def save(bench: Bench, argv: list[str]) -> None:
@@ -216,10 +260,10 @@ def save(bench: Bench, argv: list[str]) -> None:
     report = {"command": command, "machine": machine(), "versions": versions(), "options": asdict(options)}
     report |= {"rows": [asdict(row) | {"ratio": row.ratio, "met": row.met} for row in bench.table], "raw": bench.raw}
     options.output.mkdir(parents=True, exist_ok=True)
-    name = f"{options.preset}-{options.device}"
-    title = f"{options.preset}, {machine()}"
+    name = f"{options.preset}-{options.device}" + ("-compiled" if options.compile else "")
+    title = f"{options.preset}{', compiled' if options.compile else ''}, {machine()}"
     text = f"# {title}\n\n`{command}`, seed {options.seed}; " + ", ".join(f"{k} {v}" for k, v in versions().items())
-    text += f"\n\n{markdown(bench.table, NOTES)}"
+    text += f"\n\n{markdown(bench.table, COMPILED_NOTES if options.compile else NOTES)}"
     (options.output / f"{name}.json").write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
     (options.output / f"{name}.md").write_text(text, encoding="utf-8")
     chart(bench.table, title, options.output / f"{name}.png")

@@ -2,7 +2,7 @@
 
 import sys
 from argparse import ArgumentParser
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ VISION: dict[str, PreTrainedConfig] = {
 }
 # BLIP-2's own starts at 1e-10 and gives the same features for all pictures
 _DRAWN = {"initializer_range": 0.02}
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _VIT_B_16 = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
              "patch_size": 16}  # fmt: skip
 _TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -52,12 +53,17 @@ class Preset:
             **own,
         )
 
+    def without_dropout(self) -> "Preset":
+        """The same, and each run of it gives the same numbers."""
+        text = type(self.text).from_dict(self.text.to_dict() | {"dropout": 0.0})  # OPT's
+        return replace(self, text=text, qformer=self.qformer | _NO_DROPOUT)
+
 
 PRESETS = {
     "tiny": Preset(
         vision=_TINY | {"image_size": 32, "patch_size": 8},
         qformer=_TINY | {"vocab_size": 512, "max_position_embeddings": 64},
-        text=LlamaConfig(**_TINY, vocab_size=640, num_key_value_heads=1, max_position_embeddings=256),
+        text=LlamaConfig(**_TINY, vocab_size=640, num_key_value_heads=1, max_position_embeddings=1024),
         num_query_tokens=4,
     ),
     # ViT-B/16, HuggingFaceTB/SmolLM2-135M, and a Q-Former of half of BERT-base's layers

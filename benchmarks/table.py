@@ -22,15 +22,17 @@ class Row:
         more_is_better: whether a ratio above the goal meets it; else one below.
         goal: of the ratio, or without ratios of ours; None where none is set.
         reached: the share of what the machine could do that ours gets, of 1; None where that says nothing.
+        not_run: why there are no figures.
     """
 
     path: str
-    ours: float
+    ours: float | None = None
     theirs: float | None = None
     ratios: Sequence[float] = ()
     more_is_better: bool = True
     goal: float | None = None
     reached: float | None = None
+    not_run: str | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -38,7 +40,7 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        if self.goal is None:
+        if self.goal is None or self.not_run is not None:
             return None
         measured = self.ours if self.ratio is None else self.ratio
         return measured >= self.goal if self.more_is_better else measured <= self.goal
@@ -62,10 +64,10 @@ def markdown(rows: Sequence[Row], notes: Sequence[str]) -> str:
     lines += ["|---|---|---|---|---|---|"]
     for row in rows:
         ratio = "" if row.ratio is None else f"**{row.ratio:.3g}** ({min(row.ratios):.3g} to {max(row.ratios):.3g})"
+        ratio = ratio if row.not_run is None else f"not run: {row.not_run}"
         goal = "" if row.goal is None else f"{'≥' if row.more_is_better else '≤'} {row.goal:g}: {_verdict(row)}"
         reached = "" if row.reached is None else f"{row.reached:.0%}"
-        theirs = "" if row.theirs is None else _number(row.theirs)
-        lines.append(f"| {row.path} | {ratio} | {goal} | {_number(row.ours)} | {theirs} | {reached} |")
+        lines.append(f"| {row.path} | {ratio} | {goal} | {_number(row.ours)} | {_number(row.theirs)} | {reached} |")
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 
@@ -88,8 +90,10 @@ def chart(rows: Sequence[Row], title: str, path: Path) -> None:
 
 
 def _verdict(row: Row) -> str:
-    return "met" if row.met else "not met"
+    return {True: "met", False: "not met", None: "open"}[row.met]
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -93,14 +93,18 @@ def in_turn(runs: Mapping[str, Callable[[int], list[float]]], rounds: int) -> di
     return found
 
 
-def step_of(side: Side, rows: Sequence[dict[str, Any]], device: str, bf16: bool) -> Callable[[], None]:
-    """A forward and backward pass over the same batch at each call, as the Trainer's are: gradients add up."""
+def step_of(side: Side, rows: Sequence[dict[str, Any]], device: str, bf16: bool) -> Callable[[], torch.Tensor]:
+    """A forward and backward pass over the same batch at each call, as the Trainer's are: gradients add up.
+
+    It returns the loss.
+    """
     batch = {name: tensor.to(device) for name, tensor in side.collator(list(rows)).items()}
     side.model.train()
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
             output = side.model(**batch)
         output["loss"].backward()
+        return output["loss"].detach()
 
     return step

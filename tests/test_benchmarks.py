@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import datasets
@@ -11,9 +12,13 @@ import tiny_models
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from tiny_training import joined, pairs, write_backbones
+from torch._inductor import config as inductor
+from transformers import CompileConfig
 
 from benchmarks import (
     cache,
+    compiled,
+    fast_paths,
     files,
     floor,
     forms,
@@ -87,6 +92,12 @@ def test_the_table_has_every_row_and_the_files_lie_there(tmp_path, capsys, monke
     of_stage2 = {
         f"stage 2, {kind}, {what}" for kind in ("uncached", "cached") for what in ("pairs/s", "memory of a step, MiB")
     }
+    left_out = {
+        "chat prompts": "against ours with the beginning run in each row",
+        "mixed lengths, packed": "against ours padded",
+    }
+    of_stage2 |= {f"stage 2, {name}, {kind}, pairs/s" for name in left_out for kind in ("uncached", "cached")}
+    of_stage2 |= {f"stage 2, {name}, cached, {against}, pairs/s" for name, against in left_out.items()}
     others = {"stage 2, uncached, MFU", "data loader, pairs/s", "checkpoint weights, MB", "import, s"}
     others |= {f"stage 1 against {way}, pairs/s" for way in ("plain", "separate")}
     assert found.keys() == sized | forms_of | of_stage2 | others
@@ -98,6 +109,12 @@ def test_the_table_has_every_row_and_the_files_lie_there(tmp_path, capsys, monke
     assert operations["cached"] < operations["uncached"] < operations["theirs"]  # no ViT; no logits of all positions
     operations = report["raw"]["stage 1 against plain, pairs/s"]["operations_a_step"]
     assert operations["ours"] < operations["plain"] < operations["separate"]
+    for name in left_out:
+        operations = report["raw"][f"stage 2, {name}, cached, pairs/s"]["operations_a_step"]
+        assert operations["cached"] < operations["plain"] < operations["theirs"]
+        assert operations["cached"] < operations["uncached"] < operations["theirs"]
+        assert max(report["raw"][f"{name}_apart"].values()) <= sides.TOLERANCE
+    assert all(len(found[path]["ratios"]) == 2 for path in forms_of)
     needed = report["raw"]["stage 2, uncached, memory of a step, MiB"]["bytes"]
     assert needed["uncached"] < needed["theirs"]
     assert found["checkpoint weights, MB"]["ratio"] < 1
@@ -117,6 +134,82 @@ def test_what_is_not_equal_is_not_timed():
     ours.collator.query = "what?"
     with pytest.raises(ValueError, match="other batches of the same rows: input_ids, labels differ"):
         sides.check_equal(theirs, ours, pairs_of_both)
+
+
+def test_what_is_left_out_is_left_out_and_changes_no_loss(monkeypatch):
+    theirs, ours = sides.build(TINY, seed=0)
+    pairs_of_both = rows(4, seed=0)
+    chat, mixed = fast_paths.cases(TINY, theirs, ours, pairs_of_both, seed=0)
+    seen = []
+    ours.model.language_model.base_model.register_forward_hook(
+        lambda module, args, inputs, output: seen.append(inputs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+    )
+    for case in (chat, mixed):
+        tokens = {}
+        for name in ("plain", "ours"):
+            side = getattr(case, name)
+            seen.clear()
+            training.step_of(side, case.rows, "cpu", False)()
+            tokens[name] = sum(seen)
+        assert tokens["ours"] < 0.8 * tokens["plain"], case.name
+        assert max(fast_paths.check_equal(case, case.rows).values()) <= sides.TOLERANCE
+    shared = chat.ours.collator(pairs_of_both)["shared_input_ids"].shape[1]
+    assert shared == chat.ours.collator(pairs_of_both)["input_ids"][0].tolist().index(ours.model.config.image_token_id)
+    # a packed row whose documents see each other
+    packed = type(mixed.ours.collator).__call__
+
+    def leaking(self, rows):
+        batch = packed(self, rows)
+        if "document_ids" in batch:
+            batch["attention_mask"] = (batch.pop("document_ids") >= 0).long()
+        return batch
+
+    monkeypatch.setattr(type(mixed.ours.collator), "__call__", leaking)
+    with pytest.raises(ValueError, match="mixed lengths, packed: losses are apart by"):
+        fast_paths.check_equal(mixed, mixed.rows)
+
+
+def test_both_sides_are_compiled_and_stand_in_a_table_of_their_own(tmp_path, monkeypatch):
+    """But for inductor's own work, which takes minutes, and more layers than one, which would be traced one by one."""
+    layers = {"num_hidden_layers": 1}
+    text = type(TINY.text).from_dict(TINY.text.to_dict() | layers)
+    small = replace(TINY, text=text, vision=TINY.vision | layers, qformer=TINY.qformer | layers)
+    monkeypatch.setitem(run.PRESETS, "tiny", small)
+    monkeypatch.setattr(compiled.torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(compiled, "CompileConfig", partial(CompileConfig, backend="eager"))
+    options = "--preset tiny --batch_size 2 --rounds 2 --sizes 2 --tokens 3 --compile"
+    assert run.main([*options.split(), "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "tiny-cpu-compiled.json").read_text())
+    found = {row["path"]: row for row in report["rows"]}
+    assert list(found) == compiled.paths([2])
+    assert all(row["ours"] > 0 and row["theirs"] > 0 and row["not_run"] is None for row in found.values())
+    assert all(len(row["ratios"]) == (0 if "first compiled" in path else 2) for path, row in found.items())
+    graphs = report["raw"][compiled.STEP]["graphs"]
+    assert graphs["ours"] == {"graphs": 1, "breaks": {}}
+    assert graphs["theirs"]["graphs"] >= 1
+    assert report["raw"][compiled.CAPTIONS.format(2)]["graphs"] == 2  # one a side, whatever the call
+    assert {path for goal in goals.GOALS.values() for path in goal if "compiled" in path} <= {
+        *compiled.paths([1, 8, 64])
+    }
+
+
+def test_where_there_is_no_compiler_the_rows_say_so(tmp_path, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    options = "--preset tiny --batch_size 2 --rounds 1 --sizes 2 --compile"
+    assert run.main([*options.split(), "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "tiny-cpu-compiled.json").read_text())
+    assert [row["path"] for row in report["rows"]] == compiled.paths([2])
+    assert all("compiler" in row["not_run"] and row["ours"] is None for row in report["rows"])
+    assert f"| {compiled.STEP} | not run: " in (tmp_path / "tiny-cpu-compiled.md").read_text()
+
+
+def test_a_side_that_does_not_compile_is_told_with_its_error_beside_the_other():
+    failed = {"theirs": compiled.told(ValueError("\nno such | operator\nand much more"))}
+    row = compiled._compared("a", 8, {"ours": [2.0, 4.0]}, failed, lambda taken: 1.0)
+    row.goal = 1.5
+    expected = "| a | not run: theirs, ValueError: no such / operator | ≥ 1.5: open | 2.67 |  |  |"
+    assert expected in table.markdown([row], ())
 
 
 def test_stage_1_that_is_not_equal_is_not_timed():
@@ -170,6 +263,10 @@ def test_caption_lengths_are_those_of_coco():
     assert abs(lengths.std() - 2.4) < 0.4
     assert len({len(text.split()) for text in captions(2, seed=3)}) == 2
     assert rows(2, seed=1) == rows(2, seed=1)
+    mixed = torch.tensor([len(text.split()) for text in captions(300, seed=1, mixed=True)]).float()
+    assert 9 < mixed.median() < 12
+    assert mixed.std() > 10
+    assert (mixed.min(), mixed.max()) == (3, 100)
 
 
 def test_a_goal_is_met_from_its_own_side():
@@ -185,7 +282,7 @@ def test_a_goal_is_met_from_its_own_side():
     assert "≤ 0.5: not met" in table.markdown([faster, smaller], ())
 
 
-def test_growth_is_measured_point_by_point(tmp_path, monkeypatch):
+def test_growth_is_measured_point_by_point(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(growth.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     options = "--shapes tiny --batch_sizes 1 4 --image_tokens 2 --caption_tokens 8 16 --cache_rows 20 2000"
     assert growth.main([*options.split(), "--usual", "2", "4", "8", "--repeats", "1", "--output", str(tmp_path)]) == 0
@@ -194,7 +291,8 @@ def test_growth_is_measured_point_by_point(tmp_path, monkeypatch):
     sizes = [("batch", 1), ("batch", 4), ("image", 2), ("caption", 8), ("caption", 16)]
     seen = {(axis, kind, size) for axis, size in sizes for kind in ("pictures", "features")}
     assert points.keys() == seen | {("cache", "cache", 20), ("cache", "cache", 2000)}
-    assert "2,000 rows take 0.0 GB, and the disk has 0.0 GB free" in points["cache", "cache", 2000]["left_out"]
+    assert "2,000 rows take 0.0 GB, and " in points["cache", "cache", 2000]["left_out"]
+    assert "minutes at least" in capsys.readouterr().out.splitlines()[0]
     measured = [point for point in points.values() if point["left_out"] is None]
     assert len(measured) == 11
     assert all(point["pairs_per_s"] > 0 for point in measured)
@@ -220,6 +318,17 @@ def test_a_step_that_does_not_fit_is_left_out_with_the_estimate(monkeypatch):
     found = list(growth.steps("tiny", options))
     assert len(found) == 4
     assert all("preset tiny with batches of" in point.left_out for point in found)
+
+
+def test_growth_says_first_what_it_takes_and_begins_nothing_when_time_is_over(tmp_path):
+    options = growth.Options(shapes=["tiny", "smollm2"], minutes=0)
+    told = growth.needed(options, tmp_path)
+    assert "The largest cache is 30.3 GB; " in told
+    assert "nothing is begun after 0 minutes" in told
+    late = [*growth.steps("tiny", options, until=0), *growth.caches("smollm2", options, tmp_path, until=0)]
+    assert len(late) == 2 * (7 + 6 + 6) + 3
+    assert all(point.left_out for point in late)
+    assert {point.left_out for point in late if point.size < 10**5} == {"the 0 minutes were over"}
 
 
 def test_operations_by_shapes_are_those_that_are_counted():

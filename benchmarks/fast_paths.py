@@ -1,0 +1,136 @@
+"""Stage 2 on rows that have more to leave out than BLIP-2's prompts and COCO's captions: theirs, ours, ours without it.
+
+    chat prompts    `<SYSTEM> <QUERY> <IMAGE> <OUTPUT>` in ChatML: what comes before the picture is the same in all rows
+                    of a batch, and ours runs it once. Blip2Processor writes no such prompt, and so theirs is given our
+                    collator's batches, which its model takes as they are: the same tokens
+    mixed lengths   captions of 3 to 100 words, many short and few long: ours packs them, theirs pads
+
+Seconds are those of forward and backward passes over batches that are there already, one a round.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import floor, sides, training
+from benchmarks import rows as data
+from benchmarks.shapes import Preset
+from benchmarks.sides import Batch, Side
+from benchmarks.table import speed
+from lorgnette import LorgnetteCollator
+
+
+PACK_TO = 256  # tokens
+
+
+@dataclass
+class Case:
+    """Rows of one kind, and what trains on them.
+
+    Args:
+        plain: ours, but for the path that `against` names.
+    """
+
+    name: str
+    against: str
+    rows: list[dict[str, Any]]
+    theirs: Side
+    ours: Side
+    plain: Side
+
+
+@dataclass
+class RunInEachRow:
+    """Batches that do not say what their prompts begin with alike."""
+
+    collator: LorgnetteCollator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+        batch = self.collator(rows)
+        batch.pop("shared_input_ids", None)  # of one row there are none
+        return batch
+
+
+def cases(preset: Preset, theirs: Side, ours: Side, rows: Sequence[dict[str, Any]], seed: int) -> list[Case]:
+    """Both kinds, of the pictures in these rows."""
+    chat = LorgnetteCollator(data.processor(preset, chat=True))
+    in_each = RunInEachRow(chat)
+    mixed = [row | {"text": text} for row, text in zip(rows, data.captions(len(rows), seed, mixed=True), strict=True)]
+    return [
+        Case(
+            "chat prompts",
+            "ours with the beginning run in each row",
+            list(rows),
+            Side(theirs.model, in_each),
+            Side(ours.model, chat),
+            Side(ours.model, in_each),
+        ),
+        Case(
+            "mixed lengths, packed",
+            "ours padded",
+            mixed,
+            theirs,
+            Side(ours.model, replace(ours.collator, pack_to=PACK_TO)),
+            ours,
+        ),
+    ]
+
+
+def check_equal(case: Case, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How far our logits, and the losses of each way of training, are from theirs.
+
+    Raises:
+        ValueError: by more than `sides.TOLERANCE`, or batches differ.
+    """
+    apart = sides.check_equal(case.theirs, case.plain, rows)
+    losses = {}
+    for name in ("theirs", "ours", "plain"):
+        side: Side = getattr(case, name)
+        side.model.eval()
+        side.model.training = True  # the way that training goes, and no dropout
+        batch = {key: tensor.to(next(side.model.parameters()).device) for key, tensor in side.collator(rows).items()}
+        with torch.no_grad():
+            losses[name] = side.model(**batch)["loss"].item()
+    apart |= {f"loss, {name}": abs(loss - losses["theirs"]) for name, loss in losses.items() if name != "theirs"}
+    if not max(apart.values()) <= sides.TOLERANCE:
+        raise ValueError(f"{case.name}: losses are apart by {apart}; allowed is {sides.TOLERANCE}: {losses}")
+    return apart
+
+
+def measure(bench: Any, case: Case) -> None:
+    """Adds a case's rows to a `benchmarks.run.Bench`, which has features of the same pictures."""
+    count, device = bench.options.batch_size, bench.device
+    features = [bench.cached[number] | {"text": row["text"]} for number, row in enumerate(case.rows)]
+    ways = {
+        "theirs": (case.theirs, case.rows),
+        "uncached": (case.ours, case.rows),
+        "cached": (case.ours, features),
+        "plain": (case.plain, features),
+    }
+    steps: dict[str, list[Callable[[], torch.Tensor]]] = {
+        name: [
+            training.step_of(side, rows[number * count :][:count], device, bench.bf16)
+            for number in range(bench.options.rounds)
+        ]
+        for name, (side, rows) in ways.items()
+    }
+    # gradients are there afterwards
+    operations = {name: floor.operations(by_round[0]) for name, by_round in steps.items()}
+
+    def timed(name: str, number: int) -> list[float]:
+        return floor.seconds(steps[name][number], device)
+
+    taken = training.in_turn({name: partial(timed, name) for name in ways}, bench.options.rounds)
+    for side in (case.theirs, case.ours):
+        side.model.zero_grad()
+    for name, against, path in (
+        ("uncached", "theirs", f"stage 2, {case.name}, uncached, pairs/s"),
+        ("cached", "theirs", f"stage 2, {case.name}, cached, pairs/s"),
+        ("cached", "plain", f"stage 2, {case.name}, cached, against {case.against}, pairs/s"),
+    ):
+        reached = bench.reached(operations[name], taken[name])
+        row = speed(path, count, taken[name], taken[against], reached=reached)
+        bench.add(row, seconds_a_step=taken, operations_a_step=operations)
