@@ -249,6 +249,7 @@ def test_a_row_goes_from_data_to_figures_and_is_not_measured_twice(monkeypatch, 
         "data", "features", "stage1", "stage2", "evaluate-test", "baselines and plain text",
     }  # fmt: skip
     assert result["training"]["stage2"]["steps"] == 2
+    assert result["recipes"] == {"stage1": small, "stage2": small + "lora: {r: 2}\n"}
     assert result["tests"]["test"]["nearest"]["CLS"]["exact_match"] == 1.0  # the same pictures
     assert result["tests"]["test"]["probe"].keys() == {"CLS", "patch mean", "both"}
     assert result["plain_text"]["identical_without_adapters"]

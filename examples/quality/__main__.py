@@ -77,6 +77,8 @@ def run(name: str, cache: Path, work: Path, results: Path) -> None:
         "data": {split: len(rows) for split, rows in load_from_disk(folders.get("synthetic", folders["data"])).items()},
         "training": {stage: {"steps": log["global_step"], "epochs": log["epoch"]} for stage, log in logs.items()},
         "commands": {step: done["command"] for step, done in steps.done.items()},
+        # what they read: a recipe may change after the row was measured
+        "recipes": {stage: recipe_of(row, stage).read_text(encoding="utf-8") for stage in stages},
         "backbones": {part: f"{a.content}: {a.registry}, {a.requirement}" for part, (a, _) in BACKBONES.items()},
         "mixed_precision": default_mixed_precision(),
         "machine": machine(),
@@ -87,6 +89,10 @@ def run(name: str, cache: Path, work: Path, results: Path) -> None:
     text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
     (results / f"{name}.json").write_text(text, encoding="utf-8")
     say(f"{name}: {sum(seconds.values()) / 60:.0f} minutes in all; see {results / f'{name}.json'}")
+
+
+def recipe_of(row: Row, stage: str) -> Path:
+    return RECIPES / f"quality-{row.dataset}-{stage}.yaml"
 
 
 def take_steps(row: Row, steps: Steps, sources: Mapping[str, str], cache: Path) -> dict[str, Path]:
@@ -109,7 +115,7 @@ def take_steps(row: Row, steps: Steps, sources: Mapping[str, str], cache: Path) 
     qformer = sources["qformer"]
     for stage, text in (("stage1", []), ("stage2", ["--text", sources["text"]])):
         if stage == "stage2" or row.stage1:
-            command = ["lorgnette.trainer", stage, "--config", str(RECIPES / f"quality-{row.dataset}-{stage}.yaml")]
+            command = ["lorgnette.trainer", stage, "--config", str(recipe_of(row, stage))]
             command += [*vision, *text, "--qformer", qformer, "--dataset", features, *told[stage]]
             qformer = step(stage, command)
 
