@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import QFORMER, SCALED, TEXT, inputs, language_model, model
 from tiny_training import joined, pairs, write_backbones
+from transformers import AutoModelForCausalLM, MiniMaxConfig
 
 from lorgnette import LorgnetteCollator
 from lorgnette.modeling.modeling_shared_prefix import can_share
@@ -137,3 +138,9 @@ def test_what_asks_for_all_positions_is_not_shared():
     assert can_share(language_model("llama"), {"position_ids": None, "use_cache": False})
     assert not can_share(language_model("llama"), {"output_hidden_states": True})
     assert not can_share(language_model("llama"), {"position_ids": torch.arange(3)[None]})
+
+
+def test_what_is_no_key_and_no_value_is_not_shared():
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MiniMaxConfig(**sizes, layer_types=["full_attention", "linear_attention"], num_local_experts=2)
+    assert not can_share(AutoModelForCausalLM.from_config(config), {})
