@@ -66,6 +66,22 @@ def test_loss_and_gradients_are_the_plain_runs(architecture: str, attention: str
     assert any(gradient.any() for gradient in gradients[1].values())
 
 
+def test_a_sliding_window_may_be_shorter_than_what_is_shared():
+    built, shared = without_dropout(text="gemma3_text"), 18
+    assert built.language_model.config.sliding_window < shared
+    batch = inputs(rows=2, text_tokens=20)
+    batch["input_ids"][:, :shared] = batch["input_ids"][0, :shared]
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][:, :25] = -100
+    found = []
+    for told in ({}, {"shared_input_ids": batch["input_ids"][:, :shared]}):
+        built.zero_grad()
+        loss = built(**batch, **told).loss
+        loss.backward()
+        found.append((loss, {name: p.grad.clone() for name, p in built.named_parameters() if p.requires_grad}))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
 def test_the_collator_counts_what_prompts_have_in_common(tmp_path):
     built, processor = joined(write_backbones(tmp_path))
     collator = LorgnetteCollator(processor, query_column="query")
