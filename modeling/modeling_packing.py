@@ -20,6 +20,13 @@ from .modeling_checks import IGNORED, checked_documents
 
 PADDING = -1  # in place of a document's number
 MASKED_BY = ("eager", "sdpa", "flex_attention")
+MASKED_LAYERS = ("full_attention", "sliding_attention")  # of `config.layer_types`; convolutions, say, heed no mask
+
+
+def unmasked_layers(language_model: PreTrainedModel) -> list[str]:
+    """Kinds of layers in which tokens reach each other otherwise than a causal mask, or a sliding window, says."""
+    kinds = getattr(language_model.config, "layer_types", None) or ()
+    return [kind for kind in kinds if kind not in MASKED_LAYERS]
 
 
 def check_documents(
@@ -40,6 +47,11 @@ def check_documents(
         raise ValueError(f"document_ids and {', '.join(in_the_way)}: positions are counted from each document's first")
     if language_model._is_stateful:
         raise ValueError(f"{type(language_model).__name__} carries a state from token to token: it cannot be packed")
+    if kinds := unmasked_layers(language_model):
+        raise ValueError(
+            f"{type(language_model).__name__} has layers of {kinds[0]}, in which documents would see each other: it "
+            "cannot be packed"
+        )
     attention = language_model.config._attn_implementation
     if attention not in MASKED_BY and not is_flash_attention_requested(language_model.config):
         raise ValueError(
@@ -100,4 +112,4 @@ def _starts(document_ids: torch.Tensor) -> torch.Tensor:
     return document_ids != before
 
 
-__all__ = ["PADDING", "check_documents", "packed", "positions"]
+__all__ = ["PADDING", "check_documents", "packed", "positions", "unmasked_layers"]

@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .modeling_packing import unmasked_layers
+
 
 CONTINUED_BY = ("eager", "sdpa")
 NOT_SHARED = ("position_ids", "past_key_values", "output_attentions", "output_hidden_states")
@@ -33,6 +35,7 @@ def can_share(language_model: PreTrainedModel, inputs: Mapping[str, Any]) -> boo
     return (
         all(inputs.get(name) is None for name in NOT_SHARED)
         and not language_model._is_stateful
+        and not unmasked_layers(language_model)
         and language_model.config._attn_implementation in CONTINUED_BY
         and not any(
             isinstance(part, FullyShardedDataParallel) or getattr(part, "gradient_checkpointing", False)

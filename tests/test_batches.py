@@ -130,6 +130,20 @@ def test_rows_are_grouped_by_length(tmp_path):
         load_pairs(data, evaluate=False, seed=0, length_column="length")
 
 
+def test_evaluation_is_grouped_by_length_as_well(tmp_path):
+    """Trainer does so where training is, and would look for `input_ids` in rows without lengths."""
+    texts = ["a" * n for n in range(1, 13)]
+    Dataset.from_dict({"image": [picture()] * 12, "text": texts}).save_to_disk(tmp_path / "data")
+    data = DataArguments(dataset=str(tmp_path / "data"), eval_fraction=0.5)
+    train, evaluation = load_pairs(data, evaluate=True, seed=0, length_column="length")
+    assert evaluation["length"][:] == [len(text) for text in evaluation["text"][:]]
+    grouped = {"train_sampling_strategy": "group_by_length", "per_device_eval_batch_size": 3}
+    run = trainer(*joined(write_backbones(tmp_path)), tmp_path / "out", rows=train, **grouped)
+    run.eval_dataset = evaluation
+    assert isinstance(run._get_eval_sampler(evaluation), LengthGroupedSampler)
+    assert run.evaluate()["eval_loss"] > 0
+
+
 def test_chats_have_the_length_of_their_words(tmp_path):
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "What is it?"}, {"type": "image", "text": None}]},

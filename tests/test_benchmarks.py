@@ -320,6 +320,16 @@ def test_a_step_that_does_not_fit_is_left_out_with_the_estimate(monkeypatch):
     assert all("preset tiny with batches of" in point.left_out for point in found)
 
 
+def test_other_rows_of_a_cache_are_read_each_time(tmp_path, monkeypatch):
+    """What was read before comes from memory, however large the cache is."""
+    growth.write_cache(tmp_path / "cache", 50, (2, 3))
+    seen = []
+    monkeypatch.setattr(growth, "feature_opener", lambda _: lambda _features, place: seen.append(place))
+    growth.read(tmp_path / "cache", 50, growth.Options(usual=[1, 2, 2], repeats=2))
+    assert len(seen) == 128
+    assert sorted(seen[:64]) != sorted(seen[64:])
+
+
 def test_growth_says_first_what_it_takes_and_begins_nothing_when_time_is_over(tmp_path):
     options = growth.Options(shapes=["tiny", "smollm2"], minutes=0)
     told = growth.needed(options, tmp_path)

@@ -4,13 +4,14 @@ import pytest
 import tiny
 import torch
 from tiny_models import NUM_QUERY_TOKENS, TEXT, VOCAB_SIZE, model
-from transformers import AutoModelForCausalLM, MambaConfig
+from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig
 
 from lorgnette import LorgnetteCollator, LorgnetteProcessor
 from lorgnette.modeling.modeling_packing import PADDING, check_documents, packed, positions
 from lorgnette.trainer.collator import packs
 
 
+SMALL = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 LENGTHS = [9, 14, 7, 11, 21]  # the last is longer than the sliding window of the tiny Gemma
 
 
@@ -164,6 +165,9 @@ def test_what_cannot_be_kept_apart_is_refused():
     mamba = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1))
     with pytest.raises(ValueError, match="MambaForCausalLM carries a state"):
         check_documents(batch["document_ids"], mamba, {})
+    convolved = AutoModelForCausalLM.from_config(Lfm2Config(layer_types=["conv", "full_attention"], **SMALL))
+    with pytest.raises(ValueError, match="Lfm2ForCausalLM has layers of conv, in which documents would see each other"):
+        check_documents(batch["document_ids"], convolved, {})
     with pytest.raises(ValueError, match="pack_to is 0"):
         LorgnetteCollator(LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer()), pack_to=0)
     stage1 = LorgnetteProcessor.from_backbones(tiny.image_processor(), None, qformer=tiny.bert_tokenizer())

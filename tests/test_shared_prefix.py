@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import QFORMER, SCALED, TEXT, inputs, language_model, model
 from tiny_training import joined, pairs, write_backbones
+from transformers import AutoModelForCausalLM, MiniMaxConfig
 
 from lorgnette import LorgnetteCollator
 from lorgnette.modeling.modeling_shared_prefix import can_share
@@ -63,6 +64,22 @@ def test_loss_and_gradients_are_the_plain_runs(architecture: str, attention: str
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
     assert any(gradient.any() for gradient in gradients[1].values())
+
+
+def test_a_sliding_window_may_be_shorter_than_what_is_shared():
+    built, shared = without_dropout(text="gemma3_text"), 18
+    assert built.language_model.config.sliding_window < shared
+    batch = inputs(rows=2, text_tokens=20)
+    batch["input_ids"][:, :shared] = batch["input_ids"][0, :shared]
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][:, :25] = -100
+    found = []
+    for told in ({}, {"shared_input_ids": batch["input_ids"][:, :shared]}):
+        built.zero_grad()
+        loss = built(**batch, **told).loss
+        loss.backward()
+        found.append((loss, {name: p.grad.clone() for name, p in built.named_parameters() if p.requires_grad}))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_collator_counts_what_prompts_have_in_common(tmp_path):
@@ -137,3 +154,9 @@ def test_what_asks_for_all_positions_is_not_shared():
     assert can_share(language_model("llama"), {"position_ids": None, "use_cache": False})
     assert not can_share(language_model("llama"), {"output_hidden_states": True})
     assert not can_share(language_model("llama"), {"position_ids": torch.arange(3)[None]})
+
+
+def test_what_is_no_key_and_no_value_is_not_shared():
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MiniMaxConfig(**sizes, layer_types=["full_attention", "linear_attention"], num_local_experts=2)
+    assert not can_share(AutoModelForCausalLM.from_config(config), {})

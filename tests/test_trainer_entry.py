@@ -102,6 +102,7 @@ def test_a_mistake_in_the_recipe_is_one_message_and_status_2(recipe, capsys, tex
         ([*BASE, "--eval_fraction", "2"], "has to lie between 0 and 1"),
         ([*BASE, "--streaming"], "streaming needs max_steps"),
         ([*BASE, "--remove_unused_columns", "true"], "remove_unused_columns has to stay false"),
+        ([*BASE, "--label_smoothing_factor", "0.1"], "label_smoothing_factor is 0.1, and has to stay 0"),
         ([*BASE, "--text_column", "image"], "have the same name: image, image"),
         ([*BASE, "--messages_column", "image"], "have the same name: image, image"),
         ([*BASE, "--messages_column", "chat", "--query_column", "q"], "hold the words, leave out query_column"),

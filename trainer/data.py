@@ -38,7 +38,7 @@ def load_pairs(
     a list there or in a message) is a path, a URL, bytes or a dict of bytes and path; of a feature cache there is
     `vision_features` in place of the column. A class label is its name. A streamed training set starts again when it
     ends, shuffled within a buffer. With `augmentation` training rows have an `augmentation_seed`. With `length_column`
-    they have one of that name, by which Trainer groups them: the characters of their words.
+    rows of both have one of that name, by which Trainer groups them: the characters of their words.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -62,7 +62,9 @@ def load_pairs(
         if args.streaming:
             raise ValueError("a stream cannot be grouped by length: its rows come one by one")
         words = ["messages"] if args.messages_column else args.word_columns
-        train = train.add_column(length_column, [_length(row) for row in train.select_columns(words)])
+        train = _with_lengths(train, length_column, words)
+        if evaluation is not None:  # Trainer groups its rows, too
+            evaluation = _with_lengths(evaluation, length_column, words)
     if args.streaming:
         # Endless, since Trainer takes a stream for one epoch: resumed after the stream's end it would start it over.
         train = train.repeat(None)
@@ -73,6 +75,10 @@ def load_pairs(
     if augmentation is not None:
         open_train = partial(augmentation.mark, open_batch=open_train)
     return _lazily(train, open_train), _lazily(evaluation, open_evaluation) if evaluate else None
+
+
+def _with_lengths(rows: Dataset, column: str, words: list[str]) -> Dataset:
+    return rows.add_column(column, [_length(row) for row in rows.select_columns(words)])
 
 
 def _length(words: dict[str, Any]) -> int:

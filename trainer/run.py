@@ -145,6 +145,11 @@ def check_arguments(model_args: BackboneArguments, data_args: DataArguments, tra
     """Raise ValueError for settings that contradict each other."""
     if training_args.remove_unused_columns:
         raise ValueError("remove_unused_columns has to stay false: true drops the columns that hold pictures and text")
+    if training_args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor is {training_args.label_smoothing_factor}, and has to stay 0: Trainer shifts "
+            "labels for models of its list alone, and would teach each token to predict itself; stage 1 has no labels"
+        )
     if training_args.eval_strategy != "no" and not data_args.has_eval:
         raise ValueError(
             f"eval_strategy is {training_args.eval_strategy.value}, but no evaluation data are named: "
