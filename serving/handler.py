@@ -50,7 +50,7 @@ class EndpointHandler:
 
         Raises:
             ValueError: a field that is missing, unknown or of another type, another adapter, a file that is no picture,
-                more tokens than the language model reads.
+                more tokens than the language model reads, `use_lora: false` of a model that was saved merged.
             OSError: a picture that cannot be fetched, or lies in a private network.
         """
         asked = _checked(data.get("inputs", data) if isinstance(data, dict) else data)
@@ -58,6 +58,8 @@ class EndpointHandler:
             raise ValueError(f"there is no adapter {asked['adapter'][:100]!r}; there is {self.adapter}")
         image = self.processor.load_web_image(asked["image_url"], FETCH_SECONDS)
         inputs = self.processor(images=[[image]], queries=asked["prompt"], return_tensors="pt")
+        if not asked["use_lora"] and self.model.config.saved_form == "merged":
+            raise ValueError("use_lora is false, but this model was saved merged: LoRA is part of the LM")
         length, limit = inputs["input_ids"].shape[1], asked["max_new_tokens"]
         context = self.model.max_text_length or self.processor.tokenizer.model_max_length
         if length + limit > context:

@@ -11,14 +11,14 @@ import pytest
 from packaging.requirements import Requirement
 from strangers import WITHOUT_LORGNETTE
 from tiny import picture
-from tiny_serving import MAX_NEW_TOKENS, data_url, save_bridges
+from tiny_serving import MAX_NEW_TOKENS, data_url, save_bridges, save_merged
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
 from lorgnette.configuration.remote_code import REQUIREMENTS
 from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
 from lorgnette.publishing.guards import check_folder
-from lorgnette.serving.handler import FIELDS
+from lorgnette.serving.handler import FIELDS, EndpointHandler
 from lorgnette.serving.payloads import VisionRequest
 
 
@@ -99,6 +99,14 @@ def test_it_answers_as_the_worker_does(handler, expected, use_lora):
 def test_bad_requests(handler, changed, kind, message):
     with pytest.raises(kind, match=message):
         handler({"inputs": ASKED | changed})
+
+
+def test_lora_that_was_merged_cannot_be_left_out(folder, expected, tmp_path):
+    save_merged(folder, tmp_path)
+    handler = EndpointHandler(str(tmp_path))
+    assert handler(ASKED)["text"] == expected[True]
+    with pytest.raises(ValueError, match="saved merged: LoRA is part of the LM"):
+        handler(ASKED | {"use_lora": False})
 
 
 def test_it_takes_the_workers_fields():

@@ -11,10 +11,11 @@ import httpx2
 import openai
 import pytest
 from tiny import picture
-from tiny_serving import MAX_NEW_TOKENS, data_url, load, picture_host, save_bridges, serving
+from tiny_serving import MAX_NEW_TOKENS, data_url, load, picture_host, save_bridges, save_merged, serving
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
 from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
+from lorgnette.serving.eyes import Eyes, Limits
 
 
 PROMPT = "What is this?"
@@ -234,6 +235,14 @@ def test_a_batch_answers_as_each_alone(worker, expected):
     assert [answer["text"] for answer in answers] == [expected(**case) for case in cases]
     batches = sum(metric(worker, f'lorgnette_batch_rows_count{{adapter="{name}"') - before[name] for name in before)
     assert batches < len(cases)
+
+
+def test_lora_that_was_merged_cannot_be_left_out(folder, expected, tmp_path):
+    save_merged(folder / "one", tmp_path)
+    with serving(Eyes.load(tmp_path, {}, device="cpu", limits=Limits(max_new_tokens=MAX_NEW_TOKENS))) as (url, _):
+        assert ask(url).json()["text"] == expected("one")
+        response = ask(url, use_lora=False)
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "lora_merged")
 
 
 def test_keys(folder):
