@@ -118,6 +118,12 @@ def test_no_object(handler):
         handler({"inputs": "http://example.org/cat.jpg"})
 
 
+def test_parameters_are_not_left_unread(handler):
+    assert handler({"inputs": ASKED, "parameters": {}})["text"]
+    with pytest.raises(ValueError, match="parameters are not read here"):
+        handler({"inputs": ASKED, "parameters": {"max_new_tokens": 3}})
+
+
 def test_what_goes_along_may_be_published(folder):
     (folder / "README.md").write_text("A model.", encoding="utf-8")
     assert {"handler.py", "requirements.txt"} <= set(check_folder(folder))
