@@ -48,6 +48,7 @@ def launched(folder):
     """The page as `lorgnette app` builds it, and the settings that it is launched with."""
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_check_free", lambda host, port: None)  # it is not listened on
         patch.setattr(gr.Blocks, "launch", lambda page, **settings: seen.update(page=page, settings=settings))
         patch.setattr(sys, "argv", ["lorgnette", "app", str(folder / "one"), "--bridge", f"two={folder / 'two'}",
                                     "--max-new-tokens", str(MAX_NEW_TOKENS), "--device", "cpu"])  # fmt: skip

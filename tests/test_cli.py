@@ -1,5 +1,6 @@
 """`lorgnette COMMAND`: what each takes, where it goes, and what a mistake looks like."""
 
+import socket
 import subprocess
 import sys
 import tomllib
@@ -100,6 +101,10 @@ def test_arguments_are_handed_on_as_they_stand(run, handed_on, arguments, module
         ("serve m --port x", "Invalid value for '--port'"),
         ("app m --bridge charts", "--bridge charts: NAME=MODEL is needed"),
         ("serve m --port 70000", "Invalid value for '--port'"),
+        ("serve m --port 0 --internal-host http://cdn.local", "'http://cdn.local' is no host"),
+        ("serve m --port 0 --allow-host cdn.local:80", "'cdn.local:80' is no host"),
+        ("app m --port 70000", "Invalid value for '--port'"),
+        ("serve m --host ::zz", "--host ::zz: "),
         ("push out", "--repo-id"),
         ("evaluate --no_such_option 1", "unknown option '--no_such_option'"),
     ],
@@ -127,6 +132,16 @@ def test_errors_on_the_way_are_one_line_unless_debugging(run, monkeypatch, tmp_p
     with pytest.raises(OSError, match="There is no folder"):
         cli.main()
     assert cli.one_line(KeyError("x")).startswith("lorgnette: error: KeyError: 'x'")
+
+
+@pytest.mark.parametrize("command", ["serve", "app"])
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(run, command):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        status, _, errors = run(command, "no/such/model", "--port", port)
+    assert status == 2
+    assert "Address already in use" in errors
+    assert port in errors
 
 
 def test_captions(run, folder, tmp_path):
