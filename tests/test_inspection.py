@@ -234,6 +234,14 @@ def test_what_cannot_be_said_is_not_said(trained):
     assert check_sight.check_sees(model, [LorgnetteCollator(processor)(same)]).passed is None
 
 
+def test_outputs_that_are_certain_beside_any_picture_do_not_depend_on_it(backbones, monkeypatch):
+    model, processor = untrained(backbones)
+    monkeypatch.setattr(check_sight, "_row_losses", lambda *_: np.zeros(8))
+    found = check_sight.check_sees(model, batches(processor))
+    assert found.passed is False
+    assert found.figures["gap"] == 0
+
+
 def test_each_row_gets_another_ones_picture():
     outputs = list("aaaabbbccd")
     partners = check_sight.strangers(outputs, seed=0)
