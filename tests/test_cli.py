@@ -104,6 +104,7 @@ def test_arguments_are_handed_on_as_they_stand(run, handed_on, arguments, module
         ("serve m --port 0 --internal-host http://cdn.local", "'http://cdn.local' is no host"),
         ("serve m --port 0 --allow-host cdn.local:80", "'cdn.local:80' is no host"),
         ("app m --port 70000", "Invalid value for '--port'"),
+        ("serve m --port 0 --name a --bridge default=b", "a bridge cannot be called 'default'"),
         ("serve m --host ::zz", "--host ::zz: "),
         ("push out", "--repo-id"),
         ("evaluate --no_such_option 1", "unknown option '--no_such_option'"),
