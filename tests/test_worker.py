@@ -212,6 +212,16 @@ def test_bodies_that_are_no_request(worker, body, message):
     assert message in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain; charset=utf-8"])
+def test_a_body_that_is_not_called_json(worker, kind):
+    """WordPress calls it a form, unless it is told."""
+    body = json.dumps({"image_url": data_url(), "prompt": PROMPT})
+    response = httpx2.post(f"{worker}/v1/vision", content=body, headers=kind and {"Content-Type": kind}, timeout=60)
+    assert response.status_code == 422
+    message = f"the body's Content-Type is {kind or 'not given'}; application/json is needed"
+    assert response.json()["error"]["message"] == message
+
+
 def test_other_paths_and_methods(worker):
     assert httpx2.get(f"{worker}/v1/vision", timeout=60).json()["error"]["message"] == "Method Not Allowed"
     assert httpx2.post(f"{worker}/elsewhere", timeout=60).json()["error"]["message"] == "Not Found"
