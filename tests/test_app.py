@@ -80,6 +80,11 @@ def test_it_listens_on_this_machine_alone_and_fetches_nothing(launched):
     assert "@font-face" not in settings["theme"]._get_theme_css()
 
 
+def test_an_error_stands_over_one_box_rather_than_all(launched):
+    (asking,) = launched["page"].fns.values()
+    assert [box.label for box in asking.show_progress_on] == ["Answer"]
+
+
 @pytest.mark.parametrize("use_lora", [True, False])
 @pytest.mark.parametrize(("shown", "bridge"), [("default", "one"), ("two", "two")])
 def test_both_pictures_are_answered_as_the_pipeline_answers(pipes, folder, shown, bridge, use_lora):
