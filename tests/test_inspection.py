@@ -145,6 +145,20 @@ def test_sources_are_loaded_again_and_others_are_told_apart(backbones, tmp_path)
     assert found.figures["first"] == ["vision_model.layernorm.weight"]
 
 
+def test_sources_that_would_not_help_are_not_asked_for(backbones):
+    model, processor = untrained(backbones)
+    nothing = Original.from_sources(model, processor)
+    assert check_weights.check_frozen(model, nothing).advice.startswith("Give --vision and --text: ")
+    vision_alone = Original.from_sources(model, processor, backbones[0])
+    assert check_weights.check_frozen(model, vision_alone).advice.startswith("Give --text: ")
+    model.config.saved_form = "merged"
+    merged = Original.from_sources(model, processor, *backbones)
+    for check in (check_weights.check_frozen(model, merged), check_weights.check_text_only(model, processor, merged)):
+        assert check.finding.endswith(": LoRA is folded into it")
+        assert check.advice == ""
+    assert check_weights.check_frozen(model, nothing).advice.startswith("Give --vision: ")
+
+
 def test_lora_that_has_not_moved_or_has_run_away_is_found(spoilt, backbones):
     assert len(check_weights.check_lora_size(untrained(backbones)[0]).figures["idle"]) == 14
     model = spoilt[0]
