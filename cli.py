@@ -99,7 +99,7 @@ def push(context: typer.Context) -> None:
 
     Example: lorgnette push out/stage2 --repo-id me/my-eyes --metrics out/evaluate/metrics.json
     """
-    _hand_on(context, "lorgnette.hub_upload", context.args, "run")
+    _hand_on(context, "lorgnette.hub_upload", context.args, "run", prog="lorgnette push")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -114,13 +114,16 @@ def export(
 
     Example: lorgnette export out/stage2 out/export --repo-id me/my-eyes --form merged
     """
-    _hand_on(context, "lorgnette.hub_upload", [source, "--dry-run", "--export-dir", folder, *context.args], "run")
+    arguments = [source, "--dry-run", "--export-dir", folder, *context.args]
+    _hand_on(context, "lorgnette.hub_upload", arguments, "run", prog="lorgnette push")
 
 
-def _hand_on(context: typer.Context, module: str, arguments: list[str], function: str = "main") -> None:
+def _hand_on(
+    context: typer.Context, module: str, arguments: list[str], function: str = "main", **settings: str
+) -> None:
     if "--help" in arguments:
         typer.echo(f"{context.command.help}\n")
-    getattr(importlib.import_module(module), function)(arguments)
+    getattr(importlib.import_module(module), function)(arguments, **settings)
 
 
 @app.command()
