@@ -166,6 +166,7 @@ BAD = {
     "1 MB of prompt": ({"prompt": "a" * 2**20}, 422, "invalid_request", "1048576 characters are more than the 50000"),
     "long prompt": ({"prompt": "a" * 999}, 400, "prompt_too_long", "with 8 new ones that is more than the 256"),
     "half a character": ({"prompt": "\ud800"}, 400, "unusable_prompt", "U+D800, a lone surrogate"),
+    "a URL that is none": ({"image_url": "http://[zz]/"}, 422, "no_picture", "http://[zz]/ is no URL"),
     "half a character in a URL": ({"image_url": "http://a\ud800/"}, 502, "image_unreachable", "http://a\\ud800/"),
     "a number as prompt": ({"prompt": 5}, 422, "invalid_request", "body.prompt: Input should be a valid string"),
     "text as boolean": ({"use_lora": "no"}, 422, "invalid_request", "body.use_lora: Input should be a valid boolean"),
