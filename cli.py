@@ -6,6 +6,7 @@ runs (which stays for `accelerate launch`), and to `hub_upload`.
 
 import importlib
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +99,7 @@ def push(context: typer.Context) -> None:
 
     Example: lorgnette push out/stage2 --repo-id me/my-eyes --metrics out/evaluate/metrics.json
     """
-    _hand_on(context, "lorgnette.hub_upload", context.args, "run")
+    _hand_on(context, "lorgnette.hub_upload", context.args, "run", prog="lorgnette push")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -113,13 +114,16 @@ def export(
 
     Example: lorgnette export out/stage2 out/export --repo-id me/my-eyes --form merged
     """
-    _hand_on(context, "lorgnette.hub_upload", [source, "--dry-run", "--export-dir", folder, *context.args], "run")
+    arguments = [source, "--dry-run", "--export-dir", folder, *context.args]
+    _hand_on(context, "lorgnette.hub_upload", arguments, "run", prog="lorgnette push")
 
 
-def _hand_on(context: typer.Context, module: str, arguments: list[str], function: str = "main") -> None:
+def _hand_on(
+    context: typer.Context, module: str, arguments: list[str], function: str = "main", **settings: str
+) -> None:
     if "--help" in arguments:
         typer.echo(f"{context.command.help}\n")
-    getattr(importlib.import_module(module), function)(arguments)
+    getattr(importlib.import_module(module), function)(arguments, **settings)
 
 
 @app.command()
@@ -189,6 +193,7 @@ def serve(
         raise typer.BadParameter(f"--api-key-env: the environment has no {api_key_env}, or an empty one")
     if key is None and host not in _LOOPBACK:
         typer.echo(f"whoever reaches {host}:{port} may ask: --api-key-env asks callers for a key", err=True)
+    _check_free(host, port)
     with _extra("serve"):
         from .serving.eyes import Eyes, Limits
         from .serving.hosts import Hosts
@@ -211,7 +216,7 @@ def page(
         list[str] | None, typer.Option(metavar="NAME=MODEL", help="Another model over the same ViT and LM; repeatable.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens an answer.")] = 128,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:1 …; by default a GPU where there is one.")] = None,
@@ -223,6 +228,7 @@ def page(
     bridges = _bridges(bridge)
     if host not in _LOOPBACK:
         typer.echo(f"whoever reaches {host}:{port} may ask", err=True)
+    _check_free(host, port)
     with _extra("app"):
         from .serving.app import SETTINGS, build
     from .processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
@@ -247,6 +253,15 @@ def _bridges(pairs: list[str] | None) -> dict[str, str]:
             raise typer.BadParameter(f"--bridge {name} is given twice")
         bridges[name] = source
     return bridges
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises an OSError where nothing can listen: now, rather than when a model has been loaded."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise typer.BadParameter(f"--host {host}: {error.strerror}") from error
+    socket.create_server(address, family=family).close()
 
 
 @contextmanager

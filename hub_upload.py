@@ -11,6 +11,7 @@ import sys
 import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
+from typing import NoReturn
 
 from huggingface_hub import CommitInfo, HfApi
 
@@ -117,9 +118,13 @@ def main(argv: list[str]) -> None:
         sys.exit(2)
 
 
-def run(argv: list[str]) -> None:
-    """Do as the command line says. Raises what [`prepare`] and [`upload`] do."""
-    parser = ArgumentParser(prog="hub_upload.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+def run(argv: list[str], prog: str = "hub_upload.py") -> None:
+    """Do as the command line says. Raises what [`prepare`] and [`upload`] do.
+
+    Args:
+        prog: what was typed before `argv`, for help and errors.
+    """
+    parser = _Parser(prog=prog, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="OUT", help="a saved lorgnette model, a Trainer's output_dir or a checkpoint")
     parser.add_argument(
         "--repo-id", required=True, metavar="OWNER/NAME", help="the repository; made where it is not there"
@@ -153,6 +158,12 @@ def run(argv: list[str]) -> None:
     options = {name: getattr(args, name) for name in ("private", "revision", "replace")}
     commit = upload(args.source, args.repo_id, **shared, **options)
     logger.info("%s", commit.commit_url)
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """The error alone, without the usage, which is longer."""
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
 
 
 if __name__ == "__main__":

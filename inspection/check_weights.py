@@ -57,7 +57,7 @@ class Original:
             "vision_model": (vision or config.vision_backbone, None if vision else config.vision_backbone_revision),
             "language_model": (text or config.text_backbone, None if text else config.text_backbone_revision),
         }
-        if getattr(model.language_model, "is_quantized", False) or config.saved_form == "merged":
+        if _altered(model):
             del sources["language_model"]
         for part, (source, revision) in sources.items():
             if source is None:
@@ -101,14 +101,17 @@ def check_frozen(model: LorgnetteForConditionalGeneration, original: Original) -
         compared.append(f"{len(expected)} tensors of {part} with {original.names[part]}")
         keys = {key for key in found.keys() | expected.keys() if not is_unread(f"{part}.{key}")}
         moved += sorted(f"{part}.{key}" for key in keys if found.get(key) != expected.get(key))
-    missing = [part for part in FROZEN if part not in original.digests]
-    advice = "Give --vision and --text: the Hub ids or folders that the backbones came from" if missing else ""
+    missing, altered = [part for part in FROZEN if part not in original.digests], _altered(model)
+    options = {"vision_model": "--vision"} | ({} if altered else {"language_model": "--text"})
+    wanted = " and ".join(options[part] for part in missing if part in options)
+    advice = f"Give {wanted}: the Hub ids or folders that the backbones came from" if wanted else ""
     if not compared:
         return Check(name, title, None, "It is not known where the backbones came from", advice)
     finding = f"Compared {' and '.join(compared)}: " + (
         f"{len(moved)} differ ({some(moved)})" if moved else "none differs"
     )
     finding += f"; {' and '.join(missing)} could not be compared" if missing else ""
+    finding += f": {altered}" if altered and "language_model" in missing else ""
     if moved:
         advice = (
             "Something trained the backbones, or the sources are not those that this model was made of. Nothing but "
@@ -211,6 +214,8 @@ def check_text_only(
 ) -> Check:
     """Without a picture and with LoRA off, logits are the original language model's, bit for bit."""
     name, title = "text_only", "With LoRA off and no picture, the language model is the original one"
+    if original.logits is None and _altered(model):
+        return Check(name, title, None, f"The language model is not the original one: {_altered(model)}", "")
     if original.logits is None:
         advice = "Give --text: the Hub id, folder or GGUF file that the language model came from"
         return Check(name, title, None, "The original language model is not known", advice)
@@ -224,6 +229,13 @@ def check_text_only(
         "weights, and use model.disable_adapter()"
     )
     return Check(name, title, equal, finding, "" if equal else advice, {"largest_difference": apart})
+
+
+def _altered(model: LorgnetteForConditionalGeneration) -> str:
+    """Why the language model's weights are others than its source's on purpose; nothing where they should not be."""
+    if getattr(model.language_model, "is_quantized", False):
+        return "it is quantised"
+    return "LoRA is folded into it" if model.config.saved_form == "merged" else ""
 
 
 def _bare_logits(model: LorgnetteForConditionalGeneration, processor: LorgnetteProcessor) -> torch.Tensor:

@@ -264,17 +264,20 @@ def _words(processor: ProcessorMixin, answer_ids: list[int]) -> list[tuple[str, 
     """The words of an answer and the tokens that each is made of; what ends the answer is none."""
     words: list[tuple[str, range]] = []
     special = set(processor.tokenizer.all_special_ids) | set(processor.stop_token_ids)
-    said = ""
+    said, first = "", 0
     for place, token in enumerate(answer_ids):
         if token in special:
             break
         longer = processor.tokenizer.decode(answer_ids[: place + 1])
+        if longer.endswith("\ufffd"):  # half a character
+            continue
         piece, said = longer[len(said) :], longer
         if words and not piece[:1].isspace():
             text, tokens = words[-1]
             words[-1] = (text + piece, range(tokens.start, place + 1))
         else:
-            words.append((piece, range(place, place + 1)))
+            words.append((piece, range(first, place + 1)))
+        first = place + 1
     return words
 
 

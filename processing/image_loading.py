@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -140,14 +141,26 @@ def read_web_image(
         timeout, max_bytes, guard: see [`download`]; without a `guard` the host has to be on the public internet.
 
     Raises:
-        ValueError: a URL of another kind, base64 that is not valid.
+        ValueError: a URL of another kind or without a host, base64 that is not valid.
         OSError: see [`download`].
     """
     if url.startswith(WEB):
+        _check_url(url)
         return download(url, timeout, max_bytes, guard)[1]
     if url.startswith("data:"):
         return _from_base64(url.partition(",")[2])
     raise ValueError(f"an image's URL begins with http://, https:// or data:, not with {url[:20]!r}")
+
+
+def _check_url(url: str) -> None:
+    """What is wrong with a URL itself is not told as if its host were to blame."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port  # either may raise
+    except ValueError as error:
+        raise ValueError(f"{url[:200]} is no URL: {error}") from error
+    if not host or parts.username is not None:
+        raise ValueError("an image's URL names a host after http:// or https://, and no user before it")
 
 
 def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:

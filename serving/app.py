@@ -70,7 +70,8 @@ def build(pipes: Mapping[str, Pipeline], name: str, max_new_tokens: int = 128) -
                     outputs.append(gr.Gallery(label=f"{label}: maps", height="max-content", **gallery))
         inputs = [*pictures, question, bridge, use_lora]
         answer = partial(ask, pipes, max_new_tokens)
-        gr.on([button.click, question.submit], answer, inputs, outputs, api_name="ask", show_progress="minimal")
+        shown = {"show_progress": "minimal", "show_progress_on": outputs[0]}  # or all four would say "Error" of one
+        gr.on([button.click, question.submit], answer, inputs, outputs, api_name="ask", **shown)
     return page
 
 

@@ -97,6 +97,7 @@ class Eyes:
             model.check_processor(processor)
         self.first = next(iter(self.processors))
         self.bridges = {name: model.active_bridge if name == self.first else name for name in self.processors}
+        self._is_merged = model.config.saved_form == "merged"
         self._context = model.max_text_length or self.processors[self.first].tokenizer.model_max_length
         names = {bridge: name for name, bridge in self.bridges.items()}
         self.batcher = Batcher(
@@ -135,6 +136,9 @@ class Eyes:
         if name not in self.processors:
             known = ", ".join(self.processors)
             raise RefusedError(404, "unknown_adapter", f"there is no adapter {name[:100]!r}; there are {known}")
+        if not question.use_lora and self._is_merged:
+            message = "use_lora is false, but this model was saved merged: LoRA is part of the LM"
+            raise RefusedError(400, "lora_merged", message)
         limit = self.limits.max_new_tokens if question.max_new_tokens is None else question.max_new_tokens
         if limit > self.limits.max_new_tokens:
             message = f"{limit} new tokens are asked for; {self.limits.max_new_tokens} are allowed"

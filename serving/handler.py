@@ -50,12 +50,16 @@ class EndpointHandler:
 
         Raises:
             ValueError: a field that is missing, unknown or of another type, another adapter, a file that is no picture,
-                more tokens than the language model reads.
+                more tokens than the language model reads, `use_lora: false` of a model that was saved merged.
             OSError: a picture that cannot be fetched, or lies in a private network.
         """
+        if isinstance(data, dict) and "inputs" in data and data.get("parameters"):
+            raise ValueError("parameters are not read here: max_new_tokens and the others stand in inputs")
         asked = _checked(data.get("inputs", data) if isinstance(data, dict) else data)
         if asked["adapter"] not in ("", self.adapter):
             raise ValueError(f"there is no adapter {asked['adapter'][:100]!r}; there is {self.adapter}")
+        if not asked["use_lora"] and self.model.config.saved_form == "merged":
+            raise ValueError("use_lora is false, but this model was saved merged: LoRA is part of the LM")
         image = self.processor.load_web_image(asked["image_url"], FETCH_SECONDS)
         inputs = self.processor(images=[[image]], queries=asked["prompt"], return_tensors="pt")
         length, limit = inputs["input_ids"].shape[1], asked["max_new_tokens"]

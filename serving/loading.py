@@ -35,6 +35,8 @@ def load(
     """
     if name in bridges:
         raise ValueError(f"two bridges are called {name!r}: the model's own, and {bridges[name]}")
+    if LorgnetteForConditionalGeneration.active_bridge in bridges:
+        raise ValueError("a bridge cannot be called 'default': the model's own is, whatever its callers say")
     place, keywords = from_pretrained_arguments(model, revision)
     processors = {name: LorgnetteProcessor.from_pretrained(place, **keywords)}
     loaded = LorgnetteForConditionalGeneration.from_pretrained(place, dtype="auto", **keywords)

@@ -166,7 +166,11 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(error.body, error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        kind = request.headers.get("content-type", "")
+        if "json" not in kind.lower():  # what is not called JSON is not read as JSON
+            message = f"the body's Content-Type is {kind[:100] or 'not given'}; application/json is needed"
+            return JSONResponse(RefusedError(422, "invalid_request", message).body, 422)
         # without the values, which may be megabytes
         told = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()[:5])
         return JSONResponse(RefusedError(422, "invalid_request", told[:2000]).body, 422)

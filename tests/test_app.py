@@ -48,6 +48,7 @@ def launched(folder):
     """The page as `lorgnette app` builds it, and the settings that it is launched with."""
     seen = {}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "_check_free", lambda host, port: None)  # it is not listened on
         patch.setattr(gr.Blocks, "launch", lambda page, **settings: seen.update(page=page, settings=settings))
         patch.setattr(sys, "argv", ["lorgnette", "app", str(folder / "one"), "--bridge", f"two={folder / 'two'}",
                                     "--max-new-tokens", str(MAX_NEW_TOKENS), "--device", "cpu"])  # fmt: skip
@@ -77,6 +78,11 @@ def test_it_listens_on_this_machine_alone_and_fetches_nothing(launched):
     assert launched["page"].analytics_enabled is False
     assert settings["theme"]._stylesheets == []
     assert "@font-face" not in settings["theme"]._get_theme_css()
+
+
+def test_an_error_stands_over_one_box_rather_than_all(launched):
+    (asking,) = launched["page"].fns.values()
+    assert [box.label for box in asking.show_progress_on] == ["Answer"]
 
 
 @pytest.mark.parametrize("use_lora", [True, False])

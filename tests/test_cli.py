@@ -1,5 +1,6 @@
 """`lorgnette COMMAND`: what each takes, where it goes, and what a mistake looks like."""
 
+import socket
 import subprocess
 import sys
 import tomllib
@@ -45,7 +46,7 @@ def handed_on(monkeypatch):
     for name in ("trainer.stage1", "trainer.stage2", "trainer.cache", "trainer.evaluate", "hub_upload"):
         module = cli.importlib.import_module(f"lorgnette.{name}")
         function = "run" if name == "hub_upload" else "main"
-        monkeypatch.setattr(module, function, lambda argv, name=name: calls.update({name: argv}))
+        monkeypatch.setattr(module, function, lambda argv, name=name, **_: calls.update({name: argv}))
     return calls
 
 
@@ -100,7 +101,13 @@ def test_arguments_are_handed_on_as_they_stand(run, handed_on, arguments, module
         ("serve m --port x", "Invalid value for '--port'"),
         ("app m --bridge charts", "--bridge charts: NAME=MODEL is needed"),
         ("serve m --port 70000", "Invalid value for '--port'"),
-        ("push out", "--repo-id"),
+        ("serve m --port 0 --internal-host http://cdn.local", "'http://cdn.local' is no host"),
+        ("serve m --port 0 --allow-host cdn.local:80", "'cdn.local:80' is no host"),
+        ("app m --port 70000", "Invalid value for '--port'"),
+        ("serve m --port 0 --name a --bridge default=b", "a bridge cannot be called 'default'"),
+        ("serve m --host ::zz", "--host ::zz: "),
+        ("push out", "lorgnette push: error: the following arguments are required: --repo-id"),
+        ("export out to", "lorgnette push: error: the following arguments are required: --repo-id"),
         ("evaluate --no_such_option 1", "unknown option '--no_such_option'"),
     ],
 )
@@ -110,7 +117,8 @@ def test_mistakes_are_told_in_a_line(run, arguments, message):
     assert message in errors
     assert "Traceback" not in errors
     *_, last = errors.splitlines()
-    assert last.startswith(("lorgnette: error: ", "hub_upload.py: error: ", "python -m lorgnette.trainer"))
+    assert last.startswith(("lorgnette: error: ", "lorgnette push --help lists", "python -m lorgnette.trainer"))
+    assert len(errors.splitlines()) <= 2
 
 
 def test_errors_on_the_way_are_one_line_unless_debugging(run, monkeypatch, tmp_path):
@@ -127,6 +135,30 @@ def test_errors_on_the_way_are_one_line_unless_debugging(run, monkeypatch, tmp_p
     with pytest.raises(OSError, match="There is no folder"):
         cli.main()
     assert cli.one_line(KeyError("x")).startswith("lorgnette: error: KeyError: 'x'")
+
+
+@pytest.mark.parametrize("command", ["serve", "app"])
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(run, command):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        status, _, errors = run(command, "no/such/model", "--port", port)
+    assert status == 2
+    assert "Address already in use" in errors
+    assert port in errors
+
+
+def test_what_is_interrupted_says_nothing(run, monkeypatch):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorgnette.trainer.cache.main", interrupted)
+    assert run("cache") == (130, "", "")
+
+
+def test_a_package_that_is_missing_is_told_with_its_extra():
+    told = r"no_such is not installed: pip install 'lorgnette\[serve\]'"
+    with pytest.raises(ImportError, match=told), cli._extra("serve"):
+        import no_such  # noqa: F401
 
 
 def test_captions(run, folder, tmp_path):

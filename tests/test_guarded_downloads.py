@@ -146,6 +146,23 @@ def test_nothing_but_the_web(url):
         read_web_image(url)
 
 
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://", "names a host after http://"),
+        ("https://:443/a.png", "names a host after http://"),
+        ("http://me:secret@127.0.0.1/a.png", "and no user before it"),
+        ("http://example.org:99999/a.png", "is no URL: Port out of range"),
+        ("http://example.org:-1/a.png", "is no URL: Port"),
+        ("http://[zz]/a.png", "is no URL: "),
+    ],
+)
+def test_a_url_that_is_none_is_not_its_hosts_fault(url, message):
+    with pytest.raises(ValueError, match=message) as told:
+        read_web_image(url)
+    assert "secret" not in str(told.value)
+
+
 def test_the_processors_own(internal):
     processor = LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer())
     with pytest.raises(PermissionError):

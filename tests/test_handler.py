@@ -11,14 +11,14 @@ import pytest
 from packaging.requirements import Requirement
 from strangers import WITHOUT_LORGNETTE
 from tiny import picture
-from tiny_serving import MAX_NEW_TOKENS, data_url, save_bridges
+from tiny_serving import MAX_NEW_TOKENS, data_url, save_bridges, save_merged
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
 from lorgnette.configuration.remote_code import REQUIREMENTS
 from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
 from lorgnette.publishing.guards import check_folder
-from lorgnette.serving.handler import FIELDS
+from lorgnette.serving.handler import FIELDS, EndpointHandler
 from lorgnette.serving.payloads import VisionRequest
 
 
@@ -101,6 +101,14 @@ def test_bad_requests(handler, changed, kind, message):
         handler({"inputs": ASKED | changed})
 
 
+def test_lora_that_was_merged_cannot_be_left_out(folder, expected, tmp_path):
+    save_merged(folder, tmp_path)
+    handler = EndpointHandler(str(tmp_path))
+    assert handler(ASKED)["text"] == expected[True]
+    with pytest.raises(ValueError, match="saved merged: LoRA is part of the LM"):
+        handler(ASKED | {"use_lora": False})
+
+
 def test_it_takes_the_workers_fields():
     assert FIELDS.keys() == VisionRequest.model_fields.keys()
 
@@ -108,6 +116,12 @@ def test_it_takes_the_workers_fields():
 def test_no_object(handler):
     with pytest.raises(ValueError, match=r"an object with image_url, prompt, .* is needed, not a str"):
         handler({"inputs": "http://example.org/cat.jpg"})
+
+
+def test_parameters_are_not_left_unread(handler):
+    assert handler({"inputs": ASKED, "parameters": {}})["text"]
+    with pytest.raises(ValueError, match="parameters are not read here"):
+        handler({"inputs": ASKED, "parameters": {"max_new_tokens": 3}})
 
 
 def test_what_goes_along_may_be_published(folder):

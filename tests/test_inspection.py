@@ -145,6 +145,20 @@ def test_sources_are_loaded_again_and_others_are_told_apart(backbones, tmp_path)
     assert found.figures["first"] == ["vision_model.layernorm.weight"]
 
 
+def test_sources_that_would_not_help_are_not_asked_for(backbones):
+    model, processor = untrained(backbones)
+    nothing = Original.from_sources(model, processor)
+    assert check_weights.check_frozen(model, nothing).advice.startswith("Give --vision and --text: ")
+    vision_alone = Original.from_sources(model, processor, backbones[0])
+    assert check_weights.check_frozen(model, vision_alone).advice.startswith("Give --text: ")
+    model.config.saved_form = "merged"
+    merged = Original.from_sources(model, processor, *backbones)
+    for check in (check_weights.check_frozen(model, merged), check_weights.check_text_only(model, processor, merged)):
+        assert check.finding.endswith(": LoRA is folded into it")
+        assert check.advice == ""
+    assert check_weights.check_frozen(model, nothing).advice.startswith("Give --vision: ")
+
+
 def test_lora_that_has_not_moved_or_has_run_away_is_found(spoilt, backbones):
     assert len(check_weights.check_lora_size(untrained(backbones)[0]).figures["idle"]) == 14
     model = spoilt[0]
@@ -232,6 +246,14 @@ def test_what_cannot_be_said_is_not_said(trained):
     }  # fmt: skip
     same = [{**row, "text": "a cat"} for row in rows()]
     assert check_sight.check_sees(model, [LorgnetteCollator(processor)(same)]).passed is None
+
+
+def test_outputs_that_are_certain_beside_any_picture_do_not_depend_on_it(backbones, monkeypatch):
+    model, processor = untrained(backbones)
+    monkeypatch.setattr(check_sight, "_row_losses", lambda *_: np.zeros(8))
+    found = check_sight.check_sees(model, batches(processor))
+    assert found.passed is False
+    assert found.figures["gap"] == 0
 
 
 def test_each_row_gets_another_ones_picture():

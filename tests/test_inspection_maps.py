@@ -10,7 +10,7 @@ from tiny_training import write_backbones
 
 from lorgnette import LorgnetteCollator, LorgnetteProcessor
 from lorgnette.inspection.looking import look
-from lorgnette.inspection.maps import picture_seen, plain_attention, read_from_picture, rollout
+from lorgnette.inspection.maps import _words, picture_seen, plain_attention, read_from_picture, rollout
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,17 @@ def test_patches_are_told_from_what_comes_before_them(vision, trained):
     assert seen.picture.size == (32, 32)
     before = VISION[vision][2]
     assert (seen.elsewhere < 1e-5).all() == (before == 0)
+
+
+def test_characters_of_several_tokens_are_whole_in_their_words():
+    from tiny import chat_tokenizer, image_processor
+
+    processor, answer = LorgnetteProcessor(image_processor(), chat_tokenizer()), "un café 🐈 naïf"
+    ids = processor.tokenizer.encode(answer, add_special_tokens=False)
+    words = _words(processor, ids)
+    assert len(ids) > len(answer)
+    assert [text.strip() for text, _ in words] == answer.split()
+    assert [place for _, tokens in words for place in tokens] == list(range(len(ids)))
 
 
 def test_the_picture_is_the_one_that_was_given(trained):

@@ -11,10 +11,11 @@ import httpx2
 import openai
 import pytest
 from tiny import picture
-from tiny_serving import MAX_NEW_TOKENS, data_url, load, picture_host, save_bridges, serving
+from tiny_serving import MAX_NEW_TOKENS, data_url, load, picture_host, save_bridges, save_merged, serving
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
 from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
+from lorgnette.serving.eyes import Eyes, Limits
 
 
 PROMPT = "What is this?"
@@ -165,6 +166,7 @@ BAD = {
     "1 MB of prompt": ({"prompt": "a" * 2**20}, 422, "invalid_request", "1048576 characters are more than the 50000"),
     "long prompt": ({"prompt": "a" * 999}, 400, "prompt_too_long", "with 8 new ones that is more than the 256"),
     "half a character": ({"prompt": "\ud800"}, 400, "unusable_prompt", "U+D800, a lone surrogate"),
+    "a URL that is none": ({"image_url": "http://[zz]/"}, 422, "no_picture", "http://[zz]/ is no URL"),
     "half a character in a URL": ({"image_url": "http://a\ud800/"}, 502, "image_unreachable", "http://a\\ud800/"),
     "a number as prompt": ({"prompt": 5}, 422, "invalid_request", "body.prompt: Input should be a valid string"),
     "text as boolean": ({"use_lora": "no"}, 422, "invalid_request", "body.use_lora: Input should be a valid boolean"),
@@ -211,6 +213,16 @@ def test_bodies_that_are_no_request(worker, body, message):
     assert message in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain; charset=utf-8"])
+def test_a_body_that_is_not_called_json(worker, kind):
+    """WordPress calls it a form, unless it is told."""
+    body = json.dumps({"image_url": data_url(), "prompt": PROMPT})
+    response = httpx2.post(f"{worker}/v1/vision", content=body, headers=kind and {"Content-Type": kind}, timeout=60)
+    assert response.status_code == 422
+    message = f"the body's Content-Type is {kind or 'not given'}; application/json is needed"
+    assert response.json()["error"]["message"] == message
+
+
 def test_other_paths_and_methods(worker):
     assert httpx2.get(f"{worker}/v1/vision", timeout=60).json()["error"]["message"] == "Method Not Allowed"
     assert httpx2.post(f"{worker}/elsewhere", timeout=60).json()["error"]["message"] == "Not Found"
@@ -234,6 +246,14 @@ def test_a_batch_answers_as_each_alone(worker, expected):
     assert [answer["text"] for answer in answers] == [expected(**case) for case in cases]
     batches = sum(metric(worker, f'lorgnette_batch_rows_count{{adapter="{name}"') - before[name] for name in before)
     assert batches < len(cases)
+
+
+def test_lora_that_was_merged_cannot_be_left_out(folder, expected, tmp_path):
+    save_merged(folder / "one", tmp_path)
+    with serving(Eyes.load(tmp_path, {}, device="cpu", limits=Limits(max_new_tokens=MAX_NEW_TOKENS))) as (url, _):
+        assert ask(url).json()["text"] == expected("one")
+        response = ask(url, use_lora=False)
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "lora_merged")
 
 
 def test_keys(folder):

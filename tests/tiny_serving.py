@@ -44,6 +44,12 @@ def save_bridges(folder: Path) -> None:
         processor.save_pretrained(folder / name)
 
 
+def save_merged(source: Path, folder: Path) -> None:
+    """One of them again, with LoRA folded into the language model."""
+    LorgnetteForConditionalGeneration.from_pretrained(source).save_pretrained(folder, form="merged")
+    LorgnetteProcessor.from_pretrained(source).save_pretrained(folder)
+
+
 def load(folder: Path, **limits) -> Eyes:
     """Both bridges in one model; pictures may come from 127.0.0.1, and no other name of this machine."""
     chosen = Limits(**{"max_new_tokens": MAX_NEW_TOKENS} | limits)
