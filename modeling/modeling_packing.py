@@ -7,6 +7,7 @@ those before it in its own document, and of these what the LM's sliding window l
 Shapes: B rows, S tokens a row, D documents in all, T tokens in all.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ def check_documents(
             f"{type(language_model).__name__} has layers of {kinds[0]}, in which documents would see each other: it "
             "cannot be packed"
         )
+    if "position_ids" not in inspect.signature(language_model.forward).parameters:
+        raise ValueError(f"{type(language_model).__name__} takes no position_ids: it cannot be packed")
     attention = language_model.config._attn_implementation
     if attention not in MASKED_BY and not is_flash_attention_requested(language_model.config):
         raise ValueError(

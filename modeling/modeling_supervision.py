@@ -116,11 +116,18 @@ class _HeadAlone:
         return forward(self, inputs_embeds=states[None], use_cache=False, return_dict=True).logits[0]
 
     def __getattr__(self, name: str) -> Any:
-        return _Decoded() if name == self._language_model.base_model_prefix else getattr(self._language_model, name)
+        part = getattr(self._language_model, name)
+        return _Decoded(part) if name == self._language_model.base_model_prefix else part
 
 
 class _Decoded:
-    """In a decoder's place: hands on the embeddings that it is given as its states, and has nothing else to tell."""
+    """In a decoder's place: hands on the embeddings that it is given as its states, and has nothing else to tell.
+
+    Some heads ask it for a number of its own (Falcon-H1's for a scale): that is the decoder's.
+    """
+
+    def __init__(self, decoder: PreTrainedModel):
+        self._decoder = decoder
 
     def __call__(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> "_Decoded":
         self.last_hidden_state = inputs_embeds
@@ -133,8 +140,8 @@ class _Decoded:
     def __getitem__(self, place: int) -> torch.Tensor:
         return self.last_hidden_state
 
-    def __getattr__(self, name: str) -> None:
-        return None
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name, None)
 
 
 __all__ = ["can_supervise", "places", "supervised_loss"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_models import SCALED, TEXT, VOCAB_SIZE, inputs, language_model, model
+from transformers import AutoModelForCausalLM, FalconH1Config
 
 from lorgnette import LorgnetteForConditionalGeneration
 from lorgnette.modeling import modeling_supervision
@@ -71,6 +72,15 @@ def test_the_loss_of_supervised_positions_alone_is_the_language_models_own(
         gradients.append({name: p.grad.clone() for name, p in built.named_parameters() if p.requires_grad})
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_head_may_ask_its_decoder_for_a_scale():
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "intermediate_size": 16, "mamba_d_ssm": 16, "mamba_n_heads": 2}
+    config = FalconH1Config(**sizes, mamba_d_head=8, mamba_d_state=4, lm_head_multiplier=3.0)
+    falcon, states = AutoModelForCausalLM.from_config(config), torch.randn(5, 16)
+    logits = modeling_supervision._HeadAlone(falcon)(states)
+    torch.testing.assert_close(logits, 3 * falcon.get_output_embeddings()(states))
 
 
 @pytest.mark.parametrize("architecture", TEXT)

@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from tiny_models import NUM_QUERY_TOKENS, TEXT, VOCAB_SIZE, model
-from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig
+from transformers import AutoModelForCausalLM, BartConfig, Lfm2Config, MambaConfig
 
 from lorgnette import LorgnetteCollator, LorgnetteProcessor
 from lorgnette.modeling.modeling_packing import PADDING, check_documents, packed, positions
@@ -168,6 +168,10 @@ def test_what_cannot_be_kept_apart_is_refused():
     convolved = AutoModelForCausalLM.from_config(Lfm2Config(layer_types=["conv", "full_attention"], **SMALL))
     with pytest.raises(ValueError, match="Lfm2ForCausalLM has layers of conv, in which documents would see each other"):
         check_documents(batch["document_ids"], convolved, {})
+    sizes = {"vocab_size": 20, "d_model": 8, "decoder_layers": 1, "decoder_ffn_dim": 8, "decoder_attention_heads": 2}
+    bart = AutoModelForCausalLM.from_config(BartConfig(**sizes))
+    with pytest.raises(ValueError, match="BartForCausalLM takes no position_ids"):
+        check_documents(batch["document_ids"], bart, {})
     with pytest.raises(ValueError, match="pack_to is 0"):
         LorgnetteCollator(LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer()), pack_to=0)
     stage1 = LorgnetteProcessor.from_backbones(tiny.image_processor(), None, qformer=tiny.bert_tokenizer())
