@@ -136,6 +136,18 @@ class LorgnettePreTrainedModel(PreTrainedModel):
                 "where the model is built or loaded, and fp16=True or bf16=True to Trainer; or dtype='bfloat16'"
             )
 
+    def _replicate_for_data_parallel(self) -> None:
+        """What `nn.DataParallel` calls, in which Trainer wraps a model that one process has several GPUs for.
+
+        Raises:
+            RuntimeError: always. It would cut every tensor of a batch into as many parts, pictures as well as rows.
+        """
+        raise RuntimeError(
+            f"nn.DataParallel cannot run {type(self).__name__}: it cuts pictures and rows apart, of which a batch may "
+            "have different numbers. Start one process a GPU, with accelerate launch or torchrun, or show this process "
+            "one GPU: CUDA_VISIBLE_DEVICES=0"
+        )
+
     def say_backbones_are_loaded(self) -> None:
         """Called where the backbones hold what was pretrained: from now on a save may leave them out."""
         self.has_loaded_backbones = True

@@ -80,6 +80,7 @@ def build_app(eyes: Eyes, api_key: str | None = None) -> FastAPI:
         kind = {"object": "model", "created": started, "owned_by": "lorgnette"}
         return {"object": "list", "data": [{"id": name, **kind} for name in eyes.processors]}
 
+    @app.head("/healthz", include_in_schema=False)  # what many monitors ask with
     @app.get("/healthz")
     async def healthz() -> JSONResponse:
         """200 while questions can be answered."""

@@ -177,3 +177,9 @@ def test_a_row_without_the_column_is_named(backbones, tmp_path):
     rows = [{"index": 7, "image": tiny.picture(), "caption": "a cat"}] * 4
     with pytest.raises((KeyError, ValueError), match=r"(?s)text.*caption"):
         trainer(model, processor, tmp_path, rows=rows).train()
+
+
+def test_several_gpus_in_one_process_are_refused(backbones):
+    """Trainer wraps a model so where nobody has started a process a GPU, and a batch would be cut in the wrong places."""
+    with pytest.raises(RuntimeError, match="nn.DataParallel cannot run LorgnetteForConditionalGeneration"):
+        joined(backbones)[0]._replicate_for_data_parallel()

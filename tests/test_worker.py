@@ -227,6 +227,7 @@ def test_other_paths_and_methods(worker):
     assert httpx2.get(f"{worker}/v1/vision", timeout=60).json()["error"]["message"] == "Method Not Allowed"
     assert httpx2.post(f"{worker}/elsewhere", timeout=60).json()["error"]["message"] == "Not Found"
     assert httpx2.get(f"{worker}/healthz", timeout=60).json() == {"status": "ok"}
+    assert httpx2.head(f"{worker}/healthz", timeout=60).status_code == 200
 
 
 def test_a_batch_answers_as_each_alone(worker, expected):
