@@ -180,6 +180,6 @@ def test_a_row_without_the_column_is_named(backbones, tmp_path):
 
 
 def test_several_gpus_in_one_process_are_refused(backbones):
-    """Trainer wraps a model so where nobody has started a process a GPU, and a batch would be cut in the wrong places."""
-    with pytest.raises(RuntimeError, match="nn.DataParallel cannot run LorgnetteForConditionalGeneration"):
+    """Trainer wraps a model so where nobody started a process a GPU, and a batch would be cut in the wrong places."""
+    with pytest.raises(RuntimeError, match=r"nn\.DataParallel cannot run LorgnetteForConditionalGeneration"):
         joined(backbones)[0]._replicate_for_data_parallel()
