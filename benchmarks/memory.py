@@ -1,12 +1,23 @@
-"""What a training step takes beside weights, gradients and the optimizer's state: activations and what is passing."""
+"""What a training step takes beside weights, gradients and the optimizer's state: activations and what is passing.
+
+`python -m benchmarks.memory` tells which parts of both models keep it.
+"""
 
 import json
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import HfArgumentParser
+
+from benchmarks import rows as data
+from benchmarks import sides
+from benchmarks.operations import Options
+from benchmarks.shapes import PRESETS
 
 
 def step_bytes(step: Callable[[], object], device: str) -> int:
@@ -43,3 +54,52 @@ def peak(changes: list[int]) -> int:
         now += change
         most = max(most, now)
     return most
+
+
+def kept(side: sides.Side, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Bytes that a forward pass keeps for the way back, by the part that runs; parameters are there, and left out."""
+    model, batch = side.model.train(), side.collator(list(rows))
+    parts = {
+        "ViT": model.vision_model,
+        "Q-Former": model.qformer,
+        "projector": getattr(model, "projector", None) or model.language_projection,
+        "LM's layers": model.language_model.base_model,
+    }
+    running, found = ["LM's head, and between the parts"], dict.fromkeys(parts, 0)
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    held = []  # so that no other tensor comes to lie where one of them lay
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            held.append(storage)
+            found[running[-1]] = found.get(running[-1], 0) + storage.nbytes()
+        return tensor
+
+    def ends(*_: Any) -> None:
+        running.pop()
+
+    hooks = [part.register_forward_hook(ends) for part in parts.values()]
+    for name, part in parts.items():
+        hooks.append(part.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def main(argv: list[str]) -> int:
+    (options,) = HfArgumentParser(Options).parse_args_into_dataclasses(argv)
+    preset, rows = PRESETS[options.preset], data.rows(options.batch_size, options.seed)
+    theirs, ours = (kept(side, rows) for side in sides.build(preset, options.seed))
+    lines = ["| MiB kept for the way back | theirs | ours |", "|---|---|---|"]
+    lines += [f"| {part} | {theirs[part] / 2**20:.1f} | {ours[part] / 2**20:.1f} |" for part in theirs]
+    lines.append(f"| all | {sum(theirs.values()) / 2**20:.1f} | {sum(ours.values()) / 2**20:.1f} |")
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

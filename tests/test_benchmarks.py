@@ -358,3 +358,15 @@ def test_operations_are_told_by_part(capsys):
     assert told.count("| theirs over this | 1.00 | ") == 1
     assert told.count("| separate over this | 1.00 | ") == 1
     assert "| LM's head | " in told
+
+
+def test_what_is_kept_is_told_by_part(capsys):
+    theirs, ours = (memory.kept(side, rows(3, seed=0)) for side in sides.build(TINY, seed=0))
+    assert theirs["ViT"] == ours["ViT"] == 0
+    layers = ours["LM's layers"]
+    assert theirs["LM's layers"] == layers > 0
+    head = "LM's head, and between the parts"
+    assert ours[head] < theirs[head]
+    assert memory.main(["--preset", "tiny", "--batch_size", "3"]) == 0
+    told = capsys.readouterr().out
+    assert f"| LM's layers | {layers / 2**20:.1f} | " in told
