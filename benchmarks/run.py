@@ -72,7 +72,7 @@ class Options:
     device: Literal["cpu", "cuda"] = field(default="cpu")
     preset: str = field(default="smollm2", metadata={"choices": list(PRESETS)})
     batch_size: int = field(default=8, metadata={"help": "Pairs in a batch of training."})
-    steps: int = field(default=1, metadata={"help": "Timed steps of a run, after one that is not."})
+    steps: int = field(default=1, metadata={"help": "Timed steps of a run; on a GPU after one that is not."})
     rounds: int = field(default=3, metadata={"help": "Runs of each side, in turn; of more than 8 captions at once, 2."})
     sizes: list[int] = field(default_factory=lambda: [1, 8, 64], metadata={"help": "Pictures captioned at once."})
     tokens: int = field(default=12, metadata={"help": "Length of each caption that is generated."})

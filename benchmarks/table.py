@@ -86,7 +86,7 @@ def chart(rows: Sequence[Row], title: str, path: Path) -> None:
     axis.set_yticks(range(len(shown)), [row.path for row in shown], fontsize=8)
     axis.set(xlabel="ours / theirs (bar: median, thin line: least to most, thick mark: goal)", title=title)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def _verdict(row: Row) -> str:

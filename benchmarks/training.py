@@ -39,25 +39,35 @@ class CachedRows:
 
 class _Clock(TrainerCallback):
     def __init__(self, device: str):
-        self.device, self.ends = device, []
+        self.device, self.times = device, []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._look()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._look()
+
+    def _look(self) -> None:
         wait(self.device)
-        self.ends.append(time.perf_counter())
+        self.times.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Of each step from its loading to its end, without the first, which makes the optimizer's state."""
-        return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
+        """Of each step, from its loading to its end."""
+        return [end - start for start, end in zip(self.times, self.times[1:], strict=False)]
 
 
 def train(
     side: Side, rows: Any, *, batch_size: int, steps: int, seed: int, device: str, bf16: bool, folder: Path
 ) -> list[float]:
-    """Seconds of `steps` steps after one that is not counted."""
-    clock = _Clock(device)
+    """Seconds of `steps` steps.
+
+    On a GPU after one that is not counted, in which kernels are loaded. What a first step does besides, the optimizer's
+    state is made in it, is little beside a CPU's seconds, and the same for all.
+    """
+    clock, uncounted = _Clock(device), int(device == "cuda")
     arguments = TrainingArguments(
         str(folder),
-        max_steps=steps + 1,
+        max_steps=steps + uncounted,
         per_device_train_batch_size=batch_size,
         learning_rate=1e-5,
         bf16=bf16,
@@ -76,7 +86,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     side.model.zero_grad()
-    return clock.seconds()
+    return clock.seconds()[uncounted:]
 
 
 def in_turn(runs: Mapping[str, Callable[[int], list[float]]], rounds: int) -> dict[str, list[float]]:
