@@ -6,28 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import TensorBoardCallback
 
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..trainer.collator import LorgnetteCollator
 from .check_weights import Original
 from .drawing import overlay, sheet
 from .inspector import Inspection, inspect_model
+from .maps import Look
 from .report import write_html
+from .trackers import send_pictures
 
 
 class InspectionCallback(TrainerCallback):
-    """Inspects the model every so many steps, and at the end of training.
+    """Inspects the model every so many steps, and after the last.
 
         trainer.add_callback(InspectionCallback(trainer, every=200))
 
     The frozen parts are compared with what they were when training began. `inspection_queries`, `inspection_sees` … are
     1 where the check is green and 0 where it is red; they and the figures behind them go through `trainer.log`, so that
-    every tracker has them, and `log_history`. Where the model looks is drawn into TensorBoard, where that is the
-    tracker; `output_dir/inspection/step-N.html` holds it all in any case. No weight moves, and no random number is
+    every tracker has them, and `log_history`. TensorBoard, trackio and Weights & Biases are shown where the model
+    looks, too; `output_dir/inspection/step-N.html` holds it all in any case. No weight moves, and no random number is
     drawn, so that training goes on as it would without. The first process does it, and the others wait; it has to have
-    the whole model, which it has not under FSDP.
+    the whole model, which it has not under FSDP. Where another callback ends training early, its last step may not be
+    one that is looked at.
 
     Args:
         trainer: its `data_collator` is the one whose labels are looked at, its `processing_class` the processor.
@@ -52,7 +55,6 @@ class InspectionCallback(TrainerCallback):
         self.rows = rows
         self.last: Inspection | None = None
         self._original: Original | None = None
-        self._inspected = 0
 
     def on_train_begin(
         self,
@@ -73,18 +75,8 @@ class InspectionCallback(TrainerCallback):
         model: LorgnetteForConditionalGeneration,
         **kwargs: Any,
     ) -> None:
-        if state.global_step % self.every == 0:
-            self._inspect(args, state, control, model)
-
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: LorgnetteForConditionalGeneration,
-        **kwargs: Any,
-    ) -> None:
-        if state.global_step != self._inspected:
+        # at the end of training a tracker may have closed the run
+        if state.global_step % self.every == 0 or control.should_training_stop:
             self._inspect(args, state, control, model)
 
     def _inspect(
@@ -94,7 +86,7 @@ class InspectionCallback(TrainerCallback):
         control: TrainerControl,
         model: LorgnetteForConditionalGeneration,
     ) -> None:
-        self._inspected = step = state.global_step
+        step = state.global_step
         if not state.is_world_process_zero:
             return
         self.last = inspect_model(
@@ -111,18 +103,16 @@ class InspectionCallback(TrainerCallback):
         due = control.should_log
         self.trainer.log(scalars(self.last))
         control.should_log = due  # logging has ticked it off, and the loss is still to be logged
-        self._draw(step)
+        pictures = {f"inspection/{number}": drawn(seen) for number, seen in enumerate(self.last.looks)}
+        for callback in self.trainer.callback_handler.callbacks:
+            send_pictures(callback, pictures, step)
 
-    def _draw(self, step: int) -> None:
-        """Show TensorBoard what each word was read from, and the queries of the last layer that looks."""
-        boards = [part for part in self.trainer.callback_handler.callbacks if isinstance(part, TensorBoardCallback)]
-        for number, seen in enumerate(self.last.looks):
-            maps = {f"word {place}: {word.text.strip()}": word.patches for place, word in enumerate(seen.words)}
-            maps |= {f"query {place}": values for place, values in enumerate(seen.queries[-1])}
-            drawn = sheet([(title, overlay(seen.picture, values)) for title, values in maps.items()])
-            for board in boards:
-                if board.tb_writer is not None:
-                    board.tb_writer.add_image(f"inspection/{number}", np.asarray(drawn), step, dataformats="HWC")
+
+def drawn(seen: Look) -> Image.Image:
+    """What each word was read from, and the queries of the last layer that looks."""
+    maps = {f"word {place}: {word.text.strip()}": word.patches for place, word in enumerate(seen.words)}
+    maps |= {f"query {place}": values for place, values in enumerate(seen.queries[-1])}
+    return sheet([(title, overlay(seen.picture, values)) for title, values in maps.items()])
 
 
 def scalars(inspection: Inspection) -> dict[str, float]:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tqdm.auto import tqdm
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.processing_lorgnette import LorgnetteProcessor
@@ -147,9 +148,13 @@ def inspect_model(
             "maps": lambda: [seen for row in pictures if (seen := look(model, collator, row)) is not None],
         }
         found = []
-        with tqdm(steps.items(), desc="inspecting", disable=quiet, leave=False) as bar:
-            for what, step in bar:
-                bar.set_postfix_str(what)
+        columns = (SpinnerColumn(), TextColumn("inspecting {task.completed}/{task.total}: {task.description}"))
+        console = Console(stderr=True)
+        with Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=quiet) as bar:
+            task = bar.add_task("", total=len(steps))
+            for what, step in steps.items():
+                bar.update(task, description=what)
                 found.append(step())
+                bar.advance(task)
         made_of, way, *checks, looks = found
         return Inspection(name or model.name_or_path or type(model).__name__, made_of, way, checks, looks)

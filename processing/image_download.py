@@ -19,15 +19,19 @@ from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Proxy
 
 DOWNLOAD_SECONDS = 20.0
 DOWNLOAD_BYTES = 100 * 2**20
-WEB = ("http://", "https://")
 # (host as in the URL, address that it resolves to) -> raises PermissionError where that is not to be visited
 Guard = Callable[[str, str], None]
+
+
+def is_web(source: str) -> bool:
+    """Whether it begins with `http://` or `https://`, in letters of either case."""
+    return source[:8].lower().startswith(("http://", "https://"))
 
 
 def download(
     url: str, timeout: float | None = None, max_bytes: int | None = None, guard: Guard | None = None
 ) -> tuple[str, bytes]:
-    """Fetch a URL that begins as [`WEB`] does.
+    """Fetch a URL of http or https.
 
     Args:
         timeout: seconds for all of it, 20 by default; to look a name up, and a connection that is not made yet, may
@@ -155,6 +159,6 @@ class _Redirects(HTTPRedirectHandler):
         self, request: Request, file: Any, code: int, message: str, headers: Any, url: str
     ) -> Request | None:
         self.allowance.check()
-        if not url.startswith(WEB):
+        if not is_web(url):
             raise OSError(f"redirected to {url[:200]}, which is neither http nor https")
         return super().redirect_request(request, file, code, message, headers, url)

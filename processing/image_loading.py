@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 
-from .image_download import WEB, Guard, download
+from .image_download import Guard, download, is_web
 from .public_addresses import refuse_private
 
 
@@ -144,7 +144,7 @@ def read_web_image(
         ValueError: a URL of another kind or without a host, base64 that is not valid.
         OSError: see [`download`].
     """
-    if url.startswith(WEB):
+    if is_web(url):
         _check_url(url)
         return download(url, timeout, max_bytes, guard)[1]
     if url.startswith("data:"):
@@ -173,7 +173,7 @@ def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
         source = source["path"]
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "the picture", bytes(source)
-    if isinstance(source, str) and source.startswith(WEB):
+    if isinstance(source, str) and is_web(source):
         return download(source, timeout)
     if isinstance(source, str) and source.startswith("data:"):
         return "the data URL", _from_base64(source.partition(",")[2])

@@ -113,12 +113,13 @@ def check(
     with tempfile.TemporaryDirectory() as scratch:
         here, seen = Path(scratch), Path(scratch) / "seen.safetensors"
         picture = draw(here / "picture.png") if picture is None else Path(picture).resolve(strict=True)
-        expected = look(model, processor, str(picture))
         environment = {name: value for name, value in os.environ.items() if name not in _NOT_THEIRS}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(here / "modules")}
         stranger = [sys.executable, "-P", str(Path(__file__).with_name("stranger.py"))]
         try:
-            with Console(stderr=True).status("a process without lorgnette tries the export"):
+            with Console(stderr=True).status("the model itself is asked") as status:
+                expected = look(model, processor, str(picture))
+                status.update("a process without lorgnette tries the export")
                 finished = subprocess.run(
                     [*stranger, str(Path(folder).resolve()), str(picture), str(seen)],
                     cwd=here,

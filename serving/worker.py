@@ -3,7 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -133,6 +133,11 @@ async def _unless_gone(request: Request, eyes: Eyes, work: Coroutine[Any, Any, T
         hanging_up.cancel()
 
 
+def _reason(found: Mapping[str, Any]) -> str:
+    """What pydantic says, but of errors that `payloads` raises their own words alone."""
+    return str(found["ctx"]["error"]) if found["type"] == "value_error" else found["msg"]
+
+
 def _told(answer: Answer, adapter: str) -> dict[str, Any]:
     return {"text": answer.text, "usage": answer.usage, "adapter": adapter, "finish_reason": answer.why}
 
@@ -173,7 +178,7 @@ def _add_errors(app: FastAPI) -> None:
             message = f"the body's Content-Type is {kind[:100] or 'not given'}; application/json is needed"
             return JSONResponse(RefusedError(422, "invalid_request", message).body, 422)
         # without the values, which may be megabytes
-        told = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors()[:5])
+        told = "; ".join(f"{'.'.join(map(str, found['loc']))}: {_reason(found)}" for found in error.errors()[:5])
         return JSONResponse(RefusedError(422, "invalid_request", told[:2000]).body, 422)
 
     @app.exception_handler(HTTPException)

@@ -104,7 +104,12 @@ def visitors():
 
 
 def test_a_picture(server):
-    for url in (f"{server}/picture", f"{server}/to?/picture", f"{server}/to?{server}/to?/picture"):
+    for url in (
+        f"{server}/picture",
+        f"HTTP{server[4:]}/picture",
+        f"{server}/to?/picture",
+        f"{server}/to?{server}/to?/picture",
+    ):
         np.testing.assert_array_equal(load_image(url), tiny.picture())
 
 

@@ -1,5 +1,7 @@
 """Inspections during training: what trackers are told, and that training goes on as it would without."""
 
+from collections import Counter
+
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_inspection import PicturesShuffled, rows, untrained
@@ -49,6 +51,23 @@ def test_figures_and_pictures_reach_the_tracker_and_training_is_not_disturbed(ba
     assert "train/inspection_sees_gap" in events.Tags()["scalars"]
 
 
+def test_trackio_is_sent_pictures(backbones, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    run(backbones, tmp_path / "run", report_to="trackio", project="eyes")
+    media = tmp_path / "trackio" / "media" / "eyes"
+    sent = Counter(path.relative_to(media).parts[:-1] for path in media.rglob("*.png"))
+    assert len({run_name for run_name, _ in sent}) == 1, "what is told after the run's end is another run"
+    assert list(sent.values()) == [2, 2], "two pictures, at step 2 and at step 3"
+
+
+def test_weights_and_biases_is_sent_pictures(backbones, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    run(backbones, tmp_path / "run", report_to="wandb")
+    (media,) = tmp_path.glob("wandb/offline-run-*/files/media/images/inspection")
+    assert Counter(path.name[:1] for path in media.iterdir()) == {"0": 2, "1": 2}, "of both pictures, at both steps"
+
+
 def test_what_a_collator_does_wrong_is_seen_in_training(backbones, tmp_path):
     training = trainer(*untrained(backbones), tmp_path, rows=rows(), max_steps=1)
     training.data_collator = PicturesShuffled(training.processing_class)
@@ -56,7 +75,7 @@ def test_what_a_collator_does_wrong_is_seen_in_training(backbones, tmp_path):
     training.add_callback(callback)
     training.train()
     assert "in_step" in {check.name for check in callback.last.failed}
-    assert "inspection_in_step" in training.state.log_history[-1]
+    assert any("inspection_in_step" in entry for entry in training.state.log_history)
 
 
 def test_rows_are_the_evaluation_datas_where_none_are_given(backbones, tmp_path):

@@ -162,7 +162,7 @@ BAD = {
     "no base64": ({"image_url": "data:image/png;base64,!!!"}, 422, "no_picture", "not valid base64"),
     "100 MP": ({"image_url": "HOST/huge"}, 422, "no_picture", "10000 x 10000 pixels are more than the 50000000"),
     "adapter": ({"adapter": "three"}, 404, "unknown_adapter", "no adapter 'three'; there are one, two"),
-    "empty prompt": ({"prompt": " "}, 422, "invalid_request", "body.prompt: Value error, there are no words in it"),
+    "empty prompt": ({"prompt": " "}, 422, "invalid_request", "body.prompt: there are no words in it"),
     "1 MB of prompt": ({"prompt": "a" * 2**20}, 422, "invalid_request", "1048576 characters are more than the 50000"),
     "long prompt": ({"prompt": "a" * 999}, 400, "prompt_too_long", "with 8 new ones that is more than the 256"),
     "half a character": ({"prompt": "\ud800"}, 400, "unusable_prompt", "U+D800, a lone surrogate"),

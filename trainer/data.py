@@ -14,6 +14,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, List, load_dataset, load_from_disk
 
 from ..processing.conversations import parts_of
+from ..processing.image_download import is_web
 from ..processing.image_loading import naming
 from .arguments import DataArguments, RowArguments, SourceArguments
 from .augmentation import AugmentationSeeds
@@ -245,7 +246,7 @@ def _open_picture(value: Any, number: int | None, base: Path | None) -> Any:
         return [_open_picture(item, number, base) for item in value]
     if isinstance(value, dict):  # datasets' own form of an image that is not decoded
         return value if value.get("bytes") is not None else _open_picture(value.get("path"), number, base)
-    if not isinstance(value, str) or value.startswith(("http://", "https://", "data:")):
+    if not isinstance(value, str) or is_web(value) or value.startswith("data:"):
         return value
     if "://" in value:  # on the Hub or inside an archive, where a dataset is streamed
         try:
