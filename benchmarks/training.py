@@ -14,6 +14,9 @@ from benchmarks.floor import wait
 from benchmarks.sides import Side
 
 
+LONG = 30.0
+
+
 class CachedRows:
     """Rows with the ViT's features in place of pictures, on disk as the feature cache has them: bytes, in float16."""
 
@@ -94,9 +97,13 @@ def in_turn(runs: Mapping[str, Callable[[int], list[float]]], rounds: int) -> di
 
     Args:
         runs: by name; each is given the number of the round.
+        rounds: at most; two are enough once they take longer than `LONG` seconds.
     """
     found: dict[str, list[float]] = {name: [] for name in runs}
+    start = time.perf_counter()
     for number in range(rounds):
+        if number > 1 and time.perf_counter() - start > LONG:
+            break
         for name in list(runs)[:: -1 if number % 2 else 1]:
             found[name] += runs[name](number)
             gc.collect()
