@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shlex
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 from tiny_training import CAPTIONS, joined, pairs, write_backbones
 from transformers import TrainingArguments
 
-from examples.demo.report import curves
+from examples.demo.report import curves, losses
 from examples.quality import __main__ as quality
 from examples.quality import baselines, measure, plain_text, steps, table
 from examples.quality.measure import score, score_shuffled
@@ -191,6 +192,23 @@ def test_the_readme_shows_what_was_measured():
     assert table.between_markers(table.README.read_text(encoding="utf-8")) == table.render(table.load(table.RESULTS))
 
 
+@pytest.mark.parametrize("path", sorted(table.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_a_measured_row_holds_what_it_was_made_from(path):
+    """Each step's folder is called after its command and recipe: neither was lost or changed since."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert result["command"] == f"python -m examples.quality {path.stem}"
+    assert result["row"] == asdict(ROWS[path.stem])
+    for step, line in result["commands"].items():
+        _, *command, _, folder = shlex.split(line)
+        recipes = [result["recipes"][step]] if "--config" in command else []
+        assert Path(folder).name == f"{step}-{steps.digest(command, recipes)}"
+    assert result["losses"].keys() == result["recipes"].keys() == result["training"].keys()
+    for stage, found in result["losses"].items():
+        assert found.keys() == {"loss", "eval_loss"}
+        assert list(found["eval_loss"])[-1] == str(result["training"][stage]["steps"])
+    assert path.with_suffix(".png").exists()
+
+
 def test_the_table_is_written_between_its_markers(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(table, "README", tmp_path / "README.md")
     monkeypatch.setattr(table, "RESULTS", tmp_path)
@@ -207,6 +225,7 @@ def test_the_table_is_written_between_its_markers(monkeypatch, tmp_path, capsys)
 
 def test_losses_are_drawn(tmp_path):
     log = [{"step": 1, "loss": 2.0, "loss_itc": 1.0, "learning_rate": 1.0}, {"step": 2, "eval_loss": 1.5}]
+    assert losses(log) == {"loss": {1: 2.0}, "loss_itc": {1: 1.0}, "eval_loss": {2: 1.5}}
     curves({"stage1": log, "stage2": log}, tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").width > 800
 
@@ -249,6 +268,9 @@ def test_a_row_goes_from_data_to_figures_and_is_not_measured_twice(monkeypatch, 
         "data", "features", "stage1", "stage2", "evaluate-test", "baselines and plain text",
     }  # fmt: skip
     assert result["training"]["stage2"]["steps"] == 2
+    assert {stage: list(found["loss"]) for stage, found in result["losses"].items()} == {
+        "stage1": ["1", "2"], "stage2": ["1", "2"],
+    }  # fmt: skip
     assert result["recipes"] == {"stage1": small, "stage2": small + "lora: {r: 2}\n"}
     assert result["tests"]["test"]["nearest"]["CLS"]["exact_match"] == 1.0  # the same pictures
     assert result["tests"]["test"]["probe"].keys() == {"CLS", "patch mean", "both"}

@@ -55,10 +55,8 @@ def curves(logs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> Non
     """Writes a PNG with a panel for each run: all losses in its `log_history` over the steps."""
     figure = Figure(figsize=(5 * len(logs), 3.2))
     for axis, (title, log) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items(), strict=True):
-        names = [name for entry in log for name in entry if is_loss(name)]
-        for name in dict.fromkeys(names):
-            points = [(entry["step"], entry[name]) for entry in log if name in entry]
-            axis.plot(*zip(*points, strict=True), label=name, marker="o", markersize=2)
+        for name, values in losses(log).items():
+            axis.plot(*zip(*values.items(), strict=True), label=name, marker="o", markersize=2)
         axis.set(title=title, xlabel="step", ylabel="loss (nats)", yscale="log")
         axis.grid(alpha=0.3)
         axis.legend()
@@ -66,8 +64,14 @@ def curves(logs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> Non
     figure.savefig(path, dpi=110)
 
 
-def is_loss(name: str) -> bool:
-    return name.removeprefix("eval_").startswith("loss")
+def losses(log: Sequence[Mapping[str, float]]) -> dict[str, dict[int, float]]:
+    """Each loss in a run's `log_history`: its name -> step -> value."""
+    found: dict[str, dict[int, float]] = {}
+    for entry in log:
+        for name in entry:
+            if name.removeprefix("eval_").startswith("loss"):
+                found.setdefault(name, {})[entry["step"]] = entry[name]
+    return found
 
 
 def machine() -> str:

@@ -20,7 +20,7 @@ from datasets import load_from_disk
 from lorgnette.trainer.precision import default_mixed_precision
 
 from ..demo.report import PACKAGES as SHOWN
-from ..demo.report import curves, machine
+from ..demo.report import curves, losses, machine
 from ..sources import backbones
 from .measure import measure
 from .plain_text import compare
@@ -76,6 +76,7 @@ def run(name: str, cache: Path, work: Path, results: Path) -> None:
         "seconds": seconds,
         "data": {split: len(rows) for split, rows in load_from_disk(folders.get("synthetic", folders["data"])).items()},
         "training": {stage: {"steps": log["global_step"], "epochs": log["epoch"]} for stage, log in logs.items()},
+        "losses": {stage: losses(log["log_history"]) for stage, log in logs.items()},
         "commands": {step: done["command"] for step, done in steps.done.items()},
         # what they read: a recipe may change after the row was measured
         "recipes": {stage: recipe_of(row, stage).read_text(encoding="utf-8") for stage in stages},

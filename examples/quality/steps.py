@@ -29,8 +29,7 @@ class Steps:
         anew. Raises subprocess.CalledProcessError where the command fails.
         """
         recipes = [Path(value).read_text() for option, value in pairwise(command) if option == "--config"]
-        digest = hashlib.sha256(json.dumps([*command, *recipes]).encode()).hexdigest()[:8]
-        folder = self.work / f"{name}-{digest}"
+        folder = self.work / f"{name}-{digest(command, recipes)}"
         record = folder.with_suffix(".json")
         line = shlex.join(["python", *command, "--output_dir", str(folder)])
         if record.exists():
@@ -44,6 +43,11 @@ class Steps:
             record.write_text(json.dumps({"command": line, "seconds": seconds}, indent=2), encoding="utf-8")
         self.done[name] = json.loads(record.read_text(encoding="utf-8"))
         return folder
+
+
+def digest(command: Sequence[str], recipes: Sequence[str]) -> str:
+    """What tells a command and the texts of its recipes from others, in eight letters."""
+    return hashlib.sha256(json.dumps([*command, *recipes]).encode()).hexdigest()[:8]
 
 
 def say(line: str) -> None:
