@@ -5,7 +5,9 @@ import pytest
 from datasets import load_from_disk
 from tiny_sources import cifar_archive, emoji_archives
 
+from examples.quality import __main__ as quality
 from examples.quality import data, synthetic
+from examples.quality.rows import ROWS
 from examples.sources import emoji
 
 
@@ -100,6 +102,25 @@ def test_made_up_pairs_are_marked_capped_and_of_training_concepts(cache):
     name = splits["train"]["text"][0]
     named = synthetic.add_pairs(splits, cache, concepts=[name], templates=["{name}"], pairs=3)
     assert named["train"]["text"][real:] == [name] * 3
+
+
+def test_a_row_with_made_up_pairs_makes_them_and_looks_at_them(cache):
+    cifar_archive(cache, [0] * 12)
+    commands = {}
+
+    class Told:
+        def run(self, name, command):
+            commands[name] = command
+            return cache / name
+
+    quality.take_steps(ROWS["emoji-synthetic"], Told(), dict.fromkeys(quality.BACKBONES, "b"), cache)
+    for name, module in (("data", data), ("synthetic", synthetic)):
+        module.main([*commands[name][2:], "--output_dir", str(cache / name)])
+    real, larger = (load_from_disk(cache / name)["train"] for name in ("data", "synthetic"))
+    made_up = larger.filter(lambda row: row["synthetic"])
+    assert len(larger) - len(real) == len(made_up) == int(len(real) / 3)  # a quarter of all
+    assert set(made_up["text"]) <= set(real["text"])  # by the template: the bare name
+    assert commands["features"][commands["features"].index("--dataset") + 1] == str(cache / "synthetic")
 
 
 def test_held_out_and_unknown_concepts_are_refused(cache):
