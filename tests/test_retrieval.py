@@ -263,8 +263,11 @@ def test_equals_blip2_with_the_same_weights():
 
 class TestWhatTrains:
     @pytest.mark.parametrize("weights", [w for w in itertools.product((0.0, 1.0), repeat=3) if any(w)])
-    def test_every_trainable_parameter_gets_a_gradient_whatever_the_losses(self, weights):
-        model = retriever(**dict(zip(("itc_weight", "itm_weight", "itg_weight"), weights, strict=True))).train()
+    @pytest.mark.parametrize("frequency", [1, 2])  # at 1 the last layer has cross-attention, too
+    def test_every_trainable_parameter_gets_a_gradient_whatever_the_losses(self, weights, frequency):
+        names = ("itc_weight", "itm_weight", "itg_weight")
+        fields = dict(zip(names, weights, strict=True)) | {"qformer_config": {"cross_attention_frequency": frequency}}
+        model = retriever(**fields).train()
         model(**batch()).loss.backward()
         trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trainable
