@@ -105,8 +105,6 @@ class TestColumns:
         assert processor.decode(batch["input_ids"][0]) == "[CLS] a cat. [SEP]" + " [PAD]" * int(
             (1 - batch["attention_mask"][0]).sum()
         )
-        with pytest.raises(ValueError, match=r"row 3: column 'text' is '\\u200b', of which the tokenizer makes no tok"):
-            LorgnetteCollator(processor)([{**ROWS[0], "index": 3, "text": "\u200b"}])  # a space of no width
 
     def test_workers_can_have_it(self):
         collator = pickle.loads(pickle.dumps(LorgnetteCollator(make())))
@@ -176,6 +174,21 @@ class TestBadRows:
             LorgnetteCollator(make())([ROWS[0], row])
         with pytest.raises(kind, match=f"^row 42: .*{message}"):
             LorgnetteCollator(make())([{**ROWS[0], "index": 41}, {**row, "index": 42}])
+
+    @pytest.mark.parametrize(
+        ("row", "message"),
+        [
+            ({"text": " "}, "'text' is empty"),
+            ({"text": "\u200b"}, "'text' is '\\\\u200b', of which the tokenizer makes no tok"),  # a space of no width
+            ({"text": "the cat the cat"}, "6 tokens are more than the 5 there is room for"),
+            ({"image": [tiny.picture(), tiny.picture()]}, "2 images; stage 1 learns from pairs"),
+        ],
+    )
+    def test_pairs_that_stage_1_cannot_learn_from(self, row, message):
+        processor = LorgnetteProcessor.from_backbones(tiny.image_processor(), None, qformer=tiny.bert_tokenizer())
+        good = {"image": tiny.picture(), "text": "the cat", "index": 41}
+        with pytest.raises(ValueError, match=f"^row 42: .*{message}"):
+            LorgnetteCollator(processor, max_length=5)([good, {**good, "index": 42, **row}])
 
     def test_longer_than_the_context(self):
         processor = make()
