@@ -40,6 +40,7 @@ from .modeling_blip2 import Blip2Generation
 from .modeling_bridges import Bridges
 from .modeling_checks import checked_placeholders, checked_shared
 from .modeling_lora import check_lora_config, resolve_lora_config
+from .modeling_losses import in_process_group
 from .modeling_outputs_lorgnette import LorgnetteCausalLMOutputWithPast, LorgnetteImageFeatures
 from .modeling_packing import check_documents, packed
 from .modeling_placeholders import PlaceholderBlind, check_context
@@ -473,7 +474,7 @@ class LorgnetteForConditionalGeneration(
                     )
         outputs = speak(return_dict=True, **inputs | kwargs)
         loss = outputs.loss
-        if self.training and loss is not None and soft_tokens is None and torch.distributed.is_initialized():
+        if self.training and loss is not None and soft_tokens is None and in_process_group():
             loss = loss + 0 * self._unused_bridge()
         return LorgnetteCausalLMOutputWithPast(
             loss=loss,

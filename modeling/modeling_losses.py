@@ -96,9 +96,14 @@ def generation_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing:
     return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
 
+def in_process_group() -> bool:
+    """Whether this process has others to learn with; some builds of torch know no others at all."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def processes() -> int:
     """How many processes learn together."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return torch.distributed.get_world_size() if in_process_group() else 1
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:

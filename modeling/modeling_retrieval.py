@@ -33,6 +33,7 @@ from .modeling_losses import (
     draw_negatives,
     gather,
     generation_loss,
+    in_process_group,
     matching_loss,
     processes,
     same_caption,
@@ -353,7 +354,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         return checked_candidates(~same_caption(gather(ids)), row_index)[self._own_columns(len(ids))]
 
     def _own_columns(self, batch_size: int) -> slice:
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        rank = torch.distributed.get_rank() if in_process_group() else 0
         return slice(rank * batch_size, (rank + 1) * batch_size)
 
     def _contrast(

@@ -313,6 +313,13 @@ class TestWhatTrains:
             assert torch.equal(ours, theirs)
 
 
+def test_a_torch_that_was_built_without_other_processes(monkeypatch):
+    expected = retriever()(**batch()).loss
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "is_initialized")
+    torch.testing.assert_close(retriever()(**batch()).loss, expected, atol=0, rtol=0)
+
+
 class TestWrongInput:
     def test_one_caption_for_all(self):
         with pytest.raises(ValueError, match=r"Row 7 of the data set and the 3 others of its batch have the same cap"):

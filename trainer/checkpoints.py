@@ -25,6 +25,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..modeling.modeling_forms import BACKBONES
+from ..modeling.modeling_losses import in_process_group
 
 
 logger = logging.getLogger(__name__)
@@ -185,7 +186,7 @@ class _OnSigterm(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         has_come = torch.tensor(float(self.stock.jit_manager.is_checkpoint_requested), device=args.device)
-        if dist.is_initialized():
+        if in_process_group():
             dist.all_reduce(has_come, dist.ReduceOp.MAX)
         self.has_come = bool(has_come)
         control.should_save |= self.has_come

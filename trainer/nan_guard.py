@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from transformers import Trainer
 
+from ..modeling.modeling_losses import in_process_group
+
 
 @contextmanager
 def nan_guard(trainer: Trainer) -> Iterator[None]:
@@ -33,7 +35,7 @@ def _check(trainer: Trainer, model: torch.nn.Module, _args: tuple, inputs: dict[
         return
     loss = outputs["loss"].detach()
     broken = (~loss.isfinite()).any().float()
-    if dist.is_initialized():
+    if in_process_group():
         dist.all_reduce(broken, dist.ReduceOp.MAX)  # a process that stopped alone would leave the others waiting
     if broken:
         rows = inputs.get("row_index")
