@@ -42,6 +42,7 @@ SIZES = {
     "num_attention_heads": 2**16,
     "intermediate_size": 2**24,
 }
+MAX_QUERY_TOKENS = 2**16  # a processor writes as many placeholders an image, before any model is asked
 
 
 @strict
@@ -334,7 +335,8 @@ def _sub_config(config: dict | PreTrainedConfig | None, name: str, default: str)
 
 
 def _require_size(config: PreTrainedConfig, field: str, where: str = "") -> None:
-    value, largest = getattr(config, field), SIZES.get(field, 2**24)
+    limits = SIZES | {"num_query_tokens": MAX_QUERY_TOKENS}
+    value, largest = getattr(config, field), limits.get(field, 2**24)
     if value < 1:
         raise ValueError(f"{where}{field} is {value}; it has to be at least 1")
     if value > largest:
@@ -346,6 +348,7 @@ __all__ = [
     "AUTO_PROCESSOR",
     "CUSTOM_PIPELINES",
     "FORMS",
+    "MAX_QUERY_TOKENS",
     "SIZES",
     "LorgnetteBridgeConfig",
     "LorgnetteConfig",

@@ -163,7 +163,12 @@ def _judged(found: dict[str, Any]) -> dict[str, Any]:
 
 def failures(outcomes: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     """What should not have happened, a line each."""
-    wrong = []
+    ways = dict.fromkeys(way for found in outcomes.values() for way in found)
+    wrong = [
+        f"{way}: no file is answered"  # to refuse all alike is to read none
+        for way in ways
+        if not any(found[way]["outcome"] == ANSWERED for found in outcomes.values())
+    ]
     for file, ways in outcomes.items():
         for way, found in ways.items():
             if found["outcome"] not in (ANSWERED, *DOCUMENTED):

@@ -15,7 +15,7 @@ from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, Proces
 from transformers.utils import PROCESSOR_NAME
 
 from ..configuration.backbone_sources import from_pretrained_arguments, load_qformer_tokenizer, load_tokenizer
-from ..configuration.configuration_lorgnette import AUTO_PROCESSOR
+from ..configuration.configuration_lorgnette import AUTO_PROCESSOR, MAX_QUERY_TOKENS
 from ..configuration.remote_code import save_remote_code
 from .blip2_prompts import BLIP2_TEMPLATE
 from .conversations import flatten, images_in, is_batch, query_in
@@ -61,7 +61,8 @@ class LorgnetteProcessor(ProcessorMixin):
         max_image_pixels: a picture with more is refused before it is decoded. Pillow's own limits hold as well.
 
     Raises:
-        ValueError: no tokenizer, one without both pad and EOS token, `num_query_tokens` or `max_image_pixels` below 1.
+        ValueError: no tokenizer, one without both pad and EOS token, `num_query_tokens` or `max_image_pixels` below 1,
+            more queries than can be meant.
     """
 
     image_token = IMAGE_TOKEN
@@ -82,6 +83,8 @@ class LorgnetteProcessor(ProcessorMixin):
         for name, value in (("num_query_tokens", num_query_tokens), ("max_image_pixels", max_image_pixels)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it has to be a whole number of at least 1")
+        if num_query_tokens > MAX_QUERY_TOKENS:
+            raise ValueError(f"num_query_tokens is {num_query_tokens}; more than {MAX_QUERY_TOKENS} cannot be meant")
         if tokenizer is not None:
             tokenizer = prepare_tokenizer(tokenizer)
         super().__init__(image_processor, tokenizer or qformer_tokenizer, qformer_tokenizer)

@@ -10,8 +10,9 @@ from io import BytesIO
 import numpy as np
 import pytest
 import tiny
+from tiny_models import NUM_QUERY_TOKENS, QFORMER, language_model, vision_model
 
-from lorgnette import LorgnetteProcessor
+from lorgnette import LorgnetteForConditionalGeneration, LorgnetteImageToTextPipeline, LorgnetteProcessor
 from lorgnette.processing import image_download
 from lorgnette.processing.image_loading import load_image
 
@@ -158,6 +159,31 @@ def test_huge_answers(server, monkeypatch, path):
     monkeypatch.setattr(image_download, "DOWNLOAD_BYTES", 100)
     with pytest.raises(OSError, match="larger than 100 bytes"):
         load_image(f"{server}/{path}")
+
+
+def test_a_pipeline_fetches_within_the_same_limits(server, visitors, monkeypatch):
+    processor = LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer(), num_query_tokens=NUM_QUERY_TOKENS)
+    words = language_model(vocab_size=len(processor.tokenizer))
+    model = LorgnetteForConditionalGeneration.from_backbones(
+        vision_model(), words, processor=processor, qformer_config=QFORMER
+    )
+    pipe = LorgnetteImageToTextPipeline(model=model.eval(), processor=processor, device="cpu")
+    port, seen = visitors
+    settings = {"max_new_tokens": 2, "generate_kwargs": {"do_sample": False}}
+    assert pipe(f"{server}/picture", **settings) == pipe(tiny.picture(), **settings)
+    with pytest.raises(OSError, match=r"the image: cannot fetch .*ftp"):
+        pipe(f"{server}/to?ftp://127.0.0.1:{port}/picture.png")
+    assert seen == []
+    start = time.monotonic()
+    with pytest.raises(OSError, match="not complete after 1 s"):
+        pipe(f"{server}/drip", timeout=1)
+    monkeypatch.setattr(image_download, "DOWNLOAD_SECONDS", 0.5)
+    with pytest.raises(OSError, match=r"not complete after 0\.5 s"):
+        pipe(f"{server}/drip")
+    assert time.monotonic() - start < 15
+    monkeypatch.setattr(image_download, "DOWNLOAD_BYTES", 100)
+    with pytest.raises(OSError, match="larger than 100 bytes"):
+        pipe(f"{server}/picture", timeout=10)
 
 
 def test_hosts_that_are_not_there():

@@ -282,6 +282,15 @@ class TestShapes:
         ):
             load(spoilt)
 
+    @pytest.mark.parametrize("queries", [10**12, 2**16 + 1, 0, -1])
+    def test_a_processor_that_would_fill_memory_with_placeholders(self, queries, folder):
+        """It writes them before any model is asked how many it has."""
+        spoilt = folder("full")
+        rewrite(spoilt / "processor_config.json", lambda config: config.update(num_query_tokens=queries))
+        for kind in (LorgnetteProcessor, AutoProcessor):
+            with pytest.raises(ValueError, match=rf"num_query_tokens is {queries}; "):
+                kind.from_pretrained(spoilt)
+
     def test_a_config_that_its_class_refuses_is_named(self):
         with pytest.raises(ValueError, match=r'text_config is no config of the model_type "llama": '):
             LorgnetteConfig(text_config={"model_type": "llama", "num_attention_heads": 0})

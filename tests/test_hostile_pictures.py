@@ -198,8 +198,8 @@ def test_a_processor_has_a_limit_of_its_own(tmp_path):
             ValueError, match=f"max_image_pixels is {spoilt!r}; it has to be a whole number of at least 1"
         ):
             LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer(), max_image_pixels=spoilt)
-    other = LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer(), num_query_tokens=10**9)
-    with pytest.raises(ValueError, match="num_query_tokens is 4, the processor's 1000000000"):
+    other = LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer(), num_query_tokens=5)
+    with pytest.raises(ValueError, match="num_query_tokens is 4, the processor's 5"):
         LorgnetteImageToTextPipeline(model=model, processor=other, device="cpu")
 
 
