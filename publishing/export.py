@@ -110,7 +110,8 @@ def check(
     Raises:
         RuntimeError: the folder does not load there, or gives something else; with the cause and the numbers.
     """
-    with tempfile.TemporaryDirectory() as scratch:
+    # beside the export: what a kill leaves of both goes together, see `appearing_whole`
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=Path(folder).resolve().parent) as scratch:
         here, seen = Path(scratch), Path(scratch) / "seen.safetensors"
         picture = draw(here / "picture.png") if picture is None else Path(picture).resolve(strict=True)
         environment = {name: value for name, value in os.environ.items() if name not in _NOT_THEIRS}
