@@ -10,6 +10,7 @@ import logging
 import sys
 import tempfile
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -148,7 +149,7 @@ def run(argv: list[str], prog: str = "hub_upload.py") -> None:
     set_up_logging(True)
     shared = {name: getattr(args, name) for name in ("form", "license", "picture")} | {"metrics": tuple(args.metrics)}
     if args.dry_run:
-        with tempfile.TemporaryDirectory() as scratch:
+        with nullcontext() if args.export_dir else tempfile.TemporaryDirectory() as scratch:
             folder = Path(args.export_dir or Path(scratch, "export"))
             files = prepare(args.source, args.repo_id, folder, **shared)
             sizes = [f"{(folder / name).stat().st_size:>15,}  {name}" for name in files]

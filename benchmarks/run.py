@@ -47,7 +47,7 @@ NOTES = (
     "chat prompts, mixed lengths: forward and backward passes alone, over a batch a round; other rows of training are "
     "whole steps of the stock Trainer, loading and optimizer included",
     "against …: what stands under theirs is that",
-    "least to most: of the ratios within a round; there are three, and two of what takes longer than half a minute",
+    "least to most: of the ratios within a round; of three, but of two where these take longer than half a minute",
     "stage 1 plain: one ViT pass, and the queries' keys and values used again for ITG; separate: three passes",
     "memory: the most that a forward and backward pass allocates at once; gradients were there before",
     "of the machine's best: operations of our path over the rate of one large matrix product here; of captions the "

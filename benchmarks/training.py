@@ -14,7 +14,7 @@ from benchmarks.floor import wait
 from benchmarks.sides import Side
 
 
-LONG = 30.0
+LONG = 30.0  # seconds
 
 
 class CachedRows:
@@ -97,7 +97,7 @@ def in_turn(runs: Mapping[str, Callable[[int], list[float]]], rounds: int) -> di
 
     Args:
         runs: by name; each is given the number of the round.
-        rounds: at most; two are enough once they take longer than `LONG` seconds.
+        rounds: at most; after two, none is begun once `LONG` seconds have passed.
     """
     found: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()

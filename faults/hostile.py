@@ -5,7 +5,7 @@
 Each file has a process of its own, forked from one that holds a tiny random model. It has to be answered each way, or
 refused with an exception that `load_image` documents, within 5 seconds and 1 GB of memory on top of what the process
 had. Prints the counts and writes them to `results/hostile.md`, with the outcome of each file in `hostile.json` beside
-it. Exits with status 1 where a file does anything else, or is answered one way and refused another.
+it. Exits with status 1 where a file does anything else, or is answered one way and refused another, or none is.
 """
 
 import json

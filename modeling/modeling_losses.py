@@ -4,8 +4,9 @@
 - image-text matching (ITM) tells a pair from a hard negative, drawn by the same similarity
 - image-grounded generation (ITG) predicts a text's tokens from the picture
 
-Pairs that share a caption are no negatives of each other. Pairs that share a picture are, as in BLIP-2's own training:
-no two processes, and no feature cache, know of pictures that they are one. Everything is computed in float32.
+Pairs that share a caption are no negatives of each other. Pairs that share a picture are, as in BLIP-2's pretraining as
+first released: no two processes, and no feature cache, know of pictures that they are one. Everything is computed in
+float32.
 
 Shapes: B pairs of this process, N pairs of all processes, Q queries, E width of the space they are compared in.
 """
@@ -97,7 +98,7 @@ def generation_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing:
 
 
 def in_process_group() -> bool:
-    """Whether this process has others to learn with; some builds of torch know no others at all."""
+    """Whether there is a process group; some builds of torch know none."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 

@@ -100,7 +100,7 @@ def check(
     """See to it that an exported folder gives strangers what the model gives here.
 
     A process in which lorgnette cannot be imported and no Hub is reached loads it with `AutoConfig`, `AutoProcessor`,
-    `AutoModel` and, in stage 2, both pipelines, on a picture file.
+    `AutoModel` and, in stage 2, both pipelines, on a picture file. It works in a folder beside this one, which goes.
 
     Args:
         picture: a file; a drawn one by default.

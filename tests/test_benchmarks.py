@@ -36,6 +36,15 @@ from benchmarks.rows import captions, rows
 from benchmarks.shapes import PRESETS
 
 
+@pytest.mark.parametrize(("long", "rounds"), [(0.0, 2), (60.0, 4)])
+def test_two_rounds_are_enough_of_what_takes_long(monkeypatch, long, rounds):
+    monkeypatch.setattr(training, "LONG", long)
+    order: list[str] = []
+    runs = {name: lambda number, name=name: order.append(name) or [float(number)] for name in ("theirs", "ours")}
+    assert training.in_turn(runs, 4) == {name: [float(number) for number in range(rounds)] for name in runs}
+    assert order[:4] == ["theirs", "ours", "ours", "theirs"]
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     """Keep what `datasets` prepares out of the user's cache."""

@@ -132,6 +132,12 @@ def test_proxies_are_left_out(internal, names, monkeypatch):
     assert asked == []
 
 
+def test_letters_of_either_case(internal):
+    port, _ = internal
+    url = f"HTTP://127.0.0.1:{port}/301?HTTP://127.0.0.1:{port}/200"
+    assert read_web_image(url, 10, guard=lambda *_: None) == PNG
+
+
 def test_a_cap_of_bytes(internal):
     port, _ = internal
     with pytest.raises(OSError, match="larger than 100 bytes"):

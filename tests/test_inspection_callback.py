@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_inspection import PicturesShuffled, rows, untrained
 from tiny_training import trainer, write_backbones
@@ -52,11 +53,12 @@ def test_figures_and_pictures_reach_the_tracker_and_training_is_not_disturbed(ba
 
 
 def test_trackio_is_sent_pictures(backbones, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    run(backbones, tmp_path / "run", report_to="trackio", project="eyes")
-    media = tmp_path / "trackio" / "media" / "eyes"
-    sent = Counter(path.relative_to(media).parts[:-1] for path in media.rglob("*.png"))
-    assert len({run_name for run_name, _ in sent}) == 1, "what is told after the run's end is another run"
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read when it is imported for the first time
+    from trackio.utils import MEDIA_DIR
+
+    run(backbones, tmp_path / "run", report_to="trackio", project=tmp_path.name)
+    sent = Counter(path.relative_to(MEDIA_DIR).parts[:-1] for path in (MEDIA_DIR / tmp_path.name).rglob("*.png"))
+    assert len({run_name for _, run_name, _ in sent}) == 1, "what is told after the run's end is another run"
     assert list(sent.values()) == [2, 2], "two pictures, at step 2 and at step 3"
 
 
@@ -64,6 +66,7 @@ def test_weights_and_biases_is_sent_pictures(backbones, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     run(backbones, tmp_path / "run", report_to="wandb")
+    wandb.finish()
     (media,) = tmp_path.glob("wandb/offline-run-*/files/media/images/inspection")
     assert Counter(path.name[:1] for path in media.iterdir()) == {"0": 2, "1": 2}, "of both pictures, at both steps"
 

@@ -318,6 +318,8 @@ def test_a_torch_that_was_built_without_other_processes(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
     monkeypatch.delattr(torch.distributed, "is_initialized")
     torch.testing.assert_close(retriever()(**batch()).loss, expected, atol=0, rtol=0)
+    words = torch.ones(1, 3, dtype=torch.int64)
+    assert model().train()(input_ids=words, labels=words).loss.isfinite(), "stage 2, of words alone"
 
 
 class TestWrongInput:

@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict, Features, Image, IterableDataset, Lis
 from tiny import picture
 
 from lorgnette.processing.image_loading import load_image
+from lorgnette.trainer import data
 from lorgnette.trainer.arguments import DataArguments
 from lorgnette.trainer.data import load_pairs
 
@@ -196,6 +197,11 @@ def test_a_missing_column_is_named_with_those_that_exist(folder, streaming):
     args = arguments(write_jsonl(folder), text_column="text", streaming=streaming)
     with pytest.raises(ValueError, match="no column 'text'; it has image, caption, extra"):
         load_pairs(args, evaluate=False, seed=0)
+
+
+@pytest.mark.parametrize("url", ["https://example.org/a.png", "HTTPS://example.org/a.png", "data:image/png;base64,AA"])
+def test_a_pictures_url_is_left_to_the_processor(url):
+    assert data._open_picture(url, 0, None) == url
 
 
 def test_wrong_sources_are_errors(folder):
