@@ -23,7 +23,7 @@ from lorgnette.publishing.export import appearing_whole, check, load
 from lorgnette.publishing.guards import check_card, check_folder
 from lorgnette.publishing.push import check_name, push, told_plainly
 from lorgnette.publishing.space import write_space
-from lorgnette.trainer.logs import set_up_logging
+from lorgnette.trainer.process import set_up_logging
 
 
 logger = logging.getLogger("lorgnette.hub_upload")

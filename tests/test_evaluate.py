@@ -145,7 +145,7 @@ def test_two_processes_share_the_rows_and_keep_their_order(learned, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     command += ["lorgnette.trainer", "evaluate", "--model", model, "--dataset", data, "--split", "train[:7]"]
     command += ["--max_new_tokens", "12", "--batch_size", "2", "--output_dir", tmp_path / "two"]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
             _, errors = process.communicate(timeout=900)

@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import InitProcessGroupKwargs
 from datasets import Dataset, DatasetDict, List, Value
 from tqdm.auto import tqdm
 
@@ -29,8 +29,8 @@ from .feature_cache import (
     read_metadata,
     vision_settings,
 )
-from .logs import set_up_logging
 from .precision import default_mixed_precision
+from .process import start_accelerator
 from .recipe import parse_recipe
 from .unreadable import REPORT, find_unreadable, report_unreadable
 from .vision_tower import FeatureEncoder, load_tower
@@ -81,13 +81,12 @@ def write_cache(vision: VisionArguments, source: SourceArguments, args: CacheArg
         FileNotFoundError: no such data set.
         ValueError: a column that is missing or in the way; for pictures see [`FeatureEncoder`].
     """
-    accelerator = Accelerator(
+    accelerator = start_accelerator(
         # float32 is asked for where features are to be those that training in float32 would see
         mixed_precision="no" if args.dtype == "float32" else default_mixed_precision(),
         # whoever is through waits for the slowest
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
-    set_up_logging(accelerator.is_main_process)
     tower, image_processor = load_tower(vision)
     tower.to(accelerator.device)
     encoder = FeatureEncoder(

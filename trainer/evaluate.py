@@ -13,7 +13,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from datasets.distributed import split_dataset_by_node
@@ -25,8 +24,8 @@ from .data import load_rows
 from .decoding import DECODING, decoding_of
 from .feature_cache import check_cache, is_cache
 from .generation import generate_texts, references_of
-from .logs import set_up_logging
 from .metrics import METRICS, figures_of, text_metrics
+from .process import start_accelerator
 from .provenance import hub_dataset
 from .recipe import parse_recipe
 from .stage2 import build
@@ -87,8 +86,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
             cannot be read, with its row, unless `skip_unreadable`.
     """
     started = time.perf_counter()
-    accelerator = Accelerator()
-    set_up_logging(accelerator.is_main_process)
+    accelerator = start_accelerator()
     metrics, decoding = text_metrics(args.metrics), decoding_of(args.decoding, args.max_new_tokens)
     with accelerator.main_process_first():
         dataset = load_rows(args, args.split)

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 
 from .arguments import RowArguments, Stage1Arguments
 from .data import load_rows
 from .feature_cache import COLUMN, check_cache, is_cache
 from .generation import references_of
-from .logs import set_up_logging
 from .metrics import Recall, figures_of
+from .process import start_accelerator
 from .provenance import hub_dataset
 from .recipe import parse_recipe
 from .stage1 import build
@@ -79,12 +78,11 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
             another model's, a row has a list of pictures, there are several processes. OSError, TypeError, ValueError:
             a picture that cannot be read, unless `skip_unreadable`.
     """
-    started, accelerator = time.perf_counter(), Accelerator()
+    started, accelerator = time.perf_counter(), start_accelerator()
     if accelerator.num_processes > 1:
         raise ValueError(
             f"retrieval ranks all pictures against all texts in one process, not {accelerator.num_processes}"
         )
-    set_up_logging(True)
     rows = load_rows(args, args.split)
     model, processor = build(Stage1Arguments(model=args.model, model_revision=args.model_revision))
     model.to(accelerator.device).eval()

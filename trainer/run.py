@@ -17,9 +17,9 @@ from .collator import LorgnetteCollator
 from .data import load_pairs
 from .feature_cache import check_cache, is_cache
 from .hub import CleanPush, push_card
-from .logs import set_up_logging
 from .nan_guard import nan_guard
 from .precision import default_mixed_precision, has_bf16_hardware
+from .process import set_up_logging
 from .provenance import write_training_data
 from .recipe import parse_recipe
 from .unreadable import leave_out_unreadable

@@ -1,0 +1,29 @@
+"""What each process of a command begins with: those that were started beside it, and where its messages go."""
+
+import logging
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+
+def start_accelerator(**settings: Any) -> Accelerator:
+    """accelerate's view of the processes that a launcher started; messages are set up for those of them that speak.
+
+    Args:
+        settings: `Accelerator`'s.
+    """
+    # without `cpu`, those that torchrun starts on a machine without an accelerator do not know of each other
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **settings)
+    set_up_logging(accelerator.is_main_process)
+    return accelerator
+
+
+def set_up_logging(speaks: bool) -> None:
+    """Send the messages of `lorgnette` to stderr: all of those of the process that speaks, warnings of the others."""
+    ours = logging.getLogger("lorgnette")
+    ours.setLevel(logging.INFO if speaks else logging.WARNING)
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
+        ours.addHandler(handler)
