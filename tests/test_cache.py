@@ -28,7 +28,7 @@ from lorgnette.trainer.__main__ import main
 from lorgnette.trainer.arguments import DataArguments, SourceArguments, VisionArguments
 from lorgnette.trainer.cache import CacheArguments
 from lorgnette.trainer.data import load_pairs
-from lorgnette.trainer.feature_cache import METADATA, _hash_of, check_cache, vision_settings
+from lorgnette.trainer.feature_cache import METADATA, _hash_of, check_cache, read_metadata, vision_settings
 from lorgnette.trainer.recipe import parse_recipe
 from lorgnette.trainer.vision_tower import FeatureEncoder, VisionTower, load_tower
 
@@ -178,6 +178,15 @@ def test_a_killed_run_goes_on_where_it_was(backbones, pictures, tmp_path):
     train, _ = load_pairs(DataArguments(dataset=str(cache)), evaluate=False, seed=0)
     assert train.with_format(None)["index"][:] == list(range(400))
     assert len(set(train.with_format(None)["vision_features"][:])) == 4
+
+
+def test_each_cache_of_a_process_has_its_own_precision(backbones, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    bf16 = write(backbones[0], pictures, tmp_path / "bf16")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    fp32 = write(backbones[0], pictures, tmp_path / "fp32", "--dtype", "float32")
+    found = [read_metadata(folder)["mixed_precision"] for folder in (bf16, fp32)]
+    assert found == ["bf16", "no"]
 
 
 @pytest.mark.slow

@@ -40,3 +40,14 @@ def test_whoever_launches_decides_first(machine, monkeypatch):
     machine(amx=True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert precision.default_mixed_precision() == "no"
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_mixed_precision_by_name(name, dtype):
+    with precision.autocast(name, torch.device("cpu")):
+        assert torch.nn.Linear(2, 2)(torch.ones(2)).dtype == dtype
+
+
+def test_what_is_no_mixed_precision_here():
+    with pytest.raises(ValueError, match="mixed_precision is 'fp8'; this command takes no, bf16 and fp16"):
+        precision.autocast("fp8", torch.device("cpu"))

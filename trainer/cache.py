@@ -12,7 +12,6 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import InitProcessGroupKwargs
 from datasets import Dataset, DatasetDict, List, Value
 from tqdm.auto import tqdm
 
@@ -29,8 +28,8 @@ from .feature_cache import (
     read_metadata,
     vision_settings,
 )
-from .precision import default_mixed_precision
-from .process import start_accelerator
+from .precision import autocast, default_mixed_precision
+from .process import start_process
 from .recipe import parse_recipe
 from .unreadable import REPORT, find_unreadable, report_unreadable
 from .vision_tower import FeatureEncoder, load_tower
@@ -81,29 +80,26 @@ def write_cache(vision: VisionArguments, source: SourceArguments, args: CacheArg
         FileNotFoundError: no such data set.
         ValueError: a column that is missing or in the way; for pictures see [`FeatureEncoder`].
     """
-    accelerator = start_accelerator(
-        # float32 is asked for where features are to be those that training in float32 would see
-        mixed_precision="no" if args.dtype == "float32" else default_mixed_precision(),
-        # whoever is through waits for the slowest
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
-    )
+    process = start_process(timeout=timedelta(days=7))  # whoever is through waits for the slowest
+    # float32 is asked for where features are to be those that training in float32 would see
+    precision = "no" if args.dtype == "float32" else default_mixed_precision()
     tower, image_processor = load_tower(vision)
-    tower.to(accelerator.device)
+    tower.to(process.device)
     encoder = FeatureEncoder(
         tower, image_processor, getattr(torch, args.dtype), args.batch_size, args.dataloader_num_workers
     )
     folder = Path(args.output_dir).expanduser()
-    with accelerator.main_process_first():
+    with process.main_process_first():
         splits, fingerprints = load_splits(source, args.splits)
         settings = _settings(source, args, encoder, splits) | {
-            "mixed_precision": accelerator.mixed_precision,
+            "mixed_precision": precision,
             "dataset_fingerprints": fingerprints,
         }
         metadata = _begin(folder, settings, encoder, splits)
 
     planned = [(split, *shard) for split in splits for shard in planned_shards(folder, metadata, split)]
     todo = [(split, path, rows) for split, path, rows in planned if open_shard(path, len(rows)) is None]
-    accelerator.wait_for_everyone()  # nobody writes while another still looks at what is there
+    process.wait_for_everyone()  # nobody writes while another still looks at what is there
     if metadata["complete"] and not todo:
         logger.info("%s is complete and has these settings: there is nothing left to do", folder)
         return
@@ -111,13 +107,13 @@ def write_cache(vision: VisionArguments, source: SourceArguments, args: CacheArg
         logger.info("%d of %d shards are whole already", len(planned) - len(todo), len(planned))
 
     datasets.disable_progress_bars()  # one for each part of each shard
-    start, mine = time.monotonic(), todo[accelerator.process_index :: accelerator.num_processes]
-    progress = tqdm(total=sum(len(rows) for *_, rows in mine), unit="row", disable=not accelerator.is_main_process)
-    with progress, accelerator.autocast():
+    start, mine = time.monotonic(), todo[process.process_index :: process.num_processes]
+    progress = tqdm(total=sum(len(rows) for *_, rows in mine), unit="row", disable=not process.is_main_process)
+    with progress, autocast(precision, process.device):
         for split, path, rows in mine:
             _write_shard(splits[split].select(rows, keep_in_memory=True), source.image_column, encoder, path, progress)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+    process.wait_for_everyone()
+    if process.is_main_process:
         _write_metadata(folder, metadata | {"complete": True})
         seconds, rows = time.monotonic() - start, sum(len(rows) for *_, rows in todo)
         length, width = encoder.shape

@@ -25,7 +25,8 @@ from .decoding import DECODING, decoding_of
 from .feature_cache import check_cache, is_cache
 from .generation import generate_texts, references_of
 from .metrics import METRICS, figures_of, text_metrics
-from .process import start_accelerator
+from .precision import autocast, launched_mixed_precision
+from .process import start_process
 from .provenance import hub_dataset
 from .recipe import parse_recipe
 from .stage2 import build
@@ -86,9 +87,9 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
             cannot be read, with its row, unless `skip_unreadable`.
     """
     started = time.perf_counter()
-    accelerator = start_accelerator()
+    process, precision = start_process(), launched_mixed_precision() or "no"
     metrics, decoding = text_metrics(args.metrics), decoding_of(args.decoding, args.max_new_tokens)
-    with accelerator.main_process_first():
+    with process.main_process_first():
         dataset = load_rows(args, args.split)
     column = "messages" if args.messages_column else args.text_column
     if isinstance(dataset, Dataset):  # before hours of generating; a stream is checked as it goes
@@ -96,7 +97,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
         for metric in metrics.values():
             metric.check_references(references)
     model, processor = build(Stage2Arguments(model=args.model, model_revision=args.model_revision))
-    model.to(accelerator.device)
+    model.to(process.device)
     context = model.max_text_length or processor.tokenizer.model_max_length
     collator = LorgnetteCollator(
         processor,
@@ -112,10 +113,10 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
         splits = {args.split: dataset}
         dataset = leave_out_unreadable(splits, args.image_column, processor.load_image, args.output_dir)[args.split]
 
-    share = split_dataset_by_node(dataset, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    rows = tqdm(share, desc="generating", disable=not accelerator.is_main_process)
+    share = split_dataset_by_node(dataset, rank=process.process_index, world_size=process.num_processes)
+    rows = tqdm(share, desc="generating", disable=not process.is_main_process)
     generating = time.perf_counter()
-    with accelerator.autocast():
+    with autocast(precision, process.device):
         results = [
             {"index": row["index"], "prediction": text, "references": references_of(row, column)}
             for row, text in generate_texts(model, collator, rows, decoding=decoding, batch_size=args.batch_size)
@@ -123,7 +124,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
     results = sorted(gather_object(results), key=itemgetter("index"))
     generated = time.perf_counter()
     report = None
-    if accelerator.is_main_process:
+    if process.is_main_process:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(result, ensure_ascii=False) + "\n" for result in results]
@@ -138,10 +139,10 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
             **{name: getattr(args, name) for name in _REPORTED},
             **hub_dataset(args),
             "decoding": {"preset": args.decoding, **decoding},
-            "device": str(accelerator.device),
-            "processes": accelerator.num_processes,
+            "device": str(process.device),
+            "processes": process.num_processes,
             "dtype": str(model.dtype).removeprefix("torch."),
-            "mixed_precision": accelerator.mixed_precision,
+            "mixed_precision": precision,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
             "seconds": {
                 "generating": round(generated - generating, 2),
@@ -149,7 +150,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
             },
         }
         _write(report, folder)
-    accelerator.end_training()
+    process.destroy_process_group()
     return report
 
 

@@ -4,19 +4,19 @@ import logging
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 
 
-def start_accelerator(**settings: Any) -> Accelerator:
-    """accelerate's view of the processes that a launcher started; messages are set up for those of them that speak.
+def start_process(**settings: Any) -> PartialState:
+    """accelerate's view of the processes that a launcher started; messages are set up for that of them that speaks.
 
     Args:
-        settings: `Accelerator`'s.
+        settings: `torch.distributed.init_process_group`'s.
     """
     # without `cpu`, those that torchrun starts on a machine without an accelerator do not know of each other
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **settings)
-    set_up_logging(accelerator.is_main_process)
-    return accelerator
+    state = PartialState(cpu=not torch.accelerator.is_available(), **settings)
+    set_up_logging(state.is_main_process)
+    return state
 
 
 def set_up_logging(speaks: bool) -> None:

@@ -18,7 +18,7 @@ from .data import load_rows
 from .feature_cache import COLUMN, check_cache, is_cache
 from .generation import references_of
 from .metrics import Recall, figures_of
-from .process import start_accelerator
+from .process import start_process
 from .provenance import hub_dataset
 from .recipe import parse_recipe
 from .stage1 import build
@@ -78,14 +78,12 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
             another model's, a row has a list of pictures, there are several processes. OSError, TypeError, ValueError:
             a picture that cannot be read, unless `skip_unreadable`.
     """
-    started, accelerator = time.perf_counter(), start_accelerator()
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"retrieval ranks all pictures against all texts in one process, not {accelerator.num_processes}"
-        )
+    started, process = time.perf_counter(), start_process()
+    if process.num_processes > 1:
+        raise ValueError(f"retrieval ranks all pictures against all texts in one process, not {process.num_processes}")
     rows = load_rows(args, args.split)
     model, processor = build(Stage1Arguments(model=args.model, model_revision=args.model_revision))
-    model.to(accelerator.device).eval()
+    model.to(process.device).eval()
     if args.rerank and not model.config.itm_weight:
         raise ValueError(f"{args.model} was trained with itm_weight 0, and matching re-ranks: set rerank to 0")
     if is_cache(args.dataset):
@@ -114,7 +112,7 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
         "skipped": found - len(rows),
         **{name: getattr(args, name) for name in _REPORTED},
         **hub_dataset(args),
-        "device": str(accelerator.device),
+        "device": str(process.device),
         "seconds": round(time.perf_counter() - started, 2),
     }
     _write(report, Path(args.output_dir))
