@@ -4,13 +4,12 @@ torchrun --nproc_per_node 2 ddp_equal_worker.py FOLDER
 """
 
 import copy
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from tiny_training import joined, pairs, trainer
+from tiny_training import joined, pairs, run_process, trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -67,7 +66,6 @@ def main(folder: Path) -> None:
     assert sorted(trained) == list(range(12)), gathered
 
     sharded(folder, backbones)
-    dist.destroy_process_group()
 
 
 def sharded(folder: Path, backbones: tuple[str, str]) -> None:
@@ -102,4 +100,4 @@ def sharded(folder: Path, backbones: tuple[str, str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_process(main)

@@ -3,7 +3,6 @@
 torchrun --nproc_per_node 2 ddp_stage1_worker.py FOLDER
 """
 
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tiny import bert_tokenizer, image_processor, picture
+from tiny_training import run_process
 from transformers import Trainer, TrainingArguments
 
 from lorgnette import LorgnetteCollator, LorgnetteForImageTextRetrieval, LorgnetteProcessor
@@ -82,9 +82,7 @@ def main(folder: Path) -> None:
     dist.all_gather_object(gathered, {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
     first, second = gathered
     assert all((first[name] == second[name]).all() for name in first), "the processes have drifted apart"
-    dist.barrier()  # meanwhile the last gather frees its tensors; for that it needs the GIL, which the end of DDP keeps
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_process(main)

@@ -3,11 +3,10 @@
 torchrun --nproc_per_node 2 ddp_worker.py FOLDER
 """
 
-import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from tiny_training import joined, pairs, trainer
+from tiny_training import joined, pairs, run_process, trainer
 
 from lorgnette.trainer.callbacks import GenerateMetricsCallback
 
@@ -37,9 +36,7 @@ def main(folder: Path) -> None:
     assert all((first[name] == second[name]).all() for name in first), "the processes have drifted apart"
     dist.all_gather_object(gathered, run.evaluate()["eval_cider"])
     assert gathered[0] == gathered[1], "the processes would choose different best models"
-    dist.barrier()  # meanwhile the last gather frees its tensors; for that it needs the GIL, which the end of DDP keeps
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_process(main)

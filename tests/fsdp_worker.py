@@ -3,12 +3,10 @@
 torchrun --nproc_per_node N fsdp_worker.py FOLDER
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from tiny_training import joined, trainer
+from tiny_training import joined, run_process, trainer
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -28,8 +26,7 @@ def main(folder: Path) -> None:
     run.add_callback(Sharded())
     run.train()
     run.save_model()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_process(main)

@@ -3,13 +3,12 @@
 torchrun --nproc_per_node 2 nan_worker.py FOLDER
 """
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from test_nan_guard import spoil
-from tiny_training import joined, pairs, trainer
+from tiny_training import joined, pairs, run_process, trainer
 
 from lorgnette.trainer.nan_guard import nan_guard
 
@@ -23,8 +22,7 @@ def main(folder: Path) -> None:
     with pytest.raises(FloatingPointError) as caught, nan_guard(run):
         run.train()
     (folder / f"{dist.get_rank()}.txt").write_text(str(caught.value))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_process(main)

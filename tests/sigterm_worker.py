@@ -4,12 +4,11 @@ torchrun --nproc_per_node 2 sigterm_worker.py FOLDER
 """
 
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from tiny_training import joined, pairs, trainer
+from tiny_training import joined, pairs, run_process, trainer
 from transformers import TrainerCallback
 
 from lorgnette.trainer.checkpoints import train_from
@@ -44,8 +43,7 @@ def main(folder: Path) -> None:
         train_from(run, None)
     assert run.state.global_step == 2
     assert (folder / "out" / "checkpoint-2" / f"rng_state_{dist.get_rank()}.pth").is_file()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_process(main)

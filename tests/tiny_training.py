@@ -1,10 +1,14 @@
 """Backbones and pictures on disk, as a user has them, small enough to train on in a test."""
 
+import gc
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import tiny
 import tiny_models
+import torch.distributed
 from transformers import Trainer, TrainingArguments
 
 from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor
@@ -79,3 +83,12 @@ def trainer(
         data_collator=LorgnetteCollator(processor),
         processing_class=processor,
     )
+
+
+def run_process(main: Callable[[Path], None]) -> None:
+    """One of torchrun's: `main` with the folder of the command line, and the end of the process group."""
+    main(Path(sys.argv[1]))
+    # DDP has to be gone before: where it is the last to hold the group it waits, with the GIL, for threads of gloo that
+    # may still want the GIL to free what was gathered last
+    gc.collect()
+    torch.distributed.destroy_process_group()
