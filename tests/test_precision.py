@@ -10,13 +10,12 @@ from lorgnette.trainer import precision
 def machine(monkeypatch):
     """A machine with a CPU or a CUDA device, with or without bf16; nobody has said anything."""
 
-    def has(*, cuda: bool = False, cuda_bf16: bool = False, amx: bool = False, avx512_bf16: bool = False):
+    def has(*, cuda: bool = False, cuda_bf16: bool = False, amx: bool = False):
         monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cuda_bf16)
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
 
     return has
 
@@ -26,7 +25,6 @@ def machine(monkeypatch):
     [
         ({}, "no"),
         ({"amx": True}, "bf16"),
-        ({"avx512_bf16": True}, "bf16"),
         ({"cuda": True, "amx": True}, "no"),  # an older GPU: the CPU beside it does not matter
         ({"cuda": True, "cuda_bf16": True}, "bf16"),
     ],
