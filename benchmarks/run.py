@@ -96,7 +96,7 @@ class Bench:
         largest = max(options.batch_size, *options.sizes)
         trained = options.batch_size * max(options.steps + 1, options.rounds)
         self.raw["bytes_estimated"] = floor.check_memory(self.preset, options.preset, largest, self.device)
-        self.bf16 = (self.device == "cuda") == torch.cuda.is_available() and has_bf16_hardware()
+        self.bf16 = has_bf16_hardware(torch.device(self.device))
         size = {"cuda": 8192, "cpu": 2048}[self.device] if options.preset != "tiny" else 256
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         self.rate = floor.matrix_rate(self.device, dtype, size)
@@ -125,7 +125,7 @@ class Bench:
         )
 
     def quicken(self, side: sides.Side, trained: bool = False) -> None:
-        """Weights in bf16 where the machine has instructions for it; autocast sees to those that train."""
+        """Weights in bf16 where the machine has units for it; autocast sees to those that train."""
         if self.bf16:
             sides.to_bf16(side.model, trained)
 

@@ -2,7 +2,7 @@
 
 Theirs is what a user would put together: frozen ViT and LM, LoRA in the LM's attention, `Blip2Processor`, a collator
 that pads. It is given what plain settings help it: sdpa, no cache of keys and values while it trains, frozen weights in
-bf16 where the machine has instructions for that.
+bf16 where the machine has units for that.
 """
 
 import copy

@@ -95,7 +95,7 @@ def _loss(
 ) -> torch.Tensor:
     """Their share of the loss: the sum over `(K, M)` states over the number of all."""
     logits = _HeadAlone(language_model)(states)  # (K, vocabulary)
-    if is_liger_kernel_available() and logits.is_cuda:
+    if logits.is_cuda and is_liger_kernel_available():
         from liger_kernel.transformers.functional import liger_cross_entropy
 
         return liger_cross_entropy(logits, targets, reduction="sum") / total

@@ -1,6 +1,7 @@
 """The feature cache: training on it is training on the pictures, and nothing that does not belong is read or kept."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -189,12 +190,20 @@ def test_each_cache_of_a_process_has_its_own_precision(backbones, pictures, tmp_
     assert found == ["bf16", "no"]
 
 
+def test_an_unknown_precision_is_refused_before_anything_is_written(backbones, pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(ValueError, match="mixed_precision is 'fp8'"):
+        write(backbones[0], pictures, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_write_what_one_does(backbones, pictures, tmp_path):
-    # `accelerate launch --cpu --num_processes 2` would start one
+    # `accelerate launch --cpu --num_processes 2` would start one; of a GPU both would want the first
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     run = [*launch, "-m", "lorgnette.trainer", *command(backbones[0], pictures, tmp_path / "two")]
-    finished = subprocess.run(run, capture_output=True, text=True, timeout=900, check=False)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    finished = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert finished.stderr.count("is complete") == 1  # two that do not know of each other would both say it
     assert arrow_files(tmp_path / "two") == arrow_files(write(backbones[0], pictures, tmp_path / "one"))

@@ -8,6 +8,8 @@ import sys
 import datasets
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from tiny_training import CAPTIONS, joined, pairs, trainer, write_backbones, write_pairs
 
@@ -139,13 +141,21 @@ def test_unreadable_pictures_stop_or_are_counted(learned, tmp_path):
         evaluate(model, tmp_path / "none.jsonl", tmp_path / "out", "--skip-unreadable")
 
 
+def test_the_precision_of_an_earlier_training_is_not_taken_over(learned, tmp_path):
+    AcceleratorState._reset_state()
+    assert Accelerator(mixed_precision="bf16").mixed_precision == "bf16"
+    report, _ = evaluate(*learned, tmp_path / "out", split="train[:1]")
+    assert report["mixed_precision"] == "no"
+    AcceleratorState._reset_state()
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_rows_and_keep_their_order(learned, tmp_path):
     model, data = learned
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     command += ["lorgnette.trainer", "evaluate", "--model", model, "--dataset", data, "--split", "train[:7]"]
     command += ["--max_new_tokens", "12", "--batch_size", "2", "--output_dir", tmp_path / "two"]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
             _, errors = process.communicate(timeout=900)

@@ -1,4 +1,4 @@
-"""bf16 where the machine has instructions for it, unless somebody says otherwise."""
+"""bf16 where the machine has units for it, unless somebody says otherwise."""
 
 import pytest
 import torch
@@ -10,12 +10,14 @@ from lorgnette.trainer import precision
 def machine(monkeypatch):
     """A machine with a CPU or a CUDA device, with or without bf16; nobody has said anything."""
 
-    def has(*, cuda: bool = False, cuda_bf16: bool = False, amx: bool = False):
+    def has(*, cuda: bool = False, cuda_bf16: bool = False, amx: bool = False) -> torch.device:
         monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cuda_bf16)
-        monkeypatch.setattr(torch.accelerator, "is_available", lambda: cuda)
+        device = torch.device("cuda" if cuda else "cpu")
+        current = device if cuda else None
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: current)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+        return device
 
     return has
 
@@ -30,8 +32,13 @@ def machine(monkeypatch):
     ],
 )
 def test_the_machine_decides(machine, parts, expected):
-    machine(**parts)
-    assert precision.default_mixed_precision() == expected
+    device = machine(**parts)
+    assert precision.default_mixed_precision() == precision.default_mixed_precision(device) == expected
+
+
+def test_the_cpu_beside_a_gpu(machine):
+    machine(cuda=True, cuda_bf16=True)
+    assert precision.default_mixed_precision(torch.device("cpu")) == "no"
 
 
 def test_whoever_launches_decides_first(machine, monkeypatch):

@@ -1,6 +1,7 @@
 """`python -m lorgnette.trainer`: how a recipe is read, and what is refused before anything is loaded."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -270,7 +271,8 @@ def test_two_recipes_from_pictures_to_words(tmp_path, recipe, monkeypatch):
 def test_retrieval_is_refused_behind_a_launcher_of_several(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     command += ["lorgnette.trainer", "retrieval", "--model", "m", "--dataset", "d", "--output_dir", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode
     assert "ranks all pictures against all texts in one process, not 2" in done.stderr
 

@@ -1,6 +1,5 @@
-"""Backbones and pictures on disk, as a user has them, small enough to train on in a test."""
+"""Backbones and pictures on disk, as a user has them, small enough to train on in a test, in several processes too."""
 
-import gc
 import json
 import sys
 from collections.abc import Callable
@@ -8,10 +7,10 @@ from pathlib import Path
 
 import tiny
 import tiny_models
-import torch.distributed
 from transformers import Trainer, TrainingArguments
 
 from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor
+from lorgnette.trainer.process import end_process_group
 
 
 CAPTIONS = ["a cat", "a red car on the road", "the dog", "What is this? The bird, the cat and the dog."] * 3
@@ -88,7 +87,4 @@ def trainer(
 def run_process(main: Callable[[Path], None]) -> None:
     """One of torchrun's: `main` with the folder of the command line, and the end of the process group."""
     main(Path(sys.argv[1]))
-    # DDP has to be gone before: where it is the last to hold the group it waits, with the GIL, for threads of gloo that
-    # may still want the GIL to free what was gathered last
-    gc.collect()
-    torch.distributed.destroy_process_group()
+    end_process_group()  # DDP went with `main`

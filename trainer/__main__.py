@@ -1,4 +1,4 @@
-"""`python -m lorgnette.trainer COMMAND --config recipes/….yaml`; the same behind `accelerate launch -m`."""
+"""`python -m lorgnette.trainer COMMAND --config recipes/….yaml`; the same behind torchrun or `accelerate launch -m`."""
 
 import importlib
 import sys
@@ -21,6 +21,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=listing)
     command = parser.parse_args(argv[:1]).command
     importlib.import_module(f"lorgnette.trainer.{command}").main(argv[1:])
+    importlib.import_module("lorgnette.trainer.process").end_process_group()
 
 
 if __name__ == "__main__":

@@ -73,16 +73,18 @@ def main(argv: list[str]) -> None:
 
 
 def write_cache(vision: VisionArguments, source: SourceArguments, args: CacheArguments) -> None:
-    """Write a cache, or what is missing of it; behind `accelerate launch` each process makes its share of the shards.
+    """Write a cache, or what is missing of it; behind a launcher each process makes its share of the shards.
 
     Raises:
         FileExistsError: `output_dir` holds something else, or a cache with other settings (with each that differs).
         FileNotFoundError: no such data set.
-        ValueError: a column that is missing or in the way; for pictures see [`FeatureEncoder`].
+        ValueError: a column that is missing or in the way, a mixed precision that is none here; for pictures see
+            [`FeatureEncoder`].
     """
     process = start_process(timeout=timedelta(days=7))  # whoever is through waits for the slowest
     # float32 is asked for where features are to be those that training in float32 would see
-    precision = "no" if args.dtype == "float32" else default_mixed_precision()
+    precision = "no" if args.dtype == "float32" else default_mixed_precision(process.device)
+    casting = autocast(precision, process.device)
     tower, image_processor = load_tower(vision)
     tower.to(process.device)
     encoder = FeatureEncoder(
@@ -109,7 +111,7 @@ def write_cache(vision: VisionArguments, source: SourceArguments, args: CacheArg
     datasets.disable_progress_bars()  # one for each part of each shard
     start, mine = time.monotonic(), todo[process.process_index :: process.num_processes]
     progress = tqdm(total=sum(len(rows) for *_, rows in mine), unit="row", disable=not process.is_main_process)
-    with progress, autocast(precision, process.device):
+    with progress, casting:
         for split, path, rows in mine:
             _write_shard(splits[split].select(rows, keep_in_memory=True), source.image_column, encoder, path, progress)
     process.wait_for_everyone()

@@ -76,18 +76,20 @@ def main(argv: list[str]) -> None:
 
 
 def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
-    """Generate, measure, write; under `accelerate launch` each process generates for its share of the rows.
+    """Generate, measure, write; behind a launcher each process generates for its share of the rows.
 
     Returns:
         What `metrics.json` holds; None in processes other than the first.
 
     Raises:
         ValueError: the data are not what the arguments say, a row's references are missing or not what a metric needs,
-            no picture can be read, a feature cache is another model's. OSError, TypeError, ValueError: a picture that
+            no picture can be read, a feature cache is another model's, a mixed precision that is none
+            here. OSError, TypeError, ValueError: a picture that
             cannot be read, with its row, unless `skip_unreadable`.
     """
     started = time.perf_counter()
     process, precision = start_process(), launched_mixed_precision() or "no"
+    casting = autocast(precision, process.device)
     metrics, decoding = text_metrics(args.metrics), decoding_of(args.decoding, args.max_new_tokens)
     with process.main_process_first():
         dataset = load_rows(args, args.split)
@@ -116,7 +118,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
     share = split_dataset_by_node(dataset, rank=process.process_index, world_size=process.num_processes)
     rows = tqdm(share, desc="generating", disable=not process.is_main_process)
     generating = time.perf_counter()
-    with autocast(precision, process.device):
+    with casting:
         results = [
             {"index": row["index"], "prediction": text, "references": references_of(row, column)}
             for row, text in generate_texts(model, collator, rows, decoding=decoding, batch_size=args.batch_size)
@@ -150,7 +152,6 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
             },
         }
         _write(report, folder)
-    process.destroy_process_group()
     return report
 
 

@@ -7,23 +7,29 @@ from typing import Any
 import torch
 
 
-def default_mixed_precision() -> str:
-    """`bf16` where the machine is fast at it, `no` elsewhere; as accelerate's settings name it.
+def default_mixed_precision(device: torch.device | None = None) -> str:
+    """`bf16` where the device is fast at it, `no` elsewhere; as accelerate's settings name it.
 
-    What `accelerate launch --mixed_precision` or the variable `ACCELERATE_MIXED_PRECISION` says goes first. On a CPU
-    with AMX a bf16 product takes a small part of the time of one in fp32; on one that has to emulate it, or that has
-    AVX512-BF16 alone, longer: of the demo's stage 2 on Emerald Rapids without AMX 1.6 times as long.
+    What `accelerate launch` or the variable `ACCELERATE_MIXED_PRECISION` says goes first. On a CPU with AMX a bf16
+    product takes a small part of the time of one in fp32, on one that has to emulate it longer. With AVX512-BF16 alone,
+    on a virtual Emerald Rapids that hides its AMX, a step of the demo's stage 2 took 1.6 times as long as in fp32.
+
+    Args:
+        device: the accelerator that is there, or the CPU, if None.
     """
-    return launched_mixed_precision() or ("bf16" if has_bf16_hardware() else "no")
+    device = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return launched_mixed_precision() or ("bf16" if has_bf16_hardware(device) else "no")
 
 
 def launched_mixed_precision() -> str | None:
-    """What `accelerate launch --mixed_precision` or the variable says; None where nobody does."""
+    """What `accelerate launch` says (`no` unless its options or its config say more), or the variable; else None."""
     return os.environ.get("ACCELERATE_MIXED_PRECISION")
 
 
 def autocast(mixed_precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Mixed precision by accelerate's name of it, as `Accelerator.autocast`, which has one for the whole process.
+    """Mixed precision by accelerate's name of it.
+
+    `Accelerator.autocast` has one for the whole process, and leaves fp16 off on a CPU, which this does not.
 
     Raises:
         ValueError: neither `no`, `bf16` nor `fp16`.
@@ -36,10 +42,9 @@ def autocast(mixed_precision: str, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, dtypes[mixed_precision])
 
 
-def has_bf16_hardware() -> bool:
-    """Whether the accelerator, or where there is none the CPU, multiplies bf16 matrices as such (AMX)."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.accelerator.is_available():  # mps and others: Trainer decides, unless a recipe says bf16
-        return False
-    return torch.cpu._is_amx_tile_supported()
+def has_bf16_hardware(device: torch.device) -> bool:
+    """Whether the GPU has bf16, or the CPU AMX."""
+    if device.type == "cpu":
+        return torch.cpu._is_amx_tile_supported()
+    # mps and others: Trainer decides, unless a recipe says bf16
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

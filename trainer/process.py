@@ -1,22 +1,35 @@
 """What each process of a command begins with: those that were started beside it, and where its messages go."""
 
+import gc
 import logging
-from typing import Any
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+
+from ..modeling.modeling_losses import in_process_group
 
 
-def start_process(**settings: Any) -> PartialState:
+def start_process(timeout: timedelta | None = None) -> PartialState:
     """accelerate's view of the processes that a launcher started; messages are set up for that of them that speaks.
 
     Args:
-        settings: `torch.distributed.init_process_group`'s.
+        timeout: how long one may wait for another; torch's own if None. Where a process group is there already, its.
     """
-    # without `cpu`, those that torchrun starts on a machine without an accelerator do not know of each other
-    state = PartialState(cpu=not torch.accelerator.is_available(), **settings)
+    # without `cpu`, those that torchrun starts on a machine without an accelerator do not know of each other;
+    # what `accelerate launch --cpu` says is read by Accelerator and TrainingArguments alone
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, **({} if timeout is None else {"timeout": timeout}))
     set_up_logging(state.is_main_process)
     return state
+
+
+def end_process_group() -> None:
+    """Where there is one. Whoever calls this holds no DDP model any more."""
+    if in_process_group():
+        gc.collect()  # DDP that is still there would hold the GIL and wait for threads of gloo that wait for the GIL
+        torch.distributed.destroy_process_group()
 
 
 def set_up_logging(speaks: bool) -> None:

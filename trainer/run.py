@@ -175,10 +175,10 @@ def _say_what_runs(args: TrainingArguments) -> None:
     set_up_logging(args.should_log)
     transformers_logging.set_verbosity(args.get_process_log_level())
     if args.device.type == "cpu" and args.should_log:
-        slow = " It has no bf16 units (AMX): --bf16 false may be many times as fast."
+        slow = " It has no units for bf16 (AMX): --bf16 false may be much faster."
         logger.warning(
             f"No GPU is used: training runs on the CPU, in {'bf16' if args.bf16 else 'fp32'}."
-            f"{slow if args.bf16 and not has_bf16_hardware() else ''}"
+            f"{slow if args.bf16 and not has_bf16_hardware(args.device) else ''}"
         )
 
 
