@@ -266,8 +266,6 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
             attention_mask = torch.ones_like(input_ids)
         attention_mask = checked_texts(attention_mask, pictures.detach(), image_rows, row_index)
         features = self._look(pixel_values, vision_features, pixel_attention_mask, spatial_shapes)
-        if image_rows is None:
-            image_rows = torch.arange(len(features), device=features.device)
         ids = input_ids.masked_fill(attention_mask == 0, self.config.qformer_config.pad_token_id or 0)
         image = {
             "encoder_hidden_states": self.qformer.project_image(features),  # once for the passes of all losses
@@ -385,8 +383,9 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         has_text, wrong_texts = draw_negatives(hardness, candidates, generator)
         has_image, wrong_images = draw_negatives(hardness.T, candidates.T, generator)
         own = torch.arange(pairs, device=hardness.device)
+        shown = own if image["image_rows"] is None else image["image_rows"]
         logits = self._match_logits(
-            image | {"image_rows": image["image_rows"][torch.cat([own, own, wrong_images])]},
+            image | {"image_rows": shown[torch.cat([own, own, wrong_images])]},
             take_rows(text, torch.cat([own, wrong_texts, own])),
             **kwargs,
         )
