@@ -14,8 +14,8 @@ def machine(monkeypatch):
         monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cuda_bf16)
         device = torch.device("cuda" if cuda else "cpu")
-        current = device if cuda else None
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: current)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: cuda)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
         return device
 

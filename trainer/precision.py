@@ -17,7 +17,9 @@ def default_mixed_precision(device: torch.device | None = None) -> str:
     Args:
         device: the accelerator that is there, or the CPU, if None.
     """
-    device = device or torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if device is None:
+        there = torch.accelerator.is_available()
+        device = torch.accelerator.current_accelerator() if there else torch.device("cpu")
     return launched_mixed_precision() or ("bf16" if has_bf16_hardware(device) else "no")
 
 
