@@ -69,7 +69,7 @@ def train(context: typer.Context) -> None:
         typer.echo(context.command.help)
         typer.echo("\nlorgnette train stage1 --help and lorgnette train stage2 --help list the options.")
         return
-    _hand_on(context, f"lorgnette.trainer.{context.args[0]}", context.args[1:])
+    _hand_on(context, "lorgnette.trainer.__main__", context.args)
 
 
 @app.command(context_settings=_HANDED_ON)
@@ -78,7 +78,7 @@ def cache(context: typer.Context) -> None:
 
     Example: lorgnette cache --config recipes/cache.yaml --dataset ./my-pictures --output_dir out/cache
     """
-    _hand_on(context, "lorgnette.trainer.cache", context.args)
+    _hand_on(context, "lorgnette.trainer.__main__", ["cache", *context.args])
 
 
 @app.command(context_settings=_HANDED_ON)
@@ -87,7 +87,7 @@ def evaluate(context: typer.Context) -> None:
 
     Example: lorgnette evaluate --model out/stage2 --dataset ./my-pictures --split test --metrics cider bleu
     """
-    _hand_on(context, "lorgnette.trainer.evaluate", context.args)
+    _hand_on(context, "lorgnette.trainer.__main__", ["evaluate", *context.args])
 
 
 app.command()(inspect)

@@ -99,7 +99,7 @@ class LorgnetteQFormerMultiHeadAttention(nn.Module):
 def _rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """`x[rows]` of `(N, heads, L, D / heads)`.
 
-    Its gradients are added up a row at a time, each a piece of memory: on a CPU in a third of the time of indexing's.
+    Its gradients are added up a row at a time, each one block of memory: on a CPU in a third of the time of indexing's.
     """
     return x.transpose(1, 2).index_select(0, rows).transpose(1, 2)
 

@@ -83,9 +83,8 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
 
     Raises:
         ValueError: the data are not what the arguments say, a row's references are missing or not what a metric needs,
-            no picture can be read, a feature cache is another model's, a mixed precision that is none
-            here. OSError, TypeError, ValueError: a picture that
-            cannot be read, with its row, unless `skip_unreadable`.
+            no picture can be read, a feature cache is another model's, a mixed precision that is none here. OSError,
+            TypeError, ValueError: a picture that cannot be read, with its row, unless `skip_unreadable`.
     """
     started = time.perf_counter()
     process, precision = start_process(), launched_mixed_precision() or "no"
