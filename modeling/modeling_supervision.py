@@ -83,11 +83,15 @@ def supervised_loss(
     )
 
 
-def places(mask: torch.Tensor) -> torch.Tensor:
-    """`(K,)` int64: where a flat mask is True. While compiling all of it: values cannot decide a shape there."""
+def places(mask: torch.Tensor, multiple_of: int = 1) -> torch.Tensor:
+    """`(K,)` int64: where a flat mask is True, then its last place until K is a multiple of a number.
+
+    While compiling all of it: values cannot decide a shape there.
+    """
     if torch.compiler.is_compiling():
         return torch.arange(len(mask), device=mask.device)
-    return mask.nonzero().squeeze(1)
+    found = mask.nonzero().squeeze(1)
+    return nn.functional.pad(found, (0, -len(found) % multiple_of), value=len(mask) - 1)
 
 
 def _loss(

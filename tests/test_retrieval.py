@@ -136,6 +136,18 @@ class TestLosses:
         torch.testing.assert_close(out.loss, itc + itm + itg)
         torch.testing.assert_close(out.logits_per_image, cosines)
 
+    @pytest.mark.parametrize("captions", [["the cat", "a dog"], CAPTIONS], ids=["without padding", "padded"])
+    def test_few_numbers_of_tokens_are_predicted(self, captions: list[str]):
+        """Each other number of rows costs what oneDNN keeps of it; those that fill up have no part in the loss."""
+        model, inputs, seen = retriever(), batch(captions), []
+        model.text_head.register_forward_hook(lambda head, args, logits: seen.append(logits))
+        with torch.no_grad():
+            out = model(**inputs)
+        targets = inputs["input_ids"][:, 1:][inputs["attention_mask"][:, 1:] == 1]
+        (logits,) = seen
+        assert 0 < len(targets) < len(logits) == modeling_retrieval.PREDICTED_MULTIPLE
+        torch.testing.assert_close(out.loss_itg, generation_loss(logits[: len(targets)], targets))
+
     def test_weights(self):
         inputs = batch()
         plain = retriever()(**inputs)
