@@ -31,6 +31,7 @@ from tiny_models import NUM_QUERY_TOKENS, QFORMER, bert
 from tiny_training import joined, write_backbones
 from transformers import Trainer, TrainerCallback
 
+from examples.demo.report import machine
 from examples.quality.steps import say
 from lorgnette import LorgnetteImageToTextPipeline
 from lorgnette.trainer import stage1, stage2
@@ -183,7 +184,7 @@ def failures(outcomes: dict[str, dict[str, Any]]) -> list[str]:
 
 def table(outcomes: dict[str, dict[str, Any]]) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "peft"))
-    lines = [f"{packages}; more than {BOUND:,} bytes a step would fail", ""]
+    lines = [f"{machine()}; {packages}; more than {BOUND:,} bytes a step would fail", ""]
     lines += [
         "| | steps | finite | resident when warm | at the end | slope, bytes a step |",
         "|---|---|---|---|---|---|",

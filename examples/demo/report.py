@@ -75,12 +75,12 @@ def losses(log: Sequence[Mapping[str, float]]) -> dict[str, dict[int, float]]:
 
 
 def machine() -> str:
-    """The class of machine, without its name: system, processor architecture, cores, and the accelerator in use."""
+    """The class of machine, without its name: system, cores, and the accelerator or else the instructions in use."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is None:
-        device = f"CPU only, {torch.get_num_threads()} threads"
+        device = f"CPU only ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
     else:
         device = torch.cuda.get_device_name() if accelerator.type == "cuda" else accelerator.type
     return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {device}"
