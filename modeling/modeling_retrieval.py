@@ -46,7 +46,7 @@ from .modeling_supervision import places
 
 
 # so many of ITG's tokens, or a multiple: on a CPU in bf16 oneDNN keeps megabytes of kernels for each number of rows
-PREDICTED_MULTIPLE = 64
+PREDICTED_MULTIPLE = 16
 START_TEMPERATURE = 0.07  # of the contrast, as in BLIP-2
 MAX_LOGIT_SCALE = 100.0  # CLIP (Radford et al. 2021, section 2.5): beyond it training is not stable
 

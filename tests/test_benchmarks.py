@@ -117,7 +117,7 @@ def test_the_table_has_every_row_and_the_files_lie_there(tmp_path, capsys, monke
     operations = report["raw"]["stage 2, cached, pairs/s"]["operations_a_step"]
     assert operations["cached"] < operations["uncached"] < operations["theirs"]  # no ViT; no logits of all positions
     operations = report["raw"]["stage 1 against plain, pairs/s"]["operations_a_step"]
-    assert operations["ours"] < operations["plain"] < operations["separate"]
+    assert max(operations["ours"], operations["plain"]) < operations["separate"]
     for name in left_out:
         operations = report["raw"][f"stage 2, {name}, cached, pairs/s"]["operations_a_step"]
         assert operations["cached"] < operations["plain"] < operations["theirs"]
@@ -359,6 +359,12 @@ def test_operations_by_shapes_are_those_that_are_counted():
         for name, side in built.items():
             counted = floor.operations(training.step_of(side, pairs_of_both, "cpu", False))
             assert sum(found[name].values()) == pytest.approx(counted, rel=0.03), (stage, name)
+
+
+def test_stage_1_leaves_operations_out_at_the_shapes_that_are_timed():
+    """At tiny ones keys and values are less than what fills up the tokens that ITG predicts."""
+    needed = {way: sum(parts.values()) for way, parts in operations.stage1(PRESETS["smollm2"], rows(8, seed=0)).items()}
+    assert needed["ours"] < needed["plain"] < needed["separate"]
 
 
 def test_operations_are_told_by_part(capsys):
