@@ -17,7 +17,7 @@ from benchmarks.shapes import PRESETS, Preset
 from benchmarks.sides import LORA
 from lorgnette import LorgnetteCollator
 from lorgnette.modeling.modeling_checks import IGNORED
-from lorgnette.modeling.modeling_retrieval import PREDICTED_MULTIPLE
+from lorgnette.modeling.modeling_supervision import PLACES_MULTIPLE
 
 
 Parts = dict[str, dict[str, float]]  # a way of doing it: operations of a batch by part
@@ -55,7 +55,7 @@ def stage2_of(preset: Preset, pairs: int, length: int, supervised: int) -> Parts
         "LoRA": pairs * layers * 3 * 2 * length * lora,
     }
     head = 2 * 2 * width * text.vocab_size
-    uncached = common | {"LM's head": supervised * head}
+    uncached = common | {"LM's head": filled_up(supervised) * head}
     return {
         "theirs": common | {"LM's head": pairs * length * head},
         "uncached": uncached,
@@ -75,7 +75,7 @@ def stage1(preset: Preset, rows: list[dict[str, Any]]) -> Parts:
         "ViT": pairs * vision(preset),
         "Q-Former, keys and values of pictures": keys,
         "Q-Former, queries and texts": alone + 4 * both,  # ITC's text, ITC and ITG, and ITM
-        "head of ITG": (predicted + -predicted % PREDICTED_MULTIPLE) * token,
+        "head of ITG": filled_up(predicted) * token,
     }
     # ITC and ITG, and three times the pairs in ITM
     again = {"Q-Former, keys and values of pictures": 4 * keys, "head of ITG": predicted * token}
@@ -85,6 +85,11 @@ def stage1(preset: Preset, rows: list[dict[str, Any]]) -> Parts:
         "Q-Former, queries and texts": alone + 4 * both + pairs * reading(preset, queries=queries),
     }
     return {"separate": ours | again | separate, "plain": ours | again, "ours": ours}
+
+
+def filled_up(places: int) -> int:
+    """So many places a head sees where a loss asks for fewer."""
+    return places + -places % PLACES_MULTIPLE
 
 
 def vision(preset: Preset) -> float:

@@ -45,8 +45,6 @@ from .modeling_ranking import ImageTextRanking, take_rows
 from .modeling_supervision import places
 
 
-# so many of ITG's tokens, or a multiple: on a CPU in bf16 oneDNN keeps megabytes of kernels for each number of rows
-PREDICTED_MULTIPLE = 16
 START_TEMPERATURE = 0.07  # of the contrast, as in BLIP-2
 MAX_LOGIT_SCALE = 100.0  # CLIP (Radford et al. 2021, section 2.5): beyond it training is not stable
 
@@ -295,7 +293,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         if generate:
             next_tokens = input_ids.masked_fill(attention_mask == 0, IGNORED)[:, 1:]
             next_tokens = nn.functional.pad(next_tokens, (0, 1), value=IGNORED).flatten()  # the last place: padding's
-            predicted = places(next_tokens != IGNORED, multiple_of=PREDICTED_MULTIPLE)
+            predicted = places(next_tokens != IGNORED)
             states = states.flatten(0, 1)[predicted]
             logits = self.text_head(states, self.get_input_embeddings().weight)  # (R, vocabulary)
             losses["loss_itg"] = generation_loss(logits, next_tokens[predicted])

@@ -22,6 +22,7 @@ from .modeling_shared_prefix import decoded
 
 
 LOGITS_AT_ONCE = 2**25  # elements, 128 MiB in float32
+PLACES_MULTIPLE = 8  # for each number of rows oneDNN, in bf16 on a CPU, compiles kernels and keeps megabytes of them
 
 
 def can_supervise(language_model: PreTrainedModel, keywords: Collection[str] = ()) -> bool:
@@ -83,15 +84,15 @@ def supervised_loss(
     )
 
 
-def places(mask: torch.Tensor, multiple_of: int = 1) -> torch.Tensor:
-    """`(K,)` int64: where a flat mask is True, then its last place until K is a multiple of a number.
+def places(mask: torch.Tensor) -> torch.Tensor:
+    """`(K,)` int64: where a flat mask is True, then its last one, which has to be False, until K is a multiple of 8.
 
     While compiling all of it: values cannot decide a shape there.
     """
     if torch.compiler.is_compiling():
         return torch.arange(len(mask), device=mask.device)
     found = mask.nonzero().squeeze(1)
-    return nn.functional.pad(found, (0, -len(found) % multiple_of), value=len(mask) - 1)
+    return nn.functional.pad(found, (0, -len(found) % PLACES_MULTIPLE), value=len(mask) - 1)
 
 
 def _loss(

@@ -294,7 +294,7 @@ def test_a_goal_is_met_from_its_own_side():
 def test_growth_is_measured_point_by_point(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(growth.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     options = "--shapes tiny --batch_sizes 1 4 --image_tokens 2 --caption_tokens 8 16 --cache_rows 20 2000"
-    assert growth.main([*options.split(), "--usual", "2", "4", "8", "--repeats", "1", "--output", str(tmp_path)]) == 0
+    assert growth.main([*options.split(), "--usual", "2", "4", "15", "--repeats", "1", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "growth.json").read_text())
     points = {(point["axis"], point["kind"], point["size"]): point for point in report["points"]}
     sizes = [("batch", 1), ("batch", 4), ("image", 2), ("caption", 8), ("caption", 16)]

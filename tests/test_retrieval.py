@@ -28,6 +28,7 @@ from lorgnette.modeling.modeling_losses import (
     matching_loss,
     similarities,
 )
+from lorgnette.modeling.modeling_supervision import PLACES_MULTIPLE
 
 
 class TestMasks:
@@ -136,7 +137,7 @@ class TestLosses:
         torch.testing.assert_close(out.loss, itc + itm + itg)
         torch.testing.assert_close(out.logits_per_image, cosines)
 
-    @pytest.mark.parametrize("captions", [["the cat", "a dog"], CAPTIONS], ids=["without padding", "padded"])
+    @pytest.mark.parametrize("captions", [["a cat", "a dog", "a car"], CAPTIONS], ids=["without padding", "padded"])
     def test_few_numbers_of_tokens_are_predicted(self, captions: list[str]):
         """Each other number of rows costs what oneDNN keeps of it; those that fill up have no part in the loss."""
         model, inputs, seen = retriever(), batch(captions), []
@@ -145,8 +146,8 @@ class TestLosses:
             out = model(**inputs)
         targets = inputs["input_ids"][:, 1:][inputs["attention_mask"][:, 1:] == 1]
         (logits,) = seen
-        multiple = modeling_retrieval.PREDICTED_MULTIPLE
-        assert 0 < len(targets) < len(logits) < len(targets) + multiple and len(logits) % multiple == 0
+        assert 0 < len(targets) < len(logits) < len(targets) + PLACES_MULTIPLE
+        assert len(logits) % PLACES_MULTIPLE == 0
         torch.testing.assert_close(out.loss_itg, generation_loss(logits[: len(targets)], targets))
 
     def test_weights(self):
