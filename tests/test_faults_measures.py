@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import yaml
 from tiny_training import joined, pairs, write_backbones
 
 from faults import hostile, memory, numbers
+from faults.__main__ import kill_at
+from faults.killing import Moment
 from lorgnette import LorgnetteCollator
 from lorgnette.modeling.modeling_base import LorgnettePreTrainedModel
 
@@ -133,3 +136,14 @@ class TestMemory:
         outcome = memory.captioned(4, parts)
         assert outcome["warm"] > 0
         json.dumps(outcome)
+
+
+def test_a_moment_that_a_faster_run_does_not_reach_comes_sooner(tmp_path):
+    """It is timed by an uninterrupted run, beside which the machine may have had other things to do."""
+    code = "import pathlib, sys, time; pathlib.Path(sys.argv[1], 'begun').touch(); time.sleep(0.5)"
+    starts: list[str] = []
+    case = SimpleNamespace(arguments=lambda output: starts.append(output) or ["-c", code, str(output)])
+    output = tmp_path / "output"
+    output.mkdir()
+    kill_at(Moment("late", "begun", 1.2), case, [], tmp_path / "log.txt", dict(os.environ), output)
+    assert 1 < len(starts) < 5  # 1.2 seconds are too late, 0.15 are not
