@@ -103,8 +103,8 @@ def exchanged(options: Options, measured: dict[str, int]) -> list[tuple[str, str
     w, b, q, d, t, p = (measured[name] for name in "WBQDTP")
     embeddings = w * b * (q + 1) * d * 4
     return [
-        ("ITC gathers, a process and step", "4 W B (Q + 1) D + 8 W (B (T + 1) + 1)",
-         embeddings + 8 * w * (b * (t + 1) + 1), measured["gathered"]),
+        ("ITC gathers, a process and step", "4 W B (Q + 1) D + 8 W (B T + 1)", embeddings + 8 * w * (b * t + 1),
+         measured["gathered"]),
         ("ITC's gradients, a process and step", "4 W B (Q + 1) D", embeddings, measured["reduced"]),
         ("DDP's gradients, a process and step", "4 P", 4 * p, measured["gradients"]),
     ]  # fmt: skip
