@@ -128,7 +128,7 @@ def checked_candidates(candidates: torch.Tensor, row_index: torch.Tensor | None)
     if not candidates.any():
         raise ValueError(
             f"{row_name(0, row_index)} and the {len(candidates) - 1} others of its batch have the same "
-            "caption or picture: there are no negatives to tell them from. Larger batches may help"
+            "caption: there are no negatives to tell them from. Larger batches may help"
         )
     return candidates.clone()
 

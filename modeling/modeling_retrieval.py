@@ -229,7 +229,6 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         image_rows: torch.Tensor | None = None,
-        image_ids: torch.Tensor | None = None,
         row_index: torch.Tensor | None = None,
         return_loss: bool = True,
         **kwargs: Any,
@@ -243,8 +242,6 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
             pixel_attention_mask, spatial_shapes: of SigLIP2's variable resolution.
             image_rows: `(B,)` int64, which picture goes with each text, where several texts have one: there are fewer
                 pictures than texts then.
-            image_ids: `(B,)` int64, the same for texts of the same picture, in any process: they are not each other's
-                negatives. Without it texts are compared alone.
             row_index: `(B,)` rows of the data set, for error messages alone.
             return_loss: whether the losses are wanted. In eval mode the negatives of ITM are the same at each call.
             kwargs: for the Q-Former.
@@ -254,8 +251,8 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
 
         Raises:
             ValueError: both or neither of pictures and features, not as many as texts, texts padded on the left, values
-                that are not finite, the same caption or picture in all pairs, a pair by itself, processes of unequal
-                batches, weights in float16 that train.
+                that are not finite, one caption for all pairs, a pair by itself, processes of unequal batches, weights
+                in float16 that train.
         """
         if self.training and return_loss:
             self.refuse_half_precision()
@@ -279,8 +276,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         contrast, match, generate = self.config.itc_weight, self.config.itm_weight, self.config.itg_weight
         if not return_loss:
             match = generate = 0
-        compared = return_loss and (contrast or match)
-        candidates = self._candidates(ids, image_ids, row_index) if compared else None  # (B, N)
+        candidates = self._candidates(ids, row_index) if return_loss and (contrast or match) else None  # (B, N)
 
         losses: dict[str, torch.Tensor] = {}
         logits_per_image, hardness = None, torch.zeros(len(ids), len(ids), device=ids.device)
@@ -333,9 +329,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
     def _project(self, queries: torch.Tensor) -> torch.Tensor:
         return nn.functional.normalize(self.vision_projection(queries).float(), dim=-1)
 
-    def _candidates(
-        self, ids: torch.Tensor, image_ids: torch.Tensor | None, row_index: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _candidates(self, ids: torch.Tensor, row_index: torch.Tensor | None) -> torch.Tensor:
         """`(B, N)` bool: which texts of all processes are negatives of this process' pairs.
 
         Raises:
@@ -356,11 +350,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
             # texts of one length, whatever the process
             pad_token_id = self.config.qformer_config.pad_token_id or 0
             ids = nn.functional.pad(ids, (0, self.max_text_length - ids.shape[1]), value=pad_token_id)
-        same = same_caption(gather(ids))
-        if image_ids is not None:
-            image_ids = gather(image_ids)
-            same = same | (image_ids[:, None] == image_ids)
-        return checked_candidates(~same, row_index)[self._own_columns(len(ids))]
+        return checked_candidates(~same_caption(gather(ids)), row_index)[self._own_columns(len(ids))]
 
     def _own_columns(self, batch_size: int) -> slice:
         rank = torch.distributed.get_rank() if in_process_group() else 0

@@ -2,7 +2,6 @@
 
 import pickle
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -102,36 +101,10 @@ class TestColumns:
     def test_stage_1(self):
         processor = LorgnetteProcessor.from_backbones(tiny.image_processor(), None, qformer=tiny.bert_tokenizer())
         batch = LorgnetteCollator(processor)([{**row, "index": 3} for row in ROWS])
-        assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "image_ids", "row_index"}
+        assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "row_index"}
         assert processor.decode(batch["input_ids"][0]) == "[CLS] a cat. [SEP]" + " [PAD]" * int(
             (1 - batch["attention_mask"][0]).sum()
         )
-
-    def test_stage_1_tells_pictures_apart(self, tmp_path):
-        """By path, by a file's content, by pixels and by features, before augmentation, and alike in any process."""
-        pictures = [tiny.picture(n) for n in range(2)]
-        paths = [tmp_path / f"{n}.png" for n in range(2)]
-        for path, image in zip(paths, pictures, strict=True):
-            image.save(path)
-        processor = LorgnetteProcessor.from_backbones(tiny.image_processor(), None, qformer=tiny.bert_tokenizer())
-        sources = {
-            "paths": [paths[0], str(paths[0]), str(paths[1])],
-            "files": [{"bytes": paths[n].read_bytes(), "path": None} for n in (0, 0, 1)],
-            "undecoded": [{"bytes": None, "path": str(paths[n])} for n in (0, 0, 1)],
-            "pixels": [tiny.picture(n) for n in (0, 0, 1)],
-            "arrays": [np.asarray(tiny.picture(n)) for n in (0, 0, 1)],
-            "lists": [[tiny.picture(n)] for n in (0, 0, 1)],
-        }
-        rows = {
-            name: [{"image": image, "text": f"text {n}", "augmentation_seed": n} for n, image in enumerate(images)]
-            for name, images in sources.items()
-        }
-        seen = [torch.full((5, 24), value, dtype=torch.float16) for value in (0.0, 0.0, 0.5)]
-        rows["features"] = [{"vision_features": features, "text": f"text {n}"} for n, features in enumerate(seen)]
-        for name, of in rows.items():
-            first, again, other = LorgnetteCollator(processor)(of)["image_ids"].tolist()
-            assert first == again != other, name
-        assert LorgnetteCollator._image_id("a.png", None) == -2160749814550366634  # unlike `hash`
 
     def test_workers_can_have_it(self):
         collator = pickle.loads(pickle.dumps(LorgnetteCollator(make())))

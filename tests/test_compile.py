@@ -140,7 +140,7 @@ def test_what_is_wrong_is_told_by_a_compiled_model_too(stage):
     if stage == 1:
         same = batch | {"input_ids": batch["input_ids"][:1].repeat(3, 1)}
         with pytest.raises(
-            ValueError, match="Row 0 of the data set and the 2 others of its batch have the same caption or picture"
+            ValueError, match="Row 0 of the data set and the 2 others of its batch have the same caption"
         ):
             compiled(**same)
         left = batch["attention_mask"].clone()

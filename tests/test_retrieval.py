@@ -92,11 +92,8 @@ class TestMasks:
 
 
 class TestLosses:
-    @pytest.mark.parametrize("image_ids", [None, [5, 6, 5, 7]], ids=["", "two captions of a picture"])
-    def test_they_are_those_of_a_plain_loop(self, image_ids: list[int] | None):
-        model, inputs, pictures = retriever(), batch(), image_ids or [0, 1, 2, 3]
-        if image_ids:
-            inputs["image_ids"] = torch.tensor(image_ids)
+    def test_they_are_those_of_a_plain_loop(self):
+        model, inputs = retriever(), batch()
         with torch.no_grad():
             out = model(**inputs)
             features = model.get_vision_features(inputs["pixel_values"]).last_hidden_state
@@ -106,8 +103,7 @@ class TestLosses:
             cls = model.qformer(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
             text_embeds = torch.nn.functional.normalize(model.text_projection(cls), dim=-1)
             cosines = similarities(image_embeds, text_embeds)
-            rows = list(zip(CAPTIONS, pictures, strict=True))
-            differ = torch.tensor([[a != c and b != d for c, d in rows] for a, b in rows])
+            differ = torch.tensor([[a != b for b in CAPTIONS] for a in CAPTIONS])
             own, scale = torch.arange(4), torch.tensor(1 / 0.07)
             itc = (contrastive_loss(cosines, own, differ, scale) + contrastive_loss(cosines.T, own, differ, scale)) / 2
 

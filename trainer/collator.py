@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import blake2b
 from itertools import takewhile
 from pathlib import PurePath
 from typing import Any
@@ -76,11 +75,11 @@ class LorgnetteCollator:
             `input_ids`, `attention_mask` `(B, S)` int64, padded on the right; in stage 2 `labels` `(B, S)`, -100 but on
             the output and the tokens that end it; `pixel_values` `(N, 3, H, W)` with the image processor's other keys,
             or `vision_features` `(N, L, E)`; `image_rows` `(N,)` where a picture is there several times, and
-            `pixel_values` has it once; `qformer_input_ids`, `qformer_attention_mask` `(N, T)` for a Q-Former that takes
-            instructions; `row_index` `(B,)` where rows have an `index`; `shared_input_ids` `(B, P)` where all prompts
-            begin alike; in stage 1 `image_ids` `(B,)` int64, the same for the same picture. With `pack_to` there are
-            fewer rows than B, and `document_ids` in place of `attention_mask`. With `pad_to_multiple_of`, in stage 2,
-            `supervised_positions` `(K,)`: where in `labels`, flat, there is no -100, and 0 up to a multiple.
+            `pixel_values` has it once; `qformer_input_ids`, `qformer_attention_mask` `(N, T)` for a Q-Former that
+            takes instructions; `row_index` `(B,)` where rows have an `index`; `shared_input_ids` `(B, P)` where all
+            prompts begin alike. With `pack_to` there are fewer rows than B, and `document_ids` in place of
+            `attention_mask`. With `pad_to_multiple_of`, in stage 2, `supervised_positions` `(K,)`: where in `labels`,
+            flat, there is no -100, and 0 up to a multiple.
 
         Raises:
             ValueError: a column that is not there (with the ones that are), an empty text, one longer than the context
@@ -104,9 +103,7 @@ class LorgnetteCollator:
             batch["attention_mask"] = joined([[1] * len(example.ids) for example in examples], 0)
         else:
             batch["document_ids"] = joined([[n] * len(example.ids) for n, example in enumerate(examples)], PADDING)
-        if self.processor.is_stage1:
-            batch["image_ids"] = torch.tensor([example.image_id for example in examples])
-        else:
+        if not self.processor.is_stage1:
             batch["labels"] = joined(
                 [[IGNORED] * len(example.prompt) + example.output for example in examples], IGNORED
             )
@@ -192,22 +189,7 @@ class LorgnetteCollator:
         if len(images) != 1:
             raise ValueError(f"{len(images)} images; stage 1 learns from pairs of one image and one text")
         self._check_length([], ids, self.processor.qformer_tokenizer)
-        (image,) = (load() for load in images)
-        return _Example([], ids, [image], image_id=self._image_id(row.get(self.image_column), image))
-
-    @staticmethod
-    def _image_id(source: Any, loaded: Image.Image | torch.Tensor) -> int:
-        """The same for the same path, URL, file, pixels or features, in any process."""
-        known = _identity(source[0] if isinstance(source, (list, tuple)) else source)
-        if isinstance(known, (str, PurePath)):
-            content = str(known).encode()
-        elif isinstance(known, bytes):
-            content = known
-        elif isinstance(loaded, Image.Image):
-            content = loaded.tobytes()
-        else:
-            content = loaded.contiguous().view(torch.uint8).numpy()
-        return int.from_bytes(blake2b(content, digest_size=8).digest(), signed=True)
+        return _Example([], ids, [load() for load in images])
 
     def _stage2(self, row: dict[str, Any], answered: bool = True) -> "_Example":
         example = self._words(row, answered)
@@ -322,16 +304,12 @@ def packs(lengths: list[int], room: int) -> list[list[int]]:
 
 @dataclass
 class _Example:
-    """A row, encoded: ids of prompt and output, N loaded images (or features), N instructions for the Q-Former.
-
-    In stage 1 with what tells its image from others.
-    """
+    """A row, encoded: ids of prompt and output, N loaded images (or features), N instructions for the Q-Former."""
 
     prompt: list[int]
     output: list[int]
     images: list[Any]
     instructions: list[list[int]] = field(default_factory=list)
-    image_id: int | None = None
 
     @property
     def ids(self) -> list[int]:
