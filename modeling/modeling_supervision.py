@@ -22,7 +22,7 @@ from .modeling_shared_prefix import decoded
 
 
 LOGITS_AT_ONCE = 2**25  # elements, 128 MiB in float32
-PLACES_MULTIPLE = 8  # for each number of rows oneDNN, in bf16 on a CPU, compiles kernels and keeps megabytes of them
+PLACES_MULTIPLE = 16  # for each number of rows oneDNN, in bf16 on a CPU, compiles kernels and keeps megabytes of them
 
 
 def can_supervise(language_model: PreTrainedModel, keywords: Collection[str] = ()) -> bool:
@@ -85,7 +85,7 @@ def supervised_loss(
 
 
 def places(mask: torch.Tensor) -> torch.Tensor:
-    """`(K,)` int64: where a flat mask is True, then its last one, which has to be False, until K is a multiple of 8.
+    """`(K,)` int64: where a flat mask is True, then its last one, which has to be False, until K is a multiple of 16.
 
     While compiling all of it: values cannot decide a shape there.
     """

@@ -47,12 +47,12 @@ def test_the_whole_loop(architecture: str, tmp_path):
     assert torch.equal(loaded.generate(**batch, max_new_tokens=4, do_sample=False), continued)
 
 
-@pytest.mark.parametrize(("at_once", "items"), [(2**25, None), (3 * VOCAB_SIZE, 7)])
+@pytest.mark.parametrize(("at_once", "items"), [(2**25, None), (6 * VOCAB_SIZE, 7)])
 @pytest.mark.parametrize("architecture", [*TEXT, *SCALED])
 def test_the_loss_of_supervised_positions_alone_is_the_language_models_own(
     architecture: str, at_once, items, monkeypatch
 ):
-    """In one piece, and three positions at a time; the head sees six positions, filled up to 8, and no other."""
+    """In one piece, and six positions at a time; the head sees six positions, filled up to 16, and no other."""
     monkeypatch.setattr(modeling_supervision, "LOGITS_AT_ONCE", at_once)
     built, batch = model(text=architecture).train(), inputs()
     labels = batch["input_ids"].masked_fill(batch["input_ids"] == built.config.image_token_id, -100)
@@ -63,7 +63,7 @@ def test_the_loss_of_supervised_positions_alone_is_the_language_models_own(
     for keep in ({}, {"logits_to_keep": 0}):  # 0: all of them
         torch.manual_seed(0)  # dropout
         outputs = built(**batch, labels=labels, num_items_in_batch=items, **keep)
-        assert seen == ([15] if keep else [8] if at_once > 8 * VOCAB_SIZE else [3, 3, 2])
+        assert seen == ([15] if keep else [16] if at_once > 16 * VOCAB_SIZE else [6, 6, 4])
         assert (outputs.logits is None) == (not keep)
         built.zero_grad()
         outputs.loss.backward()
