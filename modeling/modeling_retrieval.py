@@ -42,7 +42,7 @@ from .modeling_losses import (
 from .modeling_outputs_lorgnette import LorgnetteImageTextOutput
 from .modeling_qformer import LorgnetteQFormerModel
 from .modeling_ranking import ImageTextRanking, take_rows
-from .modeling_supervision import places
+from .modeling_supervision import supervised
 
 
 START_TEMPERATURE = 0.07  # of the contrast, as in BLIP-2
@@ -291,12 +291,9 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         if match:
             losses["loss_itm"] = self._match(image, text, hardness, candidates, **kwargs)
         if generate:
-            next_tokens = input_ids.masked_fill(attention_mask == 0, IGNORED)[:, 1:]
-            next_tokens = nn.functional.pad(next_tokens, (0, 1), value=IGNORED).flatten()  # the last place: padding's
-            predicted = places(next_tokens != IGNORED)
-            states = states.flatten(0, 1)[predicted]
+            states, targets = supervised(states, input_ids.masked_fill(attention_mask == 0, IGNORED))
             logits = self.text_head(states, self.get_input_embeddings().weight)  # (R, vocabulary)
-            losses["loss_itg"] = generation_loss(logits, next_tokens[predicted])
+            losses["loss_itg"] = generation_loss(logits, targets)
         weights = {"loss_itc": contrast, "loss_itm": match, "loss_itg": generate}
         loss = sum(weights[name] * value for name, value in losses.items()) if losses else None
         return LorgnetteImageTextOutput(loss=loss, logits_per_image=logits_per_image, **losses)

@@ -66,10 +66,7 @@ def supervised_loss(
             supervised_positions = (supervised_positions - (rows + 1) * num_shared_tokens).clamp(min=0)
         labels = labels[:, num_shared_tokens:]
     outputs = decode(**inputs)
-    next_tokens = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    # a row's first label is nothing's next token: the place before it, and so padding's, is the end of a row
-    learned = places(next_tokens != IGNORED) if supervised_positions is None else supervised_positions - 1
-    states, targets = outputs.last_hidden_state.flatten(0, 1)[learned], next_tokens[learned]  # (K, M), (K,)
+    states, targets = supervised(outputs.last_hidden_state, labels, supervised_positions)  # (K, M), (K,)
     total = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
     loss_of = partial(_loss, language_model, total)
     at_once = max(1, LOGITS_AT_ONCE // language_model.config.vocab_size)
@@ -84,15 +81,25 @@ def supervised_loss(
     )
 
 
-def places(mask: torch.Tensor) -> torch.Tensor:
-    """`(K,)` int64: where a flat mask is True, then its last one, which has to be False, until K is a multiple of 16.
+def supervised(
+    states: torch.Tensor, labels: torch.Tensor, supervised_positions: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `(B, S, M)` states the `(K, M)` that predict what is to be learned, and that, `(K,)`; -100 fills K up.
 
-    While compiling all of it: values cannot decide a shape there.
+    Args:
+        labels, supervised_positions: as in [`supervised_loss`]. Without the latter K is a multiple of
+            `PLACES_MULTIPLE`, or, while compiling, B S: values cannot decide a shape there.
     """
-    if torch.compiler.is_compiling():
-        return torch.arange(len(mask), device=mask.device)
-    found = mask.nonzero().squeeze(1)
-    return nn.functional.pad(found, (0, -len(found) % PLACES_MULTIPLE), value=len(mask) - 1)
+    # a row's first label is nothing's next token: the place before it, and so padding's, is the end of a row
+    next_tokens = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    if supervised_positions is not None:
+        places = supervised_positions - 1
+    elif torch.compiler.is_compiling():
+        places = torch.arange(len(next_tokens), device=labels.device)
+    else:
+        places = (next_tokens != IGNORED).nonzero().squeeze(1)
+        places = nn.functional.pad(places, (0, -len(places) % PLACES_MULTIPLE), value=-1)
+    return states.flatten(0, 1)[places], next_tokens[places]
 
 
 def _loss(
@@ -149,4 +156,4 @@ class _Decoded:
         return getattr(self._decoder, name, None)
 
 
-__all__ = ["can_supervise", "places", "supervised_loss"]
+__all__ = ["can_supervise", "supervised", "supervised_loss"]
