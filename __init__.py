@@ -17,6 +17,7 @@ _EXPORTS = {
     "LorgnetteRetrievalConfig": "configuration.configuration_lorgnette",
     "LorgnettePreTrainedModel": "modeling.modeling_base",
     "LorgnetteQFormerModel": "modeling.modeling_qformer",
+    "LorgnetteModel": "modeling.modeling_headless",
     "LorgnetteForConditionalGeneration": "modeling.modeling_lorgnette",
     "LorgnetteForImageTextRetrieval": "modeling.modeling_retrieval",
     "LorgnetteProcessor": "processing.processing_lorgnette",

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModel, Blip2ForConditionalGeneration, PreTrainedModel
+from transformers import AutoModelForImageTextToText, Blip2ForConditionalGeneration, PreTrainedModel
 
 from benchmarks.floor import seconds
 from benchmarks.forms import COMMIT, TOLERANCE, stand_in
@@ -80,7 +80,7 @@ def first_caption(
     """
 
     def load(name: str) -> PreTrainedModel:
-        kind = Blip2ForConditionalGeneration if name == "theirs" else AutoModel
+        kind = Blip2ForConditionalGeneration if name == "theirs" else AutoModelForImageTextToText
         return kind.from_pretrained(folder / name, cache_dir=folder / "hub", local_files_only=True).to(device)
 
     for name, allowed in {"theirs": TOLERANCE["merged"], **TOLERANCE}.items():

@@ -18,7 +18,7 @@ import torch
 from accelerate import debug_launcher
 from torch import distributed
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from transformers import AutoModel, AutoProcessor, HfArgumentParser
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 from examples.quality.steps import say
 from lorgnette import LorgnetteCollator
@@ -112,7 +112,7 @@ def exchanged(options: Options, measured: dict[str, int]) -> list[tuple[str, str
 
 def saved(options: Options, scratch: Path) -> list[tuple[str, str, int, int]]:
     """What a checkpoint of stage 2 takes on disk, thin and in full, and AdamW's state in it."""
-    model = AutoModel.from_pretrained(options.model)
+    model = AutoModelForImageTextToText.from_pretrained(options.model)
     model.freeze()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)

@@ -12,7 +12,7 @@ from io import BytesIO
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from torch import nn
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
@@ -70,7 +70,7 @@ def build(preset: Preset, seed: int) -> tuple[Side, Side]:
     ours = LorgnetteForConditionalGeneration.from_blip2(copy.deepcopy(theirs), processor=processor, lora=lora)
 
     theirs.requires_grad_(False)
-    theirs.language_model.add_adapter(LoraConfig(**lora, task_type="CAUSAL_LM"))
+    inject_adapter_in_model(LoraConfig(**lora, task_type="CAUSAL_LM"), theirs.language_model)
     for part in (theirs.qformer, theirs.language_projection):
         part.requires_grad_(True)
     theirs.query_tokens.requires_grad_(True)

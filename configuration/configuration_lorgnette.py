@@ -13,8 +13,9 @@ from .remote_code import save_remote_code
 AUTO_PROCESSOR = "processing_lorgnette.LorgnetteProcessor"
 AUTO_MAP = {
     "AutoConfig": "configuration_lorgnette.LorgnetteConfig",
-    "AutoModel": "modeling_lorgnette.LorgnetteForConditionalGeneration",
+    "AutoModel": "modeling_headless.LorgnetteModel",
     "AutoModelForImageTextToText": "modeling_lorgnette.LorgnetteForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_lorgnette.LorgnetteForConditionalGeneration",
     "AutoProcessor": AUTO_PROCESSOR,
 }
 RETRIEVAL_AUTO_MAP = {
@@ -226,7 +227,7 @@ class LorgnetteConfig(LorgnetteBridgeConfig):
     """
 
     model_type = "lorgnette"
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]  # noqa: RUF012 (transformers' own)
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_hidden_states"]  # noqa: RUF012 (transformers' own)
     sub_configs = {  # noqa: RUF012 (transformers' own class attribute)
         "vision_config": AutoConfig,
         "qformer_config": LorgnetteQFormerConfig,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _SOURCES = ("configuration/*.py", "modeling/*.py", "processing/*.py", "serving/handler.py")
 # As pyproject.toml says; torch is the Endpoint's own, built for its GPU
-REQUIREMENTS = ("transformers>=5.17,<5.24", "peft>=0.19.1", "pillow>=11.0", "safetensors>=0.6")
+REQUIREMENTS = ("transformers>=5.17,<5.25", "peft>=0.19.1", "pillow>=11.0", "safetensors>=0.6")
 _RELATIVE_IMPORT = re.compile(r"^(\s*)from \.+(?:\w+\.)*(\w+) import", flags=re.MULTILINE)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .modeling_lm_adapter import (
     LM_ADAPTER,
@@ -16,23 +17,61 @@ from .modeling_lm_adapter import (
     read_lm_adapter,
     write_lm_adapter,
 )
-from .modeling_lora import lora_layers
+from .modeling_lora import ADAPTER, attach_lora, lora_layers, switch_lora
 
 
 class LanguageModelAdapters:
-    """Mixin of a model whose `language_model` carries LoRA; transformers' own methods look at the whole model."""
+    """Mixin of a model with a `language_model` that carries LoRA; transformers' own methods look at the whole model."""
+
+    def _attach_lora(self) -> None:
+        # inside the LM, driven by the config: so that a plain reload finds every key, and targets cannot hit the ViT
+        attach_lora(self.language_model, self.config.lora_config)
+        for name, module in self.language_model.named_modules():
+            if "lora_" in name:
+                module._is_hf_initialized = True  # peft has: transformers would overwrite the zeros of lora_B
+
+    def _finish_loading(self, missing: set[str], unexpected: set[str]) -> None:
+        unfilled = sorted(key for key in missing if key.replace(".base_layer.", ".") in unexpected)
+        if unfilled:
+            raise ValueError(
+                f"{len(unfilled)} weights under LoRA are not in the checkpoint ({unfilled[0]}, …): it was saved "
+                "without the LoRA that lora_config describes. from_backbones(lora=…) is where a model gets its LoRA"
+            )
+        for name, layer in self.language_model.named_modules():
+            if f"language_model.{name}.lora_A.{ADAPTER}.weight" in missing:
+                layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
+        super()._finish_loading(missing, unexpected)
+
+    def freeze(self) -> None:
+        super().freeze()
+        for name, parameter in self.language_model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+
+    @property
+    def max_text_length(self) -> int | None:
+        """Tokens the LM has positions for, the placeholders' included; None where its config does not say."""
+        return getattr(self.config.text_config, "max_position_embeddings", None)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
 
     # kept here: the bridge in use may have no LoRA to be off, and the next one has
     _adapters_are_off: bool = False
 
     def enable_adapters(self) -> None:
         """Answer with LoRA again. Raises a ValueError where the model has none."""
-        self.language_model.enable_adapters()
+        switch_lora(self.language_model, True)
         self._adapters_are_off = False
 
     def disable_adapters(self) -> None:
         """Answer as the original language model does. Raises a ValueError where there is no LoRA."""
-        self.language_model.disable_adapters()
+        switch_lora(self.language_model, False)
         self._adapters_are_off = True
 
     @contextmanager
@@ -45,7 +84,7 @@ class LanguageModelAdapters:
         finally:
             self._adapters_are_off = were_off
             if not were_off and lora_layers(self.language_model):
-                self.language_model.enable_adapters()
+                switch_lora(self.language_model, True)
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: transformers would freeze the Q-Former, and save the adapter alone."""
@@ -94,10 +133,8 @@ class LanguageModelAdapters:
         self._name_backbones_anew()
         self.freeze()
         self.train(self.training)  # new layers are in train mode
-        if lora_config is not None and self._adapters_are_off:
-            self.language_model.disable_adapters()
-        elif lora_config is not None:
-            self.language_model.enable_adapters()
+        if lora_config is not None:
+            switch_lora(self.language_model, not self._adapters_are_off)
         return before
 
     def _name_backbones_anew(self) -> None:
@@ -110,7 +147,7 @@ class LanguageModelAdapters:
         Raises:
             ValueError: the language model has adapters that the config does not describe and a reload would lose.
         """
-        lost = sorted(set(getattr(self.language_model, "peft_config", {})) - {"default"})
+        lost = sorted(set(getattr(self.language_model, "peft_config", {})) - {ADAPTER})
         if lost:
             raise ValueError(f"Adapters {lost} of the language model are not in lora_config, and would be lost")
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -181,7 +181,7 @@ def load_language_model(
             keywords["quantization_config"] = quantization_config
         model = read_language_model(name, dtype=dtype or torch.float32, attn_implementation=attn, **keywords)
         backbone = from_source(model, source, revision)
-    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+    if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
         raise ValueError(
             f"The language model is a {type(model).__name__} with an adapter, or no transformers model: give the bare "
             "LM (peft's merge_and_unload() makes one) and describe the LoRA in `lora`"

@@ -25,6 +25,22 @@ _HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only")
 _PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "create_pr")
 
 
+class PeftConfigs(dict):
+    """`peft_config` of a whole model. peft writes into it before it touches a weight, whichever function begins."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise ValueError(
+            f"peft cannot put an adapter ({name!r}) on a whole lorgnette model: it would go to the ViT too, overwrite "
+            "the LoRA that was trained, freeze the Q-Former and save neither of them. The language model has LoRA of "
+            "its own: from_backbones(lora=…) makes it, Trainer and TRL train it without a peft_config, and "
+            "load_lm_adapter(…) puts another in its place"
+        )
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+
 class LorgnettePreTrainedModel(PreTrainedModel):
     """What every model here shares: a ViT that is frozen, stays in eval mode and builds no graph."""
 
@@ -118,23 +134,36 @@ class LorgnettePreTrainedModel(PreTrainedModel):
             if parameter.is_floating_point() and not apart:
                 parameter.data = parameter.data.to(dtype)
 
-    def refuse_half_precision(self) -> None:
-        """Called where a loss is computed to be learned from: weights in float16 can be used, and not trained.
+    def check_trainable(self) -> None:
+        """Called where a loss is computed to be learned from.
 
-        bfloat16 has float32's range, and mixed precision keeps float32 weights: both may train.
+        Weights in float16 can be used, and not trained. bfloat16 has float32's range, and mixed precision keeps float32
+        weights: both may train.
 
         Raises:
-            ValueError: names the first weight, and the reason.
+            ValueError: nothing trains, or weights in float16; names the first weight, and the reason.
         """
         if not torch.is_grad_enabled():
             return
-        half = [key for key, value in self.named_parameters() if value.requires_grad and value.dtype == torch.float16]
+        trained = [(key, value) for key, value in self.named_parameters() if value.requires_grad]
+        if not trained:
+            raise ValueError(
+                f"Nothing of this {type(self).__name__} trains: all weights were frozen after it was loaded, as peft's "
+                "prepare_model_for_kbit_training does. A model here freezes by itself what is not to be trained; its "
+                "freeze() lets the rest train again"
+            )
+        half = [key for key, value in trained if value.dtype == torch.float16]
         if half:
             raise ValueError(
                 f"{len(half)} weights that train are float16 ({half[0]}, …). Adam's epsilon (1e-8) and the squares of "
                 "gradients below 2e-4 are 0 in it, and what is divided by them is not finite. Give dtype='float32' "
                 "where the model is built or loaded, and fp16=True or bf16=True to Trainer; or dtype='bfloat16'"
             )
+
+    @property
+    def peft_config(self) -> "PeftConfigs":
+        """The adapters of the language model, as integrations of trackers log them; peft itself is refused."""
+        return PeftConfigs(getattr(getattr(self, "language_model", None), "peft_config", None) or {})
 
     def _replicate_for_data_parallel(self) -> None:
         """What `nn.DataParallel` calls, in which Trainer wraps a model that one process has several GPUs for.

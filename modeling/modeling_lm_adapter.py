@@ -16,7 +16,7 @@ from transformers.utils import cached_file, is_peft_available, requires_backends
 
 from ..configuration.backbone_sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteConfig
-from .modeling_lora import lora_layers, resolve_lora_config
+from .modeling_lora import attach_lora, lora_layers, resolve_lora_config
 
 
 LM_ADAPTER = "lm_adapter"
@@ -101,7 +101,7 @@ def read_lm_adapter(
     bare = _bare_language_model(config)
     fields = resolve_lora_config(found, bare)
     with torch.device("meta"):
-        bare.add_adapter(LoraConfig(**fields))
+        attach_lora(bare, fields)
     expected = {name: tensor.shape for name, tensor in lora_weights(bare).items()}
     weights = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
     odd = sorted(expected.keys() ^ weights.keys())

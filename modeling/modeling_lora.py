@@ -1,4 +1,8 @@
-"""Which layers of a language model get LoRA or have it, and whether a LoRA config leaves the base weights alone."""
+"""LoRA inside a language model: which layers get it, whether a config leaves the base weights alone, on and off.
+
+peft's own functions are called. transformers' (`add_adapter`, `enable_adapters`, …) do the same and refuse, in each of
+its releases, other versions of peft.
+"""
 
 import json
 import re
@@ -11,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_peft_available, requires_backends
 
 
+ADAPTER = "default"  # how peft calls the one that a model is loaded and saved with
 # What a `LoraConfig` and an adapter_config.json say about an adapter's origin and use, and not about LoRA itself.
 _NO_SETTINGS = {
     "auto_mapping",
@@ -137,6 +142,34 @@ def check_lora_config(lora_config: dict[str, Any]) -> None:
             )
 
 
+def attach_lora(language_model: PreTrainedModel, lora_config: dict[str, Any]) -> None:
+    """Put LoRA, switched on, on the layers that a complete `lora_config` names.
+
+    Raises:
+        ValueError: see [`check_lora_config`].
+    """
+    requires_backends(attach_lora, "peft")
+    if is_peft_available():  # said so that transformers asks for peft only where there is LoRA
+        from peft import LoraConfig, inject_adapter_in_model
+
+    check_lora_config(lora_config)
+    inject_adapter_in_model(LoraConfig(**lora_config), language_model, ADAPTER)
+    language_model._hf_peft_config_loaded = True  # what transformers asks whether a model has LoRA
+
+
+def switch_lora(language_model: PreTrainedModel, enabled: bool) -> None:
+    """Let LoRA take part in what the language model computes, or not.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = lora_layers(language_model)
+    if not layers:
+        raise ValueError("No adapter loaded: this language model has no LoRA")
+    for layer in layers.values():
+        layer.enable_adapters(enabled)
+
+
 def attention_projections(language_model: PreTrainedModel) -> list[str]:
     """Names of the linear layers inside the attention modules, with their parent's: `["self_attn.k_proj", …]`.
 
@@ -196,4 +229,13 @@ def _kinds(layers: dict[str, nn.Module]) -> list[str]:
     return sorted({".".join(name.split(".")[-2:]) for name in layers})
 
 
-__all__ = ["attention_projections", "check_lora_config", "linear_layers", "lora_layers", "resolve_lora_config"]
+__all__ = [
+    "ADAPTER",
+    "attach_lora",
+    "attention_projections",
+    "check_lora_config",
+    "linear_layers",
+    "lora_layers",
+    "resolve_lora_config",
+    "switch_lora",
+]

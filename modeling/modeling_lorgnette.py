@@ -1,9 +1,7 @@
 """`LorgnetteForConditionalGeneration`: a frozen ViT, a Q-Former, a linear projector and a causal LM with LoRA.
 
-The way of the data (BLIP-2, Li et al. 2023, figure 3, decoder-only):
-
-    pixel_values (N, 3, H, W) ─ vision_model, frozen ─▶ vision features (N, L, E) ─ qformer ─▶ (N, Q, D) ─ projector ─▶
-    soft tokens (N, Q, M), which replace the `<image>` placeholders among token embeddings (B, S, M) ─ language_model
+`modeling_headless.py` shows the way of the data up to the language model's states. Here are the joint, the loss and
+`generate`.
 
 Shapes: B rows, N images of the whole batch in the order of their placeholders, S tokens, Q queries, M the LM's width.
 """
@@ -15,15 +13,13 @@ from typing import Any, Unpack
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import TransformersKwargs, is_peft_available, requires_backends
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_lorgnette import LorgnetteConfig
@@ -31,23 +27,23 @@ from .modeling_adapters import LanguageModelAdapters
 from .modeling_backbones import (
     load_language_model,
     load_vision_model,
-    new_vision_model,
     next_free_token_id,
     parse_dtype,
 )
 from .modeling_base import LorgnettePreTrainedModel
 from .modeling_blip2 import Blip2Generation
 from .modeling_bridges import Bridges
-from .modeling_checks import checked_placeholders, checked_shared
-from .modeling_lora import check_lora_config, resolve_lora_config
-from .modeling_losses import in_process_group
-from .modeling_outputs_lorgnette import LorgnetteCausalLMOutputWithPast, LorgnetteImageFeatures
-from .modeling_packing import check_documents, packed
-from .modeling_placeholders import PlaceholderBlind, check_context
-from .modeling_qformer import LorgnetteQFormerModel
+from .modeling_checks import IGNORED, checked_shared
+from .modeling_headless import LorgnetteModel
+from .modeling_lora import resolve_lora_config
+from .modeling_outputs_lorgnette import KV_CACHE, LorgnetteCausalLMOutputWithPast, LorgnetteImageFeatures, one_cache
+from .modeling_placeholders import PlaceholderBlind
 from .modeling_qformer_start import QFormerStart
 from .modeling_shared_prefix import can_share
 from .modeling_supervision import can_supervise, supervised_loss
+
+
+logger = logging.get_logger(__name__)
 
 
 class LorgnetteForConditionalGeneration(
@@ -78,30 +74,22 @@ class LorgnetteForConditionalGeneration(
         language_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
-        # ahead of the ViT: transformers' common tests want the first checkpointed layer to be one that trains
-        self.qformer = LorgnetteQFormerModel._from_config(config.qformer_config)
-        self.vision_model = vision_model if vision_model is not None else new_vision_model(config.vision_config)
-        if language_model is None:
-            language_model = AutoModelForCausalLM.from_config(config.text_config)
-        self.language_model = language_model
-        self.projector = nn.Linear(config.qformer_config.hidden_size, self.get_input_embeddings().embedding_dim)
-        if config.lora_config is not None:
-            self._attach_lora()
+        headless = LorgnetteModel(config, vision_model, language_model)
+        self.__dict__["_headless"] = headless  # and no submodule: the parts and their keys are this model's own
+        self._modules = headless._modules
         self.generation_config = self.language_model.generation_config
+        self.register_forward_pre_hook(_leave_out_placeholders, with_kwargs=True)
         self.post_init()
         self.freeze()
 
-    def _attach_lora(self) -> None:
-        requires_backends(self, "peft")
-        if is_peft_available():  # said so that transformers asks for peft only where there is LoRA
-            from peft import LoraConfig
+    @property
+    def base_model(self) -> LorgnetteModel:
+        """The model without its head, of the same parts: trainers that compute a loss of their own run it."""
+        return self._headless
 
-        check_lora_config(self.config.lora_config)
-        # inside the LM, driven by the config: so that a plain reload finds every key, and targets cannot hit the ViT
-        self.language_model.add_adapter(LoraConfig(**self.config.lora_config))
-        for name, module in self.language_model.named_modules():
-            if "lora_" in name:
-                module._is_hf_initialized = True  # peft has: transformers would overwrite the zeros of lora_B
+    def train(self, mode: bool = True) -> "LorgnetteForConditionalGeneration":
+        self._headless.training = mode
+        return super().train(mode)
 
     @classmethod
     def from_backbones(
@@ -236,142 +224,19 @@ class LorgnetteForConditionalGeneration(
 
     # ------------------------------------------------------------------------------------------------ parts
 
-    def _finish_loading(self, missing: set[str], unexpected: set[str]) -> None:
-        unfilled = sorted(key for key in missing if key.replace(".base_layer.", ".") in unexpected)
-        if unfilled:
-            raise ValueError(
-                f"{len(unfilled)} weights under LoRA are not in the checkpoint ({unfilled[0]}, …): it was saved "
-                "without the LoRA that lora_config describes. from_backbones(lora=…) is where a model gets its LoRA"
-            )
-        for name, layer in self.language_model.named_modules():
-            if f"language_model.{name}.lora_A.default.weight" in missing:
-                layer.reset_lora_parameters("default", init_lora_weights=True)
-        super()._finish_loading(missing, unexpected)
-
-    def freeze(self) -> None:
-        super().freeze()
-        for name, parameter in self.language_model.named_parameters():
-            parameter.requires_grad_("lora_" in name)
-
-    @property
-    def max_text_length(self) -> int | None:
-        """Tokens the LM has positions for, the placeholders' included; None where its config does not say."""
-        return getattr(self.config.text_config, "max_position_embeddings", None)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.language_model.set_output_embeddings(new_embeddings)
 
-    def get_decoder(self) -> nn.Module:
-        return self.language_model.get_decoder()
+    def get_image_features(self, *args: Any, **kwargs: Any) -> LorgnetteImageFeatures:
+        """See [`LorgnetteModel.get_image_features`]."""
+        return self.base_model.get_image_features(*args, **kwargs)
 
-    # ------------------------------------------------------------------------------------------------ seeing
-
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        vision_features: torch.Tensor | None = None,
-        pixel_attention_mask: torch.Tensor | None = None,
-        spatial_shapes: torch.Tensor | None = None,
-        image_rows: torch.Tensor | None = None,
-        qformer_input_ids: torch.Tensor | None = None,
-        qformer_attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> LorgnetteImageFeatures:
-        """Pictures to soft tokens.
-
-        Args:
-            pixel_values: `(N, 3, H, W)`; or, in their place, `vision_features` `(N, L, E)`, the ViT's output.
-            image_rows: `(N,)` int64, which picture each image is, where several are one: there are fewer pictures then.
-            pixel_attention_mask, spatial_shapes: of SigLIP2's variable resolution.
-            qformer_input_ids, qformer_attention_mask: `(N, T)` instruction for the Q-Former, one an image.
-            kwargs: `output_attentions`, `output_hidden_states` of the ViT and of the Q-Former.
-
-        Returns:
-            [`LorgnetteImageFeatures`]; its `pooler_output` `(N, Q, M)` are the soft tokens.
-
-        Raises:
-            ValueError: both or neither of `pixel_values` and `vision_features`.
-        """
-        if (pixel_values is None) == (vision_features is None):
-            raise ValueError("Give either pixel_values or vision_features")
-        if self.config.qformer_config.use_qformer_text_input and qformer_input_ids is None:
-            raise ValueError("This Q-Former reads the instruction as well: give qformer_input_ids (and its mask)")
-        seen = BaseModelOutput(vision_features)
-        if vision_features is None:
-            seen = self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
-        outputs = self.qformer(
-            seen.last_hidden_state,
-            encoder_attention_mask=pixel_attention_mask,
-            input_ids=qformer_input_ids,
-            attention_mask=qformer_attention_mask,
-            image_rows=image_rows,
-            **kwargs,
-        )
-        queries = outputs.last_hidden_state[:, : self.config.num_query_tokens]  # (N, Q, D)
-        return LorgnetteImageFeatures(
-            last_hidden_state=seen.last_hidden_state,
-            pooler_output=self.projector(queries),
-            hidden_states=seen.hidden_states,
-            attentions=seen.attentions,
-            qformer_outputs=outputs,
-        )
-
-    def get_placeholder_mask(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """`(B, S)`, True at the `<image>` placeholders; found by their embedding where there are no ids."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        table = self.get_input_embeddings()
-        if self.config.image_token_id >= table.num_embeddings:
-            raise ValueError(
-                "Placeholders cannot be found in inputs_embeds: their id is past the table. Give input_ids"
-            )
-        placeholder = table(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
-        return (inputs_embeds == placeholder).all(-1)
-
-    def _embed(
-        self, input_ids, inputs_embeds, row_index, labels=None, supervised_positions=None, document_ids=None, **images
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Token embeddings `(B, S, M)`, soft tokens in the placeholders' places; and the soft tokens `(N, Q, M)`."""
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-        pictures = images["pixel_values"] if images["vision_features"] is None else images["vision_features"]
-        mask = checked_placeholders(
-            mask,
-            None if pictures is None else pictures.detach(),
-            images["image_rows"],
-            row_index,
-            labels,
-            supervised_positions,
-            document_ids,
-            self.config.num_query_tokens,
-            self.config.image_token_id,
-        )
-        if inputs_embeds is None:
-            # swapped out before the look-up: the placeholder's id may lie past the end of the table
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
-        if pictures is None:
-            return inputs_embeds, None
-        soft = self.get_image_features(**images).pooler_output.to(inputs_embeds)
-        return inputs_embeds.masked_scatter(mask.unsqueeze(-1), soft), soft
-
-    def _unused_bridge(self) -> torch.Tensor:
-        """A sum over soft tokens of nothing: a batch without images has to reach every trainable tensor under DDP."""
-        nothing = torch.zeros(1, 1, self.config.qformer_config.encoder_hidden_size, device=self.projector.weight.device)
-        words = None
-        if self.config.qformer_config.use_qformer_text_input:
-            words = torch.zeros(1, 1, dtype=torch.long, device=nothing.device)
-        return self.get_image_features(vision_features=nothing, qformer_input_ids=words).pooler_output.sum()
+    def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """See [`LorgnetteModel.get_placeholder_mask`]."""
+        return self.base_model.get_placeholder_mask(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------ speaking
 
@@ -395,6 +260,7 @@ class LorgnetteForConditionalGeneration(
         supervised_positions: torch.Tensor | None = None,
         shared_input_ids: torch.Tensor | None = None,
         row_index: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LorgnetteCausalLMOutputWithPast:
         """Predict the next tokens.
@@ -426,63 +292,43 @@ class LorgnetteForConditionalGeneration(
                 that train.
         """
         if self.training and labels is not None:
-            self.refuse_half_precision()
-        soft_tokens = None
-        has_images = pixel_values is not None or vision_features is not None
-        decoding = past_key_values is not None and input_ids is not None and input_ids.shape[1] == 1
-        if has_images or (inputs_embeds is None and not decoding):
-            inputs_embeds, soft_tokens = self._embed(
-                input_ids,
-                inputs_embeds,
-                row_index,
-                labels,
-                supervised_positions,
-                document_ids,
-                pixel_values=pixel_values,
-                vision_features=vision_features,
-                pixel_attention_mask=pixel_attention_mask,
-                spatial_shapes=spatial_shapes,
-                image_rows=image_rows,
-                qformer_input_ids=qformer_input_ids,
-                qformer_attention_mask=qformer_attention_mask,
-            )
-        elif inputs_embeds is None:  # one more generated token, which is no placeholder
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if labels is not None:
-            check_context(inputs_embeds.shape[1], attention_mask, self.config, row_index, document_ids)
-        inputs = {
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "labels": labels,
-        }
-        if document_ids is not None:
-            document_ids = check_documents(document_ids, self.language_model, inputs)
-            inputs |= packed(self.language_model, document_ids, inputs_embeds, labels) | {"use_cache": False}
-        speak = self.language_model
-        if self.training:
-            inputs["use_cache"] = False  # Trainer turns it off in this config, not in the language model's
-            if labels is not None and can_supervise(self.language_model, kwargs):
-                if inputs["labels"].shape != labels.shape:  # FlashAttention's packed rows are one
-                    supervised_positions = None
-                speak = partial(supervised_loss, self.language_model, supervised_positions=supervised_positions)
-                if shared_input_ids is not None and can_share(self.language_model, inputs | kwargs):
-                    inputs["num_shared_tokens"] = shared_input_ids.shape[1]
-                    inputs["labels"] = checked_shared(
-                        labels, shared_input_ids, input_ids, attention_mask, row_index, self.config.image_token_id
-                    )
-        outputs = speak(return_dict=True, **inputs | kwargs)
-        loss = outputs.loss
-        if self.training and loss is not None and soft_tokens is None and in_process_group():
-            loss = loss + 0 * self._unused_bridge()
+            self.check_trainable()
+        inputs, visual_tokens = self.base_model.lm_inputs(
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            one_cache(past_key_values, cache),
+            document_ids,
+            row_index,
+            labels,
+            supervised_positions,
+            pixel_values=pixel_values,
+            vision_features=vision_features,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+            image_rows=image_rows,
+            qformer_input_ids=qformer_input_ids,
+            qformer_attention_mask=qformer_attention_mask,
+        )
+        lm_forward = self.language_model
+        if self.training and labels is not None and can_supervise(self.language_model, kwargs):
+            if inputs["labels"].shape != labels.shape:  # FlashAttention's packed rows are one
+                supervised_positions = None
+            lm_forward = partial(supervised_loss, self.language_model, supervised_positions=supervised_positions)
+            if shared_input_ids is not None and can_share(self.language_model, inputs | kwargs):
+                inputs["num_shared_tokens"] = shared_input_ids.shape[1]
+                inputs["labels"] = checked_shared(
+                    labels, shared_input_ids, input_ids, attention_mask, row_index, self.config.image_token_id
+                )
+        outputs = lm_forward(return_dict=True, **inputs | kwargs)
         return LorgnetteCausalLMOutputWithPast(
-            loss=loss,
+            loss=outputs.loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=soft_tokens,
+            image_hidden_states=visual_tokens,
+            **{KV_CACHE: getattr(outputs, KV_CACHE, None)},
         )
 
     @torch.no_grad()
@@ -514,7 +360,7 @@ class LorgnetteForConditionalGeneration(
             blind = [name for name in _READS_IDS_ALONE if kwargs.get(name) is not None]
             if blind:
                 raise ValueError(f"{', '.join(blind)}: this way of decoding sees token ids alone, not the images")
-            kwargs["inputs_embeds"], _ = self._embed(
+            kwargs["inputs_embeds"], _ = self.base_model.embed(
                 input_ids,
                 kwargs.get("inputs_embeds"),
                 kwargs.pop("row_index", None),
@@ -536,6 +382,28 @@ class LorgnetteForConditionalGeneration(
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         return PlaceholderBlind(super()._get_logits_processor(*args, **kwargs), self.config.image_token_id)
+
+
+def _leave_out_placeholders(
+    model: LorgnetteForConditionalGeneration, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Labels on placeholders are left out where a trainer computes the loss from states by itself.
+
+    TRL copies `input_ids` of rows of messages to `labels`, and calls `forward` with `fused_lm_head=True`, which it has
+    put in place of this model's. An id past the vocabulary would be looked up in the logits there.
+    """
+    labels, input_ids = kwargs.get("labels"), kwargs.get("input_ids")
+    if not kwargs.get("fused_lm_head") or labels is None or input_ids is None:
+        return None
+    labelled = (input_ids == model.config.image_token_id) & (labels != IGNORED)
+    if not labelled.any():
+        return None
+    logger.warning_once(
+        f"{int(labelled.sum())} labels of the batch are on image placeholders (id {model.config.image_token_id}): they "
+        "are left out of the loss. The trainer's count of labels, by which it divides, has them: rows of prompt and "
+        "completion, or LorgnetteCollator as data_collator, have none"
+    )
+    return args, kwargs | {"labels": labels.masked_fill(labelled, IGNORED)}
 
 
 _READS_IDS_ALONE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")

@@ -1,11 +1,21 @@
-"""What the models return."""
+"""What the models return, and what transformers calls the cache of keys and values in it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling, BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+    CausalLMOutputWithPast,
+)
 from transformers.utils import ModelOutput
+
+
+# The one name that is used for the cache: transformers 5.24 renamed `past_key_values`, in outputs and keywords alike.
+# Of two names, both given, its decoders heed `cache` alone, None or not.
+KV_CACHE = "cache" if any(field.name == "cache" for field in fields(CausalLMOutputWithPast)) else "past_key_values"
 
 
 @dataclass
@@ -22,23 +32,43 @@ class LorgnetteImageFeatures(BaseModelOutputWithPooling):
     qformer_outputs: BaseModelOutputWithPoolingAndCrossAttentions | None = None
 
 
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache that was given, by either name.
+
+    Raises:
+        ValueError: by both.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one thing, and both were given")
+    return past_key_values if cache is None else cache
+
+
 @dataclass
-class LorgnetteCausalLMOutputWithPast(ModelOutput):
+class LorgnetteModelOutputWithPast(BaseModelOutputWithPast):
+    """What [`LorgnetteModel`] returns.
+
+    Args:
+        last_hidden_state: `(B, S, M)` states of the language model's decoder, before its head.
+        cache: the language model's; `past_key_values` before transformers 5.24.
+        hidden_states, attentions: the language model's, on request.
+        image_hidden_states: `(N, Q, M)` visual tokens, where there were images.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` of the language model, and the soft tokens it was given.
 
     Args:
         loss: the language model's own loss, where `labels` were given.
         logits: `(B, S, vocabulary)`; None in training with `labels`.
-        past_key_values: the language model's cache.
+        cache: the language model's; `past_key_values` before transformers 5.24.
         hidden_states, attentions: the language model's, on request.
         image_hidden_states: `(N, Q, M)` soft tokens, where there were images.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
 
 
@@ -59,4 +89,11 @@ class LorgnetteImageTextOutput(ModelOutput):
     logits_per_image: torch.Tensor | None = None
 
 
-__all__ = ["LorgnetteCausalLMOutputWithPast", "LorgnetteImageFeatures", "LorgnetteImageTextOutput"]
+__all__ = [
+    "KV_CACHE",
+    "LorgnetteCausalLMOutputWithPast",
+    "LorgnetteImageFeatures",
+    "LorgnetteImageTextOutput",
+    "LorgnetteModelOutputWithPast",
+    "one_cache",
+]

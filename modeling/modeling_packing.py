@@ -17,6 +17,7 @@ from transformers.masking_utils import create_masks_for_generate, packed_sequenc
 from transformers.utils.generic import is_flash_attention_requested
 
 from .modeling_checks import IGNORED, checked_documents
+from .modeling_outputs_lorgnette import KV_CACHE
 
 
 PADDING = -1  # in place of a document's number
@@ -43,7 +44,7 @@ def check_documents(
         ValueError: numbers out of order, a language model or an attention implementation that cannot tell documents
             apart, an input that goes with one document a row.
     """
-    in_the_way = [name for name in ("position_ids", "past_key_values") if keywords.get(name) is not None]
+    in_the_way = [name for name in ("position_ids", KV_CACHE) if keywords.get(name) is not None]
     if in_the_way:
         raise ValueError(f"document_ids and {', '.join(in_the_way)}: positions are counted from each document's first")
     if language_model._is_stateful:
@@ -96,8 +97,8 @@ def packed(
             language_model.config,
             inputs_embeds,
             attention_mask=document_ids != PADDING,
-            past_key_values=None,
             and_mask_function=packed_sequence_mask_function(document_ids),
+            **{KV_CACHE: None},
         )
         seeing = {"attention_mask": mask}
     return seeing | {"inputs_embeds": inputs_embeds, "position_ids": positions(document_ids), "labels": labels}

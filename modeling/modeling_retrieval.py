@@ -255,7 +255,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
                 in float16 that train.
         """
         if self.training and return_loss:
-            self.refuse_half_precision()
+            self.check_trainable()
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("Give either pixel_values or vision_features")
         pictures = pixel_values if vision_features is None else vision_features

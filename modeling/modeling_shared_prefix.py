@@ -16,11 +16,12 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .modeling_outputs_lorgnette import KV_CACHE
 from .modeling_packing import unmasked_layers
 
 
 CONTINUED_BY = ("eager", "sdpa")
-NOT_SHARED = ("position_ids", "past_key_values", "output_attentions", "output_hidden_states")
+NOT_SHARED = ("position_ids", KV_CACHE, "output_attentions", "output_hidden_states")
 
 
 def can_share(language_model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
@@ -65,7 +66,7 @@ def decoded(
         `last_hidden_state` `(B, S - P, M)`.
     """
     shared = DynamicCache(config=decoder.config)
-    inputs |= {"past_key_values": shared, "use_cache": True}
+    inputs |= {KV_CACHE: shared, "use_cache": True}
     decoder(inputs_embeds=inputs_embeds[:1, :num_shared_tokens], **inputs)
     shared.batch_repeat_interleave(len(inputs_embeds))
     rest = decoder(inputs_embeds=inputs_embeds[:, num_shared_tokens:], attention_mask=attention_mask, **inputs)

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import is_liger_kernel_available
 
 from .modeling_checks import IGNORED
+from .modeling_outputs_lorgnette import KV_CACHE
 from .modeling_shared_prefix import decoded
 
 
@@ -75,9 +76,9 @@ def supervised_loss(
     losses = [loss_of(*piece) for piece in zip(states.split(at_once), targets.split(at_once), strict=True)]
     return CausalLMOutputWithPast(
         loss=torch.stack(losses).sum(),
-        past_key_values=outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
+        **{KV_CACHE: getattr(outputs, KV_CACHE)},
     )
 
 

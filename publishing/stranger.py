@@ -67,12 +67,13 @@ def main(folder: str, picture: str, seen: str) -> None:
     """
     sys.meta_path.insert(0, WithoutLorgnette())
 
-    from transformers import AutoConfig, AutoModel, AutoProcessor, pipeline
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
 
     trust = {"trust_remote_code": True}
     config = AutoConfig.from_pretrained(folder, **trust)
     processor = AutoProcessor.from_pretrained(folder, **trust)
-    model = AutoModel.from_pretrained(folder, **trust).eval()
+    auto_class = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModel
+    model = auto_class.from_pretrained(folder, **trust).eval()
     save_file(look(model, processor, picture), seen)
     if hasattr(config, "text_config"):
         settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}

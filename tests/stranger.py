@@ -39,6 +39,7 @@ from transformers import (  # noqa: E402
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoProcessor,
     pipeline,
 )
@@ -63,10 +64,13 @@ def main(folder: str, inputs_file: str, outputs_file: str, resaved: str | None =
     config = AutoConfig.from_pretrained(folder, **trust)
     processor = AutoProcessor.from_pretrained(folder, **trust)
     tensors = {}
-    for auto_class in (AutoModel, AutoModelForImageTextToText):
+    for auto_class in (AutoModel, AutoModelForMultimodalLM, AutoModelForImageTextToText):
         model = auto_class.from_pretrained(folder, **trust).eval()
         with torch.no_grad():
-            tensors[auto_class.__name__] = model(**load_file(inputs_file)).logits
+            outputs = model(**load_file(inputs_file))
+            if auto_class is AutoModel:  # without its head, which is in its language model
+                outputs.logits = model.language_model.get_output_embeddings()(outputs.last_hidden_state)
+        tensors[auto_class.__name__] = outputs.logits
     save_file(tensors, outputs_file.replace(".json", ".safetensors"))
 
     picture = Image.new("RGB", (40, 30), (200, 30, 30))

@@ -8,6 +8,7 @@ from tiny_forms import logits as said_by
 from tiny_models import QFORMER, inputs, language_model, model, vision_model
 
 from lorgnette import LorgnetteForConditionalGeneration
+from lorgnette.modeling.modeling_adapters import LanguageModelAdapters
 
 
 # What makes the bridges of these tests differ: LoRA of another rank and other targets, none, another width and layer.
@@ -82,7 +83,7 @@ def test_layers_of_a_bridge_that_was_in_use_are_put_back_and_not_built_again(fol
     ours.set_bridge("lora")
     its_own = [parameter for parameter in ours.parameters() if parameter.requires_grad]
     ours.set_bridge("default")
-    monkeypatch.delattr(LorgnetteForConditionalGeneration, "_attach_lora")
+    monkeypatch.delattr(LanguageModelAdapters, "_attach_lora")
     ours.to(torch.float64)  # what is beside the model follows when it is put to use
     ours.set_bridge("lora")
     assert {parameter.dtype for parameter in ours.parameters()} == {torch.float64}

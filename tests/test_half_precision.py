@@ -68,7 +68,7 @@ def test_a_frozen_float16_language_model_may_stay():
     for name, value in built.named_parameters():
         if not value.requires_grad and name.startswith("language_model."):
             value.data = value.data.half()
-    built.refuse_half_precision()
+    built.check_trainable()
 
 
 def test_use_is_not_refused():

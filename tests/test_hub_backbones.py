@@ -38,10 +38,10 @@ READ = (
 import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, pipeline
+from transformers import AutoModelForImageTextToText, pipeline
 
 inputs, picture, seen, fresh = sys.argv[1:]
-model = AutoModel.from_pretrained("me/thin", trust_remote_code=True).eval()
+model = AutoModelForImageTextToText.from_pretrained("me/thin", trust_remote_code=True).eval()
 with torch.no_grad():
     save_file({"logits": model(**load_file(inputs)).logits}, seen)
 for task, question in (("image-to-text", {}), ("image-text-to-text", {"text": "<image>"})):
@@ -51,7 +51,7 @@ model.push_to_hub("them/new")
 model.push_to_hub("them/old")
 HfApi().delete_repo("them/llama")
 try:
-    AutoModel.from_pretrained("me/thin", trust_remote_code=True, cache_dir=fresh)
+    AutoModelForImageTextToText.from_pretrained("me/thin", trust_remote_code=True, cache_dir=fresh)
 except OSError as error:
     print("refused:", error)
 """

@@ -62,19 +62,19 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, pipeline
+from transformers import AutoModelForImageTextToText, pipeline
 
 repo_id, commit, inputs, seen = sys.argv[1:]
 card = open(hf_hub_download(repo_id, "README.md")).read()
 for snippet in re.findall("```python\\n(.*?)```", card, flags=re.S):
     exec(snippet, {})
-model = AutoModel.from_pretrained(repo_id, revision=commit, trust_remote_code=True).eval()
+model = AutoModelForImageTextToText.from_pretrained(repo_id, revision=commit, trust_remote_code=True).eval()
 with torch.no_grad():
     save_file({"logits": model(**load_file(inputs)).logits}, seen)
 model.push_to_hub("them/copy")
 for token in (None, False):  # another's, and none
     try:
-        AutoModel.from_pretrained("me/private", trust_remote_code=True, token=token)
+        AutoModelForImageTextToText.from_pretrained("me/private", trust_remote_code=True, token=token)
     except OSError as error:
         print("refused:", type(error).__name__, "not a valid model identifier" in str(error))
 """

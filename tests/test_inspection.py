@@ -8,12 +8,12 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from tiny_inspection import LabelsOnPrompt, PicturesShuffled, rows, train, untrained
 from tiny_training import write_backbones
 
-from lorgnette import LorgnetteCollator
+from lorgnette import LorgnetteCollator, LorgnettePreTrainedModel
 from lorgnette.inspection import check_gradients, check_sight, check_weights, check_words
 from lorgnette.inspection.anatomy import flow, parts
 from lorgnette.inspection.check_weights import Original
@@ -60,7 +60,9 @@ def test_a_healthy_model_is_green_all_over(trained):
 
 def test_a_vit_that_was_trained_is_found(spoilt, monkeypatch):
     model, processor, original = spoilt
-    monkeypatch.setattr(type(model), "get_vision_features", type(model).get_vision_features.__wrapped__)
+    monkeypatch.setattr(
+        LorgnettePreTrainedModel, "get_vision_features", LorgnettePreTrainedModel.get_vision_features.__wrapped__
+    )
     model.vision_model.requires_grad_(True)
     train(model, LorgnetteCollator(processor), steps=1)
     assert {"frozen", "trainable", "gradients"} <= red(model, processor, original)[0]
@@ -90,7 +92,7 @@ def test_lora_on_the_wrong_tower_is_found(spoilt):
     names = {
         name.rsplit(".", 1)[-1] for name, layer in model.vision_model.named_modules() if type(layer) is torch.nn.Linear
     }
-    model.vision_model.add_adapter(LoraConfig(r=2, target_modules=sorted(names)))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=sorted(names)), model.vision_model)
     assert red(model, processor, original)[0] == {"lora_place", "trainable", "gradients"}
 
 

@@ -10,6 +10,7 @@ from tiny_inspection import ROWS, rows, train, untrained
 from tiny_training import write_backbones
 
 from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor, cli
+from lorgnette.modeling.modeling_lm_adapter import detach_lora, put_back_lora
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,9 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("inspected")
     backbones = write_backbones(root)
     model, processor = untrained(backbones)
+    lora = detach_lora(model.language_model)
     model.language_model.save_pretrained(backbones[1])  # with the fixture's louder head, and without LoRA
+    put_back_lora(model.language_model, lora)
     train(model, LorgnetteCollator(processor)).save_pretrained(root / "model")
     (root / "pictures").mkdir()
     with open(root / "pictures" / "metadata.jsonl", "w") as metadata:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from tiny_models import QFORMER, inputs, language_model, model, vision_model
 
 from lorgnette import LorgnetteForConditionalGeneration
@@ -127,13 +127,13 @@ def test_adapters_that_a_save_would_lose_are_refused(tmp_path):
     built, second = build({}), LoraConfig(r=2, target_modules=["q_proj"])
     with pytest.raises(ValueError, match="saved without the Q-Former"):
         built.add_adapter(second)
-    built.language_model.add_adapter(second, adapter_name="second")
+    inject_adapter_in_model(second, built.language_model, "second")
     with pytest.raises(ValueError, match=r"\['second'\].*would be lost"):
         built.save_pretrained(tmp_path)
 
 
 def test_a_language_model_that_has_an_adapter_already():
     wrapped = language_model()
-    wrapped.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), wrapped)
     with pytest.raises(ValueError, match="give the bare LM"):
         LorgnetteForConditionalGeneration.from_backbones(vision_model(), wrapped)
