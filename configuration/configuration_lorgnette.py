@@ -13,7 +13,7 @@ from .remote_code import save_remote_code
 AUTO_PROCESSOR = "processing_lorgnette.LorgnetteProcessor"
 AUTO_MAP = {
     "AutoConfig": "configuration_lorgnette.LorgnetteConfig",
-    "AutoModel": "modeling_headless.LorgnetteModel",
+    "AutoModel": "modeling_lorgnette.LorgnetteModel",
     "AutoModelForImageTextToText": "modeling_lorgnette.LorgnetteForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_lorgnette.LorgnetteForConditionalGeneration",
     "AutoProcessor": AUTO_PROCESSOR,
@@ -216,9 +216,10 @@ class LorgnetteConfig(LorgnetteBridgeConfig):
 
     Args:
         text_config: any causal LM's config, or its dict with `model_type`.
-        image_token_id: id of the `<image>` placeholder: the tokenizer's next free one. It may lie inside a padded
-            embedding table or past its end; the table is never resized, since placeholders are swapped out before the
-            look-up.
+        image_token_id: id of the `<image>` placeholder: of a token that the tokenizer keeps free, or the next free one.
+            The table of embeddings is never resized, since placeholders are swapped out before the look-up.
+        image_token_in_table: whether that id is inside the language model's table. It follows from the id; vLLM, say,
+            serves no model where it is not.
         lora_config: fields of `peft.LoraConfig`, or `None` for a language model without LoRA.
         text_backbone, text_backbone_revision: Hub id and commit the LM came from, where it came from the Hub.
 
@@ -236,6 +237,7 @@ class LorgnetteConfig(LorgnetteBridgeConfig):
 
     text_config: dict | PreTrainedConfig | None = None
     image_token_id: int | None = None
+    image_token_in_table: bool | None = None
     lora_config: dict | None = None
     text_backbone: str | None = None
     text_backbone_revision: str | None = None
@@ -247,6 +249,7 @@ class LorgnetteConfig(LorgnetteBridgeConfig):
         if self.image_token_id is None:
             self.image_token_id = self.text_config.vocab_size
         self._check_image_token_id()
+        self.image_token_in_table = self.image_token_id < self.text_config.vocab_size
         if self.text_config.is_encoder_decoder:
             raise ValueError(
                 f'text_config.model_type "{self.text_config.model_type}" is an encoder-decoder; a causal LM is needed'

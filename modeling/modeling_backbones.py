@@ -24,6 +24,8 @@ from transformers.utils.hub import extract_commit_hash
 
 from ..configuration.backbone_sources import from_pretrained_arguments, load_tokenizer
 from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig
+from ..processing.prompt_encoding import IMAGE_TOKEN
+from ..processing.tokenizer_preparation import with_image_token
 
 
 _FINDING = ("cache_dir", "local_files_only")  # of `from_pretrained`, what says where files may be
@@ -227,8 +229,8 @@ def next_free_token_id(source: str | Path | PreTrainedModel, revision: str | Non
     name = source.name_or_path if isinstance(source, PreTrainedModel) else str(source)
     if not name or not (name.endswith(".gguf") or _has_tokenizer(name, revision)):
         return vocab_size
-    tokenizer = load_tokenizer(name, revision)
-    return tokenizer.get_vocab().get("<image>", len(tokenizer))
+    tokenizer = with_image_token(load_tokenizer(name, revision))
+    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
 
 def _has_tokenizer(name: str, revision: str | None) -> bool:

@@ -149,8 +149,8 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         if not trained:
             raise ValueError(
                 f"Nothing of this {type(self).__name__} trains: all weights were frozen after it was loaded, as peft's "
-                "prepare_model_for_kbit_training does. A model here freezes by itself what is not to be trained; its "
-                "freeze() lets the rest train again"
+                "prepare_model_for_kbit_training does. A model here freezes by itself what is not to be trained: leave "
+                "that call out, or undo it with model.requires_grad_(True) and model.freeze()"
             )
         half = [key for key, value in trained if value.dtype == torch.float16]
         if half:

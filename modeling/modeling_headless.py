@@ -8,11 +8,11 @@ The way of the data (BLIP-2, Li et al. 2023, figure 3, decoder-only):
 Shapes: B rows, N images of the whole batch in the order of their placeholders, S tokens, Q queries, M the LM's width.
 """
 
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import TransformersKwargs
@@ -34,7 +34,8 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
     """The bare model: what [`LorgnetteForConditionalGeneration`] is without its head, as `LlavaModel` is to LLaVA.
 
     `AutoModel` loads it from the folder of a saved [`LorgnetteForConditionalGeneration`]: the parts and their keys are
-    the same. Its `language_model` is the whole causal LM, of which `forward` runs the decoder.
+    the same. Its `language_model` is the whole causal LM, of which `forward` runs the decoder; so it can `generate`,
+    which programs that know models by `AutoModel` alone expect (lmms-eval).
 
     Args:
         config: [`LorgnetteConfig`].
@@ -48,6 +49,8 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
     config_class = LorgnetteConfig
     main_input_name = "input_ids"
     backbones = ("language_model", "vision_model")
+    # `modeling_lorgnette.py` sets it: [`LorgnetteForConditionalGeneration`], which is built on this class
+    head_class: ClassVar[type[PreTrainedModel]]
 
     def __init__(
         self,
@@ -65,8 +68,22 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
         self.projector = nn.Linear(config.qformer_config.hidden_size, self.get_input_embeddings().embedding_dim)
         if config.lora_config is not None:
             self._attach_lora()
+        self.generation_config = self.language_model.generation_config
         self.post_init()
         self.freeze()
+
+    adjust_generation_fn = GenerationMixin.adjust_generation_fn  # reads generation_config.json
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        """Whether there is a generation config to be loaded and saved."""
+        return True
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """See [`LorgnetteForConditionalGeneration.generate`]."""
+        with_head = self.head_class(self.config, headless=self)
+        with_head.generation_config = self.generation_config
+        return with_head.generate(*args, **kwargs)
 
     @can_return_tuple
     def get_image_features(
@@ -136,7 +153,7 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
     def embed(
         self, input_ids, inputs_embeds, row_index, labels=None, supervised_positions=None, document_ids=None, **images
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Token embeddings `(B, S, M)` with visual tokens in place of placeholders; and the visual tokens `(N, Q, M)`."""
+        """Token embeddings `(B, S, M)`, visual tokens at the placeholders, and the visual tokens `(N, Q, M)`."""
         mask = self.get_placeholder_mask(input_ids, inputs_embeds)
         pictures = images["pixel_values"] if images["vision_features"] is None else images["vision_features"]
         mask = checked_placeholders(

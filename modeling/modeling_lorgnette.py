@@ -57,6 +57,7 @@ class LorgnetteForConditionalGeneration(
     Args:
         config: [`LorgnetteConfig`].
         vision_model, language_model: loaded backbones whose configs are those in `config`; made anew where left out.
+        headless: a model to put the head on, in place of the two.
 
     Raises:
         ValueError: `config.lora_config` would train or rewrite base weights of the language model.
@@ -72,12 +73,14 @@ class LorgnetteForConditionalGeneration(
         config: LorgnetteConfig,
         vision_model: PreTrainedModel | None = None,
         language_model: PreTrainedModel | None = None,
+        *,
+        headless: LorgnetteModel | None = None,
     ):
         super().__init__(config)
-        headless = LorgnetteModel(config, vision_model, language_model)
+        headless = LorgnetteModel(config, vision_model, language_model) if headless is None else headless
         self.__dict__["_headless"] = headless  # and no submodule: the parts and their keys are this model's own
-        self._modules = headless._modules
-        self.generation_config = self.language_model.generation_config
+        self._modules, self.training = headless._modules, headless.training
+        self.generation_config = headless.generation_config
         self.register_forward_pre_hook(_leave_out_placeholders, with_kwargs=True)
         self.post_init()
         self.freeze()
@@ -382,6 +385,9 @@ class LorgnetteForConditionalGeneration(
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         return PlaceholderBlind(super()._get_logits_processor(*args, **kwargs), self.config.image_token_id)
+
+
+LorgnetteModel.head_class = LorgnetteForConditionalGeneration
 
 
 def _leave_out_placeholders(

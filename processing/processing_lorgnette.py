@@ -1,6 +1,7 @@
 """`LorgnetteProcessor`: pictures and words in, what the model's `forward` reads out."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import (
     AutoImageProcessor,
 )  # the top level's wants torchvision in 5.17
-from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.utils import PROCESSOR_NAME
 
 from ..configuration.backbone_sources import from_pretrained_arguments, load_qformer_tokenizer, load_tokenizer
@@ -26,6 +27,7 @@ from .prompt_encoding import (
     answer_frame,
     check_unicode,
     encode,
+    image_positions,
     remembered,
     render,
     truncate,
@@ -38,6 +40,14 @@ from .tokenizer_preparation import prepare_tokenizer
 _TOKENIZERS = ("tokenizer", "qformer_tokenizer")
 _FIELDS = ("num_query_tokens", "system_prompt", "query", "chat_template", "max_image_pixels")
 _CALL_KWARGS = {*TextKwargs.__annotations__, *ImagesKwargs.__annotations__, *ProcessingKwargs.__annotations__}
+_OTHER_MODALITIES = ("videos", "audio", "audios", "videos_kwargs", "audio_kwargs")
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether there is nothing in it, as where a program gives each row's list of videos and no row has any."""
+    if isinstance(value, (list, tuple, dict)):
+        return all(map(_is_nothing, value))
+    return value is None
 
 
 class LorgnetteProcessor(ProcessorMixin):
@@ -325,6 +335,8 @@ class LorgnetteProcessor(ProcessorMixin):
         *,
         queries: str | Sequence[str] | None = None,
         timeout: float | None = None,
+        return_text_replacement_offsets: bool = False,
+        return_mm_token_type_ids: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """Make what the model reads of B prompts and the N images in them.
@@ -337,6 +349,9 @@ class LorgnetteProcessor(ProcessorMixin):
             queries: what is asked, or a list of B, where `text` is left out; and what the Q-Former is told, where it
                 takes instructions. This processor's `query` by default.
             timeout: seconds for the download of an image.
+            return_text_replacement_offsets: say where in `text` each `<image>` stands, and what it stands for, as
+                `ProcessorMixin.get_text_with_replacements` does; vLLM asks for it.
+            return_mm_token_type_ids: give `(B, S)` with 1 at placeholders and 0 elsewhere.
             kwargs: as processors have them: `return_tensors`, `padding`, `padding_side`, `truncation`, `max_length`, …
                 Truncation takes from the words, see [`truncate`], never from an image's placeholders.
 
@@ -349,9 +364,11 @@ class LorgnetteProcessor(ProcessorMixin):
             ValueError: nothing given, an empty list, `text` without `queries` where the Q-Former reads those, images
                 and `<image>` that do not match (with the row and both counts), too little room for the images, an
                 image that is none; for OSError and TypeError see [`load_image`].
+            TypeError: a keyword that no processor of these parts has, `videos` and `audio` among them.
         """
         if images is None and text is None:
             raise ValueError("neither images nor text given")
+        self._check_keywords(kwargs)
         merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         rows, sorted_by_caller = ([], False) if images is None else rows_of(images)
@@ -373,6 +390,10 @@ class LorgnetteProcessor(ProcessorMixin):
             counts = [row.count(self.image_token_id) // self.num_query_tokens for row in ids]
             flat = match_images(rows, sorted_by_caller, counts)
             features.update(self._pad(ids, **text_kwargs))
+            if return_mm_token_type_ids:
+                features["mm_token_type_ids"] = [
+                    [int(token == self.image_token_id) for token in row] for row in features["input_ids"]
+                ]
             if flat and self.qformer_tokenizer is not None:
                 if text is not None and queries is None:
                     raise ValueError("the Q-Former reads the query too: say with queries= what is asked in text=")
@@ -386,7 +407,38 @@ class LorgnetteProcessor(ProcessorMixin):
                 with naming(f"image {position}"):
                     loaded.append(self.load_image(image, timeout))
             features.update(self.encode_images(loaded, **images_kwargs))
-        return BatchFeature(features, tensor_type=text_kwargs.get("return_tensors"))
+        features = BatchFeature(features, tensor_type=text_kwargs.get("return_tensors"))
+        if return_text_replacement_offsets and not self.is_stage1:
+            features["text_replacement_offsets"] = [self._replacement_offsets(prompt) for prompt in texts]
+        return features
+
+    def _check_keywords(self, kwargs: dict[str, Any]) -> None:
+        """Raises a TypeError that names the first keyword which nothing here reads, and what may have been meant."""
+        known = _CALL_KWARGS | set(getattr(self.image_processor.valid_kwargs, "__annotations__", ()))
+        for name, value in kwargs.items():
+            if name in _OTHER_MODALITIES:
+                if not _is_nothing(value):
+                    raise TypeError(f"{name} was given, and {type(self).__name__} takes images and text alone")
+            elif name not in known:
+                near = get_close_matches(name, {*known, "queries", "images", "text", "timeout"}, n=1)
+                meant = f": was {near[0]} meant?" if near else ""
+                raise TypeError(f"{type(self).__name__} knows no keyword {name!r}{meant}")
+
+    def _replacement_offsets(self, prompt: str) -> list[dict[str, Any]]:
+        """Where each `<image>` of a prompt stands, before and after it is expanded: characters."""
+        replacement, found, grown = IMAGE_TOKEN * self.num_query_tokens, [], 0
+        for start in image_positions(self.tokenizer, prompt):
+            end = start + len(IMAGE_TOKEN)
+            new_span = (start + grown, start + grown + len(replacement))
+            found.append({"type": "image", "span": (start, end), "new_span": new_span})
+            found[-1] |= {"text": IMAGE_TOKEN, "replacement": replacement}
+            grown += len(replacement) - len(IMAGE_TOKEN)
+        return found
+
+    def _get_num_multimodal_tokens(self, image_sizes: Sequence[Any] | None = None, **_: Any) -> MultiModalData:
+        """How many placeholders images of these sizes take: each `num_query_tokens`. vLLM asks for it."""
+        count = 0 if image_sizes is None else len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_query_tokens] * count, num_image_patches=[1] * count)
 
     def load_image(self, source: Any, timeout: float | None = None) -> Image.Image:
         """[`load_image`], and see to it that the image processor can take it; raises what [`load_image_for`] does."""

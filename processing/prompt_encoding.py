@@ -49,6 +49,11 @@ def writes_time(tokenizer: PreTrainedTokenizerBase) -> bool:
     return "strftime_now" in _templates(tokenizer)
 
 
+def is_in_template(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
+    """Whether a chat template of the tokenizer writes this token."""
+    return token in _templates(tokenizer)
+
+
 def _templates(tokenizer: PreTrainedTokenizerBase) -> str:
     template = tokenizer.chat_template or ""
     return "\0".join(template.values()) if isinstance(template, dict) else template
@@ -100,6 +105,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, continues: bool = Fals
         if piece:
             ids += _encode_piece(tokenizer, piece, words=position % 2 == 1, continues=continues or bool(ids))
     return ids
+
+
+def image_positions(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Where in a text each `<image>` that is markup begins."""
+    _, marked = _patterns(control_tokens(tokenizer))
+    words = [match.span() for match in marked.finditer(text)]
+    return [
+        match.start()
+        for match in re.finditer(re.escape(IMAGE_TOKEN), text)
+        if not any(start <= match.start() < end for start, end in words)
+    ]
 
 
 def check_unicode(text: str) -> None:
