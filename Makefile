@@ -7,6 +7,7 @@
 # make conformance   transformers' own common tests, on our classes and on BLIP-2
 # make faults   commands that are killed at random moments and begun again, bad pictures, bf16 beside fp32, memory
 # make load   64 callers of a worker on this machine: right answers, memory, requests a second; three minutes
+# make clients   vLLM's inspection, lmms-eval, and README's "Use" section, each in an environment of its own: gigabytes
 # make matrix   the tests with the lowest and the newest transformers, peft and accelerate, and a smoke test on later Pythons
 #
 # All work in a fresh clone: the virtual environment is made first.
@@ -34,7 +35,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo bench growth test test-all test-gpu conformance faults load matrix lint prerequisites prerequisites-demo
+.PHONY: demo bench growth test test-all test-gpu clients conformance faults load matrix lint prerequisites prerequisites-demo
 
 demo: prerequisites-demo $(VENV)/installed
 	$(BIN)/python -m examples.demo --cache "$(CACHE)" --output "$(OUTPUT)" $(if $(VISION),--vision "$(VISION)") \
@@ -68,6 +69,9 @@ faults: $(VENV)/installed
 
 load: $(VENV)/installed
 	$(BIN)/python -m faults.load $(ARGS)
+
+clients: $(VENV)/installed
+	TORCH="$(TORCH)" $(BIN)/python -m pytest clients --cache "$(abspath $(CACHE))/clients" --log-cli-level INFO $(ARGS)
 
 matrix: $(VENV)/installed
 	TORCH="$(TORCH)" $(BIN)/nox --noxfile .ci/noxfile.py --envdir "$(abspath $(CACHE))/matrix" $(ARGS)

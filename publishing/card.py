@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration.configuration_lorgnette import LorgnetteConfig
+from ..configuration.remote_code import REQUIREMENTS
 from ..modeling.modeling_base import LorgnettePreTrainedModel
 from ..modeling.modeling_card import card_metadata, license_of
 from ..processing.processing_lorgnette import LorgnetteProcessor
@@ -68,6 +69,7 @@ def make_card(
         parts=parts_of(model, lora),
         num_query_tokens=config.num_query_tokens,
         lora=lora,
+        requirements=[line for line in REQUIREMENTS if lora or not line.startswith("peft")],
         query=repr(processor.query),  # as Python writes it, in Python code
         reads_query=config.qformer_config.use_qformer_text_input,
         training=training_of(source),
