@@ -14,7 +14,7 @@ TORCH = os.environ.get("TORCH", "torch").split()
 # those whose lowest versions the whole suite runs with; the others' bounds are theirs
 RANGED = ("transformers", "peft", "accelerate")
 SMOKE = ["test_package", "test_batches", "test_generate", "test_packing", "test_pipeline", "test_save_reload"]
-SMOKE += ["test_training_invariants"]
+SMOKE += ["test_training_invariants", "test_headless", "test_peft_outside", "test_processor_clients"]
 
 
 def lowest_versions() -> list[str]:

@@ -1,4 +1,4 @@
-"""lmms-eval's own `--model huggingface` on a task of this machine's; and a pipeline that wants torchvision, as it does."""
+"""lmms-eval's own `--model huggingface`, on a task made here; and a pipeline that wants torchvision, as it does."""
 
 import json
 import shutil

@@ -18,6 +18,7 @@ PACKAGE = "transformers_tests"  # what `tests` of the distribution is called her
 # The versions that this package is tested with. pip compares any other with the hash that the index gives.
 SHA256 = {
     "5.17.0": "a153be279169b55b92d8000bf4af294aed684503d091cca7804da2dd8a9de000",
+    "5.24.0": "906cb8c3cb2123575e263962586a4d21a979ce97feeb95fe6aaf66fe6ae88bf3",
     "5.23.0": "19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71",
 }
 MISSING = {

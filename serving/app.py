@@ -59,8 +59,7 @@ def build(pipes: Mapping[str, Pipeline], name: str, max_new_tokens: int = 128) -
         with gr.Row(equal_height=True):
             question = gr.Textbox(first.processor.query, label="Question", scale=3)
             bridge = gr.Radio(bridges, value=bridges[0], label="Bridge", visible=len(bridges) > 1, min_width=180)
-            switch = [("on", True), ("off", False)]
-            use_lora = gr.Radio(switch, value=True, label="LoRA", visible=has_lora, min_width=180)
+            use_lora = _switch("use_lora", label="LoRA", visible=has_lora, min_width=180)
         button = gr.Button("Ask", variant="primary")
         outputs, gallery = [], {"show_label": False, "columns": 3, "interactive": False, "buttons": ["fullscreen"]}
         with gr.Row():
@@ -190,6 +189,24 @@ def _picture(label: str, value: Image.Image | None = None) -> gr.Image:
     # gradio would open the file itself, in any format, with errors that do not say what is wrong
     box.preprocess = lambda file: file and file.path
     return box
+
+
+def _switch(name: str, **settings: Any) -> gr.Radio:
+    switch = gr.Radio([("on", True), ("off", False)], value=True, **settings)
+    # gradio would offer the API the strings "True" and "False", and refuse them
+    switch.api_info = lambda: {"type": "boolean"}
+    switch.preprocess = partial(_switched, name)
+    return switch
+
+
+def _switched(name: str, value: Any) -> bool:
+    """The page sends a boolean, and so may programs, or a word for it."""
+    if str(value).lower() not in _SWITCHED:
+        raise gr.Error(f"{name} is {str(value)[:60]!r}; on or off is needed, or true or false", print_exception=False)
+    return _SWITCHED[str(value).lower()]
+
+
+_SWITCHED = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
 
 
 def main(source: str | None = None) -> None:

@@ -1,7 +1,7 @@
-"""One thread that owns the model: waiting questions to the same bridge are answered together, greedily.
+"""One thread that owns the model: waiting questions to the same bridge are answered together.
 
 A row of a batch ends by itself, with its end token, its limit or its deadline, or when nobody waits for it any more;
-its answer leaves at once, while the others go on.
+its answer leaves at once, while the others go on. A row's next token is the likeliest, or what its own sampler draws.
 """
 
 import logging
@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.pipeline_lorgnette import missing_tokens
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .errors import RefusedError
+from .sampling import Sampler
 
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ class Ticket:
         deadline: by `time.monotonic`; nothing more is generated after it.
         tell: called in the model's thread with each new token, then once with why it ended: `"stop"`, `"length"`, or
             an exception.
+        sampler: draws its tokens; None: the likeliest is taken.
+        is_over: called in the model's thread with all new tokens so far; True ends it with `"stop"`.
         gone: set it when nobody waits any more.
     """
 
@@ -48,8 +51,10 @@ class Ticket:
     max_new_tokens: int
     deadline: float
     tell: Callable[[int | str | Exception], None]
+    sampler: Sampler | None = None
+    is_over: Callable[[list[int]], bool] = lambda tokens: False
     gone: bool = False
-    tokens: int = field(default=0, init=False)
+    tokens: list[int] = field(default_factory=list, init=False)
     ended: bool = field(default=False, init=False)
 
     @property
@@ -154,6 +159,7 @@ class Batcher:
         }
         missing = missing_tokens(model.generation_config, self.processor)
         ends = missing.get("eos_token_id", model.generation_config.eos_token_id)
+        draws = [_Draws(batch)] if any(ticket.sampler for ticket in batch) else []
         rows = _Rows(batch, inputs["input_ids"].shape[1], {ends} if isinstance(ends, int) else set(ends))
         with model.disable_adapter() if has_lora and not batch[0].use_lora else nullcontext():
             model.generate(
@@ -162,8 +168,25 @@ class Batcher:
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=max(ticket.max_new_tokens for ticket in batch),
+                logits_processor=LogitsProcessorList(draws),
                 stopping_criteria=StoppingCriteriaList([rows]),
             )
+
+
+class _Draws(LogitsProcessor):
+    """Makes the token that a row's sampler draws its likeliest. Rows without a sampler stay as they are."""
+
+    def __init__(self, batch: list[Ticket]):
+        self.batch = batch
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.clone()
+        for row, ticket in enumerate(self.batch):
+            if ticket.sampler is not None and not ticket.ended:
+                token = ticket.sampler.draw(scores[row])
+                scores[row] = -torch.inf
+                scores[row, token] = 0.0
+        return scores
 
 
 class _Rows(StoppingCriteria):
@@ -176,12 +199,14 @@ class _Rows(StoppingCriteria):
         for ticket, token in zip(self.batch, input_ids[:, -1].tolist(), strict=True):
             if ticket.ended:
                 continue
-            ticket.tokens += 1
             if token in self.end_ids:
                 ticket.end("stop")
                 continue
+            ticket.tokens.append(token)
             ticket.tell(token)
-            if ticket.tokens >= ticket.max_new_tokens:
+            if ticket.is_over(ticket.tokens):
+                ticket.end("stop")
+            elif len(ticket.tokens) >= ticket.max_new_tokens:
                 ticket.end("length")
             elif not ticket.is_wanted:  # its caller has been told already, or is gone
                 ticket.ended = True

@@ -4,7 +4,7 @@ import asyncio
 import functools
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from .hosts import Hosts
 from .loading import load
 from .metrics import Metrics
 from .payloads import Question
+from .sampling import Sampler
+from .stops import cut, sendable
 
 
 @dataclass
@@ -126,6 +128,23 @@ class Eyes:
         loaded, processors = load(model, bridges, name=name, revision=revision, device=device)
         return cls(loaded, processors, limits, hosts)
 
+    def check_adapter(self, name: str) -> None:
+        """Raises a [`RefusedError`] for a name that no adapter has."""
+        if name not in self.processors:
+            known = ", ".join(self.processors)
+            raise RefusedError(404, "unknown_adapter", f"there is no adapter {name[:100]!r}; there are {known}")
+
+    def adapter_of(self, model: str) -> str:
+        """The adapter that a chat means: where there is one, it answers to any name. huggingface_hub asks `dummy`.
+
+        Raises:
+            RefusedError: there are several, and none of this name.
+        """
+        if len(self.processors) == 1:
+            return self.first
+        self.check_adapter(model)
+        return model
+
     async def begin(self, question: Question, deadline: float) -> "Asking":
         """Fetch, decode and encode what is asked, and let it wait for the model.
 
@@ -133,9 +152,7 @@ class Eyes:
             RefusedError: what is wrong with the question, or the worker.
         """
         name = self.first if question.adapter is None else question.adapter
-        if name not in self.processors:
-            known = ", ".join(self.processors)
-            raise RefusedError(404, "unknown_adapter", f"there is no adapter {name[:100]!r}; there are {known}")
+        self.check_adapter(name)
         if not question.use_lora and self._is_merged:
             message = "use_lora is false, but this model was saved merged: LoRA is part of the LM"
             raise RefusedError(400, "lora_merged", message)
@@ -143,6 +160,7 @@ class Eyes:
         if limit > self.limits.max_new_tokens:
             message = f"{limit} new tokens are asked for; {self.limits.max_new_tokens} are allowed"
             raise RefusedError(400, "too_many_tokens", message)
+        limit = min(limit, question.at_most or limit)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 files = await asyncio.gather(*(self._fetch(url, deadline) for url in question.images))
@@ -157,8 +175,12 @@ class Eyes:
                 "that the language model reads"
             )
             raise RefusedError(400, "prompt_too_long", message)
-        asking = Asking(self, name, inputs, deadline)
+        asking = Asking(self, name, inputs, deadline, question.stops)
         asking.ticket = Ticket(inputs, self.bridges[name], question.use_lora, limit, deadline, asking.hear)
+        if question.temperature > 0:
+            asking.ticket.sampler = Sampler(question.temperature, question.top_p, question.seed)
+        if question.stops:
+            asking.ticket.is_over = asking.has_stopped
         self.batcher.submit(asking.ticket)
         return asking
 
@@ -195,8 +217,15 @@ class Eyes:
 class Asking:
     """A question that waits for the model, or is being answered."""
 
-    def __init__(self, eyes: Eyes, adapter: str, inputs: dict[str, torch.Tensor], deadline: float):
-        self.eyes, self.adapter, self.deadline = eyes, adapter, deadline
+    def __init__(
+        self,
+        eyes: Eyes,
+        adapter: str,
+        inputs: dict[str, torch.Tensor],
+        deadline: float,
+        stops: Sequence[str] = (),
+    ):
+        self.eyes, self.adapter, self.deadline, self.stops = eyes, adapter, deadline, stops
         self.prompt_tokens = inputs["input_ids"].shape[1]
         self.ticket: Ticket | None = None
         self._loop, self._heard = asyncio.get_running_loop(), asyncio.Queue()
@@ -204,6 +233,11 @@ class Asking:
     def hear(self, event: int | str | Exception) -> None:
         """What the model's thread tells of the ticket."""
         self._loop.call_soon_threadsafe(self._heard.put_nowait, event)
+
+    def has_stopped(self, tokens: list[int]) -> bool:
+        """Whether there is a stop string in what these tokens say."""
+        text = self._decode(tokens)
+        return cut(text, self.stops) != text
 
     async def answer(self) -> Answer:
         """The whole answer. Raises [`RefusedError`] where the model fails or time is up."""
@@ -221,7 +255,10 @@ class Asking:
                     break
                 tokens.append(event)
                 text = self._decode(tokens)
-                if text.startswith(said) and len(text) > len(said) and not text.endswith("\ufffd"):  # half a character
+                if text.endswith("\ufffd"):  # half a character
+                    continue
+                text = sendable(text, self.stops).strip()
+                if text.startswith(said) and len(text) > len(said):
                     yield text[len(said) :]
                     said = text
         answer = self._answer(tokens, why)
@@ -247,11 +284,12 @@ class Asking:
             self.ticket.gone = True
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.eyes.processors[self.adapter].decode(tokens, skip_special_tokens=True).strip()
+        return self.eyes.processors[self.adapter].decode(tokens, skip_special_tokens=True)
 
     def _answer(self, tokens: list[int], why: str) -> Answer:
         self.eyes.metrics.tokens.labels(self.adapter).inc(len(tokens))
-        return Answer(self._decode(tokens), why, self.prompt_tokens, len(tokens))
+        text = cut(self._decode(tokens), self.stops).strip()
+        return Answer(text, why, self.prompt_tokens, len(tokens))
 
 
 @contextmanager

@@ -12,11 +12,14 @@ from .errors import RefusedError
 from .metrics import Metrics
 
 
+OPEN = ("/healthz", "/health")  # to all, without a key
+
+
 class Gate:
     """ASGI middleware around the worker. It puts `deadline`, by `time.monotonic`, into the scope of a question.
 
     Args:
-        api_key: what `Authorization: Bearer …` has to hold; None asks for none. `/healthz` is open to all.
+        api_key: what `Authorization: Bearer …` has to hold; None asks for none. [`OPEN`] needs none.
         capacity: questions that are in the house at a time; the next is refused with 503.
         max_body: bytes.
         timeout: seconds from the arrival of a question's head to its answer's.
@@ -38,7 +41,7 @@ class Gate:
         metrics.inside.set_function(lambda: self.inside)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == "/healthz":
+        if scope["type"] != "http" or scope["path"] in OPEN:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])

@@ -2,15 +2,22 @@
 
     {"inputs": {"image_url": "https://…", "prompt": "What is this?", "adapter": "default", "use_lora": true}}
 
-The Endpoint asks for `inputs`; without that the fields may stand by themselves. There is one adapter, called as the
-environment variable `ADAPTER_NAME` says, `default` otherwise. What is raised here its caller gets as `{"error": …}`.
+The Endpoint asks for `inputs`; without that the fields may stand by themselves. `inputs` may also be a picture alone:
+what the runtime makes of a body of type `image/…`, base64, or a URL. Other fields stand in `parameters` then, or in its
+`generate_kwargs`, and the processor's own query is what is asked without a `prompt`.
+
+There is one adapter, called as the environment variable `ADAPTER_NAME` says, `default` otherwise. What is raised here
+its caller gets as `{"error": …}`.
 """
 
+import base64
 import os
+import re
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
@@ -25,6 +32,11 @@ FIELDS = {
     "max_new_tokens": (int, MAX_NEW_TOKENS),
     "stream": (bool, False),
 }
+BOOLS = {"1": True, "true": True, "0": False, "false": False}
+URL = re.compile(r"(?i:https?)://|data:")
+MAX_URL = 8192  # characters, of http and https
+# What may be said of how tokens are chosen: the likeliest is taken
+GREEDY = {"do_sample": False, "num_beams": 1}
 
 
 class EndpointHandler:
@@ -49,18 +61,17 @@ class EndpointHandler:
             is `stop` or, where the limit of tokens ended the answer, `length`.
 
         Raises:
-            ValueError: a field that is missing, unknown or of another type, another adapter, a file that is no picture,
+            ValueError: a field that is missing, unknown, given twice or of another type, another adapter, no picture,
                 more tokens than the language model reads, `use_lora: false` of a model that was saved merged.
             OSError: a picture that cannot be fetched, or lies in a private network.
         """
-        if isinstance(data, dict) and "inputs" in data and data.get("parameters"):
-            raise ValueError("parameters are not read here: max_new_tokens and the others stand in inputs")
-        asked = _checked(data.get("inputs", data) if isinstance(data, dict) else data)
+        has_inputs = isinstance(data, dict) and "inputs" in data
+        asked = _checked(*((data["inputs"], data.get("parameters")) if has_inputs else (data, None)))
         if asked["adapter"] not in ("", self.adapter):
             raise ValueError(f"there is no adapter {asked['adapter'][:100]!r}; there is {self.adapter}")
         if not asked["use_lora"] and self.model.config.saved_form == "merged":
             raise ValueError("use_lora is false, but this model was saved merged: LoRA is part of the LM")
-        image = self.processor.load_web_image(asked["image_url"], FETCH_SECONDS)
+        image = self._load(asked["image_url"])
         inputs = self.processor(images=[[image]], queries=asked["prompt"], return_tensors="pt")
         length, limit = inputs["input_ids"].shape[1], asked["max_new_tokens"]
         context = self.model.max_text_length or self.processor.tokenizer.model_max_length
@@ -88,28 +99,77 @@ class EndpointHandler:
             "finish_reason": "stop" if ended else "length",
         }
 
+    def _load(self, picture: str | bytes | Image.Image) -> Image.Image:
+        try:
+            if isinstance(picture, str):
+                return self.processor.load_web_image(picture, FETCH_SECONDS)
+            return self.processor.load_image(picture)
+        except ValueError as error:
+            raise ValueError(str(error).partition("; it begins with ")[0]) from None  # the file is not quoted
 
-def _checked(fields: Any) -> dict[str, Any]:
-    """All of [`FIELDS`], or a ValueError."""
-    if not isinstance(fields, dict):
-        raise ValueError(f"an object with {', '.join(FIELDS)} is needed, not a {type(fields).__name__}")
-    if unknown := sorted(map(str, fields.keys() - FIELDS.keys())):
-        raise ValueError(f"there is no field {unknown[0][:100]!r}; there are {', '.join(FIELDS)}")
+
+def _checked(inputs: Any, parameters: Any) -> dict[str, Any]:
+    """All of [`FIELDS`], the prompt of a picture alone None where it is not given; or a ValueError."""
+    is_alone = isinstance(inputs, (str, bytes, Image.Image))
+    fields = _merged({"image_url": _decoded(inputs)} if is_alone else inputs, parameters)
     checked = {}
     for name, (kind, default) in FIELDS.items():
         value = fields.get(name)
         value = default if value is None else value
-        if value is None:
+        if value is None and not (name == "prompt" and is_alone):
             raise ValueError(f"{name} is missing")
-        if type(value) is not kind:
+        if kind is bool and (isinstance(value, str) or type(value) is int):  # as forms have them
+            value = BOOLS.get(str(value).lower(), value)
+        if kind is int and isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):
+            value = int(value)
+        is_picture = name == "image_url" and isinstance(value, (bytes, Image.Image))
+        if type(value) is not kind and value is not None and not is_picture:
             raise ValueError(f"{name} is a {type(value).__name__}; a {kind.__name__} is needed")
         checked[name] = value
-    if not checked["prompt"].strip():
+    url, prompt = checked["image_url"], checked["prompt"]
+    if isinstance(url, str) and not URL.match(url):
+        raise ValueError("image_url begins with http://, https:// or data:, and this one does not")
+    if isinstance(url, str) and len(url) > MAX_URL and not url.startswith("data:"):
+        raise ValueError(f"image_url has {len(url)} characters; {MAX_URL} are allowed")
+    if prompt is not None and not prompt.strip():
         raise ValueError("prompt has no words in it")
-    if len(checked["prompt"]) > 50_000:
-        raise ValueError(f"prompt has {len(checked['prompt'])} characters; 50000 are allowed")
+    if prompt is not None and len(prompt) > 50_000:
+        raise ValueError(f"prompt has {len(prompt)} characters; 50000 are allowed")
     if checked["stream"]:
         raise ValueError("stream is true; an Endpoint sends its answer as a whole")
     if not 1 <= checked["max_new_tokens"] <= MAX_NEW_TOKENS:
         raise ValueError(f"max_new_tokens is {checked['max_new_tokens']}; it runs from 1 to {MAX_NEW_TOKENS}")
     return checked
+
+
+def _decoded(picture: str | bytes | Image.Image) -> str | bytes | Image.Image:
+    """`inputs` that are a picture alone: bare base64 becomes bytes."""
+    if not isinstance(picture, str) or URL.match(picture):
+        return picture
+    try:
+        return base64.b64decode("".join(picture.split()), validate=True)
+    except ValueError as error:
+        raise ValueError(f"inputs is neither an http, https or data URL nor base64: {error}") from None
+
+
+def _merged(inputs: Any, parameters: Any) -> dict[str, Any]:
+    """The fields of `inputs`, `parameters` and what is nested in these, each given once."""
+    if not isinstance(inputs, dict):
+        raise ValueError(f"an object with {', '.join(FIELDS)} is needed, not a {type(inputs).__name__}")
+    groups, fields = [("parameters", {} if parameters is None else parameters)], dict(inputs)
+    for where, group in groups:
+        if not isinstance(group, dict):
+            raise ValueError(f"{where} is a {type(group).__name__}; an object is needed")
+        for name, value in group.items():
+            if name in ("generate_kwargs", "generation_parameters") and where == "parameters":
+                groups.append((name, value))
+            elif name in GREEDY:
+                if value is not None and value != GREEDY[name]:
+                    raise ValueError(f"{name} may be {GREEDY[name]} alone: the likeliest token is always taken here")
+            elif name in fields:
+                raise ValueError(f"{name} is given twice")
+            else:
+                fields[name] = value
+    if unknown := sorted(map(str, fields.keys() - FIELDS.keys())):
+        raise ValueError(f"there is no field {unknown[0][:100]!r}; there are {', '.join(FIELDS)}")
+    return fields

@@ -1,14 +1,18 @@
 """What callers send: the interface that sites have, and OpenAI's chat form. Both become a [`Question`]."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from .fields import FormBool, FormInt, Temperature, TopP, only
 
 
 MAX_IMAGES = 8
 MAX_CHARACTERS = 50_000  # of all words; counting the tokens of more would take longer than answering
 MAX_URL = 8192  # of http and https
+MAX_STOPS = 4
 
 
 @dataclass
@@ -22,6 +26,10 @@ class Question:
         images: the pictures' URLs, in order.
         adapter: the bridge's name; None for the first.
         use_lora, max_new_tokens, stream: see [`VisionRequest`].
+        at_most: a limit of tokens that is no request: the worker's own holds where it is lower. None for no such limit.
+        temperature, top_p, seed: see [`~lorgnette.serving.sampling.Sampler`]; with a temperature of 0 the likeliest
+            token is taken.
+        stops: strings that end the answer, and are no part of it.
     """
 
     messages: list[dict[str, Any]] | None
@@ -31,6 +39,11 @@ class Question:
     use_lora: bool = True
     max_new_tokens: int | None = None
     stream: bool = False
+    at_most: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stops: list[str] = field(default_factory=list)
 
 
 class _Strict(BaseModel):
@@ -57,9 +70,9 @@ class VisionRequest(_Strict):
     image_url: str = Field(description="http, https, or base64 as data:image/…;base64,…")
     prompt: str = Field(description="What is asked, plain text.")
     adapter: str | None = Field(None, description="A bridge's name; the model's own where it is left out.")
-    use_lora: bool = Field(True, description="false: the language model answers without LoRA.")
-    max_new_tokens: int | None = Field(None, ge=1, description="At most so many as the worker allows.")
-    stream: bool = Field(False, description="Server-sent events, piece by piece.")
+    use_lora: FormBool = Field(True, description="false: the language model answers without LoRA.")
+    max_new_tokens: FormInt | None = Field(None, ge=1, description="At most so many as the worker allows.")
+    stream: FormBool = Field(False, description="Server-sent events, piece by piece.")
 
     _url = field_validator("image_url")(_check_url)
     _words = field_validator("prompt")(_check_words)
@@ -88,38 +101,103 @@ class _TextPart(_Strict):
 
 
 class _Message(_Strict):
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Annotated[_ImagePart | _TextPart, Field(discriminator="type")]]
+    name: str | None = None  # nobody is told
+    annotations: Annotated[Any, only([])] = None
+    audio: Annotated[Any, only()] = None
+    function_call: Annotated[Any, only()] = None
+    refusal: Annotated[Any, only()] = None
+    tool_calls: Annotated[Any, only([])] = None
 
     def parts(self) -> list[_ImagePart | _TextPart]:
         return [_TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
 
 class _StreamOptions(_Strict):
-    include_usage: bool = False
+    include_usage: FormBool = False
+    include_obfuscation: Any = None
+
+
+class _GenerationConfig(_Strict):
+    """What `transformers chat` sends of a `GenerationConfig`: the fields that differ from its defaults."""
+
+    do_sample: bool = False
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    max_new_tokens: int | None = Field(None, ge=1)
+    transformers_version: Any = None
+
+    @classmethod
+    def parse(cls, value: Any) -> Any:
+        """The fields that are not null in its JSON."""
+        try:
+            fields = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"it is no JSON: {error}") from error
+        return {name: one for name, one in fields.items() if one is not None} if isinstance(fields, dict) else fields
 
 
 class ChatRequest(_Strict):
-    """`POST /v1/chat/completions`, as OpenAI has it: what changes nothing here is taken, what would is refused."""
+    """`POST /v1/chat/completions`, as OpenAI has it: what changes nothing here is taken, what would is refused.
 
-    model: str = Field(description="A bridge's name.")
+    Without a temperature the likeliest token is always taken, whatever `top_p` and `seed` say.
+    """
+
+    model: str = Field(description="A bridge's name. Where one is served, it answers to any name, and gives its own.")
     messages: list[_Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    stream: bool = False
+    max_tokens: FormInt | None = Field(None, ge=1)
+    max_completion_tokens: FormInt | None = Field(None, ge=1)
+    stream: FormBool | None = False
     stream_options: _StreamOptions | None = None
-    use_lora: bool = Field(True, description="Not OpenAI's: as in /v1/vision.")
-    temperature: float | None = Field(None, description="0: the likeliest token is taken.")
-    top_p: float | None = Field(None, gt=0, le=1)
-    n: Literal[1] | None = None
-    seed: int | None = None
-    user: str | None = None
+    use_lora: FormBool = Field(True, description="Not OpenAI's: as in /v1/vision.")
+    temperature: Temperature | None = Field(None, description="0, and the default: the likeliest token is taken.")
+    top_p: TopP | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same answer again, whoever else asks.")
+    stop: list[str] = Field([], max_length=MAX_STOPS, description="Or one string. The answer ends before the first.")
+    generation_config: Annotated[_GenerationConfig, BeforeValidator(_GenerationConfig.parse)] | None = Field(
+        None, description="transformers' own, as JSON: what `transformers chat` sends. Fields beside it win."
+    )
 
-    @field_validator("temperature")
+    # OpenAI's fields of which one value alone changes nothing here
+    audio: Annotated[Any, only()] = None
+    frequency_penalty: Annotated[Any, only(0)] = None
+    function_call: Annotated[Any, only("none", "auto")] = None
+    functions: Annotated[Any, only([])] = None
+    logit_bias: Annotated[Any, only({})] = None
+    logprobs: Annotated[Any, only(False)] = None
+    modalities: Annotated[Any, only(["text"])] = None
+    n: Annotated[Any, only(1)] = None
+    presence_penalty: Annotated[Any, only(0)] = None
+    response_format: Annotated[Any, only({"type": "text"})] = None
+    tool_choice: Annotated[Any, only("none", "auto")] = None
+    tools: Annotated[Any, only([])] = None
+    top_logprobs: Annotated[Any, only(0)] = None
+    verbosity: Annotated[Any, only("medium")] = None
+    web_search_options: Annotated[Any, only()] = None
+
+    # and those that change nothing, whatever they say
+    metadata: Any = None
+    parallel_tool_calls: Any = None
+    prediction: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    reasoning_effort: Any = None
+    safety_identifier: Any = None
+    service_tier: Any = None
+    store: Any = None
+    user: Any = None
+
+    @field_validator("stop", mode="before")
     @classmethod
-    def _greedy(cls, value: float | None) -> float | None:
-        if value:
-            raise ValueError(f"it is {value:g}; the likeliest token is always taken here, as with 0")
+    def _listed(cls, value: Any) -> Any:
+        return [] if value is None else [value] if isinstance(value, str) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError(f"stop string {value.index('')} has 0 characters; at least 1 is needed")
         return value
 
     @field_validator("messages")
@@ -142,6 +220,25 @@ class ChatRequest(_Strict):
                     content.append({"type": "image"})
                 else:
                     content.append({"type": "text", "text": part.text})
-            messages.append({"role": message.role, "content": content})
-        limit = self.max_completion_tokens or self.max_tokens
-        return Question(messages, None, images, self.model, self.use_lora, limit, self.stream)
+            messages.append({"role": "system" if message.role == "developer" else message.role, "content": content})
+        config = self.generation_config or _GenerationConfig()
+        return Question(
+            messages,
+            None,
+            images,
+            self.model,
+            self.use_lora,
+            self.max_completion_tokens or self.max_tokens,
+            bool(self.stream),
+            at_most=config.max_new_tokens,
+            temperature=config.temperature * config.do_sample if self.temperature is None else self.temperature,
+            top_p=config.top_p if self.top_p is None else self.top_p,
+            seed=self.seed,
+            stops=self.stop,
+        )
+
+
+class LoadRequest(_Strict):
+    """`POST /load_model`, as `transformers chat` sends it."""
+
+    model: str

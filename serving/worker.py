@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from .errors import RefusedError, timed_out
 from .eyes import Answer, Asking, Eyes
 from .gate import Gate
-from .payloads import ChatRequest, Question, VisionRequest
+from .payloads import ChatRequest, LoadRequest, Question, VisionRequest
 
 
 T = TypeVar("T")
@@ -63,23 +63,43 @@ def build_app(eyes: Eyes, api_key: str | None = None) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:
-        """OpenAI's chat form, with pictures as `image_url` parts."""
-        common = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": body.model}
-        if body.stream:
-            asking = await _begin(eyes, request, body.question())
+        """OpenAI's chat form, with pictures as `image_url` parts.
+
+        The answer's `model` is the adapter that answers, whatever it was asked as: OpenAI too gives the model's own
+        name to who asked for an alias.
+        """
+        question = body.question()
+        question.adapter = eyes.adapter_of(body.model)
+        common = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": question.adapter}
+        if question.stream:
+            asking = await _begin(eyes, request, question)
             with_usage = body.stream_options is not None and body.stream_options.include_usage
             return _stream(asking, lambda item: _chunk(item, common, with_usage))
-        answer = await _answer(eyes, request, body.question())
+        answer = await _answer(eyes, request, question)
         message = {"role": "assistant", "content": answer.text}
         choice = {"index": 0, "message": message, "finish_reason": answer.why, "logprobs": None}
         return JSONResponse({**common, "object": "chat.completion", "choices": [choice], "usage": answer.usage})
 
+    kind = {"object": "model", "created": started, "owned_by": "lorgnette"}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The adapters, as OpenAI lists models."""
-        kind = {"object": "model", "created": started, "owned_by": "lorgnette"}
         return {"object": "list", "data": [{"id": name, **kind} for name in eyes.processors]}
 
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """One adapter, as OpenAI describes a model; 404 for a name that none has."""
+        eyes.check_adapter(name)
+        return {"id": name, **kind}
+
+    @app.post("/load_model", include_in_schema=False)
+    async def load_model(body: LoadRequest) -> Response:
+        """What `transformers chat` asks for first: the adapters are always loaded."""
+        ready = {"status": "ready", "model": eyes.adapter_of(body.model), "cached": True}
+        return Response(f"data: {json.dumps(ready)}\n\n", media_type="text/event-stream")
+
+    @app.get("/health", include_in_schema=False)  # what `transformers chat` asks on port 8000
     @app.head("/healthz", include_in_schema=False)  # what many monitors ask with
     @app.get("/healthz")
     async def healthz() -> JSONResponse:

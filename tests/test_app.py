@@ -11,6 +11,8 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 from huggingface_hub import SpaceCard
 from strangers import WITHOUT_LORGNETTE
 from tiny_inspection import STEPS, rows, train, untrained
@@ -199,6 +201,37 @@ def url(launched):
     _, url, _ = launched["page"].launch(**settings)
     yield url.rstrip("/")
     launched["page"].close()
+
+
+def test_lora_is_switched_by_booleans_and_by_words_for_them(launched):
+    (switch,) = (box for box in launched["page"].blocks.values() if getattr(box, "label", None) == "LoRA")
+    for on, off in ((True, False), ("on", "off"), ("True", "False"), (1, 0), ("1", "0")):
+        assert (switch.preprocess(on), switch.preprocess(off)) == (True, False)
+    for neither in ("perhaps", 2, None, "", []):
+        with pytest.raises(gr.Error, match=r"use_lora is .*; on or off is needed") as told:
+            switch.preprocess(neither)
+        assert told.value.print_exception is False
+
+
+@pytest.mark.slow
+def test_gradios_client(url, folder):
+    """A program asks as the page's API documentation tells it to, and by what stands on the page."""
+    client = Client(url, verbose=False)
+    parameters = client.view_api(return_format="dict")["named_endpoints"]["/ask"]["parameters"]
+    offered = {one["parameter_name"]: one for one in parameters}
+    assert offered["use_lora"]["python_type"]["type"] == "bool"
+    assert offered["use_lora"]["parameter_default"] is True
+    image = handle_file(str(folder / "0.png"))
+    said = {use_lora: expected(folder, "one", 0, use_lora) for use_lora in (True, False)}
+    assert said[True] != said[False]
+    for use_lora in (True, False, "on", "off"):
+        answer, maps, other, _ = client.predict(image, None, QUESTION, use_lora=use_lora, api_name="/ask")
+        assert (answer, other) == (said[use_lora in (True, "on")], "")
+        assert Path(maps[0]["image"]).stat().st_size > 0
+    assert client.predict(image, image, QUESTION, api_name="/ask")[0] == said[True]
+    assert client.predict(image, None, QUESTION, bridge="two", api_name="/ask")[0] == expected(folder, "two", 0)
+    with pytest.raises(AppError, match="use_lora is 'perhaps'; on or off is needed"):
+        client.predict(image, None, QUESTION, use_lora="perhaps", api_name="/ask")
 
 
 @pytest.fixture(params=["light", "dark"])

@@ -1,5 +1,6 @@
 """`handler.py`, which goes along with every upload, as the runtime of Inference Endpoints uses it."""
 
+import base64
 import importlib.util
 import json
 import subprocess
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from PIL import Image
 from strangers import WITHOUT_LORGNETTE
 from tiny import picture
-from tiny_serving import MAX_NEW_TOKENS, data_url, save_bridges, save_merged
+from tiny_serving import MAX_NEW_TOKENS, data_url, png, save_bridges, save_merged
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
@@ -63,6 +65,14 @@ def expected(folder):
         return {True: with_lora, False: pipe(picture(), **settings)[0]["generated_text"]}
 
 
+@pytest.fixture(scope="module")
+def caption(folder):
+    """What the pipeline says to the processor's own query."""
+    model = LorgnetteForConditionalGeneration.from_pretrained(folder).eval()
+    pipe = LorgnetteImageToTextPipeline(model=model, processor=LorgnetteProcessor.from_pretrained(folder))
+    return pipe(picture(), max_new_tokens=MAX_NEW_TOKENS, generate_kwargs={"do_sample": False})[0]["generated_text"]
+
+
 @pytest.mark.parametrize("use_lora", [True, False])
 def test_it_answers_as_the_worker_does(handler, expected, use_lora):
     assert expected[True] != expected[False]
@@ -89,8 +99,13 @@ def test_it_answers_as_the_worker_does(handler, expected, use_lora):
         ({"prompt": "a" * 2**20}, ValueError, "1048576 characters"),
         ({"prompt": "a" * 999}, ValueError, r"\d+ tokens and 8 new ones are more than the 256"),
         ({"adapter": "two"}, ValueError, "no adapter 'two'; there is default"),
-        ({"use_lora": 1}, ValueError, "use_lora is a int"),
+        ({"use_lora": 2}, ValueError, "use_lora is a int"),
+        ({"use_lora": "no"}, ValueError, "use_lora is a str"),
         ({"max_new_tokens": True}, ValueError, "max_new_tokens is a bool"),
+        ({"max_new_tokens": "8x"}, ValueError, "max_new_tokens is a str"),
+        ({"max_new_tokens": "0"}, ValueError, "max_new_tokens is 0; it runs from 1 to 128"),
+        ({"image_url": 5}, ValueError, "image_url is a int"),
+        ({"image_url": "http://" + "a" * 9000}, ValueError, "image_url has 9007 characters; 8192 are allowed"),
         ({"max_new_tokens": 1000}, ValueError, "runs from 1 to 128"),
         ({"temperature": 1}, ValueError, "no field 'temperature'"),
         ({"stream": True}, ValueError, "stream is true"),
@@ -113,14 +128,105 @@ def test_it_takes_the_workers_fields():
     assert FIELDS.keys() == VisionRequest.model_fields.keys()
 
 
-def test_no_object(handler):
-    with pytest.raises(ValueError, match=r"an object with image_url, prompt, .* is needed, not a str"):
-        handler({"inputs": "http://example.org/cat.jpg"})
+@pytest.mark.parametrize("inputs", [5, None, [data_url()], True])
+def test_no_object(handler, inputs):
+    kind = type(inputs).__name__
+    with pytest.raises(ValueError, match=rf"an object with image_url, prompt, .* is needed, not a {kind}"):
+        handler({"inputs": inputs})
 
 
-def test_parameters_are_not_left_unread(handler):
-    assert handler({"inputs": ASKED, "parameters": {}})["text"]
-    with pytest.raises(ValueError, match="parameters are not read here"):
+@pytest.mark.parametrize(
+    ("use_lora", "means"), [("1", True), ("True", True), (1, True), ("0", False), ("false", False), (0, False)]
+)
+def test_values_as_forms_have_them(handler, expected, use_lora, means):
+    asked = ASKED | {"use_lora": use_lora, "max_new_tokens": str(MAX_NEW_TOKENS), "stream": "0"}
+    assert handler({"inputs": asked})["text"] == expected[means]
+
+
+BARE = data_url().partition(",")[2]
+LIMIT = {"max_new_tokens": MAX_NEW_TOKENS}
+PICTURES = {
+    "what the runtime makes of image/png": picture(),
+    "raw bytes": png(picture()),
+    "a data URL": data_url(),
+    "base64": BARE,
+    "base64 in lines": "\n".join(BARE[start : start + 76] for start in range(0, len(BARE), 76)) + "\n",
+}
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_a_picture_alone(handler, caption, kind):
+    image = PICTURES[kind]
+    for parameters in (LIMIT, {"generate_kwargs": LIMIT | {"do_sample": False}}, {"generation_parameters": LIMIT}):
+        answer = handler({"inputs": image, "parameters": parameters})
+        assert answer["text"] == caption
+        assert answer["usage"]["completion_tokens"] <= MAX_NEW_TOKENS
+    assert handler({"inputs": image})["text"].startswith(caption)
+    asked = LIMIT | {"prompt": ASKED["prompt"], "use_lora": "0"}
+    with_prompt = handler({"inputs": image, "parameters": asked})
+    assert with_prompt == handler({"inputs": ASKED | {"use_lora": False}})
+
+
+@pytest.mark.parametrize("image", [picture(), png(picture())])
+def test_a_picture_in_place_of_its_url(handler, expected, image):
+    """What newer runtimes make of base64 in the fields of an image task."""
+    assert handler({"inputs": ASKED | {"image_url": image}})["text"] == expected[True]
+
+
+def test_a_url_alone_is_fetched(handler):
+    for url in ("http://127.0.0.1:9/aaaa", "HTTP://127.0.0.1:9/aaaa"):
+        with pytest.raises(OSError, match="not on the public internet"):
+            handler({"inputs": url})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (base64.b64encode(b"my own secret words").decode(), "is no picture that is read here"),
+        ("data:image/png;base64," + base64.b64encode(b"my own secret words").decode(), "is no picture that is read"),
+        (b"my own secret words", "is no picture that is read here"),
+        ("my own secret words, no base64", "inputs is neither an http, https or data URL nor base64"),
+        ("data:image/png;base64,my own secret words", "not valid base64"),
+        ("/etc/my-own-secret-words", "inputs is neither|is no picture"),
+        ("", "empty"),
+        (Image.new("1", (10_000, 10_000)), "10000 x 10000 pixels are more than the 50000000"),
+        ({"image_url": "my own secret words", "prompt": "What?"}, "image_url begins with http://, https:// or data:"),
+        ({"image_url": b"my own secret words", "prompt": "What?"}, "is no picture that is read here"),
+    ],
+)
+def test_what_is_no_picture_is_not_repeated(handler, inputs, message):
+    with pytest.raises(ValueError, match=message) as told:
+        handler({"inputs": inputs})
+    assert "secret" not in str(told.value)
+    assert len(str(told.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"max_new_tokens": 1000}, "max_new_tokens is 1000; it runs from 1 to 128"),
+        ({"max_new_tokens": 2, "generate_kwargs": {"max_new_tokens": 2}}, "max_new_tokens is given twice"),
+        ({"image_url": data_url()}, "image_url is given twice"),
+        ({"temperature": 0.7}, "no field 'temperature'"),
+        ({"generate_kwargs": {"top_k": 5}}, "no field 'top_k'"),
+        ({"generate_kwargs": {"generate_kwargs": {}}}, "no field 'generate_kwargs'"),
+        ({"do_sample": True}, "do_sample may be False alone"),
+        ({"generate_kwargs": {"num_beams": 4}}, "num_beams may be 1 alone"),
+        ({"generate_kwargs": 5}, "generate_kwargs is a int; an object is needed"),
+        ([], "parameters is a list; an object is needed"),
+        ({"prompt": " "}, "no words"),
+    ],
+)
+def test_parameters_that_cannot_be_used(handler, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        handler({"inputs": BARE, "parameters": parameters})
+
+
+def test_parameters_beside_fields(handler, expected):
+    asked = {"image_url": ASKED["image_url"], "prompt": ASKED["prompt"]}
+    assert handler({"inputs": asked, "parameters": LIMIT})["text"] == expected[True]
+    assert handler({"inputs": ASKED, "parameters": {}})["text"] == expected[True]
+    with pytest.raises(ValueError, match="max_new_tokens is given twice"):
         handler({"inputs": ASKED, "parameters": {"max_new_tokens": 3}})
 
 

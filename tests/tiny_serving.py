@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 
+import httpx2
 import torch
 import uvicorn
 from PIL import Image
@@ -72,6 +73,36 @@ def serving(eyes: Eyes, api_key: str | None = None) -> Iterator[tuple[str, uvico
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def held(eyes: Eyes) -> Iterator[tuple[threading.Event, threading.Semaphore]]:
+    """Its model does not move before it is let go: what lets it, and what counts the batches that have begun."""
+    go, began, generate = threading.Event(), threading.Semaphore(0), eyes.batcher.model.generate
+
+    def wait_and_generate(*args, **kwargs):
+        began.release()
+        assert go.wait(60)
+        return generate(*args, **kwargs)
+
+    eyes.batcher.model.generate = wait_and_generate
+    try:
+        yield go, began
+    finally:
+        go.set()
+
+
+def wait_for(condition) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def metric(worker: str, line: str) -> float:
+    """The sum of what `/metrics` says in lines that begin so."""
+    text = httpx2.get(f"{worker}/metrics", timeout=60).text
+    return sum(float(found.split()[-1]) for found in text.splitlines() if found.startswith(line))
 
 
 def png(image: Image.Image) -> bytes:

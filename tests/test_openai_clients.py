@@ -1,0 +1,491 @@
+"""OpenAI's chat form as its clients use it: fields that change nothing, sampling, stop strings, names of models."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import huggingface_hub
+import numpy as np
+import openai
+import pytest
+import torch
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
+from tiny import picture
+from tiny_serving import data_url, held, load, metric, save_bridges, serving, wait_for
+
+from lorgnette.serving.batching import Batcher, Ticket
+from lorgnette.serving.eyes import Eyes, Limits
+from lorgnette.serving.payloads import ChatRequest
+from lorgnette.serving.sampling import Sampler
+
+
+MAX_NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("bridges")
+    save_bridges(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def worker(folder):
+    """With two adapters."""
+    with serving(load(folder, max_new_tokens=MAX_NEW_TOKENS)) as (url, _):
+        yield url
+
+
+@pytest.fixture(scope="module")
+def single(folder):
+    """With one adapter."""
+    limits = Limits(max_new_tokens=MAX_NEW_TOKENS)
+    with serving(Eyes.load(folder / "one", {}, name="one", device="cpu", limits=limits)) as (url, _):
+        yield url
+
+
+def messages_about(seed: int = 0) -> list[dict]:
+    image = {"type": "image_url", "image_url": {"url": data_url(seed), "detail": "low"}}
+    return [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, image]}]
+
+
+def chat(url: str, **fields) -> httpx2.Response:
+    body = {"model": "one", "messages": messages_about()} | fields
+    headers = {"Content-Type": "application/json"}
+    return httpx2.post(f"{url}/v1/chat/completions", content=json.dumps(body), headers=headers, timeout=60)
+
+
+def said(url: str, **fields) -> str:
+    response = chat(url, **fields)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"]
+
+
+@pytest.fixture(scope="module")
+def greedy(worker):
+    return said(worker)
+
+
+@pytest.fixture(scope="module")
+def client(worker):
+    return openai.OpenAI(base_url=f"{worker}/v1", api_key="none", max_retries=0)
+
+
+# ------------------------------------------------------------------------------------------------ fields
+
+NEUTRAL = {
+    "audio": None,
+    "frequency_penalty": 0,
+    "function_call": "none",
+    "functions": [],
+    "generation_config": None,
+    "logit_bias": {},
+    "logprobs": False,
+    "max_tokens": str(MAX_NEW_TOKENS),
+    "metadata": {"site": "shop"},
+    "modalities": ["text"],
+    "n": 1,
+    "parallel_tool_calls": True,
+    "presence_penalty": 0.0,
+    "reasoning_effort": "low",
+    "response_format": {"type": "text"},
+    "seed": 5,
+    "service_tier": "auto",
+    "stop": [],
+    "store": False,
+    "stream": "false",
+    "temperature": 0,
+    "tool_choice": "none",
+    "tools": [],
+    "top_logprobs": 0,
+    "top_p": 0.9,
+    "use_lora": "1",
+    "user": "me",
+}
+
+
+def test_fields_that_change_nothing(worker, greedy):
+    assert said(worker, **NEUTRAL) == greedy
+    nulls = dict.fromkeys(NEUTRAL.keys() - {"use_lora"})
+    assert said(worker, **nulls) == greedy
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_each_field_that_changes_nothing(name):
+    body = {"model": "one", "messages": messages_about(), name: NEUTRAL[name]}
+    question = ChatRequest.model_validate(body).question()
+    assert (question.temperature, question.stops, question.use_lora, question.stream) == (0, [], True, False)
+
+
+REFUSED = {
+    "audio": {"voice": "alloy"},
+    "frequency_penalty": -1,
+    "function_call": {"name": "look"},
+    "functions": [{"name": "look"}],
+    "logit_bias": {"5": 100},
+    "logprobs": True,
+    "max_tokens": "20 or so",
+    "max_completion_tokens": "-1",
+    "modalities": ["text", "audio"],
+    "n": 2,
+    "presence_penalty": 0.5,
+    "response_format": {"type": "json_object"},
+    "seed": 2**63,
+    "stop": ["a", "b", "c", "d", "e"],
+    "stream": "yes",
+    "temperature": 2.1,
+    "tool_choice": "required",
+    "tools": [{"type": "function", "function": {"name": "look"}}],
+    "top_logprobs": 5,
+    "top_p": 0,
+    "use_lora": 2,
+    "verbosity": "high",
+    "web_search_options": {},
+    "colour": "red",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_fields_that_would_change_the_answer(worker, name):
+    response = chat(worker, **{name: REFUSED[name]})
+    assert response.status_code == 422
+    assert f"body.{name}" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n": True}, "body.n: it is true; what is supported here is 1 or null"),
+        ({"presence_penalty": False}, "body.presence_penalty: it is false; what is supported here is 0 or null"),
+        ({"tools": [{}] * 3}, "body.tools: it is a list of 3; what is supported here is [] or null"),
+        ({"stop": ["a", ""]}, "body.stop: stop string 1 has 0 characters; at least 1 is needed"),
+        ({"stop": 5}, "body.stop: Input should be a valid list"),
+        ({"temperature": float("nan")}, "body.temperature: Input should be a finite number"),
+        ({"temperature": -0.1}, "body.temperature: Input should be greater than or equal to 0"),
+        ({"top_p": 1.01}, "body.top_p: Input should be less than or equal to 1"),
+        ({"generation_config": "{"}, "body.generation_config: it is no JSON"),
+        ({"generation_config": "[" * 100_000}, "body.generation_config: it is no JSON"),
+        ({"generation_config": '{"top_k": 5, "top_p": null}'}, "body.generation_config.top_k: Extra inputs"),
+        (
+            {"generation_config": '{"max_new_tokens": 0}'},
+            "body.generation_config.max_new_tokens: Input should be greater",
+        ),
+        ({"max_tokens": MAX_NEW_TOKENS + 1}, "25 new tokens are asked for; 24 are allowed"),
+    ],
+)
+def test_what_is_said_of_a_field(worker, fields, message):
+    response = chat(worker, **fields)
+    assert response.status_code in (400, 422)
+    assert message in response.json()["error"]["message"]
+
+
+def test_messages_as_clients_send_them_again(worker, client):
+    """A system message by its other name, and an answer with all the fields that the client's object has."""
+    first = client.chat.completions.create(model="one", messages=messages_about()).choices[0].message
+    history = [*messages_about(), first.model_dump(), {"role": "user", "content": "Sure?", "name": "me"}]
+    answers = [
+        chat(worker, messages=[{"role": role, "content": "You are two."}, *history]).json()
+        for role in ("system", "developer")
+    ]
+    assert answers[0]["usage"] == answers[1]["usage"]
+    assert answers[0]["choices"] == answers[1]["choices"]
+    asked = ChatRequest(model="one", messages=[{"role": "developer", "content": "You are two."}]).question()
+    assert asked.messages[0]["role"] == "system"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_calls": [{"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}]},
+        {"refusal": "No."},
+        {"function_call": {"name": "look"}},
+        {"audio": {"id": "1"}},
+        {"role": "tool"},
+        {"mood": "good"},
+    ],
+)
+def test_messages_that_would_change_the_answer(worker, fields):
+    message = {"role": "assistant", "content": "A cat."} | fields
+    response = chat(worker, messages=[*messages_about(), message])
+    assert response.status_code == 422
+    assert f"body.messages.1.{next(iter(fields))}" in response.json()["error"]["message"]
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def plain(scores: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
+    """Probabilities of tokens as papers write them, a token at a time."""
+    weights = np.exp((scores - scores.max()) / temperature)
+    weights /= weights.sum()
+    kept, total = np.zeros_like(weights), 0.0
+    for token in np.argsort(-weights):
+        if total >= top_p:
+            break
+        kept[token] = weights[token]
+        total += weights[token]
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5])
+def test_draws_follow_temperature_and_top_p(temperature, top_p):
+    scores = torch.randn(30, generator=torch.Generator().manual_seed(0))
+    scores[7] = -torch.inf
+    sampler, count = Sampler(temperature, top_p, seed=0), 20_000
+    drawn = np.bincount([sampler.draw(scores) for _ in range(count)], minlength=30) / count
+    expected = plain(scores.numpy().astype(float), temperature, top_p)
+    assert not drawn[expected == 0].any()
+    assert (abs(drawn - expected) < 5 * np.sqrt(expected / count) + 2 / count).all()
+    if top_p < 1:  # the test could tell another cut
+        assert (expected == 0).sum() > 3
+
+
+def test_draws_at_the_edges():
+    scores = torch.tensor([1.0, 3.0, 2.0])
+    assert {Sampler(1e-300, seed=0).draw(scores) for _ in range(20)} == {1}
+    assert {Sampler(2.0, top_p=1e-9, seed=seed).draw(scores) for seed in range(20)} == {1}
+    flat = torch.zeros(1000)
+    assert len({Sampler(1.0, seed=None).draw(flat) for _ in range(20)}) > 10
+    assert Sampler(1.0, seed=-1).draw(flat) == Sampler(1.0, seed=-1).draw(flat)
+    with pytest.raises(RuntimeError, match="nan"):
+        Sampler(1.0).draw(torch.tensor([1.0, torch.nan]))
+
+
+def test_a_batch_draws_from_the_models_scores(folder):
+    """400 questions at a time, half of them at each of two temperatures."""
+    eyes = load(folder)
+    eyes.batcher.stop()
+    model, processor = eyes.batcher.model, eyes.processors["one"]
+    model.set_bridge("default")
+    inputs = dict(processor(images=[[picture()]], queries="What is this?", return_tensors="pt"))
+    with torch.no_grad():
+        scores = model(**inputs).logits[0, -1].double().numpy()
+    batcher, heard, count = Batcher(model, processor, max_batch=400), [], 200
+    tickets = []
+    for seed in range(2 * count):
+        sampler = Sampler((0.3, 1.0)[seed % 2], seed=seed)
+        tickets.append(Ticket(inputs, "default", True, 1, float("inf"), heard.append, sampler))
+        batcher.submit(tickets[-1])
+    wait_for(lambda: all(ticket.ended for ticket in tickets))
+    batcher.stop()
+    image = processor.image_token_id
+    for place, temperature in enumerate((0.3, 1.0)):
+        expected = plain(np.where(np.arange(len(scores)) == image, -np.inf, scores), temperature, 1.0)
+        drawn = [ticket.tokens[0] for ticket in tickets[place::2] if ticket.tokens]
+        likeliest = np.argsort(-expected)[:5]
+        share = np.isin(drawn, likeliest).sum() / count
+        wanted = expected[likeliest].sum()
+        assert abs(share - wanted) < 5 * np.sqrt(wanted * (1 - wanted) / count)
+        assert share > 0.02
+
+
+SAMPLED = [
+    {"temperature": temperature, "top_p": top_p, "seed": seed}
+    for temperature, top_p in ((0.7, None), (1.3, 0.9), (2.0, 0.5))
+    for seed in (1, 2)
+]
+
+
+def test_a_seed_gives_its_answer_alone_and_in_a_batch(worker, folder, greedy):
+    alone = [said(worker, **fields) for fields in SAMPLED]
+    assert [said(worker, **fields) for fields in SAMPLED] == alone
+    assert len({*alone, greedy}) == len(SAMPLED) + 1
+    eyes = load(folder, max_new_tokens=MAX_NEW_TOKENS, max_batch=16)
+    asked = [{}, *SAMPLED, {"temperature": 1.0}, {"temperature": 0}, {"temperature": 1e-6}]
+    with held(eyes) as (go, began), serving(eyes) as (url, _), ThreadPoolExecutor(len(asked) + 1) as pool:
+        pool.submit(said, url)
+        assert began.acquire(timeout=30)
+        answers = [pool.submit(said, url, **fields) for fields in asked]
+        wait_for(lambda: eyes.batcher.waiting == len(asked))  # and so they are one batch
+        go.set()
+        first, *sampled, seedless, zero, cold = [answer.result() for answer in answers]
+    assert sampled == alone
+    assert first == zero == cold == greedy
+    assert seedless not in {*alone, greedy}
+
+
+def test_without_a_seed_answers_differ(worker):
+    assert len({said(worker, temperature=1.0) for _ in range(4)}) == 4
+    assert len({said(worker, temperature=1e-6) for _ in range(4)}) == 1
+
+
+def test_top_p_is_heeded(worker, greedy):
+    assert said(worker, temperature=2.0, top_p=1e-6) == greedy != said(worker, temperature=2.0)
+    assert said(worker, top_p=0.9) == greedy  # without a temperature
+
+
+def test_openais_client_samples(client, greedy):
+    asked = {"model": "one", "messages": messages_about()}
+    sampled = {"temperature": 0.9, "top_p": 0.95, "seed": 7}
+    answer = client.chat.completions.create(**asked, **sampled).choices[0].message.content
+    assert answer != greedy
+    chunks = client.chat.completions.create(**asked, **sampled, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer
+
+
+# ------------------------------------------------------------------------------------------------ stop strings
+
+
+def streamed(client, **fields) -> tuple[list[str], str]:
+    """The pieces of an answer, and why it ended."""
+    asked = {"model": "one", "messages": messages_about(), "stream": True} | fields
+    *chunks, last = client.chat.completions.create(**asked)
+    return [chunk.choices[0].delta.content for chunk in chunks], last.choices[0].finish_reason
+
+
+def test_an_answer_ends_before_a_stop_string(client, greedy):
+    asked = {"model": "one", "messages": messages_about()}
+    whole = client.chat.completions.create(**asked)
+    assert (whole.choices[0].finish_reason, whole.usage.completion_tokens) == ("length", MAX_NEW_TOKENS)
+    for start, size in itertools.product(range(1, len(greedy) - 4), (1, 2, 4)):
+        stop = greedy[start : start + size]
+        if not stop.strip() or greedy.find(stop) != start or "\ufffd" in stop:
+            continue
+        for stops in (stop, ["never said", stop]):
+            answer = client.chat.completions.create(**asked, stop=stops)
+            assert answer.choices[0].message.content == greedy[:start].strip()
+            assert answer.choices[0].finish_reason == "stop"
+        pieces, why = streamed(client, stop=stop)
+        assert ("".join(pieces), why) == (greedy[:start].strip(), "stop")
+        # as many tokens as it takes to say the stop string, and none after it
+        count = answer.usage.completion_tokens
+        shorter = client.chat.completions.create(**asked, max_tokens=count - 1) if count > 1 else None
+        assert shorter is None or stop not in shorter.choices[0].message.content
+        longer = client.chat.completions.create(**asked, max_tokens=count)
+        assert stop in longer.choices[0].message.content
+        last = start
+    assert last > 3  # there were some to try
+
+
+def test_what_only_begins_like_a_stop_string_is_sent_in_the_end(client, greedy):
+    for size in (1, 2, 3):
+        stop = greedy[-size:] + "\x00"
+        pieces, why = streamed(client, stop=stop)
+        assert ("".join(pieces), why) == (greedy, "length")
+
+
+def test_the_first_of_several_stop_strings_counts(worker, greedy):
+    later, earlier = greedy[-3:], greedy[-6:-2]
+    start = min(greedy.find(later), greedy.find(earlier))
+    assert said(worker, stop=[later, earlier]) == greedy[:start].strip()
+
+
+def test_a_sampled_answer_stops_too_and_the_others_go_on(worker, greedy):
+    fields = {"temperature": 1.0, "seed": 3}
+    whole = said(worker, **fields)
+    stop = next(letter for letter in whole[4:] if letter.isalpha())
+    with ThreadPoolExecutor(3) as pool:
+        stopped, plain_one, sampled = pool.map(lambda more: said(worker, **more), [fields | {"stop": stop}, {}, fields])
+    assert stopped == whole[: whole.find(stop)].strip()
+    assert (plain_one, sampled) == (greedy, whole)
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+
+def test_one_model(client, worker):
+    for name in ("one", "two"):
+        model = client.models.retrieve(name)
+        assert model == next(listed for listed in client.models.list() if listed.id == name)
+    with pytest.raises(openai.NotFoundError, match="no adapter 'me/three'; there are one, two"):
+        client.models.retrieve("me/three")
+    error = httpx2.get(f"{worker}/v1/models/three", timeout=60).json()["error"]
+    assert (error["code"], error["type"]) == ("unknown_adapter", "invalid_request_error")
+
+
+def test_a_name_with_a_slash(folder):
+    with serving(Eyes.load(folder / "one", {}, name="me/my eyes", device="cpu")) as (url, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+        assert client.models.retrieve("me/my eyes").id == "me/my eyes"
+
+
+def test_where_one_adapter_is_served_it_answers_to_any_name(single, greedy):
+    answer = chat(single, model="gpt-4o").json()
+    assert (answer["model"], answer["choices"][0]["message"]["content"]) == ("one", greedy)
+    assert '"model": "one"' in chat(single, model="gpt-4o", stream=True).text
+    assert httpx2.get(f"{single}/v1/models/gpt-4o", timeout=60).status_code == 404
+
+
+def test_where_several_are_served_a_name_is_one_of_theirs(worker):
+    for fields in ({}, {"stream": True}):
+        response = chat(worker, model="dummy", **fields)
+        assert (response.status_code, response.json()["error"]["code"]) == (404, "unknown_adapter")
+
+
+def test_huggingface_hubs_client(single, worker, greedy, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # it would ask nobody at all
+    for base in (single, f"{single}/v1"):
+        hub = InferenceClient(base_url=base)  # it asks for the model `dummy`
+        answer = hub.chat_completion(messages_about())
+        assert (answer.choices[0].message.content, answer.model) == (greedy, "one")
+    sampled = {"temperature": 0.8, "top_p": 0.9, "seed": 3, "max_tokens": 20}
+    said_once = hub.chat_completion(messages_about(), **sampled).choices[0].message.content
+    assert said_once != greedy
+    chunks = hub.chat_completion(messages_about(), **sampled, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == said_once
+    stop = greedy[-2:]
+    stopped = hub.chat_completion(messages_about(), stop=[stop], logprobs=False, n=1, presence_penalty=0.0)
+    assert stopped.choices[0].message.content == greedy[: greedy.find(stop)].strip()
+    assert stopped.choices[0].finish_reason == "stop"
+    assert InferenceClient(base_url=worker).chat_completion(messages_about(), model="two").model == "two"
+    with pytest.raises(HfHubHTTPError, match="no adapter 'dummy'; there are one, two"):
+        InferenceClient(base_url=worker).chat_completion(messages_about())
+
+
+# ------------------------------------------------------------------------------------------------ transformers chat
+
+
+def test_transformers_generation_config(worker, greedy):
+    def with_config(**config) -> dict:
+        return {"generation_config": json.dumps(config | {"transformers_version": "5.24.0"})}
+
+    many = with_config(do_sample=False, max_new_tokens=256)  # what is more than the worker's limit is no request
+    assert said(worker, **many, temperature=None) == greedy
+    assert chat(worker, **with_config(max_new_tokens=3)).json()["usage"]["completion_tokens"] == 3
+    assert said(worker, **with_config(temperature=0.5)) == greedy  # as in transformers: without do_sample
+    by_field = said(worker, temperature=0.5, top_p=0.8, seed=1)
+    by_config = said(worker, **with_config(do_sample=True, temperature=0.5, top_p=0.8, top_k=None), seed=1)
+    assert greedy != by_field == by_config
+    assert said(worker, **with_config(do_sample=True), seed=1) == said(worker, temperature=1, seed=1)
+    assert said(worker, **with_config(do_sample=True), temperature=0) == greedy
+
+
+def test_transformers_chat_asks_for_the_model_first(worker, single):
+    for url, asked, name in ((worker, "two", "two"), (single, "me/any", "one")):
+        response = httpx2.post(f"{url}/load_model", json={"model": asked}, timeout=60)
+        assert response.headers["content-type"].startswith("text/event-stream")
+        event = json.loads(response.text.removeprefix("data: "))
+        assert event == {"status": "ready", "model": name, "cached": True}
+    assert httpx2.post(f"{worker}/load_model", json={"model": "three"}, timeout=60).status_code == 404
+    assert httpx2.post(f"{worker}/load_model", json={}, timeout=60).status_code == 422
+
+
+@pytest.mark.slow
+def test_transformers_chat(single):
+    """The command itself, as its user types: greedily, then sampled. It asks for 256 tokens unless told otherwise."""
+    answered = 'lorgnette_requests_total{path="/v1/chat/completions",status="200"}'
+    before = metric(single, answered)
+    # the last two: no, do not go on; or an end and nobody to hear it
+    typed = ["Who are you?", "n", "!clear", "!set do_sample=True temperature=0.5", "And I?", "!exit", "!exit"]
+    finished = subprocess.run(
+        [sys.executable, "-m", "transformers.cli.transformers", "chat", "one", single, "do_sample=False"],
+        input="".join(f"{line}\n" for line in typed),
+        env=os.environ | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert metric(single, answered) == before + 2
+    answer = said(single, messages=[{"role": "user", "content": "Who are you?"}])
+    _, first, _ = finished.stdout.split("<one>:")
+    assert answer[:15].isalnum()  # which Markdown leaves alone
+    assert first.split()[0].startswith(answer[:15])
+    assert "Generation stopped after reaching the token limit" in first
+    assert "Error" not in finished.stdout + finished.stderr
