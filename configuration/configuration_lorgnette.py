@@ -228,7 +228,7 @@ class LorgnetteConfig(LorgnetteBridgeConfig):
     """
 
     model_type = "lorgnette"
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_hidden_states"]  # noqa: RUF012 (transformers' own)
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_hidden_states", "image_outputs"]  # noqa: RUF012
     sub_configs = {  # noqa: RUF012 (transformers' own class attribute)
         "vision_config": AutoConfig,
         "qformer_config": LorgnetteQFormerConfig,

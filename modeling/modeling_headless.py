@@ -152,8 +152,8 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
 
     def embed(
         self, input_ids, inputs_embeds, row_index, labels=None, supervised_positions=None, document_ids=None, **images
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Token embeddings `(B, S, M)`, visual tokens at the placeholders, and the visual tokens `(N, Q, M)`."""
+    ) -> tuple[torch.Tensor, LorgnetteImageFeatures | None]:
+        """Token embeddings `(B, S, M)`, with visual tokens at the placeholders; and the features of the images."""
         mask = self.get_placeholder_mask(input_ids, inputs_embeds)
         pictures = images["pixel_values"] if images["vision_features"] is None else images["vision_features"]
         mask = checked_placeholders(
@@ -172,8 +172,9 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
         if pictures is None:
             return inputs_embeds, None
-        soft = self.get_image_features(**images).pooler_output.to(inputs_embeds)
-        return inputs_embeds.masked_scatter(mask.unsqueeze(-1), soft), soft
+        features = self.get_image_features(**images)
+        visual_tokens = features.pooler_output.to(inputs_embeds)  # (N, Q, M)
+        return inputs_embeds.masked_scatter(mask.unsqueeze(-1), visual_tokens), features
 
     def _unused_bridge(self) -> torch.Tensor:
         """A sum over visual tokens of nothing: a batch without images has to reach every trainable tensor under DDP."""
@@ -195,18 +196,18 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
         labels: torch.Tensor | None = None,
         supervised_positions: torch.Tensor | None = None,
         **images: torch.Tensor | None,
-    ) -> tuple[dict[str, Any], torch.Tensor | None]:
-        """What the language model is given, and the visual tokens `(N, Q, M)` in it; see [`forward`]."""
-        visual_tokens = None
+    ) -> tuple[dict[str, Any], LorgnetteImageFeatures | None]:
+        """What the language model is given, and the features of the images in it; see [`forward`]."""
+        features = None
         has_images = images["pixel_values"] is not None or images["vision_features"] is not None
         decoding = cache is not None and input_ids is not None and input_ids.shape[1] == 1
         if has_images or (inputs_embeds is None and not decoding):
-            inputs_embeds, visual_tokens = self.embed(
+            inputs_embeds, features = self.embed(
                 input_ids, inputs_embeds, row_index, labels, supervised_positions, document_ids, **images
             )
         elif inputs_embeds is None:  # one more generated token, which is no placeholder
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if self.training and visual_tokens is None and in_process_group():
+        if self.training and features is None and in_process_group():
             inputs_embeds = inputs_embeds + 0 * self._unused_bridge()
         if labels is not None:
             check_context(inputs_embeds.shape[1], attention_mask, self.config, row_index, document_ids)
@@ -222,7 +223,7 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
             inputs |= packed(self.language_model, document_ids, inputs_embeds, labels) | {"use_cache": False}
         if self.training:
             inputs["use_cache"] = False  # Trainer turns it off in this config, not in the language model's
-        return inputs, visual_tokens
+        return inputs, features
 
     @can_return_tuple
     def forward(
@@ -268,7 +269,7 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
             raise ValueError(f"{type(decoder).__name__} has no decoder apart from its head, and so no states to return")
         if self.training:
             self.check_trainable()
-        inputs, visual_tokens = self.lm_inputs(
+        inputs, features = self.lm_inputs(
             input_ids,
             inputs_embeds,
             attention_mask,
@@ -290,7 +291,8 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=visual_tokens,
+            image_hidden_states=None if features is None else features.pooler_output,
+            image_outputs=features,
             **{KV_CACHE: getattr(outputs, KV_CACHE, None)},
         )
 

@@ -296,7 +296,7 @@ class LorgnetteForConditionalGeneration(
         """
         if self.training and labels is not None:
             self.check_trainable()
-        inputs, visual_tokens = self.base_model.lm_inputs(
+        inputs, features = self.base_model.lm_inputs(
             input_ids,
             inputs_embeds,
             attention_mask,
@@ -330,7 +330,8 @@ class LorgnetteForConditionalGeneration(
             logits=outputs.logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=visual_tokens,
+            image_hidden_states=None if features is None else features.pooler_output,
+            image_outputs=features,
             **{KV_CACHE: getattr(outputs, KV_CACHE, None)},
         )
 

@@ -1,5 +1,6 @@
 """What the models return, and what transformers calls the cache of keys and values in it."""
 
+import warnings
 from dataclasses import dataclass, fields
 
 import torch
@@ -40,6 +41,8 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
     """
     if past_key_values is not None and cache is not None:
         raise ValueError("past_key_values and cache are two names of one thing, and both were given")
+    if past_key_values is not None and KV_CACHE == "cache":
+        warnings.warn("`past_key_values` is deprecated in transformers 5.24: it is `cache` there", FutureWarning, 3)
     return past_key_values if cache is None else cache
 
 
@@ -52,9 +55,11 @@ class LorgnetteModelOutputWithPast(BaseModelOutputWithPast):
         cache: the language model's; `past_key_values` before transformers 5.24.
         hidden_states, attentions: the language model's, on request.
         image_hidden_states: `(N, Q, M)` visual tokens, where there were images.
+        image_outputs: what ViT and Q-Former gave besides, as [`~LorgnetteModel.get_image_features`] returns it.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: LorgnetteImageFeatures | None = None
 
 
 @dataclass
@@ -66,10 +71,12 @@ class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
         logits: `(B, S, vocabulary)`; None in training with `labels`.
         cache: the language model's; `past_key_values` before transformers 5.24.
         hidden_states, attentions: the language model's, on request.
-        image_hidden_states: `(N, Q, M)` soft tokens, where there were images.
+        image_hidden_states: `(N, Q, M)` visual tokens, where there were images.
+        image_outputs: what ViT and Q-Former gave besides, as [`~LorgnetteModel.get_image_features`] returns it.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    image_outputs: LorgnetteImageFeatures | None = None
 
 
 @dataclass

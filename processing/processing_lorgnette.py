@@ -12,7 +12,15 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import (
     AutoImageProcessor,
 )  # the top level's wants torchvision in 5.17
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
+from transformers.processing_utils import (
+    AudioKwargs,
+    ImagesKwargs,
+    MultiModalData,
+    ProcessingKwargs,
+    ProcessorMixin,
+    TextKwargs,
+    VideosKwargs,
+)
 from transformers.utils import PROCESSOR_NAME
 
 from ..configuration.backbone_sources import from_pretrained_arguments, load_qformer_tokenizer, load_tokenizer
@@ -39,7 +47,13 @@ from .tokenizer_preparation import prepare_tokenizer
 
 _TOKENIZERS = ("tokenizer", "qformer_tokenizer")
 _FIELDS = ("num_query_tokens", "system_prompt", "query", "chat_template", "max_image_pixels")
-_CALL_KWARGS = {*TextKwargs.__annotations__, *ImagesKwargs.__annotations__, *ProcessingKwargs.__annotations__}
+_CALL_KWARGS = {
+    *TextKwargs.__annotations__,
+    *ImagesKwargs.__annotations__,
+    *ProcessingKwargs.__annotations__,
+    "common_kwargs",
+}
+_OPTIONS_OF_OTHERS = {*VideosKwargs.__annotations__, *AudioKwargs.__annotations__} - _CALL_KWARGS
 _OTHER_MODALITIES = ("videos", "audio", "audios", "videos_kwargs", "audio_kwargs")
 
 
@@ -335,8 +349,6 @@ class LorgnetteProcessor(ProcessorMixin):
         *,
         queries: str | Sequence[str] | None = None,
         timeout: float | None = None,
-        return_text_replacement_offsets: bool = False,
-        return_mm_token_type_ids: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
         """Make what the model reads of B prompts and the N images in them.
@@ -349,11 +361,11 @@ class LorgnetteProcessor(ProcessorMixin):
             queries: what is asked, or a list of B, where `text` is left out; and what the Q-Former is told, where it
                 takes instructions. This processor's `query` by default.
             timeout: seconds for the download of an image.
-            return_text_replacement_offsets: say where in `text` each `<image>` stands, and what it stands for, as
-                `ProcessorMixin.get_text_with_replacements` does; vLLM asks for it.
-            return_mm_token_type_ids: give `(B, S)` with 1 at placeholders and 0 elsewhere.
             kwargs: as processors have them: `return_tensors`, `padding`, `padding_side`, `truncation`, `max_length`, …
                 Truncation takes from the words, see [`truncate`], never from an image's placeholders.
+                `return_text_replacement_offsets` says where in `text` each `<image>` stands, and what it stands for, as
+                `ProcessorMixin.get_text_with_replacements` does; `return_mm_token_type_ids` gives `(B, S)` with 1 at
+                placeholders and 0 elsewhere. vLLM asks for them.
 
         Returns:
             `input_ids` and `attention_mask` `(B, S)`; for images `pixel_values` `(N, 3, H, W)` and what else the image
@@ -369,6 +381,8 @@ class LorgnetteProcessor(ProcessorMixin):
         if images is None and text is None:
             raise ValueError("neither images nor text given")
         self._check_keywords(kwargs)
+        return_offsets = kwargs.pop("return_text_replacement_offsets", False)
+        return_types = kwargs.pop("return_mm_token_type_ids", False)
         merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         rows, sorted_by_caller = ([], False) if images is None else rows_of(images)
@@ -390,7 +404,7 @@ class LorgnetteProcessor(ProcessorMixin):
             counts = [row.count(self.image_token_id) // self.num_query_tokens for row in ids]
             flat = match_images(rows, sorted_by_caller, counts)
             features.update(self._pad(ids, **text_kwargs))
-            if return_mm_token_type_ids:
+            if return_types:
                 features["mm_token_type_ids"] = [
                     [int(token == self.image_token_id) for token in row] for row in features["input_ids"]
                 ]
@@ -408,7 +422,7 @@ class LorgnetteProcessor(ProcessorMixin):
                     loaded.append(self.load_image(image, timeout))
             features.update(self.encode_images(loaded, **images_kwargs))
         features = BatchFeature(features, tensor_type=text_kwargs.get("return_tensors"))
-        if return_text_replacement_offsets and not self.is_stage1:
+        if return_offsets and not self.is_stage1:
             features["text_replacement_offsets"] = [self._replacement_offsets(prompt) for prompt in texts]
         return features
 
@@ -416,6 +430,8 @@ class LorgnetteProcessor(ProcessorMixin):
         """Raises a TypeError that names the first keyword which nothing here reads, and what may have been meant."""
         known = _CALL_KWARGS | set(getattr(self.image_processor.valid_kwargs, "__annotations__", ()))
         for name, value in kwargs.items():
+            if name in _OPTIONS_OF_OTHERS:  # which programs pass on with pictures alone
+                continue
             if name in _OTHER_MODALITIES:
                 if not _is_nothing(value):
                     raise TypeError(f"{name} was given, and {type(self).__name__} takes images and text alone")

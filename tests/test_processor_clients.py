@@ -19,7 +19,7 @@ def processor() -> LorgnetteProcessor:
         ({"query": "What?"}, "knows no keyword 'query': was queries meant"),
         ({"paddding": True}, "knows no keyword 'paddding': was padding meant"),
         ({"image": None}, "knows no keyword 'image': was images meant"),
-        ({"fps": 2}, "knows no keyword 'fps'$"),
+        ({"xyzzy": 2}, "knows no keyword 'xyzzy'$"),
         ({"videos": [picture()]}, "videos was given, and LorgnetteProcessor takes images and text alone"),
         ({"audio": [0.0]}, "audio was given"),
         ({"videos": [[], [picture()]]}, "videos was given"),
@@ -34,7 +34,7 @@ def test_a_keyword_that_nothing_reads_is_named(keywords, message):
 def test_keywords_that_say_nothing_are_taken():
     plain = processor()(images=picture())
     for videos in (None, [], [[], []]):
-        given = processor()(images=picture(), videos=videos, audios=[], audio=None, videos_kwargs={})
+        given = processor()(images=picture(), videos=videos, audios=[], audio=None, fps=2)
         assert given.keys() == plain.keys()
 
 
