@@ -252,6 +252,21 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         card.save(path)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
+    def _known_processor(self, otherwise: str = "pass processor=") -> Any:
+        """The processor that the model was joined with or lay beside; `otherwise` says what to do without one.
+
+        Raises:
+            ValueError: none is known. OSError: the files beside the model do not make one.
+        """
+        if isinstance(self._processor, ProcessorBeside):
+            try:
+                return self._processor.load()
+            except OSError as error:
+                raise OSError(f"{error}; {otherwise}") from error
+        if self._processor is None:
+            raise ValueError(f"No processor is known to this model: {otherwise}")
+        return self._processor
+
     def _save_beside(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None) -> None:
         """Write what belongs to a saved model besides config, weights and processor: nothing, for most."""
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .modeling_companions import ProcessorBeside
 from .modeling_losses import similarities
 from .modeling_placeholders import check_finite
 
@@ -101,13 +100,6 @@ class ImageTextRanking:
                 logits = self._match_logits(image, take_rows(encoded, at[1]))
                 scores[at[0], at[1]] += 2 + logits.float().softmax(dim=-1)[:, 1]
         return scores.cpu()
-
-    def _known_processor(self) -> Any:
-        if isinstance(self._processor, ProcessorBeside):
-            return self._processor.load()
-        if self._processor is None:
-            raise ValueError("No processor is known to this model: pass processor=")
-        return self._processor
 
 
 def take_rows(tensors: Mapping[str, torch.Tensor | None], rows: torch.Tensor) -> dict[str, torch.Tensor | None]:
