@@ -20,7 +20,7 @@ from ..configuration.configuration_lorgnette import AUTO_PROCESSOR, MAX_QUERY_TO
 from ..configuration.remote_code import save_remote_code
 from .blip2_prompts import BLIP2_TEMPLATE
 from .conversations import flatten, images_in, is_batch, query_in
-from .image_loading import MAX_IMAGE_PIXELS, load_image_for, naming, read_web_image
+from .image_loading import MAX_IMAGE_PIXELS, laid_out, load_image_for, naming, read_web_image, rescaling_of
 from .image_rows import match_images, rows_of, texts_of
 from .prompt_encoding import (
     IMAGE_TOKEN,
@@ -402,10 +402,10 @@ class LorgnetteProcessor(ProcessorMixin):
                 instructions = self.encode_for_qformer(told, padding=True)
                 features.update({f"qformer_{name}": value for name, value in instructions.items()})
         if flat:
-            loaded = []
+            loaded, layout = [], images_kwargs.pop("input_data_format", None)
             for position, image in enumerate(flat):
                 with naming(f"image {position}"):
-                    loaded.append(self.load_image(image, timeout))
+                    loaded.append(self.load_image(laid_out(image, layout), timeout))
             features.update(self.encode_images(loaded, **images_kwargs))
         features = BatchFeature(features, tensor_type=text_kwargs.get("return_tensors"))
         if return_text_replacement_offsets and not self.is_stage1:
@@ -449,8 +449,12 @@ class LorgnetteProcessor(ProcessorMixin):
         return self.load_image(read_web_image(url, timeout))
 
     def encode_images(self, images: list[Image.Image], **images_kwargs: Any) -> BatchFeature:
-        """`pixel_values` `(N, 3, H, W)`, and what else this image processor gives, for N loaded RGB images."""
-        return self.image_processor(images, **images_kwargs)
+        """`pixel_values` `(N, 3, H, W)`, and what else this image processor gives, for N loaded RGB images.
+
+        Raises:
+            ValueError: pictures of 8 bits, and `do_rescale=False`, see [`rescaling_of`].
+        """
+        return self.image_processor(images, **images_kwargs | rescaling_of(self.image_processor, images, images_kwargs))
 
     def _queries(self, queries: str | Sequence[str] | None, rows: int) -> list[str]:
         if queries is None or isinstance(queries, str):
