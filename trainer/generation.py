@@ -34,7 +34,8 @@ def generate_texts(
     Raises:
         ValueError, OSError, TypeError: a row of which no prompt can be made, named; see the collator.
     """
-    keywords = {**missing_tokens(model.generation_config, collator.processor), **decoding}
+    keywords = {**missing_tokens(model.generation_config, collator.processor), "return_dict_in_generate": False}
+    keywords |= decoding
     remaining, was_training = iter(rows), model.training
     model.eval()
     try:
