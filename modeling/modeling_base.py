@@ -85,7 +85,8 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         Raises:
             OSError: nothing there, or no weights.
             ValueError: weights of a backbone are not there; transformers alone would draw random ones. Pickled weights,
-                an adapter beside them, or a config that describes other shapes than the files hold: see
+                an adapter beside them, a config that describes other shapes than the files hold, or a keyword or
+                `config` that contradicts the one they were trained with: see
                 [`~modeling_weight_files.weight_files`] and [`~modeling_weight_files.check_fits`].
         """
         if kwargs.get("use_safetensors") is False:
@@ -99,7 +100,7 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         if pretrained_model_name_or_path is not None:
             where = {name: kwargs[name] for name in WHERE if name in kwargs}
             files = weight_files(pretrained_model_name_or_path, kwargs.get("variant"), **where)
-            check_fits(cls, pretrained_model_name_or_path, files, thin, **kwargs)
+            check_fits(cls, pretrained_model_name_or_path, files, thin, where, **kwargs)
         if thin or by_part:
             model, info = load_in_parts(cls, pretrained_model_name_or_path, files, *args, **kwargs)
         else:
