@@ -6,6 +6,7 @@ path) for what cannot be read or fetched, `TypeError` for an object that is no i
 
 import base64
 import binascii
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -55,8 +56,8 @@ def load_image(source: Any, timeout: float | None = None, max_pixels: int = MAX_
     Args:
         source: a PIL image; an array or tensor, `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1, 3 or 4 channels, of
             integers (8 or 16 bits by their values) or of floats from 0 to 1 (where both layouts fit, numpy's is
-            channels-last and torch's channels-first); a path; an http(s) or data URL; bytes; a binary file; a dict
-            with `bytes` or `path`, as `datasets.Image(decode=False)` gives it.
+            channels-last and torch's channels-first); a path; an http(s) or data URL; base64; bytes; a binary file; a
+            dict with `bytes` or `path`, as `datasets.Image(decode=False)` gives it.
         timeout: seconds a download may take in all, 20 by default; it ends at 100 MiB too.
         max_pixels: a picture with more is refused before it is decoded; so it is above `PIL.Image.MAX_IMAGE_PIXELS`.
 
@@ -217,9 +218,9 @@ def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
     """The name of a source for messages, and its bytes."""
     if isinstance(source, dict):
         if source.get("bytes") is not None:
-            return str(source.get("path") or "the picture"), source["bytes"]
+            return str(source.get("path") or "the picture")[:200], source["bytes"]
         if source.get("path") is None:
-            raise ValueError(f"a dict as an image needs `bytes` or `path`; it has {sorted(map(str, source))}")
+            raise ValueError(f"a dict as an image needs `bytes` or `path`; it has {sorted(map(str, source))!s:.200}")
         source = source["path"]
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "the picture", bytes(source)
@@ -234,8 +235,15 @@ def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
                 raise OSError(f"no regular file: {str(source)[:200]}")
             with open(source, "rb") as file:
                 return str(source), file.read()
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"no such file: {str(source)[:200]}") from error
+        except (FileNotFoundError, OSError, ValueError) as error:
+            absent = isinstance(error, (FileNotFoundError, ValueError)) or error.errno == errno.ENAMETOOLONG
+            if not absent:
+                raise
+            if (data := _raw_base64(source)) is not None:
+                return "the base64 string", data
+            text = str(source)
+            rest = f"… ({len(text)} characters, and no base64 of a picture)" if len(text) > 200 else ""
+            raise FileNotFoundError(f"no such file: {text[:200]}{rest}") from None
     if hasattr(source, "read"):
         if hasattr(source, "seek") and source.seekable():
             source.seek(0)
@@ -246,6 +254,20 @@ def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
     raise TypeError(
         f"{type(source).__name__} is no image: a picture, an array, a path, a URL, bytes or a file is needed"
     )
+
+
+def _raw_base64(source: Any) -> bytes | None:
+    """What a string that names no file says in base64, where it is long enough and Pillow knows a picture in it."""
+    if not isinstance(source, str) or len(source) < 64:
+        return None
+    try:
+        data = base64.b64decode("".join(source.split()), validate=True)
+        Image.open(BytesIO(data), formats=_readable_formats()).close()
+    except (ValueError, Image.UnidentifiedImageError):  # binascii's is one
+        return None
+    except Exception:  # a picture, of which is said later on what is wrong with it
+        return data
+    return data
 
 
 def _from_base64(text: str) -> bytes:

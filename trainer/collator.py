@@ -184,7 +184,7 @@ class LorgnetteCollator:
         text = _text(row, self.text_column)
         ids = self.processor.encode_for_qformer([text])["input_ids"][0]
         if len(ids) <= self.processor.qformer_tokenizer.num_special_tokens_to_add():
-            raise ValueError(f"column '{self.text_column}' is {text!r}, of which the tokenizer makes no tokens")
+            raise ValueError(f"column '{self.text_column}' is {text!r:.100}, of which the tokenizer makes no tokens")
         images = self._sources(row)
         if len(images) != 1:
             raise ValueError(f"{len(images)} images; stage 1 learns from pairs of one image and one text")
@@ -223,7 +223,7 @@ class LorgnetteCollator:
             raise ValueError(f"the last of the messages has to be the assistant's answer; their roles are {roles}")
         output = "\n".join(part.get("text", "<image>") for part in parts_of(answer))
         if count_images([answer]) or not output.strip():
-            raise ValueError(f"the assistant's answer has to be words; it is {output!r}")
+            raise ValueError(f"the assistant's answer has to be words; it is {output!r:.100}")
         has_column = row.get(self.image_column) is not None or "vision_features" in row
         in_column = self._sources(row) if has_column else []
         if in_column and not count_images(messages):
