@@ -36,13 +36,18 @@ Shape = tuple[int, ...]
 # What the weights of a folder were trained with: another value is another model, of which most load all the same
 _TRAINED_WITH = (
     "num_query_tokens",
-    "image_token_id",
-    "vision_feature_layer",
-    "vision_feature_select_strategy",
     *(f"{part}_backbone{of}" for part in ("vision", "text") for of in ("", "_revision")),
 )
-_OF_PARTS = (*SIZES, "cross_attention_frequency", "head_dim", "hidden_act", "image_size", "layer_norm_eps",
-             "model_type", "num_key_value_heads", "num_query_tokens", "patch_size", "use_qformer_text_input")  # fmt: skip
+_OF_PARTS = (
+    *SIZES,
+    "cross_attention_frequency",
+    "head_dim",
+    "hidden_act",
+    "image_size",
+    "layer_norm_eps",
+    "model_type",
+)
+_OF_PARTS += ("num_key_value_heads", "num_query_tokens", "patch_size", "use_qformer_text_input")
 _LORA_OF_A_RUN = ("inference_mode", "init_lora_weights", "lora_dropout")  # may be others where training goes on
 
 
@@ -108,7 +113,7 @@ def check_fits(
         )
     if kwargs.get("ignore_mismatched_sizes"):
         return
-    _check_overrides(cls, name, config, where)
+    _check_overrides(name, config, where)
     found = {key: shape for file in files for key, shape in _shapes_in(file).items()}
     described = _shapes_of(cls, name, config)
     if thin:
@@ -124,12 +129,10 @@ def check_fits(
         raise ValueError(f"{name}{what}: its config describes {needed:,} numbers, and the files hold {room:,}")
 
 
-def _check_overrides(
-    cls: type[PreTrainedModel], name: str | Path, config: PreTrainedConfig, where: dict[str, Any]
-) -> None:
+def _check_overrides(name: str | Path, config: PreTrainedConfig, where: dict[str, Any]) -> None:
     """Raises a ValueError for the first field of a config that says otherwise than the one beside the weights."""
     try:
-        own = cls.config_class.from_dict(PreTrainedConfig.get_config_dict(name, **where)[0])
+        own = type(config).from_dict(PreTrainedConfig.get_config_dict(name, **where)[0])
     except OSError:  # weights alone
         return
     fields = [("", own, config, _TRAINED_WITH)]
