@@ -30,16 +30,24 @@ def asked_for(name: str, kwargs: dict[str, Any], *configs: GenerationConfig | No
     return next((value for value in found if value is not None), None)
 
 
-def check_decoding(kwargs: dict[str, Any], *configs: GenerationConfig | None) -> None:
+def check_decoding(embedded: bool, kwargs: dict[str, Any], *configs: GenerationConfig | None) -> None:
     """Refuse, for a prompt with images, ways of decoding that do not read its embeddings.
 
     Args:
+        embedded: whether the prompt has images, or is given as embeddings.
         kwargs: of `generate`.
         configs: the caller's generation config, and the model's.
 
     Raises:
         ValueError: names the settings.
     """
+    if not embedded:
+        if asked_for("assistant_early_exit", kwargs, *configs) is not None:
+            raise ValueError(
+                "assistant_early_exit ends in the midst of a language model, which is a part of this model: call "
+                "model.language_model.generate(…), which reads the same words"
+            )
+        return
     blind = [name for name in _READS_IDS_ALONE if asked_for(name, kwargs, *configs) not in (None, False)]
     if asked_for("cache_implementation", kwargs, *configs) == "paged":
         blind.append('cache_implementation="paged"')

@@ -369,8 +369,7 @@ class LorgnetteForConditionalGeneration(
         )
         configs = (generation_config, self.generation_config)
         has_images = pixel_values is not None or vision_features is not None
-        if has_images or kwargs.get("inputs_embeds") is not None:
-            check_decoding(kwargs, *configs)
+        check_decoding(has_images or kwargs.get("inputs_embeds") is not None, kwargs, *configs)
         if asked_for("stop_strings", kwargs, *configs) and kwargs.get("tokenizer") is None:
             kwargs["tokenizer"] = self._known_processor("give its tokenizer=, which stop_strings need").tokenizer
         if has_images:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .image_loading import naming
 from .prompt_encoding import IMAGE_TOKEN, mark_as_words
 
 
@@ -38,12 +37,15 @@ def messages_of(conversation: Any) -> list[dict[str, Any]]:
         kind = "one message" if isinstance(items, dict) and "role" in items else f"a {type(conversation).__name__}"
         raise TypeError(f"the messages are {kind}; a list of messages is needed")
     for position, message in enumerate(items):
-        with naming(f"message {position}"):
+        try:
             messages.append(_plain(message))
             parts_of(messages[-1], decode=False)
             if not isinstance(messages[-1].get("role"), str):
                 has = {key: type(value).__name__ for key, value in messages[-1].items()}
-                raise ValueError(f"it has no role; it has {has!s:.200}")
+                raise ValueError(f"a message has no role, but {has!s:.200}")
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{error} (message {position})") from error
     return messages
 
 
@@ -53,8 +55,9 @@ def _plain(value: Any) -> Any:
         try:
             value = json.loads(value)
         except ValueError as error:
-            kind = type(value).__name__
-            raise TypeError(f"a {kind} that is no JSON of messages: {value[:100]!r} ({str(error)[:100]})") from None
+            begins = f"{value[:1]!r}, with which a {type(value).__name__} begins that is no JSON of messages"
+            why = f"{value[:100]!r} ({str(error)[:100]})"
+            raise TypeError(f'a message is {{"role": …, "content": …}}, not {begins}: {why}') from None
     if hasattr(value, "iloc"):  # pandas
         value = value.to_dict("records") if hasattr(value, "columns") else value.tolist()
     if isinstance(value, np.ndarray):

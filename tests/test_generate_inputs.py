@@ -149,6 +149,9 @@ def test_words_alone_may_be_decoded_by_looking_them_up():
     assert torch.equal(built.generate(ids, prompt_lookup_num_tokens=3, **GREEDY), expected)
     settings = GenerationConfig(prefill_chunk_size=2, **GREEDY)
     assert torch.equal(built.generate(ids, generation_config=settings), expected)
+    with pytest.raises(ValueError, match=r"assistant_early_exit .* model\.language_model\.generate"):
+        built.generate(ids, assistant_early_exit=1, **GREEDY)
+    assert torch.equal(built.language_model.generate(ids, assistant_early_exit=1, **GREEDY), expected)
 
 
 # ------------------------------------------------------------------------------------------------ pictures alone

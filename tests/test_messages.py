@@ -103,27 +103,39 @@ def test_batches_of_conversations(processor):
 
 
 REFUSED = {
-    "strings": (["What?", "a cat"], TypeError, "message 0: a str that is no JSON of messages: 'What"),
-    "a string": ("What?", TypeError, "a str that is no JSON of messages: 'What"),
-    "broken JSON": (json.dumps(CHAT)[:-3], TypeError, "a str that is no JSON of messages"),
+    "strings": (["What?", "a cat"], TypeError, "a str begins that is no JSON of messages: 'What.*message 0."),
+    "a string": ("What?", TypeError, "a str begins that is no JSON of messages: 'What"),
+    "broken JSON": (json.dumps(CHAT)[:-3], TypeError, "a str begins that is no JSON of messages"),
     "JSON of a number": ("5", TypeError, "the messages are a (str|int)"),
     "a number": (5, TypeError, "the messages are a int"),
     "NaN": (float("nan"), TypeError, "the messages are a float"),
     "one message": (CHAT[0], TypeError, "the messages are one message"),
-    "no message": ([None, *CHAT], TypeError, "message 0: .* NoneType"),
-    "a list in a list": ([CHAT], TypeError, r"message 0: .* \(a list\)"),
-    "no part": ([{"role": "user", "content": [ASKED[0], None]}, ANSWER], TypeError, "message 0: part 1 is a NoneType"),
-    "a number as a part": ([{"role": "user", "content": [5]}, ANSWER], TypeError, "message 0: part 0 is a int"),
-    "a number as content": ([CHAT[0], ANSWER | {"content": 5}], TypeError, "message 1: .* not a int"),
-    "NaN as content": ([CHAT[0] | {"content": float("nan")}, ANSWER], TypeError, "message 0: .* not a float"),
+    "no message": ([None, *CHAT], TypeError, "NoneType.*.message 0."),
+    "a list in a list": ([CHAT], TypeError, r"\(a list\).*.message 0."),
+    "no part": (
+        [{"role": "user", "content": [ASKED[0], None]}, ANSWER],
+        TypeError,
+        "part 1 is a NoneType.*.message 0.",
+    ),
+    "a number as a part": ([{"role": "user", "content": [5]}, ANSWER], TypeError, "part 0 is a int.*.message 0."),
+    "a number as content": ([CHAT[0], ANSWER | {"content": 5}], TypeError, "not a int.*.message 1."),
+    "NaN as content": ([CHAT[0] | {"content": float("nan")}, ANSWER], TypeError, "not a float.*.message 0."),
     "text without text": (
         [{"role": "user", "content": [{"type": "text", "text": None}]}, ANSWER],
         ValueError,
-        "message 0: a part is",
+        "a part is.*.message 0.",
     ),
-    "no role": ([{"content": "What?"}, ANSWER], ValueError, "message 0: it has no role; it has {'content': 'str'}"),
-    "None as a role": ([{"role": None, "content": "What?"}, ANSWER], ValueError, "message 0: it has no role"),
-    "other names": ([{"from": "human", "value": "What?"}], ValueError, "message 0: it has no role; .*'from'"),
+    "no role": (
+        [{"content": "What?"}, ANSWER],
+        ValueError,
+        "a message has no role, but {'content': 'str'}.*.message 0.",
+    ),
+    "None as a role": ([{"role": None, "content": "What?"}, ANSWER], ValueError, "a message has no role.*.message 0."),
+    "other names": (
+        [{"from": "human", "value": "What?"}],
+        ValueError,
+        "a message has no role, but .*'from'.*.message 0.",
+    ),
     "lists of two lengths": (
         {"role": ["user", "assistant"], "content": ["What?"]},
         ValueError,
@@ -148,7 +160,7 @@ def test_the_rest_is_refused_with_row_and_type(processor, case):
         with pytest.raises(kind, match=f"row 7: .*{message}"):
             read()
     if case != "a list in a list":
-        with pytest.raises(kind, match=message.removeprefix("message 0: ")):
+        with pytest.raises(kind, match=message.partition(".*.mess")[0]):
             processor.apply_chat_template(chat)
 
 
