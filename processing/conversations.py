@@ -15,7 +15,10 @@ from .prompt_encoding import IMAGE_TOKEN, mark_as_words
 def conversations_of(given: Any) -> tuple[list[list[dict[str, Any]]], bool]:
     """Conversations, each as [`messages_of`] gives it, and whether there are several; raises what it does."""
     items = _plain(given)
-    first = _plain(items[0]) if isinstance(items, list) and items else None
+    try:
+        first = _plain(items[0]) if isinstance(items, list) and items else None
+    except (TypeError, ValueError):  # below it is said which message that is
+        first = None
     if isinstance(first, list):
         return [messages_of(item) for item in items], True
     return [messages_of(items)], False
@@ -54,7 +57,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (str, bytes)):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             begins = f"{value[:1]!r}, with which a {type(value).__name__} begins that is no JSON of messages"
             why = f"{value[:100]!r} ({str(error)[:100]})"
             raise TypeError(f'a message is {{"role": …, "content": …}}, not {begins}: {why}') from None

@@ -165,7 +165,13 @@ def test_the_rest_is_refused_with_row_and_type(processor, case):
 
 
 def test_errors_do_not_repeat_a_long_chat(processor):
-    for chat in ("x" * 100_000, ["x" * 100_000], [{"x" * 100_000: "y"}], {"x" * 100_000: [1], "y": [1, 2]}):
+    for chat in (
+        "x" * 100_000,
+        ["x" * 100_000],
+        [{"x" * 100_000: "y"}],
+        {"x" * 100_000: [1], "y": [1, 2]},
+        "[" * 100_000,
+    ):
         with pytest.raises((TypeError, ValueError)) as caught:
             LorgnetteCollator(processor)([{"image": tiny.picture(), "messages": chat}])
         assert len(str(caught.value)) < 500

@@ -259,5 +259,5 @@ def _open_picture(value: Any, number: int | None, base: Path | None) -> Any:
             with fsspec.open(value, "rb") as file:
                 return file.read()
         except OSError as error:
-            raise OSError(f"row {number}: cannot read {value}: {error}") from error
+            raise OSError(f"row {number}: cannot read {value[:200]}: {str(error)[:300]}") from error
     return str(base / value) if base is not None else value
