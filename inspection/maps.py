@@ -237,10 +237,12 @@ def picture_seen(
         pixels = pixels[: grid[0] * grid[1]].unflatten(0, grid).unflatten(-1, (*patch, -1))  # (h, w, p, p, 3)
         pixels = pixels.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)  # (3, H, W)
     settings = processor.image_processor
+    rescaled = getattr(settings, "do_rescale", True)
     if getattr(settings, "do_normalize", False):
+        rescaled = rescaled or max(settings.image_mean) <= 1  # floats from 0 to 1 were given
         mean, std = (torch.tensor(list(value)).view(-1, 1, 1) for value in (settings.image_mean, settings.image_std))
         pixels = pixels * std + mean
-    levels = 255 if getattr(settings, "do_rescale", True) else 1
+    levels = 255 if rescaled else 1
     pixels = (pixels * levels).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 

@@ -85,7 +85,8 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         Raises:
             OSError: nothing there, or no weights.
             ValueError: weights of a backbone are not there; transformers alone would draw random ones. Pickled weights,
-                an adapter beside them, or a config that describes other shapes than the files hold: see
+                an adapter beside them, a config that describes other shapes than the files hold, or a keyword or
+                `config` that contradicts the one they were trained with: see
                 [`~modeling_weight_files.weight_files`] and [`~modeling_weight_files.check_fits`].
         """
         if kwargs.get("use_safetensors") is False:
@@ -99,7 +100,7 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         if pretrained_model_name_or_path is not None:
             where = {name: kwargs[name] for name in WHERE if name in kwargs}
             files = weight_files(pretrained_model_name_or_path, kwargs.get("variant"), **where)
-            check_fits(cls, pretrained_model_name_or_path, files, thin, **kwargs)
+            check_fits(cls, pretrained_model_name_or_path, files, thin, where, **kwargs)
         if thin or by_part:
             model, info = load_in_parts(cls, pretrained_model_name_or_path, files, *args, **kwargs)
         else:
@@ -251,6 +252,21 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         complete_card(card, self.config, PreTrainedConfig.get_config_dict(working_dir)[0]["saved_form"])
         card.save(path)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _known_processor(self, otherwise: str = "pass processor=") -> Any:
+        """The processor that the model was joined with or lay beside; `otherwise` says what to do without one.
+
+        Raises:
+            ValueError: none is known. OSError: the files beside the model do not make one.
+        """
+        if isinstance(self._processor, ProcessorBeside):
+            try:
+                return self._processor.load()
+            except OSError as error:
+                raise OSError(f"{error}; {otherwise}") from error
+        if self._processor is None:
+            raise ValueError(f"No processor is known to this model: {otherwise}")
+        return self._processor
 
     def _save_beside(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None) -> None:
         """Write what belongs to a saved model besides config, weights and processor: nothing, for most."""

@@ -85,6 +85,8 @@ class ProcessorBeside:
         if self._loaded is None:
             with TemporaryDirectory() as folder:
                 self.save_pretrained(folder)
+                if not self.files:
+                    raise OSError(f"No processor lies beside the weights of {self.name}")
                 self._loaded = LorgnetteProcessor.from_pretrained(folder, trust_remote_code=False)
         return self._loaded
 

@@ -82,7 +82,7 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """See [`LorgnetteForConditionalGeneration.generate`]."""
         with_head = self.head_class(self.config, headless=self)
-        with_head.generation_config = self.generation_config
+        with_head.generation_config, with_head._processor = self.generation_config, self._processor
         return with_head.generate(*args, **kwargs)
 
     @can_return_tuple
@@ -139,9 +139,15 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`(B, S)`, True at the `<image>` placeholders; found by their embedding where there are no ids."""
+        """`(B, S)`, True at the `<image>` placeholders; found by their embedding where there are no ids.
+
+        Raises:
+            ValueError: neither is given; or the placeholder has no embedding, for its id is past the table.
+        """
         if input_ids is not None:
             return input_ids == self.config.image_token_id
+        if inputs_embeds is None:
+            raise ValueError("Give input_ids, or inputs_embeds: the prompt, with placeholders for its images")
         table = self.get_input_embeddings()
         if self.config.image_token_id >= table.num_embeddings:
             raise ValueError(

@@ -34,6 +34,7 @@ from .modeling_base import LorgnettePreTrainedModel
 from .modeling_blip2 import Blip2Generation
 from .modeling_bridges import Bridges
 from .modeling_checks import IGNORED, checked_shared
+from .modeling_decoding import asked_for, check_decoding, prompts_of
 from .modeling_headless import LorgnetteModel
 from .modeling_lora import resolve_lora_config
 from .modeling_outputs_lorgnette import KV_CACHE, LorgnetteCausalLMOutputWithPast, LorgnetteImageFeatures, one_cache
@@ -356,14 +357,29 @@ class LorgnetteForConditionalGeneration(
         Each image is encoded once, before the loop over tokens and beams. Placeholders cannot be generated, and logits
         processors (repetition penalty and the like) do not see them.
 
+        A batch with `labels`, as `Seq2SeqTrainer(predict_with_generate=True)` gives it, is cut to its prompts, which
+        are padded on the left: S is their width. Images without `input_ids` are asked the processor's own query, each
+        in a row of its own; the processor is the one that the model was joined with or lay beside.
+
         Raises:
-            ValueError: as in `forward`; or images with a way of decoding that reads token ids alone.
+            ValueError: as in `forward`; prompts padded on the right, labels that are not one answer at the end of each
+                row; images with a way of decoding that reads token ids alone; images alone, and no processor known.
         """
-        input_ids = inputs if input_ids is None else input_ids
-        if pixel_values is not None or vision_features is not None:
-            blind = [name for name in _READS_IDS_ALONE if kwargs.get(name) is not None]
-            if blind:
-                raise ValueError(f"{', '.join(blind)}: this way of decoding sees token ids alone, not the images")
+        input_ids, kwargs = prompts_of(
+            inputs if input_ids is None else input_ids, kwargs, self.generation_config.pad_token_id
+        )
+        configs = (generation_config, self.generation_config)
+        has_images = pixel_values is not None or vision_features is not None
+        check_decoding(has_images or kwargs.get("inputs_embeds") is not None, kwargs, *configs)
+        if asked_for("stop_strings", kwargs, *configs) and kwargs.get("tokenizer") is None:
+            kwargs["tokenizer"] = self._known_processor("give its tokenizer=, which stop_strings need").tokenizer
+        if has_images:
+            if input_ids is None and kwargs.get("inputs_embeds") is None:
+                pictures = pixel_values if vision_features is None else vision_features
+                count = len(pictures if image_rows is None else image_rows)
+                input_ids, words = self._own_prompts(count)
+                if qformer_input_ids is None:
+                    qformer_input_ids, qformer_attention_mask = words
             kwargs["inputs_embeds"], _ = self.base_model.embed(
                 input_ids,
                 kwargs.get("inputs_embeds"),
@@ -377,6 +393,19 @@ class LorgnetteForConditionalGeneration(
                 qformer_attention_mask=qformer_attention_mask,
             )
         return super().generate(input_ids, generation_config, **kwargs)
+
+    def _own_prompts(self, count: int) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
+        """`(count, S)`: what the processor asks of one image each; and the same for the Q-Former, ids and mask."""
+        processor = self._known_processor(
+            "give input_ids with the images' placeholders, or the model its processor: adopt_processor(…)"
+        )
+        self.check_processor(processor)
+        prompt, _ = processor.encode_example(None)
+        words = (None, None)
+        if self.config.qformer_config.use_qformer_text_input:
+            encoded = processor.encode_for_qformer([processor.query] * count, return_tensors="pt")
+            words = (encoded["input_ids"].to(self.device), encoded["attention_mask"].to(self.device))
+        return torch.tensor([prompt] * count, device=self.device), words
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs
@@ -411,9 +440,6 @@ def _leave_out_placeholders(
         "completion, or LorgnetteCollator as data_collator, have none"
     )
     return args, kwargs | {"labels": labels.masked_fill(labelled, IGNORED)}
-
-
-_READS_IDS_ALONE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
 
 
 __all__ = ["LorgnetteForConditionalGeneration"]

@@ -1,12 +1,11 @@
 """Which text fits which picture: retrieval with a stage-1 model, by ITC, re-ranked by ITM (BLIP-2, section 4.4)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from .modeling_companions import ProcessorBeside
 from .modeling_losses import similarities
 from .modeling_placeholders import check_finite
 
@@ -20,8 +19,8 @@ class ImageTextRanking:
     @torch.no_grad()
     def retrieve(
         self,
-        images: Sequence[Any] | torch.Tensor,
-        texts: Sequence[str],
+        images: Iterable[Any] | torch.Tensor,
+        texts: Iterable[str],
         *,
         rerank: bool | int = False,
         processor: Any = None,
@@ -31,8 +30,8 @@ class ImageTextRanking:
 
         Args:
             images: M pictures, of any kind that [`LorgnetteProcessor`] takes; or the ViT's features of them,
-                `(M, L, E)`.
-            texts: N strings.
+                `(M, L, E)`. An iterator is read to its end.
+            texts: N strings; or an iterator over them.
             rerank: let ITM look at the best pairs: of each picture its nearest texts and of each text its nearest
                 pictures, 128 each as in BLIP-2 (appendix), or this number. They come before all other pairs.
             processor: by default the one that the model was joined with or lay beside.
@@ -42,13 +41,11 @@ class ImageTextRanking:
             `(M, N)` float32 on the CPU: cosines, from -1 to 1; where re-ranked, 2 + the cosine + ITM's probability.
 
         Raises:
-            TypeError: one string in place of a list of them.
+            TypeError: one string, picture or dict in place of a list of them.
             ValueError: nothing to compare; a model without ITC, or, to re-rank, without ITM; no processor known, or
                 one that does not fit.
         """
-        for name, given in (("images", images), ("texts", texts)):
-            if isinstance(given, str):
-                raise TypeError(f"{name} is one string ({given!r}); a list is needed")
+        images, texts = _listed("images", images), _listed("texts", texts)
         if rerank:
             self._require("itm_weight", "nothing can re-rank")
         if len(images) == 0 or len(texts) == 0:
@@ -102,12 +99,16 @@ class ImageTextRanking:
                 scores[at[0], at[1]] += 2 + logits.float().softmax(dim=-1)[:, 1]
         return scores.cpu()
 
-    def _known_processor(self) -> Any:
-        if isinstance(self._processor, ProcessorBeside):
-            return self._processor.load()
-        if self._processor is None:
-            raise ValueError("No processor is known to this model: pass processor=")
-        return self._processor
+
+def _listed(name: str, given: Any) -> Any:
+    """What has a length and is looked up by position; iterators are read into a list."""
+    if isinstance(given, str):
+        raise TypeError(f"{name} is one string ({given[:100]!r}); a list is needed")
+    if isinstance(given, (bytes, bytearray, Mapping)) or not (isinstance(given, Iterable) or hasattr(given, "__len__")):
+        raise TypeError(f"{name} is a {type(given).__name__}; a list is needed")
+    if hasattr(given, "iloc"):  # pandas looks up by label
+        return given.tolist()
+    return given if hasattr(given, "__len__") and hasattr(given, "__getitem__") else list(given)
 
 
 def take_rows(tensors: Mapping[str, torch.Tensor | None], rows: torch.Tensor) -> dict[str, torch.Tensor | None]:

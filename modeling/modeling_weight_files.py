@@ -11,6 +11,7 @@ import math
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,10 +27,28 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from ..configuration.configuration_lorgnette import SIZES
 from .modeling_forms import is_backbone_key
 
 
 Shape = tuple[int, ...]
+
+# What the weights of a folder were trained with: another value is another model, of which most load all the same
+_TRAINED_WITH = (
+    "num_query_tokens",
+    *(f"{part}_backbone{of}" for part in ("vision", "text") for of in ("", "_revision")),
+)
+_OF_PARTS = (
+    *SIZES,
+    "cross_attention_frequency",
+    "head_dim",
+    "hidden_act",
+    "image_size",
+    "layer_norm_eps",
+    "model_type",
+)
+_OF_PARTS += ("num_key_value_heads", "num_query_tokens", "patch_size", "use_qformer_text_input")
+_LORA_OF_A_RUN = ("inference_mode", "init_lora_weights", "lora_dropout")  # may be others where training goes on
 
 
 def weight_files(name: str | Path, variant: str | None = None, **where: Any) -> list[str]:
@@ -68,18 +87,22 @@ def weight_files(name: str | Path, variant: str | None = None, **where: Any) -> 
     return get_checkpoint_shard_files(name, index, **where)[0]
 
 
-def check_fits(cls: type[PreTrainedModel], name: str | Path, files: list[str], thin: bool, **kwargs: Any) -> None:
+def check_fits(
+    cls: type[PreTrainedModel], name: str | Path, files: list[str], thin: bool, where: dict[str, Any], **kwargs: Any
+) -> None:
     """Compare a model's config with the shapes that its files hold, before anything is loaded.
 
     Args:
         cls: the class that is to be loaded.
         files: from [`weight_files`].
         thin: whether the backbones are not in them.
+        where: as in [`weight_files`].
         kwargs: of `from_pretrained`.
 
     Raises:
         ValueError: no model can be built of the config; a tensor has another shape in the files, with both; the config
-            describes more than twice as many numbers as there are; or it names other files.
+            describes more than twice as many numbers as there are; it names other files; or it contradicts the config
+            that lies beside them, with both values.
     """
     config = kwargs.pop("config", None)
     if not isinstance(config, PreTrainedConfig):
@@ -90,6 +113,7 @@ def check_fits(cls: type[PreTrainedModel], name: str | Path, files: list[str], t
         )
     if kwargs.get("ignore_mismatched_sizes"):
         return
+    _check_overrides(name, config, where)
     found = {key: shape for file in files for key, shape in _shapes_in(file).items()}
     described = _shapes_of(cls, name, config)
     if thin:
@@ -103,6 +127,36 @@ def check_fits(cls: type[PreTrainedModel], name: str | Path, files: list[str], t
         lacking = sorted(key for key in described.keys() - found.keys() if is_backbone_key(cls, key))
         what = f" lacks {len(lacking)} weights of its backbones ({lacking[0]}, …)" if lacking else ""
         raise ValueError(f"{name}{what}: its config describes {needed:,} numbers, and the files hold {room:,}")
+
+
+def _check_overrides(name: str | Path, config: PreTrainedConfig, where: dict[str, Any]) -> None:
+    """Raises a ValueError for the first field of a config that says otherwise than the one beside the weights."""
+    try:
+        own = type(config).from_dict(PreTrainedConfig.get_config_dict(name, **where)[0])
+    except OSError:  # weights alone
+        return
+    fields = [("", own, config, _TRAINED_WITH)]
+    fields += [(f"{part}.", getattr(own, part), getattr(config, part), _OF_PARTS) for part in own.sub_configs]
+    lora = [getattr(each, "lora_config", None) for each in (own, config)]
+    if None in lora and lora[0] != lora[1]:
+        fields.append(("", own, config, ("lora_config",)))
+    elif lora[0] is not None:
+        rank = [SimpleNamespace(**{key: each.get(key) for key in {**lora[0], **lora[1]}}) for each in lora]
+        fields.append(("lora_config.", *rank, sorted(vars(rank[0]).keys() - set(_LORA_OF_A_RUN))))
+    for prefix, saved, asked, names in fields:
+        for field in names:
+            here, there = getattr(saved, field, None), getattr(asked, field, None)
+            if here != there and not ("backbone" in field and there is None):  # which the folder says
+                raise ValueError(
+                    f"{name}: {prefix}{field} is {here!r} in its config, with which its weights were trained, and "
+                    f"{there!r} was asked for: leave it out, or build such a model anew with from_backbones"
+                )
+    for weight in ("itc_weight", "itm_weight"):
+        if not getattr(own, weight, 1) and getattr(config, weight):
+            asked = getattr(config, weight)
+            raise ValueError(
+                f"{name}: {weight} is 0 in its config, and so its weights are not there; {asked} was asked"
+            )
 
 
 def _shapes_in(file: str) -> dict[str, Shape]:

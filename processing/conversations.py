@@ -2,39 +2,117 @@
 
 import base64
 import binascii
+import json
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from .prompt_encoding import IMAGE_TOKEN, mark_as_words
 
 
-def is_batch(conversation: Any) -> bool:
-    """Whether these are several conversations rather than one list of messages."""
-    return bool(conversation) and not isinstance(conversation[0], dict)
+def conversations_of(given: Any) -> tuple[list[list[dict[str, Any]]], bool]:
+    """Conversations, each as [`messages_of`] gives it, and whether there are several; raises what it does."""
+    items = _plain(given)
+    try:
+        first = _plain(items[0]) if isinstance(items, list) and items else None
+    except (TypeError, ValueError):  # below it is said which message that is
+        first = None
+    if isinstance(first, list):
+        return [messages_of(item) for item in items], True
+    return [messages_of(items)], False
 
 
-def parts_of(message: dict[str, Any]) -> list[dict[str, Any]]:
+def messages_of(conversation: Any) -> list[dict[str, Any]]:
+    """A conversation as a list of messages, from what data sets hold it in.
+
+    Args:
+        conversation: messages in a list, a tuple, an array or a column or table of pandas; a dict of lists, as
+            `datasets` has it for a sequence of structs; JSON of any of these. A message may be JSON as well.
+
+    Raises:
+        ValueError: a message without a role, lists of different lengths, a string that is no JSON.
+        TypeError: something else, or a message that is something else; says which, and its type.
+    """
+    items, messages = _plain(conversation), []
+    if not isinstance(items, list):
+        kind = "one message" if isinstance(items, dict) and "role" in items else f"a {type(conversation).__name__}"
+        raise TypeError(f"the messages are {kind}; a list of messages is needed")
+    for position, message in enumerate(items):
+        try:
+            messages.append(_plain(message))
+            parts_of(messages[-1], decode=False)
+            if not isinstance(messages[-1].get("role"), str):
+                has = {key: type(value).__name__ for key, value in messages[-1].items()}
+                raise ValueError(f"a message has no role, but {has!s:.200}")
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{error} (message {position})") from error
+    return messages
+
+
+def _plain(value: Any) -> Any:
+    """Lists and dicts for what holds the same in another way; anything else as it is."""
+    if isinstance(value, (str, bytes)):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            begins = f"{value[:1]!r}, with which a {type(value).__name__} begins that is no JSON of messages"
+            why = f"{value[:100]!r} ({str(error)[:100]})"
+            raise TypeError(f'a message is {{"role": …, "content": …}}, not {begins}: {why}') from None
+    if hasattr(value, "iloc"):  # pandas
+        value = value.to_dict("records") if hasattr(value, "columns") else value.tolist()
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        value = dict(value)
+        return value if isinstance(value.get("role"), str) else _records(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _records(columns: dict[str, Any]) -> Any:
+    """A dict of lists as a list of dicts; as it is, where not all of its values are lists."""
+    if not columns or not all(isinstance(column, (list, tuple, np.ndarray)) for column in columns.values()):
+        return columns
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"a dict of lists of different lengths: {lengths!s:.200}")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def parts_of(message: dict[str, Any], decode: bool = True) -> list[dict[str, Any]]:
     """The parts of a message: `{"type": "text", "text": …}` and `{"type": "image"}`, with its picture under `"image"`.
 
     A picture may also stand under `url`, `path`, `base64`, or as OpenAI's `image_url`. Keys with None count as absent,
-    for a dataset fills up its rows with them.
+    for a dataset fills up its rows with them. The content may be one part, or a dict of lists.
+
+    Args:
+        decode: base64; without it, a part's picture is its base64.
 
     Raises:
         ValueError: a part of another type, a text part without text.
-        TypeError: the message is no dict.
+        TypeError: the message is no dict, its content or a part of it is something else.
     """
     if not isinstance(message, dict):
-        raise TypeError(f'a message is {{"role": …, "content": …}}, not {str(message)[:100]!r}')
+        kind = type(message).__name__
+        raise TypeError(f'a message is {{"role": …, "content": …}}, not {str(message)[:100]!r} (a {kind})')
     content = message.get("content")
     if content is None or isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
-    return [_part(part) for part in content]
+    if isinstance(content, Mapping):
+        content = _records(dict(content))
+        content = [content] if isinstance(content, dict) else content
+    if not isinstance(content, (list, tuple, np.ndarray)):
+        raise TypeError(f"the content of a message is a string or a list of parts, not a {type(content).__name__}")
+    return [_part(part, position, decode) for position, part in enumerate(content)]
 
 
-def _part(part: Any) -> dict[str, Any]:
+def _part(part: Any, position: int, decode: bool) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
+    if not isinstance(part, Mapping):
+        raise TypeError(f'part {position} is a {type(part).__name__}; {{"type": …}} or a string is needed')
     part = {key: value for key, value in part.items() if value is not None}
     if part.get("type") == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
@@ -44,6 +122,8 @@ def _part(part: Any) -> dict[str, Any]:
     if part.get("type") != "image":
         raise ValueError(f'a part is {{"type": "text", "text": …}} or {{"type": "image", …}}, not {str(part)[:100]}')
     if "base64" in part:
+        if not decode:
+            return {"type": "image", "image": part["base64"]}
         try:
             return {"type": "image", "image": base64.b64decode(part["base64"], validate=True)}
         except binascii.Error as error:

@@ -54,11 +54,11 @@ def download(
         with opener.open(request, timeout=allowance.seconds) as response:
             while chunk := response.read1(2**16):
                 data += chunk
-            return f"{url} ({response.headers.get_content_type()})", bytes(data)
+            return f"{url[:200]} ({response.headers.get_content_type()})", bytes(data)
     except (OSError, HTTPException, ValueError) as error:
         cause = error.reason if isinstance(error, URLError) and isinstance(error.reason, OSError) else error
         kind = next((kind for kind in (PermissionError, TimeoutError) if isinstance(cause, kind)), OSError)
-        raise kind(f"cannot fetch {url}: {cause}") from error
+        raise kind(f"cannot fetch {url[:200]}: {str(cause)[:300]}") from error
 
 
 def _as_browsers_send(url: str) -> str:

@@ -6,6 +6,7 @@ path) for what cannot be read or fetched, `TypeError` for an object that is no i
 
 import base64
 import binascii
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ MAX_IMAGE_PIXELS = 50_000_000  # a pixel takes up to 20 bytes while it is decode
 # and of any size, ICO decodes before anybody has seen the size, and DDS is decoded in Python, a pixel after another.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _FLOAT_SLACK = 1e-3  # resizing overshoots 0 and 1 by a little
+_WERE_FLOATS = "lorgnette: floats from 0 to 1"  # in `info` of a loaded picture
 
 
 @contextmanager
@@ -54,8 +56,8 @@ def load_image(source: Any, timeout: float | None = None, max_pixels: int = MAX_
     Args:
         source: a PIL image; an array or tensor, `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1, 3 or 4 channels, of
             integers (8 or 16 bits by their values) or of floats from 0 to 1 (where both layouts fit, numpy's is
-            channels-last and torch's channels-first); a path; an http(s) or data URL; bytes; a binary file; a dict
-            with `bytes` or `path`, as `datasets.Image(decode=False)` gives it.
+            channels-last and torch's channels-first); a path; an http(s) or data URL; base64; bytes; a binary file; a
+            dict with `bytes` or `path`, as `datasets.Image(decode=False)` gives it.
         timeout: seconds a download may take in all, 20 by default; it ends at 100 MiB too.
         max_pixels: a picture with more is refused before it is decoded; so it is above `PIL.Image.MAX_IMAGE_PIXELS`.
 
@@ -75,9 +77,7 @@ def load_image(source: Any, timeout: float | None = None, max_pixels: int = MAX_
             _check_size(*source.size, max_pixels)
             return _to_rgb(ImageOps.exif_transpose(source))
     if isinstance(source, torch.Tensor):
-        source = source.detach().cpu()
-        source = (source.float() if source.is_floating_point() else source).numpy()
-        return _from_array(source, channels_first=True, max_pixels=max_pixels)
+        return _from_array(_to_numpy(source), channels_first=True, max_pixels=max_pixels)
     if isinstance(source, np.ndarray):
         return _from_array(source, channels_first=False, max_pixels=max_pixels)
     name, data = _read(source, timeout)
@@ -110,6 +110,57 @@ def load_image_for(
                 f"the {limit} that are allowed"
             )
     return image
+
+
+def laid_out(source: Any, layout: Any) -> Any:
+    """An array or tensor whose layout the caller tells (`input_data_format`), as a numpy array with channels last.
+
+    Raises:
+        ValueError: there are not 1, 3 or 4 channels where the layout has them; or another layout.
+    """
+    layout = getattr(layout, "value", layout)
+    if layout not in (None, "channels_first", "channels_last"):
+        raise ValueError(f'input_data_format is {layout!r}; it takes "channels_first" or "channels_last"')
+    if layout is None or getattr(source, "ndim", None) != 3:
+        return source
+    pixels = _to_numpy(source) if isinstance(source, torch.Tensor) else source
+    pixels = np.moveaxis(pixels, 0, -1) if layout == "channels_first" else pixels
+    if pixels.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"input_data_format is {layout!r}, and the image has the shape {tuple(source.shape)}")
+    return pixels
+
+
+def rescaling_of(image_processor: Any, images: list[Image.Image], settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with which an image processor that does not rescale reads loaded pictures, which have 8 bits each.
+
+    Pictures that were given as floats from 0 to 1 are divided by 255 again.
+
+    Args:
+        settings: the caller's, which win over the image processor's own.
+
+    Raises:
+        ValueError: pictures of 8 bits that it would take for values from 0 to 1; names the first, with its values.
+    """
+    own, asked = (
+        [setting(name) for name in ("do_rescale", "rescale_factor", "do_normalize", "image_mean")]
+        for setting in (
+            lambda name: getattr(image_processor, name, None),
+            lambda name: getattr(image_processor, name, None) if settings.get(name) is None else settings[name],
+        )
+    )
+    rescales, factor, normalizes, mean = asked
+    if (rescales is not False and factor != 1) or (normalizes and mean is not None and np.max(mean) > 1):
+        return {}  # or the mean is one of values from 0 to 255
+    of_8_bits = [position for position, image in enumerate(images) if not image.info.get(_WERE_FLOATS)]
+    raw = own[0] is False and own[2] is False  # a ViT that takes values as they come
+    if of_8_bits and not (raw and len(of_8_bits) == len(images)):
+        low, high = np.asarray(images[of_8_bits[0]]).min(), np.asarray(images[of_8_bits[0]]).max()
+        what = "do_rescale is False" if rescales is False else f"rescale_factor is {factor}"
+        raise ValueError(
+            f"image {of_8_bits[0]}: {what}, which is for floats from 0 to 1, and its 8-bit values run from {low} to "
+            f"{high} (image_mean is {mean}): give such floats, or have it rescaled"
+        )
+    return {} if of_8_bits else {"do_rescale": True, "rescale_factor": 1 / 255}
 
 
 def _made_of(image_processor: Any, width: int, height: int) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -167,9 +218,9 @@ def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
     """The name of a source for messages, and its bytes."""
     if isinstance(source, dict):
         if source.get("bytes") is not None:
-            return str(source.get("path") or "the picture"), source["bytes"]
+            return str(source.get("path") or "the picture")[:200], source["bytes"]
         if source.get("path") is None:
-            raise ValueError(f"a dict as an image needs `bytes` or `path`; it has {sorted(map(str, source))}")
+            raise ValueError(f"a dict as an image needs `bytes` or `path`; it has {sorted(map(str, source))!s:.200}")
         source = source["path"]
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "the picture", bytes(source)
@@ -184,8 +235,15 @@ def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
                 raise OSError(f"no regular file: {str(source)[:200]}")
             with open(source, "rb") as file:
                 return str(source), file.read()
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"no such file: {str(source)[:200]}") from error
+        except (FileNotFoundError, OSError, ValueError) as error:
+            absent = isinstance(error, (FileNotFoundError, ValueError)) or error.errno == errno.ENAMETOOLONG
+            if not absent:
+                raise
+            if (data := _raw_base64(source)) is not None:
+                return "the base64 string", data
+            text = str(source)
+            rest = f"… ({len(text)} characters, and no base64 of a picture)" if len(text) > 200 else ""
+            raise FileNotFoundError(f"no such file: {text[:200]}{rest}") from None
     if hasattr(source, "read"):
         if hasattr(source, "seek") and source.seekable():
             source.seek(0)
@@ -196,6 +254,20 @@ def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
     raise TypeError(
         f"{type(source).__name__} is no image: a picture, an array, a path, a URL, bytes or a file is needed"
     )
+
+
+def _raw_base64(source: Any) -> bytes | None:
+    """What a string that names no file says in base64, where it is long enough and Pillow knows a picture in it."""
+    if not isinstance(source, str) or len(source) < 64:
+        return None
+    try:
+        data = base64.b64decode("".join(source.split()), validate=True)
+        Image.open(BytesIO(data), formats=_readable_formats()).close()
+    except (ValueError, Image.UnidentifiedImageError):  # binascii's is one
+        return None
+    except Exception:  # a picture, of which is said later on what is wrong with it
+        return data
+    return data
 
 
 def _from_base64(text: str) -> bytes:
@@ -238,13 +310,15 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    were_floats = image.mode == "F" or image.info.get(_WERE_FLOATS) is True
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = Image.fromarray(_to_uint8(np.asarray(image)))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    image.info = {}  # EXIF and the like has been heeded; to read it once more may fail, where it is broken
+    # EXIF and the like has been heeded; to read it once more may fail, where it is broken
+    image.info = {_WERE_FLOATS: True} if were_floats else {}
     return image
 
 
@@ -260,7 +334,14 @@ def _from_array(pixels: np.ndarray, channels_first: bool, max_pixels: int) -> Im
     if pixels.ndim == 3 and pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
     _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_uint8(pixels))))
+    image = Image.fromarray(np.ascontiguousarray(_to_uint8(pixels)))
+    image.info[_WERE_FLOATS] = pixels.dtype.kind == "f"
+    return _to_rgb(image)
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
 def _to_uint8(values: np.ndarray) -> np.ndarray:

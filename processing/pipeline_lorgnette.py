@@ -48,7 +48,8 @@ class LorgnetteImageToTextPipeline(Pipeline):
                 have one under `image`) or a generator of them. A list in a list is several images in one prompt.
             images: the same as `inputs`, by the name that scripts of old use.
             prompt: what to ask about each, plain text.
-            generate_kwargs: for `generate`.
+            generate_kwargs: for `generate`. `stop_strings` need no tokenizer here; of a `return_dict_in_generate` the
+                sequences are read.
             max_new_tokens: the same as in `generate_kwargs`.
             timeout: seconds for the download of an image.
             batch_size, num_workers: as all pipelines have them.
@@ -115,7 +116,11 @@ class LorgnetteImageToTextPipeline(Pipeline):
             generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
         else:  # transformers 5.17
             generate_kwargs.setdefault("generation_config", self.generation_config)
+        configs = (self.model.generation_config, generate_kwargs.get("generation_config"))
+        if "stop_strings" in generate_kwargs or any(getattr(config, "stop_strings", None) for config in configs):
+            generate_kwargs.setdefault("tokenizer", self.processor.tokenizer)
         ids = self.model.generate(**model_inputs, **generate_kwargs)
+        ids = getattr(ids, "sequences", ids)  # where return_dict_in_generate asks for all there is
         rows, length = model_inputs["input_ids"].shape
         return {"answers": ids[:, length:].unflatten(0, (rows, -1))}  # (B, num_return_sequences, T)
 

@@ -27,8 +27,8 @@ from ..configuration.backbone_sources import from_pretrained_arguments, load_qfo
 from ..configuration.configuration_lorgnette import AUTO_PROCESSOR, MAX_QUERY_TOKENS
 from ..configuration.remote_code import save_remote_code
 from .blip2_prompts import BLIP2_TEMPLATE
-from .conversations import flatten, images_in, is_batch, query_in
-from .image_loading import MAX_IMAGE_PIXELS, load_image_for, naming, read_web_image
+from .conversations import conversations_of, flatten, images_in, query_in
+from .image_loading import MAX_IMAGE_PIXELS, laid_out, load_image_for, naming, read_web_image, rescaling_of
 from .image_rows import match_images, rows_of, texts_of
 from .prompt_encoding import (
     IMAGE_TOKEN,
@@ -254,9 +254,9 @@ class LorgnetteProcessor(ProcessorMixin):
         """As `ProcessorMixin.apply_chat_template`, for the templates of text-only LMs, and for LMs without any.
 
         Args:
-            conversation: messages, or a list of such lists. Their contents are strings or lists of
-                `{"type": "text", "text": …}` and `{"type": "image"}`; a picture stands under `image`, `url`, `path` or
-                `base64`, or comes in `processor_kwargs["images"]`.
+            conversation: messages, or a list of such lists; [`messages_of`] says in what else they may be. Their
+                contents are strings or lists of `{"type": "text", "text": …}` and `{"type": "image"}`; a picture stands
+                under `image`, `url`, `path` or `base64`, or comes in `processor_kwargs["images"]`.
             chat_template: Jinja, or the name of one of the tokenizer's; its default one by default.
             tokenize: give token ids, not a string, and process the images.
             return_dict: give all that the model reads (a `BatchFeature`), not only `input_ids`.
@@ -264,21 +264,22 @@ class LorgnetteProcessor(ProcessorMixin):
             kwargs: `add_generation_prompt`, `continue_final_message`, `tools` … for the template.
 
         Raises:
-            ValueError: an empty conversation, a part of another type, a template that refuses the conversation.
+            ValueError: an empty conversation, a part of another type, a template that refuses the conversation; for
+                TypeError see [`messages_of`].
         """
-        if not conversation:
+        batch, is_batch = conversations_of(conversation)
+        if not all(batch):
             raise ValueError("the conversation is empty")
         if kwargs.pop("return_assistant_tokens_mask", False):
             raise ValueError("return_assistant_tokens_mask is not supported: LorgnetteCollator makes labels")
         kwargs.pop("sanitize_control_tokens", None)  # it always does
-        batch = conversation if is_batch(conversation) else [conversation]
         call_kwargs = {name: kwargs.pop(name) for name in _CALL_KWARGS & kwargs.keys()} | (processor_kwargs or {})
         tokenizer = self._lm_tokenizer()
         prompts = [
             render(tokenizer, flatten(tokenizer, messages), chat_template=chat_template, **kwargs) for messages in batch
         ]
         if not tokenize:
-            return prompts if is_batch(conversation) else prompts[0]
+            return prompts if is_batch else prompts[0]
         images = [images_in(messages) for messages in batch]
         call_kwargs.setdefault("images", images if any(images) else None)
         call_kwargs.setdefault("queries", [query_in(messages) for messages in batch])
@@ -416,10 +417,10 @@ class LorgnetteProcessor(ProcessorMixin):
                 instructions = self.encode_for_qformer(told, padding=True)
                 features.update({f"qformer_{name}": value for name, value in instructions.items()})
         if flat:
-            loaded = []
+            loaded, layout = [], images_kwargs.pop("input_data_format", None)
             for position, image in enumerate(flat):
                 with naming(f"image {position}"):
-                    loaded.append(self.load_image(image, timeout))
+                    loaded.append(self.load_image(laid_out(image, layout), timeout))
             features.update(self.encode_images(loaded, **images_kwargs))
         features = BatchFeature(features, tensor_type=text_kwargs.get("return_tensors"))
         if return_offsets and not self.is_stage1:
@@ -465,8 +466,12 @@ class LorgnetteProcessor(ProcessorMixin):
         return self.load_image(read_web_image(url, timeout))
 
     def encode_images(self, images: list[Image.Image], **images_kwargs: Any) -> BatchFeature:
-        """`pixel_values` `(N, 3, H, W)`, and what else this image processor gives, for N loaded RGB images."""
-        return self.image_processor(images, **images_kwargs)
+        """`pixel_values` `(N, 3, H, W)`, and what else this image processor gives, for N loaded RGB images.
+
+        Raises:
+            ValueError: pictures of 8 bits, and `do_rescale=False`, see [`rescaling_of`].
+        """
+        return self.image_processor(images, **images_kwargs | rescaling_of(self.image_processor, images, images_kwargs))
 
     def _queries(self, queries: str | Sequence[str] | None, rows: int) -> list[str]:
         if queries is None or isinstance(queries, str):

@@ -191,8 +191,10 @@ def render(
     try:
         return tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **template_kwargs)
     except Exception as error:  # a template is code of its own
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        raise ValueError(f"the LM's chat template cannot write messages of the roles {roles}: {error}") from error
+        roles = ", ".join(str(message.get("role")) for message in messages)[:200]
+        raise ValueError(
+            f"the LM's chat template cannot write messages of the roles {roles}: {str(error)[:500]}"
+        ) from error
 
 
 def answer_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:

@@ -78,6 +78,7 @@ def main(folder: str, picture: str, seen: str) -> None:
     if hasattr(config, "text_config"):
         settings = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
         settings |= {"eos_token_id": processor.stop_token_ids, "pad_token_id": processor.tokenizer.pad_token_id}
+        settings["return_dict_in_generate"] = False
         chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
         tensors = {"return_tensors": "pt"}
         written = {"tokenize": True, "return_dict": True, "add_generation_prompt": True} | tensors

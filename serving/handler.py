@@ -86,6 +86,7 @@ class EndpointHandler:
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=limit,
+                return_dict_in_generate=False,
                 eos_token_id=ends,
                 pad_token_id=self.processor.tokenizer.pad_token_id,
             )

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..modeling.modeling_checks import IGNORED
 from ..modeling.modeling_packing import PADDING
-from ..processing.conversations import count_images, images_in, parts_of, query_in
+from ..processing.conversations import count_images, images_in, messages_of, parts_of, query_in
 from ..processing.image_loading import naming
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .augmentation import augment
@@ -25,10 +25,10 @@ class LorgnetteCollator:
     """Turns rows into what `forward` reads, for the stage that the processor is made for.
 
     A row has an image (or a list of them) in one column and the text to be learnt in another, or a chat in `messages`
-    whose last message, the assistant's, is to be learnt. The images of a chat are in its parts, or in the image column
-    for parts `{"type": "image"}`; where a chat has no such part they come after the first user message's words, as in
-    [`~LorgnetteProcessor.build_prompt`]. A `vision_features` column, `(L, E)` or of n images `(n, L, E)`, may stand
-    in for the image column.
+    whose last message, the assistant's, is to be learnt ([`messages_of`] says in what a chat may be). The images of a
+    chat are in its parts, or in the image column for parts `{"type": "image"}`; where a chat has no such part they come
+    after the first user message's words, as in [`~LorgnetteProcessor.build_prompt`]. A `vision_features` column,
+    `(L, E)` or of n images `(n, L, E)`, may stand in for the image column.
 
     Rows come from a `Trainer` with `remove_unused_columns=False`. An `index` column is handed on, and names rows in
     errors; without it their position in the batch does.
@@ -184,7 +184,7 @@ class LorgnetteCollator:
         text = _text(row, self.text_column)
         ids = self.processor.encode_for_qformer([text])["input_ids"][0]
         if len(ids) <= self.processor.qformer_tokenizer.num_special_tokens_to_add():
-            raise ValueError(f"column '{self.text_column}' is {text!r}, of which the tokenizer makes no tokens")
+            raise ValueError(f"column '{self.text_column}' is {text!r:.100}, of which the tokenizer makes no tokens")
         images = self._sources(row)
         if len(images) != 1:
             raise ValueError(f"{len(images)} images; stage 1 learns from pairs of one image and one text")
@@ -217,13 +217,14 @@ class LorgnetteCollator:
 
     def _chat(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], str, list[Callable[[], Any]]]:
         """The messages before the answer, the answer, and functions that load the images."""
-        *messages, answer = row["messages"] or [{}]
+        given = messages_of(row["messages"])
+        *messages, answer = given or [{}]
         if answer.get("role") != "assistant" or not messages:
-            roles = [message.get("role") for message in row["messages"]]
+            roles = [message["role"][:100] for message in given]
             raise ValueError(f"the last of the messages has to be the assistant's answer; their roles are {roles}")
         output = "\n".join(part.get("text", "<image>") for part in parts_of(answer))
         if count_images([answer]) or not output.strip():
-            raise ValueError(f"the assistant's answer has to be words; it is {output!r}")
+            raise ValueError(f"the assistant's answer has to be words; it is {output!r:.100}")
         has_column = row.get(self.image_column) is not None or "vision_features" in row
         in_column = self._sources(row) if has_column else []
         if in_column and not count_images(messages):

@@ -13,7 +13,7 @@ import fsspec
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, List, load_dataset, load_from_disk
 
-from ..processing.conversations import parts_of
+from ..processing.conversations import messages_of, parts_of
 from ..processing.image_download import is_web
 from ..processing.image_loading import naming
 from .arguments import DataArguments, RowArguments, SourceArguments
@@ -79,12 +79,18 @@ def load_pairs(
 
 
 def _with_lengths(rows: Dataset, column: str, words: list[str]) -> Dataset:
-    return rows.add_column(column, [_length(row) for row in rows.select_columns(words)])
+    lengths = []
+    for number, row in enumerate(rows.select_columns(words)):
+        with naming(f"row {number}"):
+            lengths.append(_length(row))
+    return rows.add_column(column, lengths)
 
 
 def _length(words: dict[str, Any]) -> int:
     """Characters in a row's words; a picture in a chat counts for none."""
-    values = [part.get("text", "") for message in words.pop("messages", None) or [] for part in parts_of(message)]
+    chat = words.pop("messages", None)
+    messages = [] if chat is None else messages_of(chat)
+    values = [part.get("text", "") for message in messages for part in parts_of(message)]
     return sum(len(str(value)) for value in (*values, *words.values()))
 
 
@@ -229,10 +235,10 @@ def _open_batch(batch: dict, openers: dict[str, Callable[..., Any]], labels: dic
     return opened
 
 
-def _open_chat(messages: list[dict] | None, number: int | None, base: Path | None) -> list[dict]:
+def _open_chat(messages: Any, number: int | None, base: Path | None) -> list[dict]:
     """The messages (none for None) with their contents as parts, whose pictures are opened as those of a column are."""
     with naming(f"row {number}"):
-        opened = [(message, parts_of(message)) for message in messages or []]
+        opened = [(message, parts_of(message)) for message in ([] if messages is None else messages_of(messages))]
     for _, parts in opened:
         for part in parts:
             if "image" in part:
@@ -253,5 +259,5 @@ def _open_picture(value: Any, number: int | None, base: Path | None) -> Any:
             with fsspec.open(value, "rb") as file:
                 return file.read()
         except OSError as error:
-            raise OSError(f"row {number}: cannot read {value}: {error}") from error
+            raise OSError(f"row {number}: cannot read {value[:200]}: {str(error)[:300]}") from error
     return str(base / value) if base is not None else value

@@ -5,7 +5,8 @@ from itertools import islice
 from typing import Any
 
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
-from ..processing.conversations import parts_of
+from ..processing.conversations import messages_of, parts_of
+from ..processing.image_loading import naming
 from ..processing.pipeline_lorgnette import missing_tokens
 from .collator import LorgnetteCollator
 
@@ -34,7 +35,8 @@ def generate_texts(
     Raises:
         ValueError, OSError, TypeError: a row of which no prompt can be made, named; see the collator.
     """
-    keywords = {**missing_tokens(model.generation_config, collator.processor), **decoding}
+    keywords = {**missing_tokens(model.generation_config, collator.processor), "return_dict_in_generate": False}
+    keywords |= decoding
     remaining, was_training = iter(rows), model.training
     model.eval()
     try:
@@ -69,8 +71,10 @@ def references_of(row: Mapping[str, Any], column: str) -> list[str]:
     if column not in row:
         raise ValueError(f"{where}: there is no column '{column}', only {sorted(row)}")
     texts = [row[column]] if isinstance(row[column], str) else row[column]
-    if column == "messages" and texts:
-        texts = ["\n".join(part["text"] for part in parts_of(texts[-1]) if part["type"] == "text")]
+    if column == "messages" and row[column] is not None:
+        with naming(where):
+            answers = [parts_of(message) for message in messages_of(row[column])[-1:]]
+        texts = ["\n".join(part["text"] for part in parts if part["type"] == "text") for parts in answers]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"{where}: column '{column}' holds {texts!r:.100}; a string or a list of strings is needed")
     if not texts or not all(text.strip() for text in texts):

@@ -1,0 +1,97 @@
+"""Keywords and configs of `from_pretrained` that contradict what a folder's weights were trained with."""
+
+import pytest
+import tiny_models
+import tiny_retrieval
+import torch
+from transformers import AutoModel
+
+from lorgnette import (
+    LorgnetteConfig,
+    LorgnetteForConditionalGeneration,
+    LorgnetteForImageTextRetrieval,
+)
+
+
+@pytest.fixture(scope="module")
+def built():
+    return tiny_models.model()
+
+
+@pytest.fixture(scope="module")
+def folder(built, tmp_path_factory):
+    path = tmp_path_factory.mktemp("full")
+    built.save_pretrained(path, form="full")
+    return path
+
+
+CONTRADICTIONS = [
+    ({"num_query_tokens": 6}, r"num_query_tokens is 4 .* 6"),
+    ({"num_query_tokens": 2}, r"num_query_tokens is 4 .* 2"),
+    ({"lora_config": None}, r"lora_config is .* None"),
+    ({"lora_config": {"r": 4}}, r"lora_config\.r is 2 .* 4"),
+    ({"qformer_config": {"num_hidden_layers": 1}}, r"qformer_config\.num_hidden_layers is 2 .* 1"),
+    ({"qformer_config": {"num_attention_heads": 4}}, r"qformer_config\.num_attention_heads is 2 .* 4"),
+    ({"text_config": {"vocab_size": 99}}, r"text_config\.vocab_size is 320 .* 99"),
+    ({"vocab_size": 99}, r"text_config\.vocab_size is 320 .* 99"),
+    ({"vision_config": {"image_size": 64}}, r"vision_config\.image_size is 32 .* 64"),
+    ({"text_backbone": "some/where"}, r"text_backbone is None .* 'some/where'"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), CONTRADICTIONS, ids=lambda value: str(value)[:40])
+def test_keywords(folder, override, message):
+    for cls in (LorgnetteForConditionalGeneration, AutoModel):
+        with pytest.raises(ValueError, match=message):
+            cls.from_pretrained(folder, **override)
+
+
+def test_configs(folder, built):
+    def described(**changes):
+        config = LorgnetteConfig.from_pretrained(folder)
+        for path, value in changes.items():
+            part, _, field = path.rpartition("__")
+            setattr(getattr(config, part) if part else config, field, value)
+        return config
+
+    for changes, message in (
+        ({"num_query_tokens": 6}, r"num_query_tokens is 4 .* 6"),
+        ({"qformer_config__num_attention_heads": 4}, r"qformer_config\.num_attention_heads is 2 .* 4"),
+        ({"text_config__num_hidden_layers": 1}, r"text_config\.num_hidden_layers is 2 .* 1"),
+        ({"text_config__num_key_value_heads": 4}, r"text_config\.num_key_value_heads is 2 .* 4"),
+        ({"lora_config": None}, r"lora_config is .* None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LorgnetteForConditionalGeneration.from_pretrained(folder, config=described(**changes))
+    batch = tiny_models.inputs()
+    same = described(
+        qformer_config__hidden_dropout_prob=0.3, lora_config=built.config.lora_config | {"lora_dropout": 0.1}
+    )
+    loaded = LorgnetteForConditionalGeneration.from_pretrained(folder, config=same)
+    assert torch.equal(loaded(**batch).logits, built(**batch).logits)
+
+
+def test_what_changes_no_weight_may_be_said(folder, built):
+    batch = tiny_models.inputs()
+    assert (
+        LorgnetteForConditionalGeneration.from_pretrained(folder, vision_feature_layer=-2).config.vision_feature_layer
+        == -2
+    )
+    for override in (
+        {"num_query_tokens": 4},
+        {"attn_implementation": "eager"},
+        {"dtype": "float32"},
+    ):
+        loaded = LorgnetteForConditionalGeneration.from_pretrained(folder, **override)
+        torch.testing.assert_close(loaded(**batch).logits, built(**batch).logits)
+
+
+def test_stage_1(tmp_path):
+    tiny_retrieval.retriever().save_pretrained(tmp_path / "whole", form="full")
+    tiny_retrieval.retriever(itc_weight=0).save_pretrained(tmp_path / "without", form="full")
+    load = LorgnetteForImageTextRetrieval.from_pretrained
+    with pytest.raises(ValueError, match=r"num_query_tokens is 4 .* 6"):
+        load(tmp_path / "whole", num_query_tokens=6)
+    with pytest.raises(ValueError, match=r"itc_weight is 0 .* 1\.0 was asked"):
+        load(tmp_path / "without", itc_weight=1.0)
+    assert load(tmp_path / "whole", itg_weight=3.0).config.itg_weight == 3.0
