@@ -61,9 +61,7 @@ def checked_placeholders(
     )
     if pictures is not None:
         check_finite(pictures, images_per_row, row_index, image_rows)
-    if supervised_positions is not None:
-        if labels is None:
-            raise ValueError(f"{len(supervised_positions)} supervised_positions were given, and no labels")
+    if supervised_positions is not None and labels is not None:  # which Trainer may have kept for a loss of its own
         there = (labels.flatten() != IGNORED).nonzero().squeeze(1)
         told, there = supervised_positions[supervised_positions > 0], there[there > 0]
         if not torch.equal(told, there):

@@ -1,6 +1,7 @@
 """What the models return, and what transformers calls the cache of keys and values in it."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -63,13 +64,48 @@ class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     Args:
         loss: the language model's own loss, where `labels` were given.
-        logits: `(B, S, vocabulary)`; None in training with `labels`.
+        logits: `(B, S, vocabulary)`.
         cache: the language model's; `past_key_values` before transformers 5.24.
         hidden_states, attentions: the language model's, on request.
         image_hidden_states: `(N, Q, M)` soft tokens, where there were images.
     """
 
     image_hidden_states: torch.Tensor | None = None
+
+
+@dataclass
+class LorgnetteLossOutput(ModelOutput):
+    """What [`LorgnetteForConditionalGeneration`] returns in training, where the head saw supervised positions alone.
+
+    Reading its `logits` raises AttributeError, or KeyError, which says how to get some; `getattr(…, None)` is None.
+
+    Args:
+        loss, hidden_states, attentions, image_hidden_states: see [`LorgnetteCausalLMOutputWithPast`].
+    """
+
+    loss: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:  # called for what is not there
+        raise AttributeError(
+            _NO_LOGITS if name == "logits" else f"'LorgnetteLossOutput' object has no attribute {name!r}"
+        )
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == "logits":
+            raise KeyError(_NO_LOGITS)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key == "logits" else super().get(key, default)
+
+
+_NO_LOGITS = (
+    "In training with labels the model computes the loss on supervised positions, and no logits. Give forward "
+    "logits_to_keep=0 for those of all positions, or no labels; a compute_loss_func of Trainer gets them as it is"
+)
 
 
 @dataclass
@@ -94,6 +130,7 @@ __all__ = [
     "LorgnetteCausalLMOutputWithPast",
     "LorgnetteImageFeatures",
     "LorgnetteImageTextOutput",
+    "LorgnetteLossOutput",
     "LorgnetteModelOutputWithPast",
     "one_cache",
 ]

@@ -18,6 +18,10 @@ from ..processing.conversations import count_images, images_in, parts_of, query_
 from ..processing.image_loading import naming
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .augmentation import augment
+from .unsupported import refuse_unsupported_arguments
+
+
+refuse_unsupported_arguments()
 
 
 @dataclass
