@@ -3,10 +3,14 @@
 A branch on a tensor's values would end the compiled graph. An operator is called from within it, at each step, before
 what comes after it; its Python is not traced. Each returns a copy of what it has checked: nothing that is used in place
 of the original can be left out of the graph.
+
+An exported program has no checks: it is loaded where these operators are not, and ONNX has none such.
 """
 
+import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -14,6 +18,7 @@ from .modeling_placeholders import check_finite, check_placeholders, row_name
 
 
 IGNORED = -100  # the label of what is not to be learned, as transformers' losses have it
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # added in torch 2.7
 _NAMESPACE = re.sub(r"\W", "_", __name__)  # of its own in each copy of this file that is loaded as remote code
 
 
@@ -21,7 +26,12 @@ def _operator(check: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     """Register a function that returns a tensor of its first argument's shape and dtype."""
     operator = torch.library.custom_op(f"{_NAMESPACE}::{check.__name__}", check, mutates_args=())
     operator.register_fake(lambda checked, *_: torch.empty_like(checked))
-    return operator
+
+    @functools.wraps(check)
+    def checked_unless_exporting(checked: torch.Tensor, *others: Any) -> torch.Tensor:
+        return checked if _is_exporting() else operator(checked, *others)
+
+    return checked_unless_exporting
 
 
 @_operator
@@ -51,9 +61,7 @@ def checked_placeholders(
     )
     if pictures is not None:
         check_finite(pictures, images_per_row, row_index, image_rows)
-    if supervised_positions is not None:
-        if labels is None:
-            raise ValueError(f"{len(supervised_positions)} supervised_positions were given, and no labels")
+    if supervised_positions is not None and labels is not None:  # which Trainer may have kept for a loss of its own
         there = (labels.flatten() != IGNORED).nonzero().squeeze(1)
         told, there = supervised_positions[supervised_positions > 0], there[there > 0]
         if not torch.equal(told, there):

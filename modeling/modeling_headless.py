@@ -215,7 +215,7 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if self.training and features is None and in_process_group():
             inputs_embeds = inputs_embeds + 0 * self._unused_bridge()
-        if labels is not None:
+        if labels is not None or self.training:
             check_context(inputs_embeds.shape[1], attention_mask, self.config, row_index, document_ids)
         inputs = {
             "inputs_embeds": inputs_embeds,

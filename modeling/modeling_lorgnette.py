@@ -37,7 +37,13 @@ from .modeling_checks import IGNORED, checked_shared
 from .modeling_decoding import asked_for, check_decoding, prompts_of
 from .modeling_headless import LorgnetteModel
 from .modeling_lora import resolve_lora_config
-from .modeling_outputs_lorgnette import KV_CACHE, LorgnetteCausalLMOutputWithPast, LorgnetteImageFeatures, one_cache
+from .modeling_outputs_lorgnette import (
+    KV_CACHE,
+    LorgnetteCausalLMOutputWithPast,
+    LorgnetteImageFeatures,
+    LorgnetteLossOutput,
+    one_cache,
+)
 from .modeling_placeholders import PlaceholderBlind
 from .modeling_qformer_start import QFormerStart
 from .modeling_shared_prefix import can_share
@@ -242,6 +248,13 @@ class LorgnetteForConditionalGeneration(
         """See [`LorgnetteModel.get_placeholder_mask`]."""
         return self.base_model.get_placeholder_mask(*args, **kwargs)
 
+    def _get_name(self) -> str:
+        """A causal LM's: where Trainer smooths labels, it shifts them for models of these names alone."""
+        return "LlamaForCausalLM"
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
+
     # ------------------------------------------------------------------------------------------------ speaking
 
     @can_return_tuple
@@ -266,7 +279,7 @@ class LorgnetteForConditionalGeneration(
         row_index: torch.Tensor | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> LorgnetteCausalLMOutputWithPast:
+    ) -> LorgnetteCausalLMOutputWithPast | LorgnetteLossOutput:
         """Predict the next tokens.
 
         Args:
@@ -288,14 +301,16 @@ class LorgnetteForConditionalGeneration(
             kwargs: for the language model (`use_cache`, `num_items_in_batch`, `output_attentions` …).
 
         Returns:
-            `logits` `(B, S, vocabulary)`; in training with `labels` None, unless `logits_to_keep` asks for some.
+            `logits` `(B, S, vocabulary)`; in training with `labels` [`LorgnetteLossOutput`], which has none, unless
+            `logits_to_keep` asks for some (0 for all).
 
         Raises:
             ValueError: placeholders and images that do not match, labels on placeholders, pictures that are not finite;
                 each names the row. Documents that the language model cannot be kept from mixing, or weights in float16
                 that train.
         """
-        if self.training and labels is not None:
+        # Trainer keeps the labels, and counts them, where it computes the loss itself
+        if self.training and (labels is not None or kwargs.get("num_items_in_batch") is not None):
             self.check_trainable()
         inputs, features = self.base_model.lm_inputs(
             input_ids,
@@ -326,6 +341,13 @@ class LorgnetteForConditionalGeneration(
                     labels, shared_input_ids, input_ids, attention_mask, row_index, self.config.image_token_id
                 )
         outputs = lm_forward(return_dict=True, **inputs | kwargs)
+        if outputs.logits is None:
+            return LorgnetteLossOutput(
+                loss=outputs.loss,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+                image_hidden_states=visual_tokens,
+            )
         return LorgnetteCausalLMOutputWithPast(
             loss=outputs.loss,
             logits=outputs.logits,

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
@@ -68,7 +69,7 @@ class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     Args:
         loss: the language model's own loss, where `labels` were given.
-        logits: `(B, S, vocabulary)`; None in training with `labels`.
+        logits: `(B, S, vocabulary)`.
         cache: the language model's; `past_key_values` before transformers 5.24.
         hidden_states, attentions: the language model's, on request.
         image_hidden_states: `(N, Q, M)` visual tokens, where there were images.
@@ -77,6 +78,41 @@ class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     image_hidden_states: torch.Tensor | None = None
     image_outputs: LorgnetteImageFeatures | None = None
+
+
+@dataclass
+class LorgnetteLossOutput(ModelOutput):
+    """What [`LorgnetteForConditionalGeneration`] returns in training, where the head saw supervised positions alone.
+
+    Reading its `logits` raises AttributeError, or KeyError, which says how to get some; `getattr(…, None)` is None.
+
+    Args:
+        loss, hidden_states, attentions, image_hidden_states: see [`LorgnetteCausalLMOutputWithPast`].
+    """
+
+    loss: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:  # called for what is not there
+        raise AttributeError(
+            _NO_LOGITS if name == "logits" else f"'LorgnetteLossOutput' object has no attribute {name!r}"
+        )
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == "logits":
+            raise KeyError(_NO_LOGITS)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key == "logits" else super().get(key, default)
+
+
+_NO_LOGITS = (
+    "In training with labels the model computes the loss on supervised positions, and no logits. Give forward "
+    "logits_to_keep=0 for those of all positions, or no labels; a compute_loss_func of Trainer gets them as it is"
+)
 
 
 @dataclass
@@ -101,6 +137,7 @@ __all__ = [
     "LorgnetteCausalLMOutputWithPast",
     "LorgnetteImageFeatures",
     "LorgnetteImageTextOutput",
+    "LorgnetteLossOutput",
     "LorgnetteModelOutputWithPast",
     "one_cache",
 ]

@@ -18,6 +18,10 @@ from ..processing.conversations import count_images, images_in, messages_of, par
 from ..processing.image_loading import naming
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .augmentation import augment
+from .unsupported import Batch, refuse_unsupported_arguments
+
+
+refuse_unsupported_arguments()
 
 
 @dataclass
@@ -112,7 +116,7 @@ class LorgnetteCollator:
             if self.pad_to_multiple_of is not None:
                 labelled = (batch["labels"].flatten() != IGNORED).nonzero().squeeze(1)
                 batch["supervised_positions"] = self._padded([labelled.tolist()], 0)[0]
-        return batch | self._shown(rows, examples)
+        return Batch.of(batch | self._shown(rows, examples))
 
     def prompts(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Make of the same rows what `generate` reads: their prompts, id for id those of training, with no answers.

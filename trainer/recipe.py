@@ -1,6 +1,7 @@
 """How a YAML recipe and the command line over it become argument dataclasses, by `HfArgumentParser`."""
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -52,6 +53,15 @@ def parse_recipe(
     return tuple(filled)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 with the floats of YAML 1.2: `1e-6` is a number without a point, too, at any depth."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
@@ -64,7 +74,7 @@ def _read_yaml(parser: HfArgumentParser, path: str, hints: Mapping[str, Any]) ->
     """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
-        typed, plain = yaml.safe_load(text), yaml.load(text, Loader=yaml.BaseLoader)
+        typed, plain = yaml.load(text, Loader=_Loader), yaml.load(text, Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         parser.error(f"cannot read the recipe {path}: {error}")
     if not isinstance(typed, dict):

@@ -19,7 +19,7 @@ from .feature_cache import check_cache, is_cache
 from .hub import CleanPush, push_card
 from .nan_guard import nan_guard
 from .precision import default_mixed_precision, has_bf16_hardware
-from .process import set_up_logging
+from .process import set_up_logging, warn_of_missing_processes
 from .provenance import write_training_data
 from .recipe import parse_recipe
 from .unreadable import leave_out_unreadable
@@ -147,8 +147,9 @@ def check_arguments(model_args: BackboneArguments, data_args: DataArguments, tra
         raise ValueError("remove_unused_columns has to stay false: true drops the columns that hold pictures and text")
     if training_args.label_smoothing_factor:
         raise ValueError(
-            f"label_smoothing_factor is {training_args.label_smoothing_factor}, and has to stay 0: Trainer shifts "
-            "labels for models of its list alone, and would teach each token to predict itself; stage 1 has no labels"
+            f"label_smoothing_factor is {training_args.label_smoothing_factor}, and has to stay 0 in a recipe: Trainer "
+            "would smooth over the logits of all positions, several times as large as those of the answers; stage 1 "
+            "has no labels"
         )
     if training_args.eval_strategy != "no" and not data_args.has_eval:
         raise ValueError(
@@ -173,6 +174,7 @@ def _check_whole_batches(args: TrainingArguments, train_dataset: Any, eval_datas
 
 def _say_what_runs(args: TrainingArguments) -> None:
     set_up_logging(args.should_log)
+    warn_of_missing_processes()
     transformers_logging.set_verbosity(args.get_process_log_level())
     if args.device.type == "cpu" and args.should_log:
         slow = " It has no units for bf16 (AMX): --bf16 false may be much faster."

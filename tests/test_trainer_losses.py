@@ -1,0 +1,178 @@
+"""What the stock Trainer offers that changes the loss: it is right, or refused before a weight has moved."""
+
+import pytest
+import torch
+from tiny import bert_tokenizer, image_processor
+from tiny_models import NUM_QUERY_TOKENS, bert, inputs, language_model, model, vision_model
+from tiny_training import joined, pairs, trainer, write_backbones
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainingArguments
+
+from lorgnette import LorgnetteCollator, LorgnetteForImageTextRetrieval, LorgnetteProcessor
+
+
+@pytest.fixture(scope="module")
+def backbones(tmp_path_factory) -> tuple[str, str]:
+    return write_backbones(tmp_path_factory.mktemp("backbones"))
+
+
+def stage1() -> tuple[LorgnetteForImageTextRetrieval, LorgnetteProcessor]:
+    processor = LorgnetteProcessor.from_backbones(
+        image_processor(), None, qformer=bert_tokenizer(), num_query_tokens=NUM_QUERY_TOKENS
+    )
+    built = LorgnetteForImageTextRetrieval.from_backbones(
+        vision_model(), qformer=bert(vocab_size=len(processor.qformer_tokenizer)), processor=processor
+    )
+    return built, processor
+
+
+def smoothed(logits: torch.Tensor, labels: torch.Tensor, **settings) -> torch.Tensor:
+    """A causal LM's loss: each token predicts the next."""
+    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), **settings)
+
+
+def first_loss(run: Trainer) -> float:
+    run.train()
+    return run.state.log_history[0]["loss"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"pad_to_multiple_of": 16}, {"pack_to": 128}])
+def test_smoothed_labels_are_the_next_tokens(backbones, tmp_path, settings):
+    built, processor = joined(backbones, dropout=0.0)
+    collator = LorgnetteCollator(processor, **settings)
+    batch = LorgnetteCollator(processor)(pairs(4))
+    with torch.no_grad():
+        logits = built.eval()(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    expected = smoothed(logits, batch["labels"], label_smoothing=0.1)
+    run = trainer(built, processor, tmp_path, rows=pairs(4), label_smoothing_factor=0.1, max_steps=1)
+    run.data_collator = collator
+    assert run.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert first_loss(run) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_smoothing_counts_labels_over_accumulated_batches(backbones, tmp_path):
+    losses = []
+    for size in (4, 1):
+        torch.manual_seed(0)
+        batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        run = trainer(
+            *joined(backbones, 0.0), tmp_path, rows=pairs(4), max_steps=1, label_smoothing_factor=0.2, **batches
+        )
+        losses.append(first_loss(run))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_the_models_own_name_is_shown():
+    assert repr(model()).startswith("LorgnetteForConditionalGeneration(\n")
+
+
+def test_stage_1_refuses_to_smooth_labels(tmp_path):
+    built, processor = stage1()
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.1, and has to stay 0 in stage 1"):
+        Trainer(built, arguments, train_dataset=pairs(4), data_collator=LorgnetteCollator(processor))
+
+
+def test_other_models_may_smooth_theirs(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    Trainer(language_model(), arguments)
+
+
+@pytest.mark.parametrize("settings", [{}, {"pad_to_multiple_of": 16}])
+def test_a_loss_function_of_the_scripts_own_gets_logits_and_labels(backbones, tmp_path, settings):
+    def compute_loss(outputs, labels, num_items_in_batch=None) -> torch.Tensor:
+        return smoothed(outputs.logits, labels, reduction="sum") / (labels[:, 1:] != -100).sum()
+
+    losses = []
+    for function in (None, compute_loss):
+        torch.manual_seed(0)
+        run = trainer(*joined(backbones, 0.0), tmp_path, max_steps=1, rows=pairs(4))
+        run.data_collator = LorgnetteCollator(run.processing_class, **settings)
+        run.compute_loss_func = function
+        losses.append(first_loss(run))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_loss_function_learns_from_no_row_past_the_context(backbones, tmp_path):
+    run = trainer(*joined(backbones, 0.0), tmp_path, rows=[{**row, "text": "a cat " * 300} for row in pairs(4)])
+    run.data_collator = LorgnetteCollator(run.processing_class, max_length=10_000)
+    run.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.mean()
+    with pytest.raises(ValueError, match="the language model's context is 256"):
+        run.train()
+
+
+def test_nor_do_weights_in_float16(backbones, tmp_path):
+    built, processor = joined(backbones, 0.0)
+    run = trainer(built.half(), processor, tmp_path)
+    run.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.mean()
+    with pytest.raises(ValueError, match="float16"):
+        run.train()
+
+
+class OwnLoss(Trainer):
+    """A script's, as transformers' documentation shows it."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = smoothed(self.read(outputs), inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+READINGS = {
+    "attribute": lambda outputs: outputs.logits,
+    "key": lambda outputs: outputs["logits"],
+    "get": lambda outputs: outputs.get("logits"),
+}
+
+
+@pytest.mark.parametrize("how", READINGS)
+def test_logits_that_were_never_computed_say_how_to_get_them(backbones, tmp_path, how):
+    built, processor = joined(backbones, 0.0)
+    run = trainer(built, processor, tmp_path, rows=pairs(4), max_steps=1)
+    run.__class__, run.read = OwnLoss, READINGS[how]
+    before = {name: value.clone() for name, value in built.state_dict().items()}
+    with pytest.raises((AttributeError, KeyError), match="logits_to_keep=0"):
+        run.train()
+    assert all(torch.equal(before[name], value) for name, value in built.state_dict().items())
+    assert run.evaluate()["eval_loss"] > 0  # in eval mode there are logits
+    collator = run.data_collator
+    run.data_collator = lambda rows: collator(rows) | {"logits_to_keep": 0}
+    assert first_loss(run) > 0
+
+
+def test_a_loss_without_logits_is_a_model_output_like_others():
+    built, batch = model().train(), inputs()
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] == built.config.image_token_id, -100)
+    outputs = built(**batch, labels=labels)
+    assert "logits" not in outputs
+    assert getattr(outputs, "logits", None) is None
+    assert outputs.get("attentions") is None
+    assert outputs.to_tuple()[0] is outputs[0] is outputs["loss"] is outputs.loss
+    with pytest.raises(AttributeError, match="'LorgnetteLossOutput' object has no attribute 'logit'"):
+        outputs.logit  # noqa: B018
+    assert built(**batch, labels=labels, return_dict=False)[0].shape == ()
+    assert built(**batch, labels=labels, output_hidden_states=True).hidden_states is not None
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_noise_is_added_to_words_alone_and_taken_off_again(backbones, tmp_path, stage):
+    losses = []
+    for alpha in (None, 5.0):
+        torch.manual_seed(0)
+        built, processor = stage1() if stage == 1 else joined(backbones, 0.0)
+        run = trainer(built, processor, tmp_path, rows=pairs(4), neftune_noise_alpha=alpha, max_steps=1)
+        losses.append(first_loss(run))
+        assert not built.get_input_embeddings()._forward_hooks
+    assert losses[0] != losses[1]
+
+
+def test_noise_does_not_reach_placeholders():
+    built, batch = model().train(), inputs()
+    table = built.get_input_embeddings()
+    table.register_forward_hook(lambda module, args, output: output + 1.0)
+    embeds, visual = built.base_model.embed(
+        batch["input_ids"], None, None, pixel_values=batch["pixel_values"], vision_features=None, image_rows=None
+    )
+    mask = built.get_placeholder_mask(batch["input_ids"])
+    assert torch.equal(embeds[mask], visual.flatten(0, 1))
+    assert torch.equal(embeds[~mask], table.weight[batch["input_ids"][~mask]] + 1.0)
