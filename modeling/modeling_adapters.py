@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .modeling_forms import keys_not_to_miss
 from .modeling_lm_adapter import (
     LM_ADAPTER,
     DetachedLora,
@@ -139,18 +140,7 @@ class LanguageModelAdapters:
 
     def _name_backbones_anew(self) -> None:
         if self.has_loaded_backbones:  # under another LoRA their weights go by other names
-            self.say_backbones_are_loaded()
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """See [`~LorgnettePreTrainedModel.save_pretrained`].
-
-        Raises:
-            ValueError: the language model has adapters that the config does not describe and a reload would lose.
-        """
-        lost = sorted(set(getattr(self.language_model, "peft_config", {})) - {ADAPTER})
-        if lost:
-            raise ValueError(f"Adapters {lost} of the language model are not in lora_config, and would be lost")
-        super().save_pretrained(save_directory, *args, **kwargs)
+            self._keys_to_ignore_on_save = keys_not_to_miss(self)
 
     def _save_beside(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None) -> None:
         super()._save_beside(folder, state_dict)
