@@ -18,7 +18,7 @@ from .modeling_lm_adapter import (
     read_lm_adapter,
     write_lm_adapter,
 )
-from .modeling_lora import ADAPTER, attach_lora, lora_layers, switch_lora
+from .modeling_lora import ADAPTER, attach_lora, lora_layers, switch_lora, without_lora
 
 
 class LanguageModelAdapters:
@@ -32,7 +32,7 @@ class LanguageModelAdapters:
                 module._is_hf_initialized = True  # peft has: transformers would overwrite the zeros of lora_B
 
     def _finish_loading(self, missing: set[str], unexpected: set[str]) -> None:
-        unfilled = sorted(key for key in missing if key.replace(".base_layer.", ".") in unexpected)
+        unfilled = sorted(key for key in missing if without_lora(key) in unexpected)
         if unfilled:
             raise ValueError(
                 f"{len(unfilled)} weights under LoRA are not in the checkpoint ({unfilled[0]}, …): it was saved "

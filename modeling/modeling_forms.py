@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration.configuration_lorgnette import FORMS
-from .modeling_lora import ADAPTER, lora_layers
+from .modeling_lora import ADAPTER, lora_layers, outermost_lora_layers, without_lora
 
 
 logger = logging.get_logger(__name__)
@@ -104,7 +104,7 @@ def backbone_checksums(model: PreTrainedModel, weights: Mapping[str, torch.Tenso
     Weights that are offloaded, in parts on several devices or packed by a quantizer are left out: they cannot train.
     """
     plain = {
-        key.replace(".base_layer", ""): value.data
+        without_lora(key): value.data
         for key, value in weights.items()
         if is_backbone_key(model, key) and type(value) in (torch.Tensor, nn.Parameter)
         if value.is_floating_point() and not value.is_meta
@@ -136,8 +136,8 @@ def keeping_checksums(model: PreTrainedModel, fn: Callable[[torch.Tensor], torch
     """
     checksums, keys = model._backbone_checksums, {}
     if checksums:
-        keys = {id(value): key.replace(".base_layer", "") for key, value in model.named_parameters()}
-        keys |= {id(value): key.replace(".base_layer", "") for key, value in model.named_buffers()}
+        keys = {id(value): without_lora(key) for key, value in model.named_parameters()}
+        keys |= {id(value): without_lora(key) for key, value in model.named_buffers()}
 
     def apply(tensor: torch.Tensor) -> torch.Tensor:
         result, key = fn(tensor), keys.get(id(tensor))
@@ -214,6 +214,8 @@ def in_form(
         elif form == "merged" and config.lora_config is not None:
             arguments["state_dict"] = merge_lora(model)
             model.config.lora_config = None
+        elif getattr(config, "lora_config", None) is not None:
+            arguments["save_original_format"] = False  # which knows no LoRA: its names would not be found again
         yield arguments
     finally:
         model.config, model._keys_to_ignore_on_save = config, not_to_miss
@@ -225,16 +227,54 @@ def merge_lora(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     A layer at a time is merged, on a copy: adding and subtracting again would not give back the weights bit for bit.
 
     Raises:
-        ValueError: a merged weight is not finite, or is of a kind that peft cannot merge.
+        ValueError: a merged weight is not finite, or is of a kind that peft cannot merge; the merged language model
+            answers otherwise, by how much.
     """
-    weights = dict(model.state_dict())
-    for name, layer in lora_layers(model.language_model).items():
-        merged = copy.deepcopy(layer)
-        merged.merge(safe_merge=True, adapter_names=["default"])
-        prefix = f"language_model.{name}."
-        weights = {key: value for key, value in weights.items() if not key.startswith(prefix)}
-        weights |= {prefix + key: value for key, value in merged.get_base_layer().state_dict().items()}
-    return weights
+    prefix, merged, layers = "language_model.", {}, outermost_lora_layers(model.language_model)
+    for name, layer in layers.items():
+        layer = copy.deepcopy(layer)
+        while hasattr(layer, "lora_A"):
+            layer.merge(safe_merge=True, adapter_names=[ADAPTER])
+            layer = layer.base_layer
+        merged |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
+    _check_merged(model.language_model, merged)
+    replaced = tuple(f"{prefix}{name}." for name in layers)
+    weights = {key: value for key, value in model.state_dict().items() if not key.startswith(replaced)}
+    return weights | {prefix + key: value for key, value in merged.items()}
+
+
+@torch.no_grad()
+def _check_merged(language_model: PreTrainedModel, merged: dict[str, torch.Tensor]) -> None:
+    """Run `language_model` with LoRA and with the `merged` weights in its place: the logits are equal but for rounding.
+
+    Raises:
+        ValueError: they are not.
+    """
+    keys = {without_lora(key): key for key, _ in language_model.named_parameters() if ".lora_" not in key}
+    ids = torch.arange(3, 67, device=language_model.device).view(2, 32) % language_model.config.vocab_size
+    inputs = {"input_ids": ids, "use_cache": False}
+    layers, training = lora_layers(language_model).values(), language_model.training
+    were_off = [layer._disable_adapters for layer in layers]  # peft's public switch would thaw and freeze as well
+    language_model.eval()
+    try:
+        for layer in layers:
+            layer._disable_adapters = False
+        expected = language_model(**inputs).logits.float()
+        for layer in layers:
+            layer._disable_adapters = True
+        weights = {keys[key]: value for key, value in merged.items() if key in keys}
+        found = torch.func.functional_call(language_model, weights, (), inputs).logits.float()
+    finally:
+        for layer, was_off in zip(layers, were_off, strict=True):
+            layer._disable_adapters = was_off
+        language_model.train(training)
+    error = ((found - expected).abs().mean() / expected.std()).item()
+    allowed = 1e-3 if language_model.dtype == torch.float32 else 0.05  # weights are rounded when they are merged
+    if not error <= allowed:
+        raise ValueError(
+            f"Merged, the language model gives other logits: they differ by {error:.2g} of their standard deviation, "
+            f"and rounding explains {allowed}. Save it with form='full'"
+        )
 
 
 def quantizer_of(model: PreTrainedModel):

@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..configuration.configuration_lorgnette import SIZES
 from .modeling_backbones import parse_dtype, read_language_model, read_vision_model
 from .modeling_forms import BACKBONES, is_backbone_key
+from .modeling_lora import without_lora
 from .modeling_weight_files import weight_files
 
 
@@ -182,7 +183,7 @@ def _check_backbone(part: str, config: PreTrainedConfig, name: str | Path, hub: 
 def _take_backbone(part: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Take a backbone's weights out of the whole model's, with the names that they have in the backbone alone."""
     taken = [key for key in weights if key.startswith(f"{part}.") and ".lora_" not in key]
-    return {key.removeprefix(f"{part}.").replace(".base_layer.", "."): weights.pop(key) for key in taken}
+    return {without_lora(key).removeprefix(f"{part}."): weights.pop(key) for key in taken}
 
 
 def _load_own_weights(
@@ -191,6 +192,12 @@ def _load_own_weights(
     """Fill what is not the backbones'; returns what the files lack, and what the model has no use for."""
     result = model.load_state_dict(weights, strict=False)
     lacking = {key for key in result.missing_keys if not is_backbone_key(model, key)}
+    strange = [key for key in result.unexpected_keys if ".lora_" in key]
+    if strange and any(".lora_" in key for key in lacking):
+        raise ValueError(
+            f"{name}: {len(strange)} weights of LoRA have names of an older format ({strange[0]}, …). Load it without "
+            "device_map and quantization_config and save it again"
+        )
     if lacking:
         logger.warning(f"{name} lacks {len(lacking)} weights, which are as a new model's: {sorted(lacking)}")
     device = next(model.get_submodule(model.backbones[0]).parameters()).device
