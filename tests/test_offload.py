@@ -17,7 +17,7 @@ EVERYTHING = {"model.embed_tokens": "disk", "model.layers": "disk", "model.norm"
               "model.rotary_emb": "cpu"}  # fmt: skip
 MAPS = {
     "a part on the disk": {"device_map": "auto", "max_memory": {"cpu": "100KB"}},
-    "less on the disk": {"device_map": "auto", "max_memory": {"cpu": "150KB"}},
+    "less on the disk": {"device_map": "auto", "max_memory": {"cpu": "50KB"}},
     "sequential": {"device_map": "sequential", "max_memory": {"cpu": "120KB"}},
     "all on the disk": {"device_map": "auto", "max_memory": {"cpu": 0}},
     "all, by name": {"device_map": {"": "disk"}},
