@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .modeling_forms import keys_not_to_miss
 from .modeling_lm_adapter import (
     LM_ADAPTER,
     DetachedLora,
@@ -17,7 +18,7 @@ from .modeling_lm_adapter import (
     read_lm_adapter,
     write_lm_adapter,
 )
-from .modeling_lora import ADAPTER, attach_lora, lora_layers, switch_lora
+from .modeling_lora import ADAPTER, attach_lora, lora_layers, switch_lora, without_lora
 
 
 class LanguageModelAdapters:
@@ -31,7 +32,7 @@ class LanguageModelAdapters:
                 module._is_hf_initialized = True  # peft has: transformers would overwrite the zeros of lora_B
 
     def _finish_loading(self, missing: set[str], unexpected: set[str]) -> None:
-        unfilled = sorted(key for key in missing if key.replace(".base_layer.", ".") in unexpected)
+        unfilled = sorted(key for key in missing if without_lora(key) in unexpected)
         if unfilled:
             raise ValueError(
                 f"{len(unfilled)} weights under LoRA are not in the checkpoint ({unfilled[0]}, …): it was saved "
@@ -139,18 +140,7 @@ class LanguageModelAdapters:
 
     def _name_backbones_anew(self) -> None:
         if self.has_loaded_backbones:  # under another LoRA their weights go by other names
-            self.say_backbones_are_loaded()
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """See [`~LorgnettePreTrainedModel.save_pretrained`].
-
-        Raises:
-            ValueError: the language model has adapters that the config does not describe and a reload would lose.
-        """
-        lost = sorted(set(getattr(self.language_model, "peft_config", {})) - {ADAPTER})
-        if lost:
-            raise ValueError(f"Adapters {lost} of the language model are not in lora_config, and would be lost")
-        super().save_pretrained(save_directory, *args, **kwargs)
+            self._keys_to_ignore_on_save = keys_not_to_miss(self)
 
     def _save_beside(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None) -> None:
         super()._save_beside(folder, state_dict)

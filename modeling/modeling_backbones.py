@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -225,12 +226,33 @@ def next_free_token_id(source: str | Path | PreTrainedModel, revision: str | Non
     """The id that `<image>` has, or would get, in the tokenizer beside the language model.
 
     Without a tokenizer in reach (a model made in memory, a folder of weights alone) it is `vocab_size`.
+
+    Raises:
+        ValueError: see [`check_token_ids`].
     """
     name = source.name_or_path if isinstance(source, PreTrainedModel) else str(source)
     if not name or not (name.endswith(".gguf") or _has_tokenizer(name, revision)):
         return vocab_size
     tokenizer = with_image_token(load_tokenizer(name, revision))
-    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    check_token_ids(tokenizer, image_token_id, vocab_size)
+    return image_token_id
+
+
+def check_token_ids(tokenizer: PreTrainedTokenizerBase, image_token_id: int, num_embeddings: int) -> None:
+    """See to it that the language model has an embedding for every token but the placeholder.
+
+    Raises:
+        ValueError: it has not; names the first token without one, and what to do.
+    """
+    ids = {id_: token for token, id_ in tokenizer.get_vocab().items() if id_ != image_token_id}
+    past = sorted(id_ for id_ in ids if id_ >= num_embeddings)
+    if past:
+        raise ValueError(
+            f"{len(past)} tokens of the tokenizer are past the language model's table of {num_embeddings} embeddings "
+            f"({ids[past[0]]!r} has the id {past[0]}): load the language model, call resize_token_embeddings("
+            f"{past[-1] + 1}) on it, and give from_backbones the resized model"
+        )
 
 
 def _has_tokenizer(name: str, revision: str | None) -> bool:
@@ -272,6 +294,7 @@ _FROM_BERT = (
 
 __all__ = [
     "Backbone",
+    "check_token_ids",
     "from_source",
     "is_unread",
     "load_bert",

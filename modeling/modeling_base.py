@@ -1,6 +1,6 @@
 """`LorgnettePreTrainedModel`: the frozen ViT that every model here has, and how a model is loaded and saved."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Unpack
@@ -15,7 +15,16 @@ from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig
 from .modeling_backbones import refuse_missing
 from .modeling_card import complete_card
 from .modeling_companions import ProcessorBeside
-from .modeling_forms import in_form, is_backbone_key, keys_not_to_miss, resolve_form
+from .modeling_forms import (
+    backbone_checksums,
+    changed_backbone_weights,
+    in_form,
+    is_backbone_key,
+    keeping_checksums,
+    keys_not_to_miss,
+    quantizer_of,
+    resolve_form,
+)
 from .modeling_thin import WHERE, is_thin, load_in_parts
 from .modeling_weight_files import check_fits, weight_files
 from .modeling_whole_folder import written_whole
@@ -58,6 +67,9 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     backbones: ClassVar[tuple[str, ...]] = ("vision_model",)
     # False where they are random numbers: a config that names them was all that the model was made from
     has_loaded_backbones = False
+    # of their weights, as they were loaded; None where they were not
+    _backbone_checksums: dict[str, int] | None = None
+    _is_saveable = False  # found at the first training step
 
     # the processor that belongs to this model, if it is known: the one it was joined with, or the one it lay beside
     _processor: Any = None
@@ -67,6 +79,20 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     def freeze(self) -> None:
         """Leave gradients to what is trained; called after each way of building or loading the model."""
         self.vision_model.requires_grad_(False)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "LorgnettePreTrainedModel":
+        return super()._apply(keeping_checksums(self, fn), recurse)
+
+    def initialize_weights(self) -> None:
+        """As `PreTrainedModel.initialize_weights`, for each part as it does for a model that stands alone.
+
+        transformers leaves out modules without weights of their own where the outermost model is not its own code, and
+        with them buffers that a decoder fills for its layers (Falcon-H1).
+        """
+        for part in self.children():
+            if isinstance(part, PreTrainedModel):
+                part.initialize_weights()
+        super().initialize_weights()
 
     def train(self, mode: bool = True) -> "LorgnettePreTrainedModel":
         super().train(mode)
@@ -142,7 +168,8 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         weights: both may train.
 
         Raises:
-            ValueError: nothing trains, or weights in float16; names the first weight, and the reason.
+            ValueError: nothing trains, or weights in float16; names the first weight, and the reason. The model could
+                not be saved, see [`~modeling_forms.resolve_form`]: what it learns would be lost.
         """
         if not torch.is_grad_enabled():
             return
@@ -160,6 +187,10 @@ class LorgnettePreTrainedModel(PreTrainedModel):
                 "gradients below 2e-4 are 0 in it, and what is divided by them is not finite. Give dtype='float32' "
                 "where the model is built or loaded, and fp16=True or bf16=True to Trainer; or dtype='bfloat16'"
             )
+        if not self._is_saveable and not torch.compiler.is_compiling():
+            # a model that is not quantised can be saved in full, whatever has changed in it
+            resolve_form(self, None, None if quantizer_of(self) is not None else [])
+            self._is_saveable = True
 
     @property
     def peft_config(self) -> "PeftConfigs":
@@ -181,6 +212,7 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     def say_backbones_are_loaded(self) -> None:
         """Called where the backbones hold what was pretrained: from now on a save may leave them out."""
         self.has_loaded_backbones = True
+        self._backbone_checksums = backbone_checksums(self, self.state_dict())
         self._keys_to_ignore_on_save = keys_not_to_miss(self)
 
     def save_pretrained(
@@ -201,20 +233,21 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         Args:
             form: `"thin"`: without the backbones, which are fetched from the Hub when the model is loaded; `"full"`:
                 all that there is; `"merged"`: that, with LoRA folded into the language model, so that peft is not
-                needed. By default thin where every backbone came from the Hub, full otherwise, and merged where the
-                model was loaded from a merged one, which has no LoRA left that could be saved apart.
+                needed. By default thin where every backbone came from the Hub and is still what it was, full otherwise,
+                and merged where the model was loaded from a merged one, which has no LoRA left to be saved apart.
 
         Raises:
             ValueError: another form, or one that this model cannot be saved in; says why. `variant` or
                 `save_original_format` with the thin form, whose files have one name and one format.
         """
-        form = resolve_form(self, form or self._to_push.get("form"))
+        state_dict = self._to_push.get("state_dict") if state_dict is None else state_dict
+        changed = changed_backbone_weights(self, state_dict)
+        form = resolve_form(self, form or self._to_push.get("form"), changed)
         for name in ("variant", "save_original_format") if form == "thin" else ():
             if kwargs.pop(name, None):
                 raise ValueError(f"{name} is for the forms that transformers loads by itself, and this save is thin")
         hub_kwargs = {name: kwargs.pop(name) for name in _PUSH_KWARGS if name in kwargs}
-        state_dict = self._to_push.get("state_dict") if state_dict is None else state_dict
-        with in_form(self, form, state_dict) as arguments:
+        with in_form(self, form, changed, state_dict) as arguments:
             if is_main_process:
                 with written_whole(save_directory) as folder:
                     if self._processor is not None and not Path(save_directory, PROCESSOR_NAME).exists():

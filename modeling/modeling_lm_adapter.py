@@ -16,7 +16,7 @@ from transformers.utils import cached_file, is_peft_available, requires_backends
 
 from ..configuration.backbone_sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteConfig
-from .modeling_lora import attach_lora, lora_layers, resolve_lora_config
+from .modeling_lora import attach_lora, outermost_lora_layers, resolve_lora_config
 
 
 LM_ADAPTER = "lm_adapter"
@@ -150,7 +150,7 @@ class DetachedLora:
 
 def detach_lora(language_model: PreTrainedModel) -> DetachedLora:
     """Take LoRA off again: the layers are the original ones, under their original names."""
-    lora = DetachedLora(lora_layers(language_model), getattr(language_model, "peft_config", None))
+    lora = DetachedLora(outermost_lora_layers(language_model), getattr(language_model, "peft_config", None))
     for name, layer in lora.layers.items():
         language_model.set_submodule(name, layer.get_base_layer())
     if language_model._hf_peft_config_loaded:

@@ -96,12 +96,21 @@ def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str,
     targets = resolved.get("target_modules")
     if targets is None:
         resolved["target_modules"] = attention_projections(language_model)
-    elif not targets:
+    elif not targets and not resolved.get("target_parameters"):
         raise ValueError("lora['target_modules'] is empty: name some layers, or leave it out for the attention layers")
     elif not isinstance(targets, str):
         resolved["target_modules"] = sorted(targets)
     targeted = _match_targets(resolved["target_modules"], layers)
-    if all(isinstance(layers[name], Conv1D) for name in targeted):
+    for target in resolved.get("target_parameters") or ():
+        hits = {name for name, _ in language_model.named_parameters() if f".{name}".endswith(f".{target}")}
+        if not hits:
+            raise ValueError(f"lora['target_parameters'] names {target!r}, which no parameter of the LM is called")
+        tables = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
+        if any(language_model.get_parameter(name) is table.weight for name in hits for table in tables):
+            raise ValueError(
+                f"lora['target_parameters'] names {target!r}, an embedding table of the LM: it may be tied"
+            )
+    if targeted and all(isinstance(layers[name], Conv1D) for name in targeted):
         resolved.setdefault("fan_in_fan_out", True)  # GPT-2 keeps its matrices transposed
     resolved.setdefault("task_type", "CAUSAL_LM")
     check_lora_config(resolved)
@@ -202,6 +211,18 @@ def lora_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
     return {name: layer for name, layer in language_model.named_modules() if hasattr(layer, "lora_A")}
 
 
+def outermost_lora_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Those of [`lora_layers`] in no other: over two parameters of one module peft puts one layer around another."""
+    layers = lora_layers(language_model)
+    inner = {f"{name}.base_layer" for name in layers}
+    return {name: layer for name, layer in layers.items() if name not in inner}
+
+
+def without_lora(key: str) -> str:
+    """The name that a base weight under LoRA has in the language model alone."""
+    return key.replace(".base_layer", "")
+
+
 def _is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.Linear, Conv1D))
 
@@ -236,6 +257,8 @@ __all__ = [
     "check_lora_config",
     "linear_layers",
     "lora_layers",
+    "outermost_lora_layers",
     "resolve_lora_config",
     "switch_lora",
+    "without_lora",
 ]

@@ -25,6 +25,7 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from .modeling_adapters import LanguageModelAdapters
 from .modeling_backbones import (
+    check_token_ids,
     load_language_model,
     load_vision_model,
     next_free_token_id,
@@ -145,7 +146,7 @@ class LorgnetteForConditionalGeneration(
 
         Raises:
             ValueError: a backbone of the wrong kind, backbones of two dtypes, LoRA targets that match nothing, a BERT
-                of another shape.
+                of another shape, tokens that the LM has no embeddings for.
             OSError: a backbone cannot be found.
         """
         dtype = parse_dtype(dtype)
@@ -158,10 +159,12 @@ class LorgnetteForConditionalGeneration(
                 f"The ViT is {seen.model.dtype}, the LM {spoken.model.dtype}: pass dtype= to join them in one"
             )
 
+        num_embeddings = spoken.model.get_input_embeddings().num_embeddings
         if processor is not None:
             image_token_id = processor.image_token_id
+            check_token_ids(processor.tokenizer, image_token_id, num_embeddings)
         else:
-            image_token_id = next_free_token_id(text, text_revision, spoken.model.config.vocab_size)
+            image_token_id = next_free_token_id(text, text_revision, num_embeddings)
         config = LorgnetteConfig(
             vision_config=seen.model.config,
             qformer_config=started.fields(qformer_config),
@@ -211,8 +214,8 @@ class LorgnetteForConditionalGeneration(
         """See to it that a processor makes what this model reads.
 
         Raises:
-            ValueError: another placeholder or another number of them, with both; a Q-Former that takes instructions and
-                a processor without its tokenizer, or the reverse.
+            ValueError: another placeholder or another number of them, with both; tokens past the language model's table
+                of embeddings; a Q-Former that takes instructions and a processor without its tokenizer, or the reverse.
         """
         for field in ("image_token_id", "num_query_tokens"):
             ours, theirs = getattr(self.config, field), getattr(processor, field)
@@ -220,6 +223,7 @@ class LorgnetteForConditionalGeneration(
                 raise ValueError(
                     f"The model's {field} is {ours}, the processor's {theirs}: they do not belong together"
                 )
+        check_token_ids(processor.tokenizer, processor.image_token_id, self.get_input_embeddings().num_embeddings)
         takes_text = self.config.qformer_config.use_qformer_text_input
         if takes_text != (processor.qformer_tokenizer is not None):
             raise ValueError(

@@ -9,17 +9,20 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration.configuration_lorgnette import SIZES
 from .modeling_backbones import parse_dtype, read_language_model, read_vision_model
 from .modeling_forms import BACKBONES, is_backbone_key
+from .modeling_lora import without_lora
 from .modeling_weight_files import weight_files
 
 
@@ -63,7 +66,8 @@ def load_in_parts(
         files: its own weights, see [`~modeling_weight_files.weight_files`].
         kwargs: as `PreTrainedModel.from_pretrained` takes them. `quantization_config` is for the language model alone,
             and LoRA lies over it; so is `device_map`, and all else goes where the language model begins. A `device_map`
-            that names parts, `{"language_model": 0, "vision_model": 1}`, places each as a whole.
+            that names parts, `{"language_model": 0, "vision_model": 1}`, places each as a whole. Where it offloads to
+            the CPU or the disk, all is loaded first, LoRA included, and accelerate dispatches what is complete.
 
     Returns:
         the model in eval mode, and the loading info: `missing_keys` are weights that no file held.
@@ -71,7 +75,8 @@ def load_in_parts(
     Raises:
         OSError: a backbone cannot be loaded; names it, its commit and what to do. Or `name` cannot.
         ValueError: `quantization_config` for a model that has no language model; a backbone without all its weights; a
-            `device_map` that names some parts, but not all, or puts Q-Former and language model apart.
+            `device_map` that names some parts, but not all, or puts Q-Former and language model apart, or offloads
+            without an `offload_folder`, or what cannot be offloaded.
     """
     hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
     folder = {key: kwargs.pop(key, None) for key in _FOLDER}
@@ -89,6 +94,9 @@ def load_in_parts(
     weights = {key: tensor for file in files for key, tensor in load_file(file).items()}
     for part in cls.backbones if config.saved_form == "thin" else ():
         _check_backbone(part, config, name, hub)
+    offload = _offloading(cls, config, placing, places, quantization, dtype)
+    if offload is not None:
+        placing, places = {}, None
     parts: dict[str, PreTrainedModel] = {}
     for part in cls.backbones:
         extra = {"quantization_config": quantization} if quantization is not None and not parts else {}
@@ -108,6 +116,8 @@ def load_in_parts(
     missing, unexpected = _load_own_weights(model, name, weights, dtype)
     if model.can_generate():
         model.generation_config = generation or GenerationConfig.from_pretrained(name, **where)
+    if offload is not None:
+        _dispatch(model, offload)
     return model.eval(), {
         "missing_keys": missing,
         "unexpected_keys": unexpected,
@@ -123,10 +133,110 @@ def _places_of_parts(cls: type[PreTrainedModel], device_map: Any) -> dict[str, A
     if missing := sorted(set(cls.backbones) - set(device_map)):
         raise ValueError(f"device_map names {', '.join(sorted(device_map))}, and not {', '.join(missing)}")
     first = cls.backbones[0]
+    if "disk" in (device_map[part] for part in cls.backbones if part != first):
+        raise ValueError(f"device_map: only the {BACKBONES[first][0]} can be offloaded to the disk")
     for part, device in device_map.items():
         if part not in cls.backbones and device != device_map[first]:
             raise ValueError(f"device_map: {part} lies beside {first}; here on {device} and {device_map[first]}")
     return {part: device_map[part] for part in cls.backbones}
+
+
+@dataclass
+class _Offload:
+    """How accelerate is to place a language model of which a part is offloaded."""
+
+    device_map: Any
+    max_memory: dict | None
+    offload_folder: str | Path | None
+    offload_buffers: bool
+    vision_device: Any  # None: where the rest is
+
+
+def _offloading(
+    cls: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    placing: dict[str, Any],
+    places: dict[str, Any] | None,
+    quantization: Any,
+    dtype: torch.dtype,
+) -> _Offload | None:
+    """What `device_map` would offload, seen on a model without weights; None where it offloads nothing."""
+    device_map, vision_device = placing.get("device_map"), None
+    if places is not None:
+        device_map, vision_device = {"": places[cls.backbones[0]]}, places.get("vision_model")
+    if "language_model" not in cls.backbones or device_map is None:
+        return None
+    text_config = copy.deepcopy(config.text_config)
+    if hasattr(text_config, "quantization_config"):
+        quantization = text_config.quantization_config
+        del text_config.quantization_config
+    with torch.device("meta"):
+        bare = AutoModelForCausalLM.from_config(text_config, dtype=dtype)
+    offload = _Offload(
+        device_map,
+        placing.get("max_memory"),
+        placing.get("offload_folder"),
+        placing.get("offload_buffers", False),
+        vision_device,
+    )
+    devices = _devices(bare, offload)
+    if "disk" not in devices and not ("cpu" in devices and len(devices) > 1):
+        return None
+    if quantization is not None:
+        raise ValueError(f"device_map offloads a part of a quantised language model (to {sorted(map(str, devices))})")
+    lora = getattr(config, "lora_config", None) or {}
+    if lora.get("use_dora") or lora.get("target_parameters"):
+        raise ValueError(
+            "device_map offloads a part of a language model with DoRA or LoRA on parameters: peft needs it"
+        )
+    if "disk" in devices and offload.offload_folder is None:
+        raise ValueError("device_map offloads a part of the language model to the disk: give an offload_folder")
+    return offload
+
+
+def _devices(language_model: PreTrainedModel, offload: _Offload) -> dict[str, Any]:
+    return {str(device): device for device in _device_map(language_model, offload).values()}
+
+
+def _device_map(language_model: PreTrainedModel, offload: _Offload) -> dict[str, Any]:
+    """Modules of the language model and their devices, where accelerate is asked to find them."""
+    if isinstance(offload.device_map, dict):
+        return offload.device_map
+    if offload.device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return {"": offload.device_map}
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    language_model.tie_weights()
+    rules = {"no_split_module_classes": list(language_model._no_split_modules or ()), "max_memory": offload.max_memory}
+    if offload.device_map != "sequential":
+        low = offload.device_map == "balanced_low_0"
+        rules["max_memory"] = get_balanced_memory(language_model, low_zero=low, **rules)
+    return infer_auto_device_map(language_model, offload_buffers=offload.offload_buffers, **rules)
+
+
+def _dispatch(model: PreTrainedModel, offload: _Offload) -> None:
+    """Offload the language model, which has all its weights, and put the rest where it computes."""
+    from accelerate import disk_offload, dispatch_model
+
+    language_model = model.language_model
+    device_map = _device_map(language_model, offload)
+    computing = [device for device in device_map.values() if device not in ("cpu", "disk")]
+    device = torch.device(computing[0] if computing else "cpu")
+    for name, part in model.named_children():
+        if name != "language_model":
+            own = offload.vision_device if name == "vision_model" else None
+            part.to(device if own is None else own)
+    keywords: dict[str, Any] = {"offload_buffers": offload.offload_buffers}
+    if "disk" in device_map.values():  # a new folder, for accelerate reads what an older load has left in one
+        Path(offload.offload_folder).mkdir(parents=True, exist_ok=True)
+        model._offload_folder = TemporaryDirectory(dir=offload.offload_folder)  # removed with the model
+        keywords["offload_dir"] = model._offload_folder.name
+    if set(device_map.values()) == {"disk"}:
+        disk_offload(language_model, execution_device=device, **keywords)
+    else:
+        skip = language_model._skip_keys_device_placement
+        dispatch_model(language_model, device_map, main_device=device, skip_keys=skip, **keywords)
 
 
 def _resolve_config(
@@ -182,7 +292,7 @@ def _check_backbone(part: str, config: PreTrainedConfig, name: str | Path, hub: 
 def _take_backbone(part: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Take a backbone's weights out of the whole model's, with the names that they have in the backbone alone."""
     taken = [key for key in weights if key.startswith(f"{part}.") and ".lora_" not in key]
-    return {key.removeprefix(f"{part}.").replace(".base_layer.", "."): weights.pop(key) for key in taken}
+    return {without_lora(key).removeprefix(f"{part}."): weights.pop(key) for key in taken}
 
 
 def _load_own_weights(
@@ -191,6 +301,12 @@ def _load_own_weights(
     """Fill what is not the backbones'; returns what the files lack, and what the model has no use for."""
     result = model.load_state_dict(weights, strict=False)
     lacking = {key for key in result.missing_keys if not is_backbone_key(model, key)}
+    strange = [key for key in result.unexpected_keys if ".lora_" in key]
+    if strange and any(".lora_" in key for key in lacking):
+        raise ValueError(
+            f"{name}: {len(strange)} weights of LoRA have names of an older format ({strange[0]}, …). Load it without "
+            "device_map and quantization_config and save it again"
+        )
     if lacking:
         logger.warning(f"{name} lacks {len(lacking)} weights, which are as a new model's: {sorted(lacking)}")
     device = next(model.get_submodule(model.backbones[0]).parameters()).device

@@ -175,3 +175,20 @@ def test_liger_gives_the_language_models_own_loss(monkeypatch):
         loss.backward()
         found.append((loss, [p.grad for p in built.parameters() if p.requires_grad]))
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("room", ["60KB", "110KB"])
+@pytest.mark.parametrize("cpu", ["1GB", "30KB"])
+def test_a_language_model_that_does_not_fit_is_offloaded(room, cpu, tmp_path):
+    built = tiny_models.model()
+    built.save_pretrained(tmp_path / "saved")
+    memory = {0: room, "cpu": cpu}
+    folders = {"offload_folder": tmp_path / "off"}
+    offloaded = LorgnetteForConditionalGeneration.from_pretrained(
+        tmp_path / "saved", device_map="auto", max_memory=memory, **folders
+    )
+    assert any(value.is_meta for value in offloaded.language_model.parameters())
+    assert offloaded.projector.weight.device.type == "cuda"
+    batch = {name: value.to("cuda") for name, value in tiny_models.inputs().items()}
+    with torch.no_grad():
+        torch.testing.assert_close(offloaded(**batch).logits, built.to("cuda")(**batch).logits, atol=1e-3, rtol=1e-3)

@@ -1,6 +1,7 @@
 """A language model in 8 or 4 bit: its base weights are quantised, and nothing else is; LoRA over them trains."""
 
 import pytest
+import tiny_forms
 import tiny_training
 import torch
 from tiny_models import NUM_QUERY_TOKENS, QFORMER, inputs, language_model, model, vision_model
@@ -22,11 +23,12 @@ needs_bitsandbytes = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("settings", "stored"), [({"load_in_4bit": True}, torch.uint8), ({"load_in_8bit": True}, torch.int8)]
 )
-def test_only_base_weights_of_the_language_model_are_quantised(settings: dict, stored: torch.dtype, tmp_path):
-    vit, llama = tiny_training.write_backbones(tmp_path)
+def test_only_base_weights_of_the_language_model_are_quantised(
+    settings: dict, stored: torch.dtype, tmp_path, monkeypatch
+):
+    tiny_forms.hub_with_backbones(tmp_path, monkeypatch)  # of a folder it could not be saved, and does not train
     made = LorgnetteForConditionalGeneration.from_backbones(
-        vit,
-        llama,
+        *tiny_forms.BACKBONES,
         qformer_config=QFORMER,
         num_query_tokens=NUM_QUERY_TOKENS,
         lora={"r": 2},
