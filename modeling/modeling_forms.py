@@ -203,7 +203,8 @@ def in_form(
             setattr(model.config, f"{prefix}_backbone_revision", None)
         # a path of this machine is nobody else's business
         getattr(model.config, f"{prefix}_config").name_or_path = getattr(model.config, f"{prefix}_backbone") or ""
-    arguments: dict = {"state_dict": state_dict}
+    # a copy: transformers takes out what it has written, and a push writes twice
+    arguments: dict = {"state_dict": None if state_dict is None else dict(state_dict)}
     try:
         if form == "thin":
             weights = model.state_dict() if state_dict is None else state_dict

@@ -111,6 +111,8 @@ def test_a_state_dict_that_was_gathered_is_what_is_looked_at(hub, tmp_path):
     gathered[HEAD] += 1
     built.save_pretrained(tmp_path / "full", state_dict=gathered)
     assert form_of(tmp_path / "full") == "full"
+    assert gathered.keys() == built.state_dict().keys()  # transformers empties what it is given
+    assert torch.equal(load(tmp_path / "full").get_parameter(HEAD), gathered[HEAD])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
