@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedC
 
 from lorgnette import LorgnetteForConditionalGeneration
 
-from .tiny_configs import VOCABULARY, NotTiny, new_model, tiny_config
+from .tiny_configs import VOCABULARY, NotTinyError, new_model, tiny_config
 
 
 LMS, VITS = "Language models", "ViTs"
@@ -39,7 +39,7 @@ class Outcome:
     packed: str = ""
 
 
-class Wrong(AssertionError):
+class WrongAnswerError(AssertionError):
     """An answer that is not what it has to be."""
 
 
@@ -48,7 +48,7 @@ def try_language_model(model_type: str, config_class: type[PreTrainedConfig]) ->
     try:
         config = tiny_config(config_class, **FIELDS.get(model_type, {}))
         text = new_model(MODEL_FOR_CAUSAL_LM_MAPPING[config_class], config)
-    except NotTiny as error:
+    except NotTinyError as error:
         return Outcome(LMS, model_type, "not tried", short(error))
     try:
         built = joined(vision_model(), text)
@@ -64,7 +64,7 @@ def try_vision_model(model_type: str, config_class: type[PreTrainedConfig]) -> O
     try:
         config = tiny_config(config_class, **FIELDS.get(model_type, {}))
         vision = new_model(MODEL_MAPPING[config_class], config)
-    except NotTiny as error:
+    except NotTinyError as error:
         return Outcome(VITS, model_type, "not tried", short(error))
     try:
         built = joined(vision, language_model())
@@ -142,7 +142,7 @@ def the_loss_is_the_language_models(built: LorgnetteForConditionalGeneration, ba
         built.train()
         found = built(**batch, labels=labels).loss
     if not torch.isfinite(found):
-        raise Wrong(f"the loss is {found}")
+        raise WrongAnswerError(f"the loss is {found}")
     same(found, expected, "loss of a training step", "cross entropy of the logits")
 
 
@@ -154,10 +154,10 @@ def train(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.Tenso
         loss = built(**batch, labels=labels_of(built, batch)).loss
         loss.backward()
         if not torch.isfinite(loss):
-            raise Wrong(f"the loss is {loss}")
+            raise WrongAnswerError(f"the loss is {loss}")
         idle = [name for name, weight in built.named_parameters() if weight.requires_grad and weight.grad is None]
         if idle:
-            raise Wrong(f"{len(idle)} weights that train get no gradient ({idle[0]}, …)")
+            raise WrongAnswerError(f"{len(idle)} weights that train get no gradient ({idle[0]}, …)")
         optimizer.step()
         optimizer.zero_grad()
     built.eval()
@@ -198,22 +198,22 @@ def comes_back(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.
     with torch.no_grad():
         ours, theirs = built(**batch).logits, loaded(**batch).logits
     if form == "full" and not torch.equal(ours, theirs):
-        raise Wrong(f"logits after loading differ by {(ours - theirs).abs().max():.2g}")
+        raise WrongAnswerError(f"logits after loading differ by {(ours - theirs).abs().max():.2g}")
     same(ours, theirs, "logits", "those after loading")
 
 
 def same(first: torch.Tensor, second: torch.Tensor, what: str, other: str) -> None:
     if first.shape != second.shape:
-        raise Wrong(f"{what} are {tuple(first.shape)}, {other} {tuple(second.shape)}")
+        raise WrongAnswerError(f"{what} are {tuple(first.shape)}, {other} {tuple(second.shape)}")
     scale = float(second.abs().max().clamp(min=1.0))
     if not torch.allclose(first / scale, second / scale, **CLOSE):
-        raise Wrong(f"{what} and {other} differ by {(first - second).abs().max():.2g}, of {scale:.2g}")
+        raise WrongAnswerError(f"{what} and {other} differ by {(first - second).abs().max():.2g}, of {scale:.2g}")
 
 
 def where(error: Exception) -> str:
     """The error, and the last line of code on the way to it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    place = "" if isinstance(error, Wrong) else f" ({Path(last.filename).name}:{last.lineno})"
+    place = "" if isinstance(error, WrongAnswerError) else f" ({Path(last.filename).name}:{last.lineno})"
     return f"{type(error).__name__}: {short(error)}{place}"
 
 

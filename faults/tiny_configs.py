@@ -48,7 +48,7 @@ _SIZES = {
 _LAYERS = r"num_hidden_layers|n_layers?|num_layers"
 
 
-class NotTiny(ValueError):
+class NotTinyError(ValueError):
     """No tiny config could be made, with the reason."""
 
 
@@ -59,7 +59,7 @@ def tiny_config(config_class: type[PreTrainedConfig], **fields: Any) -> PreTrain
         fields: what the names do not say, for this class.
 
     Raises:
-        NotTiny: the class does not take what was tried; names the last cause.
+        NotTinyError: the class does not take what was tried; names the last cause.
     """
     cause: Exception | None = None
     for shrunk in _ways(config_class):
@@ -69,26 +69,26 @@ def tiny_config(config_class: type[PreTrainedConfig], **fields: Any) -> PreTrain
             return config
         except Exception as error:  # each class refuses what it does in its own way
             cause = cause or error
-    raise NotTiny(f"{type(cause).__name__}: {' '.join(str(cause).split())[:160]}") from cause
+    raise NotTinyError(f"{type(cause).__name__}: {' '.join(str(cause).split())[:160]}") from cause
 
 
 def new_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
     """A model of random numbers, large enough to tell its logits apart.
 
     Raises:
-        NotTiny: it has too many weights, or cannot be built.
+        NotTinyError: it has too many weights, or cannot be built.
     """
     try:
         with torch.device("meta"):
             size = sum(weight.numel() for weight in model_class._from_config(config).parameters())
         if size > MOST_WEIGHTS:
-            raise NotTiny(f"{size:,} weights where all that is known by its name is small")
+            raise NotTinyError(f"{size:,} weights where all that is known by its name is small")
         torch.manual_seed(0)
         model = model_class._from_config(config)
-    except NotTiny:
+    except NotTinyError:
         raise
     except Exception as error:
-        raise NotTiny(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
+        raise NotTinyError(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
     with torch.no_grad():
         for weight in model.parameters():
             if weight.is_floating_point():
@@ -147,4 +147,4 @@ def _ids(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
 def _check_size(config: PreTrainedConfig) -> None:
     width = getattr(config, "hidden_size", 0)
     if isinstance(width, int) and width > 1024:
-        raise NotTiny(f"hidden_size is {width}")
+        raise NotTinyError(f"hidden_size is {width}")
