@@ -18,7 +18,7 @@ from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-import peft  # noqa: F401 (imported here once, and not in each process again)
+import peft  # noqa: F401 (imported once, and not in each process again)
 import torch
 from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel

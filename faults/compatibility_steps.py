@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from tiny_models import NUM_QUERY_TOKENS, QFORMER, language_model, vision_model
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lorgnette import LorgnetteForConditionalGeneration
 
-from .tiny_configs import VOCABULARY, NotTinyError, new_model, tiny_config
+from .tiny_configs import VOCABULARY, NotTinyError, tiny_model
 
 
 LMS, VITS = "Language models", "ViTs"
@@ -46,8 +46,7 @@ class WrongAnswerError(AssertionError):
 def try_language_model(model_type: str, config_class: type[PreTrainedConfig]) -> Outcome:
     """A causal LM of this type, with a tiny ViT."""
     try:
-        config = tiny_config(config_class, **FIELDS.get(model_type, {}))
-        text = new_model(MODEL_FOR_CAUSAL_LM_MAPPING[config_class], config)
+        text = tiny_model(config_class, AutoModelForCausalLM.from_config, **FIELDS.get(model_type, {}))
     except NotTinyError as error:
         return Outcome(LMS, model_type, "not tried", short(error))
     try:
@@ -62,8 +61,7 @@ def try_language_model(model_type: str, config_class: type[PreTrainedConfig]) ->
 def try_vision_model(model_type: str, config_class: type[PreTrainedConfig]) -> Outcome:
     """A ViT of this type, with a tiny Llama."""
     try:
-        config = tiny_config(config_class, **FIELDS.get(model_type, {}))
-        vision = new_model(MODEL_MAPPING[config_class], config)
+        vision = tiny_model(config_class, MODEL_MAPPING[config_class]._from_config, **FIELDS.get(model_type, {}))
     except NotTinyError as error:
         return Outcome(VITS, model_type, "not tried", short(error))
     try:
@@ -197,7 +195,7 @@ def comes_back(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.
     loaded = LorgnetteForConditionalGeneration.from_pretrained(folder).eval()
     with torch.no_grad():
         ours, theirs = built(**batch).logits, loaded(**batch).logits
-    if form == "full" and not torch.equal(ours, theirs):
+    if form == "full" and not torch.allclose(ours, theirs, rtol=0, atol=1e-6):  # some kernels heed where memory begins
         raise WrongAnswerError(f"logits after loading differ by {(ours - theirs).abs().max():.2g}")
     same(ours, theirs, "logits", "those after loading")
 
@@ -223,4 +221,16 @@ def short(error: Exception) -> str:
 
 
 # What the names of fields do not say
-FIELDS: dict[str, dict] = {}
+FIELDS: dict[str, dict] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "falcon_mamba": {"state_size": 8},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"is_decoder": True},
+}

@@ -4,7 +4,9 @@ Fields are known by their names: widths, numbers of layers, heads and experts ha
 What a config derives from others (lists of layers, ranks, offsets) is left to it.
 """
 
+import copy
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,48 +54,42 @@ class NotTinyError(ValueError):
     """No tiny config could be made, with the reason."""
 
 
-def tiny_config(config_class: type[PreTrainedConfig], **fields: Any) -> PreTrainedConfig:
-    """A config of few weights.
+def tiny_model(
+    config_class: type[PreTrainedConfig], build: Callable[[PreTrainedConfig], PreTrainedModel], **fields: Any
+) -> PreTrainedModel:
+    """A model of few random weights, large enough to tell its outputs apart.
 
     Args:
+        build: from a config to a model.
         fields: what the names do not say, for this class.
 
     Raises:
-        NotTinyError: the class does not take what was tried; names the last cause.
+        NotTinyError: nothing that was tried gives a model that runs by itself; names the first cause.
     """
     cause: Exception | None = None
-    for shrunk in _ways(config_class):
+    try:
+        ways = _ways(config_class)
+    except Exception as error:  # each class refuses what it does in its own way
+        ways, cause = [], error
+    for shrunk in ways:
         try:
             config = config_class(**shrunk | _ids(config_class) | fields)
-            _check_size(config)
-            return config
-        except Exception as error:  # each class refuses what it does in its own way
+            with torch.device("meta"):
+                size = sum(weight.numel() for weight in build(copy.deepcopy(config)).parameters())
+            if size > MOST_WEIGHTS:
+                raise NotTinyError(f"{size:,} weights where all that is known by its name is small")
+            torch.manual_seed(0)
+            model = build(config).eval()
+            with torch.no_grad():
+                for weight in model.parameters():
+                    if weight.is_floating_point():
+                        weight.add_(torch.randn_like(weight) * 0.05)
+                if model.main_input_name == "input_ids" and not config.is_encoder_decoder:
+                    model(input_ids=torch.arange(3, 8)[None])
+            return model
+        except Exception as error:
             cause = cause or error
     raise NotTinyError(f"{type(cause).__name__}: {' '.join(str(cause).split())[:160]}") from cause
-
-
-def new_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of random numbers, large enough to tell its logits apart.
-
-    Raises:
-        NotTinyError: it has too many weights, or cannot be built.
-    """
-    try:
-        with torch.device("meta"):
-            size = sum(weight.numel() for weight in model_class._from_config(config).parameters())
-        if size > MOST_WEIGHTS:
-            raise NotTinyError(f"{size:,} weights where all that is known by its name is small")
-        torch.manual_seed(0)
-        model = model_class._from_config(config)
-    except NotTinyError:
-        raise
-    except Exception as error:
-        raise NotTinyError(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.is_floating_point():
-                weight.add_(torch.randn_like(weight) * 0.05)
-    return model.eval()
 
 
 def _ways(config_class: type[PreTrainedConfig]) -> list[dict[str, Any]]:
@@ -106,7 +102,7 @@ def _ways(config_class: type[PreTrainedConfig]) -> list[dict[str, Any]]:
 
 def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
     shrunk: dict[str, Any] = {}
-    fields = {name: getattr(config, name, value) for name, value in config.to_dict().items()}
+    fields = {name: vars(config).get(name, value) for name, value in config.to_dict().items()}
     layers = next((value for name, value in fields.items() if re.fullmatch(_LAYERS, name)), None)
     lists = {name: value for name, value in fields.items() if isinstance(value, list) and len(value) == layers}
     kept = _kinds_of_layers(lists, layers)
@@ -142,9 +138,3 @@ def _ids(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     known = config_class().to_dict()
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return {name: value for name, value in ids.items() if name in known}
-
-
-def _check_size(config: PreTrainedConfig) -> None:
-    width = getattr(config, "hidden_size", 0)
-    if isinstance(width, int) and width > 1024:
-        raise NotTinyError(f"hidden_size is {width}")

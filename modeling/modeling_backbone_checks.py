@@ -46,25 +46,67 @@ def refuse_own_code(what: str, source: Any, auto_class: str, known: Collection[s
         )
 
 
+@torch.no_grad()
 def check_language_model(model: PreTrainedModel) -> None:
-    """Ask a causal LM whether it takes embeddings, a mask and a cache, as training and generation give them.
+    """Ask a causal LM for what training and generation rest on, by its signature and with four tokens.
 
     Raises:
-        ValueError: names what its forward does not take; or a loaded model is of another class than a save of it.
+        ValueError: its forward does not take what it is given; it reads embeddings otherwise than their ids; later words
+            change what it says after earlier ones, or the cache does; its loss is not of the next token; or a loaded
+            model is of another class than a save of it.
     """
+    name = type(model).__name__
     loaded_as = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
     if type(model) is not loaded_as:
         raise ValueError(
-            f"{type(model).__name__} would come back as {loaded_as and loaded_as.__name__} when the saved model is "
-            "loaded: give a model that AutoModelForCausalLM has loaded"
+            f"{name} would come back as {loaded_as and loaded_as.__name__} when the saved model is loaded: give a model "
+            "that AutoModelForCausalLM has loaded"
         )
+    if not hasattr(model.config, "vocab_size"):
+        raise ValueError(f"{name} is no text-only LM: its config has no vocab_size. Give the language model in it")
     keywords = inspect.signature(type(model).forward).parameters
-    lacking = [name for name in ("inputs_embeds", "attention_mask", "labels", KV_CACHE) if name not in keywords]
+    lacking = [key for key in ("inputs_embeds", "attention_mask", "labels", KV_CACHE) if key not in keywords]
     if lacking:
         raise ValueError(
-            f"{type(model).__name__} cannot be joined: its forward takes no {', '.join(lacking)}. Visual tokens go in "
-            f"as inputs_embeds, and answers are generated with {KV_CACHE}"
+            f"{name} cannot be joined: its forward takes no {', '.join(lacking)}. Visual tokens go in as inputs_embeds, "
+            f"and answers are generated with {KV_CACHE}"
         )
+    table, was_training = model.get_input_embeddings(), model.training
+    if table.weight.is_meta:
+        return
+    ids = torch.arange(4, device=table.weight.device)[None] + model.config.vocab_size // 2
+    embeds, mask, labels = table(ids), torch.ones_like(ids), ids.clone()
+    labels[:, :3] = -100
+    try:
+        model.eval()
+        by_ids = model(input_ids=ids, attention_mask=mask, return_dict=True).logits
+        whole = model(inputs_embeds=embeds, attention_mask=mask, labels=labels, return_dict=True, use_cache=False)
+        begun = model(inputs_embeds=embeds[:, :3], attention_mask=mask[:, :3], return_dict=True, use_cache=True)
+        more = {KV_CACHE: begun[KV_CACHE], "use_cache": True, "return_dict": True}
+        rest = model(input_ids=ids[:, 3:], attention_mask=mask, **more)
+    except Exception as error:  # each architecture has its own way to say that it wants something else
+        raise ValueError(
+            f"{name} cannot be joined: it does not go on from embeddings with a mask and a cache: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    finally:
+        model.train(was_training)
+    next_token = torch.nn.functional.cross_entropy(whole.logits[:, 2].float(), ids[:, 3])
+    for what, found, expected in (
+        ("its logits of embeddings are not those of their ids", whole.logits, by_ids),
+        ("later words change its logits after earlier ones, as in an encoder", begun.logits, whole.logits[:, :3]),
+        ("its logits with a cache are not those without", rest.logits[:, -1], whole.logits[:, -1]),
+        ("its loss is not the cross entropy of the next token", whole.loss, next_token),
+    ):
+        # rounding and quantisation may do more in other dtypes, and a mixture of experts may then choose others
+        exact = whole.logits.dtype == torch.float32 and getattr(model, "hf_quantizer", None) is None
+        apart = (found - expected).abs().max() / expected.abs().max()
+        if (
+            exact
+            and apart > 1e-3
+            and not (found is whole.loss and getattr(model.config, "output_router_logits", False))
+        ):
+            raise ValueError(f"{name} cannot be joined: {what} (they differ by {apart:.1%})")
 
 
 @torch.no_grad()

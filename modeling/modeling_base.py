@@ -64,6 +64,11 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     # `form` and `state_dict` of a `push_to_hub`, while transformers' calls `save_pretrained`, and does not pass them on
     _to_push: Mapping[str, Any] = MappingProxyType({})
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: for code that it takes for strange transformers leaves buffers out that backbones compute (Falcon-H1)."""
+        return False
+
     def freeze(self) -> None:
         """Leave gradients to what is trained; called after each way of building or loading the model."""
         self.vision_model.requires_grad_(False)

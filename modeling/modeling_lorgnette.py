@@ -383,6 +383,9 @@ class LorgnetteForConditionalGeneration(
         """The language model's own: its cache, positions and masks are its business."""
         return self.language_model.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
+    def _supports_default_dynamic_cache(self) -> bool:
+        return self.language_model._supports_default_dynamic_cache()
+
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         return PlaceholderBlind(super()._get_logits_processor(*args, **kwargs), self.config.image_token_id)
 
