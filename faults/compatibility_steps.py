@@ -5,12 +5,14 @@ import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tiny_models import NUM_QUERY_TOKENS, QFORMER, language_model, vision_model
 from transformers import MODEL_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lorgnette import LorgnetteForConditionalGeneration
+from lorgnette.modeling.modeling_lora import attention_projections, read_layers
 
 from .tiny_configs import VOCABULARY, NotTinyError, tiny_model
 
@@ -74,8 +76,13 @@ def try_vision_model(model_type: str, config_class: type[PreTrainedConfig]) -> O
 
 
 def joined(vision: PreTrainedModel, text: PreTrainedModel) -> LorgnetteForConditionalGeneration:
+    lora: dict[str, Any] = {"r": 2}
+    try:
+        attention_projections(text)
+    except Exception:  # it has none, or is nothing that can be asked: the join says what
+        lora["target_modules"] = other_layers(text)
     built = LorgnetteForConditionalGeneration.from_backbones(
-        vision, text, qformer_config=dict(BRIDGE), num_query_tokens=NUM_QUERY_TOKENS, lora={"r": 2}
+        vision, text, qformer_config=dict(BRIDGE), num_query_tokens=NUM_QUERY_TOKENS, lora=lora
     )
     torch.manual_seed(1)
     with torch.no_grad():
@@ -83,6 +90,16 @@ def joined(vision: PreTrainedModel, text: PreTrainedModel) -> LorgnetteForCondit
             if "lora_B" in name:
                 weight.normal_(std=0.1)
     return built.eval()
+
+
+def other_layers(text: PreTrainedModel) -> list[str]:
+    """Names of linear layers that LoRA can train, where no attention has any; peft refuses Mamba's last."""
+    try:
+        read = read_layers(text)
+    except Exception:  # the join says why
+        read = set()
+    names = {name.rsplit(".", 1)[-1] for name, layer in text.named_modules() if layer in read}
+    return sorted(names - {"out_proj"}) or ["none"]
 
 
 def through(built: LorgnetteForConditionalGeneration, kind: str, model_type: str) -> Outcome:
@@ -233,4 +250,5 @@ FIELDS: dict[str, dict] = {
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
 }

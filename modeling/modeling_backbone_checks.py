@@ -48,19 +48,19 @@ def refuse_own_code(what: str, source: Any, auto_class: str, known: Collection[s
 
 @torch.no_grad()
 def check_language_model(model: PreTrainedModel) -> None:
-    """Ask a causal LM for what training and generation rest on, by its signature and with four tokens.
+    """Ask a causal LM for what training and generation rest on, by its signature and with eight tokens.
 
     Raises:
-        ValueError: its forward does not take what it is given; it reads embeddings otherwise than their ids; later words
-            change what it says after earlier ones, or the cache does; its loss is not of the next token; or a loaded
-            model is of another class than a save of it.
+        ValueError: its forward does not take what it is given; it reads embeddings otherwise than their ids; later
+            words change what it says after earlier ones, or the cache does; its loss is not of the next token; or a
+            loaded model is of another class than a save of it.
     """
     name = type(model).__name__
     loaded_as = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
     if type(model) is not loaded_as:
         raise ValueError(
-            f"{name} would come back as {loaded_as and loaded_as.__name__} when the saved model is loaded: give a model "
-            "that AutoModelForCausalLM has loaded"
+            f"{name} would come back as {loaded_as and loaded_as.__name__} when the saved model is loaded: give a "
+            "model that AutoModelForCausalLM has loaded"
         )
     if not hasattr(model.config, "vocab_size"):
         raise ValueError(f"{name} is no text-only LM: its config has no vocab_size. Give the language model in it")
@@ -68,22 +68,28 @@ def check_language_model(model: PreTrainedModel) -> None:
     lacking = [key for key in ("inputs_embeds", "attention_mask", "labels", KV_CACHE) if key not in keywords]
     if lacking:
         raise ValueError(
-            f"{name} cannot be joined: its forward takes no {', '.join(lacking)}. Visual tokens go in as inputs_embeds, "
-            f"and answers are generated with {KV_CACHE}"
+            f"{name} cannot be joined: its forward takes no {', '.join(lacking)}. Visual tokens go in as "
+            f"inputs_embeds, and answers are generated with {KV_CACHE}"
         )
     table, was_training = model.get_input_embeddings(), model.training
     if table.weight.is_meta:
         return
-    ids = torch.arange(4, device=table.weight.device)[None] + model.config.vocab_size // 2
-    embeds, mask, labels = table(ids), torch.ones_like(ids), ids.clone()
-    labels[:, :3] = -100
+    ids = torch.arange(8, device=table.weight.device)[None] + model.config.vocab_size // 2
+    words, mask, labels = table(ids), torch.ones_like(ids), ids.clone()
+    seen = torch.cat([words[:, :1], (words[:, :6] + words[:, 1:7]) / 2, words[:, 7:]], dim=1)  # no words, as pictures
+    labels[:, :-1] = -100
     try:
         model.eval()
         by_ids = model(input_ids=ids, attention_mask=mask, return_dict=True).logits
-        whole = model(inputs_embeds=embeds, attention_mask=mask, labels=labels, return_dict=True, use_cache=False)
-        begun = model(inputs_embeds=embeds[:, :3], attention_mask=mask[:, :3], return_dict=True, use_cache=True)
-        more = {KV_CACHE: begun[KV_CACHE], "use_cache": True, "return_dict": True}
-        rest = model(input_ids=ids[:, 3:], attention_mask=mask, **more)
+        of_words = model(inputs_embeds=words, attention_mask=mask, return_dict=True).logits
+        whole = model(inputs_embeds=seen, attention_mask=mask, labels=labels, return_dict=True, use_cache=False)
+        begun = model(inputs_embeds=seen[:, :-1], attention_mask=mask[:, :-1], return_dict=True, use_cache=True)
+        if (cache := getattr(begun, KV_CACHE, None)) is None:
+            raise ValueError(f"it returns no {KV_CACHE}")
+        cached = {KV_CACHE: cache, "use_cache": True, "return_dict": True}
+        if "position_ids" in keywords:  # as `generate` gives them
+            cached["position_ids"] = torch.full_like(ids[:, :1], ids.shape[1] - 1)
+        rest = model(input_ids=ids[:, -1:], attention_mask=mask, **cached).logits
     except Exception as error:  # each architecture has its own way to say that it wants something else
         raise ValueError(
             f"{name} cannot be joined: it does not go on from embeddings with a mask and a cache: "
@@ -91,21 +97,19 @@ def check_language_model(model: PreTrainedModel) -> None:
         ) from error
     finally:
         model.train(was_training)
-    next_token = torch.nn.functional.cross_entropy(whole.logits[:, 2].float(), ids[:, 3])
-    for what, found, expected in (
-        ("its logits of embeddings are not those of their ids", whole.logits, by_ids),
-        ("later words change its logits after earlier ones, as in an encoder", begun.logits, whole.logits[:, :3]),
-        ("its logits with a cache are not those without", rest.logits[:, -1], whole.logits[:, -1]),
-        ("its loss is not the cross entropy of the next token", whole.loss, next_token),
-    ):
-        # rounding and quantisation may do more in other dtypes, and a mixture of experts may then choose others
-        exact = whole.logits.dtype == torch.float32 and getattr(model, "hf_quantizer", None) is None
-        apart = (found - expected).abs().max() / expected.abs().max()
-        if (
-            exact
-            and apart > 1e-3
-            and not (found is whole.loss and getattr(model.config, "output_router_logits", False))
-        ):
+    if whole.logits.dtype != torch.float32 or getattr(model, "hf_quantizer", None) is not None:
+        return  # rounding may do more there, and a mixture of experts may then choose others
+    next_token = torch.nn.functional.cross_entropy(whole.logits[:, -2], ids[:, -1])
+    pairs = {
+        "its logits of embeddings are not those of their ids": (of_words, by_ids),
+        "later words change its logits after earlier ones, as in an encoder": (begun.logits, whole.logits[:, :-1]),
+        "its logits with a cache are not those without": (rest[:, -1], whole.logits[:, -1]),
+        "its loss is not the cross entropy of the next token": (whole.loss, next_token),
+    }
+    if getattr(model.config, "output_router_logits", False):  # there is another loss in it, which is wished
+        pairs.popitem()
+    for what, (found, expected) in pairs.items():
+        if (apart := (found - expected).abs().max() / expected.abs().max()) > 1e-3:
             raise ValueError(f"{name} cannot be joined: {what} (they differ by {apart:.1%})")
 
 

@@ -102,10 +102,14 @@ def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str,
     elif not isinstance(targets, str):
         resolved["target_modules"] = sorted(targets)
     targeted = _match_targets(resolved["target_modules"], layers)
+    if targets is None:  # an encoder of the LM's own may have layers of the same names
+        read = read_layers(language_model)
+        if unread := [name for name in targeted if layers[name] not in read]:
+            resolved.setdefault("exclude_modules", unread)
     if nested := [name for name in targeted for other in targeted if name.startswith(f"{other}.")]:
         raise ValueError(
-            f"LoRA targets {nested[0]!r}, and the layer that it is a part of: a save would have no name for its weights. "
-            "Name the one or the other in lora['target_modules']"
+            f"LoRA targets {nested[0]!r}, and the layer that it is a part of: a save would have no name for its "
+            "weights. Name the one or the other in lora['target_modules']"
         )
     if all(isinstance(layers[name], Conv1D) for name in targeted):
         resolved.setdefault("fan_in_fan_out", True)  # GPT-2 keeps its matrices transposed
@@ -191,8 +195,9 @@ def attention_projections(language_model: PreTrainedModel) -> list[str]:
             parent = name.rsplit(".", 1)[-1]
             for child, layer in module.named_modules():
                 inside = any(child.startswith(f"{other}.") for other, one in module.named_modules() if _is_linear(one))
-                # peft takes a gate_proj for a half of what mixtures of experts fuse
-                if _is_linear(layer) and layer in read and not inside and child.split(".")[-1] != "gate_proj":
+                # what makes a convolution's kernel has another name in files; peft takes a gate_proj for an expert's
+                inside = inside or "conv" in child or child.split(".")[-1] == "gate_proj"
+                if _is_linear(layer) and layer in read and not inside:
                     found.add(f"{parent}.{child}")
     if not found:
         raise ValueError(
@@ -272,6 +277,7 @@ __all__ = [
     "check_lora_config",
     "linear_layers",
     "lora_layers",
+    "read_layers",
     "resolve_lora_config",
     "switch_lora",
 ]
