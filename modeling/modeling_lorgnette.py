@@ -137,8 +137,9 @@ class LorgnetteForConditionalGeneration(
                 `dtype`. The LM has to be a Hub id or a folder.
 
         Raises:
-            ValueError: a backbone of the wrong kind, backbones of two dtypes, LoRA targets that match nothing, a BERT
-                of another shape.
+            ValueError: a backbone of the wrong kind or with code of its own, a ViT that draws random numbers, an LM that
+                does not go on from embeddings with a cache, backbones of two dtypes, LoRA targets that match nothing, a
+                BERT of another shape.
             OSError: a backbone cannot be found.
         """
         dtype = parse_dtype(dtype)
