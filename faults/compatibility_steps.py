@@ -93,13 +93,14 @@ def joined(vision: PreTrainedModel, text: PreTrainedModel) -> LorgnetteForCondit
 
 
 def other_layers(text: PreTrainedModel) -> list[str]:
-    """Names of linear layers that LoRA can train, where no attention has any; peft refuses Mamba's last."""
+    """Names of linear layers that LoRA can train, where no attention has any; peft refuses Mamba's last, and experts
+    may be chosen for no token."""
     try:
         read = read_layers(text)
     except Exception:  # the join says why
         read = set()
     names = {name.rsplit(".", 1)[-1] for name, layer in text.named_modules() if layer in read}
-    return sorted(names - {"out_proj"}) or ["none"]
+    return sorted(names - {"out_proj", "classifier", "gate_proj", "up_proj", "down_proj"}) or ["none"]
 
 
 def through(built: LorgnetteForConditionalGeneration, kind: str, model_type: str) -> Outcome:

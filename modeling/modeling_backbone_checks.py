@@ -11,6 +11,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from ..configuration.configuration_lorgnette import SIZES
 from .modeling_outputs_lorgnette import KV_CACHE
 
 
@@ -64,6 +65,10 @@ def check_language_model(model: PreTrainedModel) -> None:
         )
     if not hasattr(model.config, "vocab_size"):
         raise ValueError(f"{name} is no text-only LM: its config has no vocab_size. Give the language model in it")
+    try:
+        [getattr(model.config, field, None) for field in SIZES]
+    except Exception as error:  # sizes that differ from layer to layer
+        raise ValueError(f"{name} cannot be joined: its config has no one size for all layers: {error}") from error
     keywords = inspect.signature(type(model).forward).parameters
     lacking = [key for key in ("inputs_embeds", "attention_mask", "labels", KV_CACHE) if key not in keywords]
     if lacking:
@@ -115,11 +120,11 @@ def check_language_model(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_vision_model(model: PreTrainedModel) -> None:
-    """Look at one picture twice.
+    """Look at one picture, and at two of it.
 
     Raises:
-        ValueError: the ViT cannot look at it, gives no sequence of vectors as wide as its config says, or gives another
-            one the second time.
+        ValueError: the ViT cannot look at it, gives no sequence of vectors as wide as its config says for each picture,
+            or another one the second time.
     """
     if model.device.type == "meta":
         return
@@ -137,7 +142,10 @@ def check_vision_model(model: PreTrainedModel) -> None:
     # what it may draw is none of the caller's random numbers
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         try:
-            first, second = (model.eval()(**inputs, return_dict=True).last_hidden_state for _ in range(2))
+            model.eval()
+            first = model(**inputs, return_dict=True).last_hidden_state
+            twice = {key: torch.cat([value, value]) for key, value in inputs.items()}
+            second = model(**twice, return_dict=True).last_hidden_state
         except Exception as error:  # each architecture has its own way to say that it wants something else
             raise ValueError(
                 f"{type(model).__name__} cannot look at a picture of {shapes}: {error or type(error).__name__}"
@@ -149,12 +157,17 @@ def check_vision_model(model: PreTrainedModel) -> None:
             f"{type(model).__name__} makes {tuple(first.shape)} of a picture; the Q-Former reads a sequence of vectors "
             f"of its hidden_size, (1, L, {config.hidden_size})"
         )
-    apart = (first - second).abs().max() if first.shape == second.shape else torch.inf
-    if apart > 1e-3 * first.abs().max():
+    if second.shape != (2, *first.shape[1:]):
+        raise ValueError(
+            f"{type(model).__name__} makes {tuple(first.shape)} of a picture, and {tuple(second.shape)} of two: the "
+            "Q-Former reads a row a picture"
+        )
+    apart, largest = (first - second).abs().max(), first.abs().max()
+    if apart > (1e-3 if first.dtype == torch.float32 else 5e-2) * largest:
         raise ValueError(
             f"{type(model).__name__} sees one picture differently each time (its features differ by {apart:.2g}, the "
-            f"largest is {first.abs().max():.2g}): it draws random numbers, as masked autoencoders do. Give a model "
-            "that does not: of a ViT-MAE, ViTModel.from_pretrained(…) is the encoder without the mask"
+            f"largest is {largest:.2g}): it draws random numbers, as masked autoencoders do. Give a model that does "
+            "not: of a ViT-MAE, ViTModel.from_pretrained(…) is the encoder without the mask"
         )
 
 

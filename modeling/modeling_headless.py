@@ -288,8 +288,8 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
         outputs = decoder(return_dict=True, **inputs | kwargs)
         return LorgnetteModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            hidden_states=getattr(outputs, "hidden_states", None),
+            attentions=getattr(outputs, "attentions", None),  # Mamba has none
             image_hidden_states=visual_tokens,
             **{KV_CACHE: getattr(outputs, KV_CACHE, None)},
         )

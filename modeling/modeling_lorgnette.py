@@ -137,9 +137,9 @@ class LorgnetteForConditionalGeneration(
                 `dtype`. The LM has to be a Hub id or a folder.
 
         Raises:
-            ValueError: a backbone of the wrong kind or with code of its own, a ViT that draws random numbers, an LM that
-                does not go on from embeddings with a cache, backbones of two dtypes, LoRA targets that match nothing, a
-                BERT of another shape.
+            ValueError: a backbone of the wrong kind or with code of its own, a ViT that draws random numbers, an LM
+                that does not go on from embeddings with a cache, backbones of two dtypes, LoRA targets that match
+                nothing, a BERT of another shape.
             OSError: a backbone cannot be found.
         """
         dtype = parse_dtype(dtype)
@@ -329,8 +329,8 @@ class LorgnetteForConditionalGeneration(
         return LorgnetteCausalLMOutputWithPast(
             loss=outputs.loss,
             logits=outputs.logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            hidden_states=getattr(outputs, "hidden_states", None),
+            attentions=getattr(outputs, "attentions", None),  # Mamba has none
             image_hidden_states=visual_tokens,
             **{KV_CACHE: getattr(outputs, KV_CACHE, None)},
         )
