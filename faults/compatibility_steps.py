@@ -50,7 +50,7 @@ def try_language_model(model_type: str, config_class: type[PreTrainedConfig]) ->
     try:
         text = tiny_model(config_class, AutoModelForCausalLM.from_config, **FIELDS.get(model_type, {}))
     except NotTinyError as error:
-        return Outcome(LMS, model_type, "not tried", short(error))
+        return Outcome(LMS, model_type, "not tried", short(error).removeprefix("NotTinyError: "))
     try:
         built = joined(vision_model(), text)
     except ValueError as error:
@@ -65,7 +65,7 @@ def try_vision_model(model_type: str, config_class: type[PreTrainedConfig]) -> O
     try:
         vision = tiny_model(config_class, MODEL_MAPPING[config_class]._from_config, **FIELDS.get(model_type, {}))
     except NotTinyError as error:
-        return Outcome(VITS, model_type, "not tried", short(error))
+        return Outcome(VITS, model_type, "not tried", short(error).removeprefix("NotTinyError: "))
     try:
         built = joined(vision, language_model())
     except ValueError as error:
@@ -251,5 +251,10 @@ FIELDS: dict[str, dict] = {
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True},
+    "donut-swin": {"embed_dim": 48},
+    "maskformer-swin": {"embed_dim": 48},
+    "swin2sr": {"embed_dim": 48},
+    "swinv2": {"embed_dim": 48},
+    "xmod": {"default_language": "en_XX"},
     "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
 }

@@ -190,13 +190,14 @@ def attention_projections(language_model: PreTrainedModel) -> list[str]:
         ValueError: the architecture has no module whose class is called an attention; lists its linear layers.
     """
     found, read = set(), read_layers(language_model)
+    fused = any(name.endswith("gate_up_proj") for name, _ in language_model.named_parameters())
     for name, module in language_model.named_modules():
         if re.search(r"Attention\d*$", type(module).__name__):  # and no DecoderLayer whose name holds the word
             parent = name.rsplit(".", 1)[-1]
             for child, layer in module.named_modules():
                 inside = any(child.startswith(f"{other}.") for other, one in module.named_modules() if _is_linear(one))
                 # what makes a convolution's kernel has another name in files; peft takes a gate_proj for an expert's
-                inside = inside or "conv" in child or child.split(".")[-1] == "gate_proj"
+                inside = inside or "conv" in child or (fused and child.split(".")[-1] == "gate_proj")
                 if _is_linear(layer) and layer in read and not inside:
                     found.add(f"{parent}.{child}")
     if not found:
