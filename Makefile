@@ -6,6 +6,7 @@
 #               nothing is begun after an hour; 31 GB of the temporary folder, or of ARGS="--scratch FOLDER", or less is measured
 # make conformance   transformers' own common tests, on our classes and on BLIP-2
 # make faults   commands that are killed at random moments and begun again, bad pictures, bf16 beside fp32, memory
+# make compatibility   every LM and every ViT of the installed transformers, tiny, through all steps: docs/compatibility.md
 # make load   64 callers of a worker on this machine: right answers, memory, requests a second; three minutes
 # make clients   vLLM's inspection, lmms-eval, and README's "Use" section, each in an environment of its own: gigabytes
 # make matrix   the tests with the lowest and the newest transformers, peft and accelerate, and a smoke test on later Pythons
@@ -35,7 +36,8 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo bench growth test test-all test-gpu clients conformance faults load matrix lint prerequisites prerequisites-demo
+.PHONY: demo bench growth test test-all test-gpu clients conformance faults compatibility load matrix lint
+.PHONY: prerequisites prerequisites-demo
 
 demo: prerequisites-demo $(VENV)/installed
 	$(BIN)/python -m examples.demo --cache "$(CACHE)" --output "$(OUTPUT)" $(if $(VISION),--vision "$(VISION)") \
@@ -66,6 +68,9 @@ faults: $(VENV)/installed
 	$(BIN)/python -m faults.hostile --cache "$(CACHE)"
 	$(BIN)/python -m faults.numbers
 	GLIBC_TUNABLES= $(BIN)/python -m faults.memory # in small pages: one of 2 MiB is more than what is looked for
+
+compatibility: $(VENV)/installed
+	$(BIN)/python -m faults.compatibility $(ARGS)
 
 load: $(VENV)/installed
 	$(BIN)/python -m faults.load $(ARGS)

@@ -19,7 +19,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -27,6 +31,7 @@ from ..configuration.backbone_sources import from_pretrained_arguments, load_tok
 from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig
 from ..processing.prompt_encoding import IMAGE_TOKEN
 from ..processing.tokenizer_preparation import with_image_token
+from .modeling_backbone_checks import check_language_model, check_vision_model, refuse_own_code
 
 
 _FINDING = ("cache_dir", "local_files_only")  # of `from_pretrained`, what says where files may be
@@ -47,20 +52,39 @@ def load_vision_model(
     """A ViT: a vision model, or the vision tower of a CLIP, SigLIP or the like.
 
     Raises:
-        ValueError: the model does not read pixels into a sequence of vectors, or its weights are not all there.
+        ValueError: the model does not read pixels into a sequence of vectors, always the same ones of one picture, its
+            weights are not all there, or it has code of its own.
     """
     if isinstance(source, PreTrainedModel):
-        backbone = Backbone(source.vision_model if hasattr(source, "vision_model") else source.base_model)
+        backbone = Backbone(_vision_model_in(source))
     else:
         name, keywords = from_pretrained_arguments(source, revision)
-        config = AutoConfig.from_pretrained(name, **keywords)
+        refuse_own_code("ViT", name, "AutoModel", MODEL_MAPPING_NAMES, **keywords)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **keywords)
         keywords |= {"dtype": dtype or torch.float32, "attn_implementation": attn}
         model = read_vision_model(name, getattr(config, "vision_config", config), **keywords)
         backbone = from_source(model, source, revision)
     for field in ("hidden_size", "num_hidden_layers", "patch_size"):
         if not hasattr(backbone.model.config, field):
             raise ValueError(f"{type(backbone.model).__name__} is no ViT: its config has no {field}")
+    check_vision_model(backbone.model)
     return backbone
+
+
+def _vision_model_in(model: PreTrainedModel) -> PreTrainedModel:
+    """The ViT that is, or is in, a loaded model: of the class that is made of its config where a save is loaded."""
+    config = getattr(model.config, "vision_config", model.config)
+    if not type(config).__module__.startswith("transformers."):
+        refuse_own_code("ViT", model, "AutoModel", MODEL_MAPPING_NAMES)
+    wanted = _vision_model_class(config)
+    found = next((part for part in model.modules() if type(part) is wanted), None)
+    if found is None:
+        refuse_own_code("ViT", model, "AutoModel", MODEL_MAPPING_NAMES)
+        raise ValueError(
+            f"{type(model).__name__} has no {wanted.__name__} in it, which a saved model is loaded with: give "
+            f"one, from {wanted.__name__}.from_pretrained(…)"
+        )
+    return found
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
@@ -99,6 +123,7 @@ def read_language_model(name: str | Path | None, **keywords: Any) -> PreTrainedM
     # the Auto class looks for files, and a `state_dict` has none
     model_class = AutoModelForCausalLM if name is not None else MODEL_FOR_CAUSAL_LM_MAPPING[type(keywords["config"])]
     if name is not None:  # it looks for an adapter as well, on the Hub unless told not to once more
+        keywords["trust_remote_code"] = False
         keywords["adapter_kwargs"] = {key: keywords[key] for key in _FINDING if key in keywords}
     model, info = model_class.from_pretrained(name, output_loading_info=True, **keywords)
     _check_causal(model)
@@ -166,6 +191,8 @@ def load_language_model(
         raise ValueError(f"quantization_config takes effect while a Hub id or a folder is loaded, and {what}")
     if not named:
         model = source
+        if isinstance(model, PreTrainedModel):
+            refuse_own_code("language model", model, "AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
         backbone = Backbone(model)
     elif str(source).endswith(".gguf"):
         folder, keywords = from_pretrained_arguments(source)
@@ -180,6 +207,7 @@ def load_language_model(
         backbone = Backbone(model)
     else:
         name, keywords = from_pretrained_arguments(source, revision)
+        refuse_own_code("language model", name, "AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **keywords)
         if quantization_config is not None:
             keywords["quantization_config"] = quantization_config
         model = read_language_model(name, dtype=dtype or torch.float32, attn_implementation=attn, **keywords)
@@ -190,6 +218,7 @@ def load_language_model(
             "LM (peft's merge_and_unload() makes one) and describe the LoRA in `lora`"
         )
     _check_causal(model)
+    check_language_model(model)
     return backbone
 
 
@@ -197,15 +226,18 @@ def load_bert(source: str | Path | PreTrainedModel, revision: str | None) -> Bac
     """The BERT that a Q-Former starts from.
 
     Raises:
-        ValueError: it is a lorgnette model.
+        ValueError: it is a lorgnette model, or has code of its own.
     """
     if isinstance(source, PreTrainedModel):
+        refuse_own_code("BERT", source, "AutoModel", MODEL_MAPPING_NAMES)
         return Backbone(source)
     name, keywords = from_pretrained_arguments(source, revision)
+    refuse_own_code("BERT", name, "AutoModel", MODEL_MAPPING_NAMES, **keywords)
     model_type = PreTrainedConfig.get_config_dict(name, **keywords)[0].get("model_type", "")
     if model_type.startswith("lorgnette"):
         raise ValueError(f"{name} is a {model_type} model: the Q-Former starts from a BERT, or in stage 2 from stage 1")
-    return from_source(AutoModel.from_pretrained(name, dtype=torch.float32, **keywords), source, revision)
+    model = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False, **keywords)
+    return from_source(model, source, revision)
 
 
 def qformer_fields(bert: Backbone | None, given: dict[str, Any] | None) -> dict[str, Any]:

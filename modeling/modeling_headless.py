@@ -295,8 +295,8 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
         outputs = decoder(return_dict=True, **inputs | kwargs)
         return LorgnetteModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            hidden_states=getattr(outputs, "hidden_states", None),
+            attentions=getattr(outputs, "attentions", None),  # Mamba has none
             image_hidden_states=None if features is None else features.pooler_output,
             image_outputs=features,
             **{KV_CACHE: getattr(outputs, KV_CACHE, None)},

@@ -9,6 +9,7 @@ import re
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -110,6 +111,15 @@ def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str,
             raise ValueError(
                 f"lora['target_parameters'] names {target!r}, an embedding table of the LM: it may be tied"
             )
+    if targets is None:  # an encoder of the LM's own may have layers of the same names
+        read = read_layers(language_model)
+        if unread := [name for name in targeted if layers[name] not in read]:
+            resolved.setdefault("exclude_modules", unread)
+    if nested := [name for name in targeted for other in targeted if name.startswith(f"{other}.")]:
+        raise ValueError(
+            f"LoRA targets {nested[0]!r}, and the layer that it is a part of: a save would have no name for its "
+            "weights. Name the one or the other in lora['target_modules']"
+        )
     if targeted and all(isinstance(layers[name], Conv1D) for name in targeted):
         resolved.setdefault("fan_in_fan_out", True)  # GPT-2 keeps its matrices transposed
     resolved.setdefault("task_type", "CAUSAL_LM")
@@ -182,16 +192,23 @@ def switch_lora(language_model: PreTrainedModel, enabled: bool) -> None:
 def attention_projections(language_model: PreTrainedModel) -> list[str]:
     """Names of the linear layers inside the attention modules, with their parent's: `["self_attn.k_proj", …]`.
 
-    The parent's name keeps out a feed-forward layer of the same name (GPT-2 has two `c_proj`).
+    The parent's name keeps out a feed-forward layer of the same name (GPT-2 has two `c_proj`). Layers that read no text
+    (cross-attention, an encoder of the LM's own) and those that have no gradient (an index of keys) are left out.
 
     Raises:
         ValueError: the architecture has no module whose class is called an attention; lists its linear layers.
     """
-    found = set()
+    found, read = set(), read_layers(language_model)
+    fused = any(name.endswith("gate_up_proj") for name, _ in language_model.named_parameters())
     for name, module in language_model.named_modules():
-        if "Attention" in type(module).__name__:
+        if re.search(r"Attention\d*$", type(module).__name__):  # and no DecoderLayer whose name holds the word
             parent = name.rsplit(".", 1)[-1]
-            found |= {f"{parent}.{child}" for child, layer in module.named_modules() if _is_linear(layer)}
+            for child, layer in module.named_modules():
+                inside = any(child.startswith(f"{other}.") for other, one in module.named_modules() if _is_linear(one))
+                # what makes a convolution's kernel has another name in files; peft takes a gate_proj for an expert's
+                inside = inside or "conv" in child or (fused and child.split(".")[-1] == "gate_proj")
+                if _is_linear(layer) and layer in read and not inside:
+                    found.add(f"{parent}.{child}")
     if not found:
         raise ValueError(
             f"No attention layers were found in {type(language_model).__name__}: name lora['target_modules']. "
@@ -204,6 +221,31 @@ def linear_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every layer that LoRA can adapt, by its name in the LM; not the output embedding, which may be tied."""
     head = language_model.get_output_embeddings()
     return {name: layer for name, layer in language_model.named_modules() if _is_linear(layer) and layer is not head}
+
+
+def read_layers(language_model: PreTrainedModel) -> set[nn.Module]:
+    """The linear layers through which a text has a gradient; all of them, where the LM has no numbers yet."""
+    layers, outputs = linear_layers(language_model), {}
+    table = language_model.get_input_embeddings().weight
+    if table.is_meta:
+        return set(layers.values())
+
+    def keep(layer: nn.Module, _: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            outputs[layer] = output
+
+    hooks, was_training = [layer.register_forward_hook(keep) for layer in layers.values()], language_model.training
+    try:
+        with torch.enable_grad():
+            ids = torch.arange(3, device=table.device)[None] + language_model.config.vocab_size // 2
+            embeds = language_model.get_input_embeddings()(ids).detach().requires_grad_()
+            logits = language_model.eval()(inputs_embeds=embeds, use_cache=False, return_dict=True).logits
+            gradients = torch.autograd.grad(logits.float().sum(), list(outputs.values()), allow_unused=True)
+    finally:
+        language_model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return {layer for layer, gradient in zip(outputs, gradients, strict=True) if gradient is not None}
 
 
 def lora_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -258,6 +300,7 @@ __all__ = [
     "linear_layers",
     "lora_layers",
     "outermost_lora_layers",
+    "read_layers",
     "resolve_lora_config",
     "switch_lora",
     "without_lora",

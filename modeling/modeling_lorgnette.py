@@ -145,8 +145,9 @@ class LorgnetteForConditionalGeneration(
                 `dtype`. The LM has to be a Hub id or a folder.
 
         Raises:
-            ValueError: a backbone of the wrong kind, backbones of two dtypes, LoRA targets that match nothing, a BERT
-                of another shape, tokens that the LM has no embeddings for.
+            ValueError: a backbone of the wrong kind or with code of its own, a ViT that draws random numbers, an LM
+                that does not go on from embeddings with a cache, backbones of two dtypes, LoRA targets that match
+                nothing, a BERT of another shape, tokens that the LM has no embeddings for.
             OSError: a backbone cannot be found.
         """
         dtype = parse_dtype(dtype)
@@ -355,8 +356,8 @@ class LorgnetteForConditionalGeneration(
         return LorgnetteCausalLMOutputWithPast(
             loss=outputs.loss,
             logits=outputs.logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            hidden_states=getattr(outputs, "hidden_states", None),
+            attentions=getattr(outputs, "attentions", None),  # Mamba has none
             image_hidden_states=None if features is None else features.pooler_output,
             image_outputs=features,
             **{KV_CACHE: getattr(outputs, KV_CACHE, None)},
@@ -438,6 +439,9 @@ class LorgnetteForConditionalGeneration(
     ):
         """The language model's own: its cache, positions and masks are its business."""
         return self.language_model.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        return self.language_model._supports_default_dynamic_cache()
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         return PlaceholderBlind(super()._get_logits_processor(*args, **kwargs), self.config.image_token_id)

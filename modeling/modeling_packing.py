@@ -56,6 +56,11 @@ def check_documents(
         )
     if "position_ids" not in inspect.signature(language_model.forward).parameters:
         raise ValueError(f"{type(language_model).__name__} takes no position_ids: it cannot be packed")
+    if getattr(language_model.config, "alibi", False):
+        raise ValueError(
+            f"{type(language_model).__name__} counts positions by its padding mask (ALiBi), which knows no documents: "
+            "it cannot be packed"
+        )
     attention = language_model.config._attn_implementation
     if attention not in MASKED_BY and not is_flash_attention_requested(language_model.config):
         raise ValueError(

@@ -76,8 +76,8 @@ def supervised_loss(
     losses = [loss_of(*piece) for piece in zip(states.split(at_once), targets.split(at_once), strict=True)]
     return CausalLMOutputWithPast(
         loss=torch.stack(losses).sum(),
-        hidden_states=outputs.hidden_states,
-        attentions=outputs.attentions,
+        hidden_states=getattr(outputs, "hidden_states", None),
+        attentions=getattr(outputs, "attentions", None),  # Mamba has none
         **{KV_CACHE: getattr(outputs, KV_CACHE)},
     )
 

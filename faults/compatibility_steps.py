@@ -1,0 +1,260 @@
+"""What one tiny model goes through, and how it is found out whether it works."""
+
+import inspect
+import tempfile
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_models import NUM_QUERY_TOKENS, QFORMER, language_model, vision_model
+from transformers import MODEL_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from lorgnette import LorgnetteForConditionalGeneration
+from lorgnette.modeling.modeling_lora import attention_projections, read_layers
+
+from .tiny_configs import VOCABULARY, NotTinyError, tiny_model
+
+
+LMS, VITS = "Language models", "ViTs"
+WORDS = 9
+BRIDGE = QFORMER | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# Sums in another order: a product of few rows, of many, of merged weights. Random weights make logits of about 1.
+CLOSE = {"rtol": 1e-3, "atol": 1e-3}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a model.
+
+    Args:
+        verdict: "works", "refused" at the join, "fails" afterwards, or "not tried".
+        reason: why it is not "works".
+        packed: of a language model that works: "yes", or why not.
+    """
+
+    kind: str
+    model_type: str
+    verdict: str
+    reason: str = ""
+    packed: str = ""
+
+
+class WrongAnswerError(AssertionError):
+    """An answer that is not what it has to be."""
+
+
+def try_language_model(model_type: str, config_class: type[PreTrainedConfig]) -> Outcome:
+    """A causal LM of this type, with a tiny ViT."""
+    try:
+        text = tiny_model(config_class, AutoModelForCausalLM.from_config, **FIELDS.get(model_type, {}))
+    except NotTinyError as error:
+        return Outcome(LMS, model_type, "not tried", short(error).removeprefix("NotTinyError: "))
+    try:
+        built = joined(vision_model(), text)
+    except ValueError as error:
+        return Outcome(LMS, model_type, "refused", short(error))
+    except Exception as error:
+        return Outcome(LMS, model_type, "fails", f"at the join: {where(error)}")
+    return through(built, LMS, model_type)
+
+
+def try_vision_model(model_type: str, config_class: type[PreTrainedConfig]) -> Outcome:
+    """A ViT of this type, with a tiny Llama."""
+    try:
+        vision = tiny_model(config_class, MODEL_MAPPING[config_class]._from_config, **FIELDS.get(model_type, {}))
+    except NotTinyError as error:
+        return Outcome(VITS, model_type, "not tried", short(error).removeprefix("NotTinyError: "))
+    try:
+        built = joined(vision, language_model())
+    except ValueError as error:
+        return Outcome(VITS, model_type, "refused", short(error))
+    except Exception as error:
+        return Outcome(VITS, model_type, "fails", f"at the join: {where(error)}")
+    return through(built, VITS, model_type)
+
+
+def joined(vision: PreTrainedModel, text: PreTrainedModel) -> LorgnetteForConditionalGeneration:
+    lora: dict[str, Any] = {"r": 2}
+    try:
+        attention_projections(text)
+    except Exception:  # it has none, or is nothing that can be asked: the join says what
+        lora["target_modules"] = other_layers(text)
+    built = LorgnetteForConditionalGeneration.from_backbones(
+        vision, text, qformer_config=dict(BRIDGE), num_query_tokens=NUM_QUERY_TOKENS, lora=lora
+    )
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, weight in built.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    return built.eval()
+
+
+def other_layers(text: PreTrainedModel) -> list[str]:
+    """Names of linear layers that LoRA can train, where no attention has any; peft refuses Mamba's last, and experts
+    may be chosen for no token."""
+    try:
+        read = read_layers(text)
+    except Exception:  # the join says why
+        read = set()
+    names = {name.rsplit(".", 1)[-1] for name, layer in text.named_modules() if layer in read}
+    return sorted(names - {"out_proj", "classifier", "gate_proj", "up_proj", "down_proj"}) or ["none"]
+
+
+def through(built: LorgnetteForConditionalGeneration, kind: str, model_type: str) -> Outcome:
+    """Everything that comes after the join."""
+    batch, packed, step = batch_for(built), "", "loss"
+    try:
+        the_loss_is_the_language_models(built, batch)
+        step = "training"
+        train(built, batch)
+        step = "generate"
+        generates(built, batch)
+        if kind == LMS:
+            step = "packing"
+            packed = packs(built)
+        with tempfile.TemporaryDirectory() as scratch:
+            for step in ("full", "merged"):
+                comes_back(built, batch, step, Path(scratch, step))
+    except Exception as error:
+        return Outcome(kind, model_type, "fails", f"{step}: {where(error)}")
+    return Outcome(kind, model_type, "works", packed=packed)
+
+
+def batch_for(built: LorgnetteForConditionalGeneration, rows: int = 2) -> dict[str, torch.Tensor]:
+    """Prompts with a picture each, between words."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(3, VOCABULARY, (rows, WORDS), generator=generator)
+    image = torch.full((rows, NUM_QUERY_TOKENS), built.config.image_token_id)
+    input_ids = torch.cat([words[:, :3], image, words[:, 3:]], dim=1)
+    config = built.config.vision_config
+    size = getattr(config, "image_size", None) or 32
+    height, width = (size, size) if isinstance(size, int) else size
+    pictures = torch.randn(rows, getattr(config, "num_channels", 3), height, width, generator=generator)
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "pixel_values": pictures}
+    if "spatial_shapes" in inspect.signature(built.vision_model.forward).parameters:
+        side, values = 4, 3 * config.patch_size**2
+        batch["pixel_values"] = torch.randn(rows, side * side, values, generator=generator)
+        batch["pixel_attention_mask"] = torch.ones(rows, side * side, dtype=torch.long)
+        batch["spatial_shapes"] = torch.tensor([[side, side]] * rows)
+    return batch
+
+
+def labels_of(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    labels = batch["input_ids"].clone()
+    labels[:, : 3 + NUM_QUERY_TOKENS] = -100
+    return labels
+
+
+def the_loss_is_the_language_models(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+    """That of supervised positions alone is that of all logits."""
+    labels = labels_of(built, batch)
+    built.eval()
+    with torch.no_grad():
+        logits = built(**batch).logits[:, :-1].float()
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        built.train()
+        found = built(**batch, labels=labels).loss
+    if not torch.isfinite(found):
+        raise WrongAnswerError(f"the loss is {found}")
+    same(found, expected, "loss of a training step", "cross entropy of the logits")
+
+
+def train(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+    """Two steps, in which every weight that trains gets a gradient."""
+    built.train()
+    optimizer = torch.optim.AdamW([weight for weight in built.parameters() if weight.requires_grad], lr=1e-3)
+    for _ in range(2):
+        loss = built(**batch, labels=labels_of(built, batch)).loss
+        loss.backward()
+        if not torch.isfinite(loss):
+            raise WrongAnswerError(f"the loss is {loss}")
+        idle = [name for name, weight in built.named_parameters() if weight.requires_grad and weight.grad is None]
+        if idle:
+            raise WrongAnswerError(f"{len(idle)} weights that train get no gradient ({idle[0]}, …)")
+        optimizer.step()
+        optimizer.zero_grad()
+    built.eval()
+
+
+def generates(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+    """With the cache, what a pass over all says without it."""
+    first = {name: value[:1] for name, value in batch.items()}
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+    made = built.generate(**first, **settings, output_logits=True, return_dict_in_generate=True)
+    whole = first | {"input_ids": made.sequences, "attention_mask": torch.ones_like(made.sequences)}
+    with torch.no_grad():
+        logits = built(**whole, use_cache=False).logits[:, -5:-1]
+    same(torch.stack(made.logits, dim=1), logits, "logits with the cache", "those without")
+
+
+def packs(built: LorgnetteForConditionalGeneration) -> str:
+    """Two documents in a row are what each is alone; "yes", or why they cannot share one."""
+    generator = torch.Generator().manual_seed(2)
+    words = torch.randint(3, VOCABULARY, (1, 12), generator=generator)
+    documents = torch.tensor([[0] * 5 + [1] * 7])
+    with torch.no_grad():
+        try:
+            together = built(words, document_ids=documents).logits
+        except ValueError as error:
+            if "cannot be packed" not in str(error):
+                raise
+            return "no: " + short(error).partition(" ")[2].replace(": it cannot be packed", "")
+        alone = torch.cat([built(words[:, :5]).logits, built(words[:, 5:]).logits], dim=1)
+    same(together, alone, "logits of packed documents", "those of each alone")
+    return "yes"
+
+
+def comes_back(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.Tensor], form: str, folder: Path):
+    """Saved in a form, and loaded to the same logits."""
+    built.save_pretrained(folder, form=form)
+    loaded = LorgnetteForConditionalGeneration.from_pretrained(folder).eval()
+    with torch.no_grad():
+        ours, theirs = built(**batch).logits, loaded(**batch).logits
+    if form == "full" and not torch.allclose(ours, theirs, rtol=0, atol=1e-6):  # some kernels heed where memory begins
+        raise WrongAnswerError(f"logits after loading differ by {(ours - theirs).abs().max():.2g}")
+    same(ours, theirs, "logits", "those after loading")
+
+
+def same(first: torch.Tensor, second: torch.Tensor, what: str, other: str) -> None:
+    if first.shape != second.shape:
+        raise WrongAnswerError(f"{what} are {tuple(first.shape)}, {other} {tuple(second.shape)}")
+    scale = float(second.abs().max().clamp(min=1.0))
+    if not torch.allclose(first / scale, second / scale, **CLOSE):
+        raise WrongAnswerError(f"{what} and {other} differ by {(first - second).abs().max():.2g}, of {scale:.2g}")
+
+
+def where(error: Exception) -> str:
+    """The error, and the last line of code on the way to it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    place = "" if isinstance(error, WrongAnswerError) else f" ({Path(last.filename).name}:{last.lineno})"
+    return f"{type(error).__name__}: {short(error)}{place}"
+
+
+def short(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+# What the names of fields do not say
+FIELDS: dict[str, dict] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "falcon_mamba": {"state_size": 8},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"is_decoder": True},
+    "donut-swin": {"embed_dim": 48},
+    "maskformer-swin": {"embed_dim": 48},
+    "swin2sr": {"embed_dim": 48},
+    "swinv2": {"embed_dim": 48},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
+}
