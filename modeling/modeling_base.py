@@ -76,21 +76,6 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     # `form` and `state_dict` of a `push_to_hub`, while transformers' calls `save_pretrained`, and does not pass them on
     _to_push: Mapping[str, Any] = MappingProxyType({})
 
-    @torch.no_grad()
-    def initialize_weights(self) -> None:
-        """As transformers'; and in a load a backbone that has no weight of its own still computes buffers (Falcon-H1).
-
-        transformers passes such a module over inside a class that is not its own.
-        """
-        super().initialize_weights()
-        for part in self.modules():
-            if not isinstance(part, PreTrainedModel) or part is self:
-                continue
-            own = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-            # only where all weights are loaded, and so are left alone
-            if not own and all(getattr(weight, "_is_hf_initialized", False) for weight in part.parameters()):
-                part._init_weights(part)
-
     def freeze(self) -> None:
         """Leave gradients to what is trained; called after each way of building or loading the model."""
         self.vision_model.requires_grad_(False)

@@ -351,7 +351,7 @@ class LorgnetteForConditionalGeneration(
                 loss=outputs.loss,
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
-                image_hidden_states=visual_tokens,
+                image_hidden_states=None if features is None else features.pooler_output,
             )
         return LorgnetteCausalLMOutputWithPast(
             loss=outputs.loss,
