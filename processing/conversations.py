@@ -4,6 +4,7 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -65,10 +66,18 @@ def _plain(value: Any) -> Any:
         value = value.to_dict("records") if hasattr(value, "columns") else value.tolist()
     if isinstance(value, np.ndarray):
         value = value.tolist()
+    value = _fields(value)
     if isinstance(value, Mapping):
         value = dict(value)
         return value if isinstance(value.get("role"), str) else _records(value)
     return list(value) if isinstance(value, tuple) else value
+
+
+def _fields(value: Any) -> Any:
+    """The fields of a dataclass, or of a pydantic model as OpenAI's are, as a dict; anything else as it is."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return value.model_dump() if callable(getattr(value, "model_dump", None)) else value
 
 
 def _records(columns: dict[str, Any]) -> Any:
@@ -111,6 +120,7 @@ def parts_of(message: dict[str, Any], decode: bool = True) -> list[dict[str, Any
 def _part(part: Any, position: int, decode: bool) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
+    part = _fields(part)
     if not isinstance(part, Mapping):
         raise TypeError(f'part {position} is a {type(part).__name__}; {{"type": …}} or a string is needed')
     part = {key: value for key, value in part.items() if value is not None}

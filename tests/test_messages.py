@@ -1,6 +1,7 @@
 """Chats as data sets hold them: what is read, and what is refused with its row and type."""
 
 import json
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,7 +34,15 @@ def array(items: list) -> np.ndarray:
     return held
 
 
+@dataclass
+class Message:
+    role: str
+    content: list | str
+    tool_calls: list | None = None
+
+
 FORMS = {
+    "dataclasses": [Message(**message) for message in CHAT],
     "JSON": json.dumps(CHAT),
     "JSON in bytes": json.dumps(CHAT).encode(),
     "JSON of a dict of lists": json.dumps(COLUMNS),
