@@ -230,7 +230,7 @@ def read_layers(language_model: PreTrainedModel) -> set[nn.Module]:
         with torch.enable_grad():
             ids = torch.arange(3, device=table.device)[None] + language_model.config.vocab_size // 2
             embeds = language_model.get_input_embeddings()(ids).detach().requires_grad_()
-            logits = language_model.eval()(inputs_embeds=embeds, use_cache=False, return_dict=True).logits
+            logits = language_model.eval()(inputs_embeds=embeds.clone(), use_cache=False, return_dict=True).logits
             gradients = torch.autograd.grad(logits.float().sum(), list(outputs.values()), allow_unused=True)
     finally:
         language_model.train(was_training)
