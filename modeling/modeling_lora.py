@@ -215,10 +215,10 @@ def linear_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def read_layers(language_model: PreTrainedModel) -> set[nn.Module]:
-    """The linear layers through which a text has a gradient; all of them, where the LM has no numbers yet."""
+    """The linear layers through which a text has a gradient; all, where the LM has no numbers yet or is quantised."""
     layers, outputs = linear_layers(language_model), {}
     table = language_model.get_input_embeddings().weight
-    if table.is_meta:
+    if table.is_meta or getattr(language_model, "hf_quantizer", None) is not None:
         return set(layers.values())
 
     def keep(layer: nn.Module, _: Any, output: torch.Tensor) -> None:
