@@ -224,10 +224,10 @@ def linear_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def read_layers(language_model: PreTrainedModel) -> set[nn.Module]:
-    """The linear layers through which a text has a gradient; all of them, where the LM has no numbers yet."""
+    """The linear layers through which a text has a gradient; all, where the LM has no numbers yet or is quantised."""
     layers, outputs = linear_layers(language_model), {}
     table = language_model.get_input_embeddings().weight
-    if table.is_meta:
+    if table.is_meta or getattr(language_model, "hf_quantizer", None) is not None:
         return set(layers.values())
 
     def keep(layer: nn.Module, _: Any, output: torch.Tensor) -> None:
@@ -239,7 +239,7 @@ def read_layers(language_model: PreTrainedModel) -> set[nn.Module]:
         with torch.enable_grad():
             ids = torch.arange(3, device=table.device)[None] + language_model.config.vocab_size // 2
             embeds = language_model.get_input_embeddings()(ids).detach().requires_grad_()
-            logits = language_model.eval()(inputs_embeds=embeds, use_cache=False, return_dict=True).logits
+            logits = language_model.eval()(inputs_embeds=embeds.clone(), use_cache=False, return_dict=True).logits
             gradients = torch.autograd.grad(logits.float().sum(), list(outputs.values()), allow_unused=True)
     finally:
         language_model.train(was_training)

@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BertGenerationConfig,
+    CTRLConfig,
     FalconConfig,
     FalconH1Config,
     Gemma3nTextConfig,
@@ -92,6 +93,7 @@ REFUSED = {
     ),
 }
 WORKS = {
+    "ctrl": CTRLConfig(vocab_size=320, n_embd=32, dff=48, n_layer=2, n_head=4, n_positions=128),  # scales in place
     "jamba": JAMBA,
     "minimax": MiniMaxConfig(
         **HEAD, num_local_experts=2, layer_types=["linear_attention", "full_attention"], block_size=4
