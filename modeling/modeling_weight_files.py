@@ -132,9 +132,12 @@ def check_fits(
 def _check_overrides(name: str | Path, config: PreTrainedConfig, where: dict[str, Any]) -> None:
     """Raises a ValueError for the first field of a config that says otherwise than the one beside the weights."""
     try:
-        own = type(config).from_dict(PreTrainedConfig.get_config_dict(name, **where)[0])
-    except OSError:  # weights alone
+        beside = PreTrainedConfig.get_config_dict(name, **where)[0]
+    except OSError:
+        beside = {}
+    if "model_type" not in beside:  # weights alone
         return
+    own = type(config).from_dict(beside)
     fields = [("", own, config, _TRAINED_WITH)]
     fields += [(f"{part}.", getattr(own, part), getattr(config, part), _OF_PARTS) for part in own.sub_configs]
     lora = [getattr(each, "lora_config", None) for each in (own, config)]

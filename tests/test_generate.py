@@ -60,7 +60,7 @@ def test_the_placeholder_cannot_be_generated(image_token_id: int):
     processor = SimpleNamespace(
         image_token_id=image_token_id,
         num_query_tokens=NUM_QUERY_TOKENS,
-        tokenizer=SimpleNamespace(pad_token_id=0),
+        tokenizer=SimpleNamespace(pad_token_id=0, get_vocab=dict),
         qformer_tokenizer=None,
         stop_token_ids=[2],
     )
@@ -204,7 +204,7 @@ def test_embeddings_in_place_of_token_ids():
     processor = SimpleNamespace(
         image_token_id=image_token_id,
         num_query_tokens=NUM_QUERY_TOKENS,
-        tokenizer=SimpleNamespace(pad_token_id=0),
+        tokenizer=SimpleNamespace(pad_token_id=0, get_vocab=dict),
         qformer_tokenizer=None,
         stop_token_ids=[2],
     )

@@ -331,6 +331,7 @@ class TestAssembly:
     )
     def test_a_processor_of_another_model(self, fields: dict, message: str):
         matching = {"image_token_id": VOCAB_SIZE, "num_query_tokens": NUM_QUERY_TOKENS, "qformer_tokenizer": None}
+        matching["tokenizer"] = SimpleNamespace(get_vocab=dict)
         model().check_processor(SimpleNamespace(**matching))
         with pytest.raises(ValueError, match=message):
             model().check_processor(SimpleNamespace(**matching | fields))

@@ -170,9 +170,9 @@ def test_noise_does_not_reach_placeholders():
     built, batch = model().train(), inputs()
     table = built.get_input_embeddings()
     table.register_forward_hook(lambda module, args, output: output + 1.0)
-    embeds, visual = built.base_model.embed(
+    embeds, features = built.base_model.embed(
         batch["input_ids"], None, None, pixel_values=batch["pixel_values"], vision_features=None, image_rows=None
     )
     mask = built.get_placeholder_mask(batch["input_ids"])
-    assert torch.equal(embeds[mask], visual.flatten(0, 1))
+    assert torch.equal(embeds[mask], features.pooler_output.flatten(0, 1))
     assert torch.equal(embeds[~mask], table.weight[batch["input_ids"][~mask]] + 1.0)

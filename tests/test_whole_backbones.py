@@ -30,7 +30,7 @@ def test_backbone_weights_that_are_nowhere_are_an_error(hub, tmp_path):
     (tmp_path / "thin" / "config.json").unlink()
     with pytest.raises(ValueError, match=r"thin lacks \d+ weights of its backbones"):
         load(tmp_path / "thin", config=built.config)
-    rewrite(tmp_path / "full", lambda key: not key.startswith("vision_model.encoder."))
+    rewrite(tmp_path / "full", lambda key: not key.startswith("vision_model.layers."))
     with pytest.raises(ValueError, match=r"full lacks \d+ weights of its backbones \(vision_model.layers"):
         load(tmp_path / "full")
     for name, gone, message in (
