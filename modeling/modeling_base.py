@@ -247,15 +247,17 @@ class LorgnettePreTrainedModel(PreTrainedModel):
             if kwargs.pop(name, None):
                 raise ValueError(f"{name} is for the forms that transformers loads by itself, and this save is thin")
         hub_kwargs = {name: kwargs.pop(name) for name in _PUSH_KWARGS if name in kwargs}
+        if form == "full" and kwargs.get("save_original_format") and getattr(self.config, "lora_config", None):
+            raise ValueError("save_original_format knows no names of weights under LoRA: save merged, or leave it out")
         with in_form(self, form, changed, state_dict) as arguments:
             if is_main_process:
                 with written_whole(save_directory) as folder:
                     if self._processor is not None and not Path(save_directory, PROCESSOR_NAME).exists():
                         self._processor.save_pretrained(folder)
                     self._save_beside(folder, state_dict)
-                    super().save_pretrained(folder, **kwargs, **arguments)
+                    super().save_pretrained(folder, **kwargs | arguments)
             else:  # takes part in gathering the weights, and writes nothing
-                super().save_pretrained(save_directory, is_main_process=False, **kwargs, **arguments)
+                super().save_pretrained(save_directory, is_main_process=False, **kwargs | arguments)
         if push_to_hub:  # a push of its own: transformers' would leave out what was written before its save
             repo_id = hub_kwargs.pop("repo_id", Path(save_directory).resolve().name)
             self.push_to_hub(repo_id, form=form, state_dict=state_dict, token=kwargs.get("token"), **hub_kwargs)

@@ -85,3 +85,13 @@ def test_a_second_adapter_is_not_trained():
     batch = inputs()
     with pytest.raises(ValueError, match=r"Adapters \['other'\] of the language model are not in lora_config"):
         made.train()(**batch, labels=batch["input_ids"].masked_fill(batch["input_ids"] == 320, -100))
+
+
+def test_the_format_of_names_that_is_saved_with_lora(tmp_path):
+    """transformers' older names know no LoRA: False says what is done anyway, and True is refused."""
+    built = model()
+    with pytest.raises(ValueError, match="save_original_format knows no names of weights under LoRA"):
+        built.save_pretrained(tmp_path / "refused", save_original_format=True)
+    assert not (tmp_path / "refused").exists()
+    built.save_pretrained(tmp_path / "saved", save_original_format=False)
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
