@@ -18,6 +18,7 @@ from ..configuration.backbone_sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from .modeling_backbones import is_unread
 from .modeling_lm_adapter import DetachedLora, lora_weights
+from .modeling_lora import without_lora
 
 
 # What the config says of a bridge; everything else in it is of the backbones, or has to be the same for all.
@@ -174,7 +175,7 @@ def _check_backbones(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
 def _base_weights(model: PreTrainedModel, part: str) -> dict[str, torch.Tensor]:
     """The weights of a backbone that anything reads, without LoRA, by the names that they have without it."""
     return {
-        name.replace(".base_layer.", "."): tensor
+        without_lora(name): tensor
         for name, tensor in model.get_submodule(part).state_dict().items()
         if ".lora_" not in name and not is_unread(f"{part}.{name}")
     }

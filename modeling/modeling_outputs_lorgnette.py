@@ -65,7 +65,7 @@ class LorgnetteModelOutputWithPast(BaseModelOutputWithPast):
 
 @dataclass
 class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` of the language model, and the soft tokens it was given.
+    """`CausalLMOutputWithPast` of the language model, and the visual tokens it was given.
 
     Args:
         loss: the language model's own loss, where `labels` were given.
