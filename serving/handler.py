@@ -4,7 +4,8 @@
 
 The Endpoint asks for `inputs`; without that the fields may stand by themselves. `inputs` may also be a picture alone:
 what the runtime makes of a body of type `image/…`, base64, or a URL. Other fields stand in `parameters` then, or in its
-`generate_kwargs`, and the processor's own query is what is asked without a `prompt`.
+`generate_kwargs`, the processor's own query is what is asked without a `prompt`, and the answer has the form of the
+image-to-text task, `[{"generated_text": …}]`, which `huggingface_hub.InferenceClient.image_to_text` reads.
 
 There is one adapter, called as the environment variable `ADAPTER_NAME` says, `default` otherwise. What is raised here
 its caller gets as `{"error": …}`.
@@ -34,6 +35,7 @@ FIELDS = {
 }
 BOOLS = {"1": True, "true": True, "0": False, "false": False}
 URL = re.compile(r"(?i:https?)://|data:")
+PICTURE = (str, bytes, Image.Image)  # what `inputs` is where it is a picture alone
 MAX_URL = 8192  # characters, of http and https
 # What may be said of how tokens are chosen: the likeliest is taken
 GREEDY = {"do_sample": False, "num_beams": 1}
@@ -53,12 +55,13 @@ class EndpointHandler:
         self.model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", **trust).eval().to(device)
         self.adapter = os.environ.get("ADAPTER_NAME", "default")
 
-    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
         """Answer one question about one picture, greedily.
 
         Returns:
             `text`, `usage` (`prompt_tokens`, `completion_tokens`, `total_tokens`), `adapter` and `finish_reason`, which
-            is `stop` or, where the limit of tokens ended the answer, `length`.
+            is `stop` or, where the limit of tokens ended the answer, `length`. Of a picture alone: a list of one such
+            object, whose text is called `generated_text`.
 
         Raises:
             ValueError: a field that is missing, unknown, given twice or of another type, another adapter, no picture,
@@ -93,12 +96,14 @@ class EndpointHandler:
         new = ids[0, length:].tolist()
         ended = new[-1] in ends
         count = len(new) - ended
-        return {
-            "text": self.processor.decode(new, skip_special_tokens=True).strip(),
+        text = self.processor.decode(new, skip_special_tokens=True).strip()
+        answer = {
             "usage": {"prompt_tokens": length, "completion_tokens": count, "total_tokens": length + count},
             "adapter": self.adapter,
             "finish_reason": "stop" if ended else "length",
         }
+        is_alone = has_inputs and isinstance(data["inputs"], PICTURE)
+        return [{"generated_text": text, **answer}] if is_alone else {"text": text, **answer}
 
     def _load(self, picture: str | bytes | Image.Image) -> Image.Image:
         try:
@@ -111,7 +116,7 @@ class EndpointHandler:
 
 def _checked(inputs: Any, parameters: Any) -> dict[str, Any]:
     """All of [`FIELDS`], the prompt of a picture alone None where it is not given; or a ValueError."""
-    is_alone = isinstance(inputs, (str, bytes, Image.Image))
+    is_alone = isinstance(inputs, PICTURE)
     fields = _merged({"image_url": _decoded(inputs)} if is_alone else inputs, parameters)
     checked = {}
     for name, (kind, default) in FIELDS.items():

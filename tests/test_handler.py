@@ -2,18 +2,25 @@
 
 import base64
 import importlib.util
+import io
 import json
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+from huggingface_hub import InferenceClient
 from packaging.requirements import Requirement
 from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 from strangers import WITHOUT_LORGNETTE
 from tiny import picture
-from tiny_serving import MAX_NEW_TOKENS, data_url, png, save_bridges, save_merged
+from tiny_serving import MAX_NEW_TOKENS, data_url, png, save_bridges, save_merged, serving_app
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
@@ -158,13 +165,29 @@ PICTURES = {
 def test_a_picture_alone(handler, caption, kind):
     image = PICTURES[kind]
     for parameters in (LIMIT, {"generate_kwargs": LIMIT | {"do_sample": False}}, {"generation_parameters": LIMIT}):
-        answer = handler({"inputs": image, "parameters": parameters})
-        assert answer["text"] == caption
+        (answer,) = handler({"inputs": image, "parameters": parameters})
+        assert answer["generated_text"] == caption
         assert answer["usage"]["completion_tokens"] <= MAX_NEW_TOKENS
-    assert handler({"inputs": image})["text"].startswith(caption)
+    assert handler({"inputs": image})[0]["generated_text"].startswith(caption)
     asked = LIMIT | {"prompt": ASKED["prompt"], "use_lora": "0"}
-    with_prompt = handler({"inputs": image, "parameters": asked})
+    (with_prompt,) = handler({"inputs": image, "parameters": asked})
+    with_prompt["text"] = with_prompt.pop("generated_text")
     assert with_prompt == handler({"inputs": ASKED | {"use_lora": False}})
+
+
+def test_huggingface_hubs_image_to_text(handler, caption, monkeypatch, tmp_path):
+    """The client itself, by an Endpoint's URL; the toolkit makes a picture of a body of type `image/…`."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # it would ask nobody at all
+
+    async def endpoint(request: Request) -> JSONResponse:
+        assert request.headers["content-type"] == "image/png"
+        image = Image.open(io.BytesIO(await request.body()))
+        return JSONResponse(handler({"inputs": image}))
+
+    picture().save(tmp_path / "cat.png")
+    with serving_app(Starlette(routes=[Route("/", endpoint, methods=["POST"])])) as (url, _):
+        answer = InferenceClient(url).image_to_text(tmp_path / "cat.png")
+    assert answer.generated_text.startswith(caption)
 
 
 @pytest.mark.parametrize("image", [picture(), png(picture())])

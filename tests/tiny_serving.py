@@ -14,6 +14,7 @@ import httpx2
 import torch
 import uvicorn
 from PIL import Image
+from starlette.types import ASGIApp
 from tiny import chat_tokenizer, image_processor, picture
 from tiny_forms import stirred
 from tiny_models import NUM_QUERY_TOKENS, QFORMER, language_model, vision_model
@@ -61,7 +62,13 @@ def load(folder: Path, **limits) -> Eyes:
 @contextmanager
 def serving(eyes: Eyes, api_key: str | None = None) -> Iterator[tuple[str, uvicorn.Server]]:
     """A worker as `lorgnette serve` runs it, in a thread; its URL."""
-    config = uvicorn.Config(build_app(eyes, api_key), port=0, log_level="warning", timeout_graceful_shutdown=20)
+    with serving_app(build_app(eyes, api_key)) as started:
+        yield started
+
+
+@contextmanager
+def serving_app(app: ASGIApp) -> Iterator[tuple[str, uvicorn.Server]]:
+    config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=20)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
