@@ -16,8 +16,8 @@ from typing import NoReturn
 
 from huggingface_hub import CommitInfo, HfApi
 
-from lorgnette.configuration.configuration_lorgnette import FORMS
-from lorgnette.modeling.modeling_forms import resolve_form
+from lorgnette.configuration.configuration_lorgnette import SAVE_FORMATS
+from lorgnette.modeling.modeling_saving import resolve_save_format
 from lorgnette.publishing.card import make_card
 from lorgnette.publishing.export import appearing_whole, check, load
 from lorgnette.publishing.guards import check_card, check_folder
@@ -65,7 +65,7 @@ def prepare(
     check_name(repo_id)
     with appearing_whole(folder) as unfinished:
         model, processor = load(source)
-        form = resolve_form(model, form)
+        form = resolve_save_format(model, form)
         # what may be missing or wrong is found before gigabytes are written
         card = make_card(model, processor, repo_id, source, license=license, metrics=metrics, form=form)
         if picture is not None:
@@ -131,7 +131,9 @@ def run(argv: list[str], prog: str = "hub_upload.py") -> None:
         "--repo-id", required=True, metavar="OWNER/NAME", help="the repository; made where it is not there"
     )
     parser.add_argument("--private", action="store_true", help="make it private, if it is made")
-    parser.add_argument("--form", choices=FORMS, help="as save_pretrained takes it; by default the model decides")
+    parser.add_argument(
+        "--form", choices=SAVE_FORMATS, help="as save_pretrained takes it; by default the model decides"
+    )
     parser.add_argument("--revision", help="a branch in place of main; made where it is not there")
     parser.add_argument("--license", help="the Hub's identifier; by default what the backbones' cards agree on")
     parser.add_argument(

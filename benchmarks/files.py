@@ -30,7 +30,7 @@ def name_backbones(ours: Side, theirs: Side, folder: Path) -> None:
         part.save_pretrained(folder / name)
         setattr(ours.model.config, f"{name}_backbone", stand_in(folder / "hub", f"benchmark/{name}", folder / name))
         setattr(ours.model.config, f"{name}_backbone_revision", COMMIT)
-    ours.model.say_backbones_are_loaded()
+    ours.model.mark_backbones_loaded()
 
 
 def without_lora(model: PreTrainedModel) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, 
 
 from examples.quality.steps import say
 from lorgnette import LorgnetteCollator
-from lorgnette.modeling.modeling_forms import BACKBONES
+from lorgnette.modeling.modeling_saving import BACKBONES
 from lorgnette.trainer.arguments import DataArguments
 from lorgnette.trainer.data import load_pairs
 from lorgnette.trainer.feature_cache import read_metadata

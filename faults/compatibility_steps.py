@@ -12,7 +12,7 @@ from tiny_models import NUM_QUERY_TOKENS, QFORMER, language_model, vision_model
 from transformers import MODEL_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lorgnette import LorgnetteForConditionalGeneration
-from lorgnette.modeling.modeling_lora import attention_projections, read_layers
+from lorgnette.assembly.lora_targets import attention_projections, read_layers
 
 from .tiny_configs import VOCABULARY, NotTinyError, tiny_model
 
@@ -197,7 +197,7 @@ def packs(built: LorgnetteForConditionalGeneration) -> str:
     documents = torch.tensor([[0] * 5 + [1] * 7])
     with torch.no_grad():
         try:
-            together = built(words, document_ids=documents).logits
+            together = built(words, sequence_ids=documents).logits
         except ValueError as error:
             if "cannot be packed" not in str(error):
                 raise

@@ -24,8 +24,7 @@ from transformers.processing_utils import (
 from transformers.utils import PROCESSOR_NAME
 
 from ..configuration.backbone_sources import from_pretrained_arguments, load_qformer_tokenizer, load_tokenizer
-from ..configuration.configuration_lorgnette import AUTO_PROCESSOR, MAX_QUERY_TOKENS
-from ..configuration.remote_code import save_remote_code
+from ..configuration.configuration_lorgnette import AUTO_PROCESSOR, MAX_QUERY_TOKENS, save_code
 from .blip2_prompts import BLIP2_TEMPLATE
 from .conversations import conversations_of, flatten, images_in, query_in
 from .image_loading import MAX_IMAGE_PIXELS, laid_out, load_image_for, naming, read_web_image, rescaling_of
@@ -575,7 +574,7 @@ class LorgnetteProcessor(ProcessorMixin):
         for name, tokenizer in self._own_tokenizers().items():
             tokenizer.save_pretrained(folder if name == "tokenizer" else folder / name)
         self.to_json_file(folder / PROCESSOR_NAME)
-        save_remote_code(folder)
+        save_code(folder, "lorgnette_retrieval" if self.is_stage1 else "lorgnette")
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
         return [str(folder / PROCESSOR_NAME)]

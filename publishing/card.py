@@ -5,11 +5,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..assembly.card_metadata import card_metadata, license_of
 from ..configuration.configuration_lorgnette import LorgnetteConfig
-from ..configuration.remote_code import REQUIREMENTS
 from ..modeling.modeling_base import LorgnettePreTrainedModel
-from ..modeling.modeling_card import card_metadata, license_of
 from ..processing.processing_lorgnette import LorgnetteProcessor
+from ..publishing.endpoint import REQUIREMENTS
 from .records import Result, datasets_of, results_of, training_of
 
 

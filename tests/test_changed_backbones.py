@@ -11,7 +11,7 @@ from tiny_models import model, vision_model
 from torch import nn
 
 from lorgnette import LorgnetteForConditionalGeneration
-from lorgnette.modeling.modeling_forms import backbone_checksums, changed_backbone_weights
+from lorgnette.modeling.modeling_saving import backbone_checksums, changed_backbone_weights
 
 
 HEAD = "language_model.lm_head.weight"

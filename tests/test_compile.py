@@ -168,7 +168,7 @@ def test_packed_documents_are_one_graph_as_well():
     found, found_gradients = losses_and_gradients(compiled, own, batch)
     torch.testing.assert_close(found, loss, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(found_gradients, gradients, atol=1e-6, rtol=1e-5)
-    wrong = batch | {"document_ids": batch["document_ids"].masked_fill(batch["document_ids"] == 1, 7)}
+    wrong = batch | {"sequence_ids": batch["sequence_ids"].masked_fill(batch["sequence_ids"] == 1, 7)}
     with pytest.raises(ValueError, match=r"numbered in their order, from 0; these are \[0, 7, 2\]"):
         compiled(**wrong)
 

@@ -90,7 +90,7 @@ def test_labels_that_do_not_say_where_a_prompt_ends_are_refused(parts):
     with pytest.raises(ValueError, match="shared_input_ids without labels"):
         built.generate(**without, **GREEDY)
     packed = LorgnetteCollator(processor, pack_to=120)(pairs(2))
-    with pytest.raises(ValueError, match=r"document_ids: .* packed"):
+    with pytest.raises(ValueError, match=r"sequence_ids: .* packed"):
         built.generate(**packed, **GREEDY)
 
 

@@ -24,8 +24,8 @@ from tiny_serving import MAX_NEW_TOKENS, data_url, png, save_bridges, save_merge
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
-from lorgnette.configuration.remote_code import REQUIREMENTS
 from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
+from lorgnette.publishing.endpoint import REQUIREMENTS
 from lorgnette.publishing.guards import check_folder
 from lorgnette.serving.handler import FIELDS, EndpointHandler
 from lorgnette.serving.payloads import VisionRequest

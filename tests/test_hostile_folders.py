@@ -25,7 +25,7 @@ from lorgnette import (
 from lorgnette.modeling import modeling_base, modeling_thin
 
 
-FORMS = ("thin", "full", "stage1")
+SAVE_FORMATS = ("thin", "full", "stage1")
 ABSURD = {
     "qformer_config.hidden_size": (10**12, 2 * 10**4, -16, 0),
     "qformer_config.num_hidden_layers": (10**6, 200, -1),
@@ -129,7 +129,7 @@ class TestPickles:
         yield make
         assert not (tmp_path / "caught").exists()
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", SAVE_FORMATS)
     def test_they_are_not_read(self, form, pickled, loads_nothing):
         spoilt = pickled(form)
         for way in (load, AutoModel.from_pretrained):
@@ -160,7 +160,7 @@ class TestPickles:
         with pytest.raises(ValueError, match="which is no safetensors file beside it"):
             load(spoilt)
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", SAVE_FORMATS)
     def test_nor_what_the_config_names(self, form, folder, loads_nothing):
         spoilt = folder(form)
         rewrite(spoilt / "config.json", lambda config: config.update(transformers_weights="adapter_model.bin"))
@@ -201,14 +201,14 @@ class TestPickles:
             pickle_.unlink()
 
     def test_no_weights_at_all(self, folder):
-        for form in FORMS:
+        for form in SAVE_FORMATS:
             empty = folder(form)
             (empty / "model.safetensors").unlink()
             with pytest.raises(OSError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json"):
                 load(empty)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SAVE_FORMATS)
 def test_an_adapter_at_the_top_is_not_put_on(form, folder, loads_nothing):
     """transformers would, and would look for weights where its config says."""
     spoilt = folder(form)
@@ -258,7 +258,7 @@ class TestShapes:
         ("form", "path", "value"),
         [
             (form, path, value)
-            for form in FORMS
+            for form in SAVE_FORMATS
             for path, values in ABSURD.items()
             for value in values
             if form != "stage1" or not path.startswith(("text_config", "lora_config", "image_token_id"))
@@ -396,7 +396,7 @@ class TestCode:
         assert not (tmp_path / "caught").exists()
 
     def test_models_and_processors(self, trapped):
-        for form in FORMS:
+        for form in SAVE_FORMATS:
             spoilt = trapped(form)
             kinds = (LorgnetteRetrievalConfig, LorgnetteForImageTextRetrieval) if form == "stage1" else (
                 LorgnetteConfig, LorgnetteForConditionalGeneration)  # fmt: skip

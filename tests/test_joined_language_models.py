@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from lorgnette import LorgnetteForConditionalGeneration
-from lorgnette.modeling.modeling_backbone_checks import check_language_model
-from lorgnette.modeling.modeling_lora import attention_projections, read_layers, resolve_lora_config
+from lorgnette.assembly.backbone_checks import check_language_model
+from lorgnette.assembly.lora_targets import attention_projections, read_layers, resolve_lora_config
 
 
 SIZES = {
@@ -163,7 +163,7 @@ def test_it_works_in_every_step(kind: str, tmp_path):
 def test_alibi_cannot_be_packed():
     built = join(text_of(WORKS["falcon with alibi"]))
     with pytest.raises(ValueError, match=r"FalconForCausalLM counts positions .*ALiBi.*cannot be packed"):
-        built(torch.arange(3, 9)[None], document_ids=torch.tensor([[0, 0, 0, 1, 1, 1]]))
+        built(torch.arange(3, 9)[None], sequence_ids=torch.tensor([[0, 0, 0, 1, 1, 1]]))
 
 
 def test_lora_goes_to_attention_and_not_to_layers_that_have_it_in_their_name():

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from lorgnette import LorgnetteForConditionalGeneration
+from lorgnette.assembly.lora_targets import resolve_lora_config
 from lorgnette.modeling import modeling_forms
-from lorgnette.modeling.modeling_lora import lora_layers, resolve_lora_config
+from lorgnette.modeling.modeling_lora import lora_layers
 
 
 MERGED = {"atol": 1e-4, "rtol": 1e-4}

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from tiny_training import CAPTIONS, joined, trainer, write_backbones
 from transformers import TrainingArguments
 
-from lorgnette.modeling.modeling_card import license_of
+from lorgnette.assembly.card_metadata import license_of
 from lorgnette.publishing.card import make_card
 from lorgnette.publishing.guards import check_card
 from lorgnette.publishing.records import datasets_of, results_of, training_of

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from ..assembly.packing import PADDING
 from ..modeling.modeling_checks import IGNORED
-from ..modeling.modeling_packing import PADDING
 from ..processing.conversations import count_images, images_in, messages_of, parts_of, query_in
 from ..processing.image_loading import naming
 from ..processing.processing_lorgnette import LorgnetteProcessor
@@ -81,7 +81,7 @@ class LorgnetteCollator:
             or `vision_features` `(N, L, E)`; `image_rows` `(N,)` where a picture is there several times, and
             `pixel_values` has it once; `qformer_input_ids`, `qformer_attention_mask` `(N, T)` for a Q-Former that
             takes instructions; `row_index` `(B,)` where rows have an `index`; `shared_input_ids` `(B, P)` where all
-            prompts begin alike. With `pack_to` there are fewer rows than B, and `document_ids` in place of
+            prompts begin alike. With `pack_to` there are fewer rows than B, and `sequence_ids` in place of
             `attention_mask`. With `pad_to_multiple_of`, in stage 2, `supervised_positions` `(K,)`: where in `labels`,
             flat, there is no -100, and 0 up to a multiple.
 
@@ -106,7 +106,7 @@ class LorgnetteCollator:
         if self.pack_to is None:
             batch["attention_mask"] = joined([[1] * len(example.ids) for example in examples], 0)
         else:
-            batch["document_ids"] = joined([[n] * len(example.ids) for n, example in enumerate(examples)], PADDING)
+            batch["sequence_ids"] = joined([[n] * len(example.ids) for n, example in enumerate(examples)], PADDING)
         if not self.processor.is_stage1:
             batch["labels"] = joined(
                 [[IGNORED] * len(example.prompt) + example.output for example in examples], IGNORED

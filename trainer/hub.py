@@ -7,8 +7,8 @@ from huggingface_hub import ModelCard
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from ..modeling.modeling_card import complete_card
-from ..modeling.modeling_forms import resolve_form
+from ..assembly.card_metadata import complete_card
+from ..modeling.modeling_saving import resolve_save_format
 from .unreadable import REPORT
 
 
@@ -46,7 +46,7 @@ def push_card(trainer: Trainer) -> None:
         return
     path, model = Path(trainer.args.output_dir, "README.md"), trainer.accelerator.unwrap_model(trainer.model)
     card = ModelCard.load(path, ignore_metadata_errors=True)
-    complete_card(card, model.config, resolve_form(model, None))
+    complete_card(card, model.config, resolve_save_format(model, None))
     card.save(path)
     where = {"token": trainer.args.hub_token, "revision": trainer.args.hub_revision}
     card.push_to_hub(trainer.hub_model_id, commit_message="Complete the card", **where)

@@ -14,10 +14,12 @@ from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from ..assembly.backbones import load_vision_model
 from ..configuration.backbone_sources import from_pretrained_arguments
-from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig, LorgnetteConfig, LorgnetteRetrievalConfig
-from ..modeling.modeling_backbones import load_vision_model, new_vision_model
+from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig, LorgnetteConfig
+from ..configuration.configuration_retrieval import LorgnetteRetrievalConfig
 from ..modeling.modeling_base import LorgnettePreTrainedModel
+from ..modeling.modeling_loading import new_vision_model
 from ..processing.image_loading import load_image_for, naming
 from .arguments import VisionArguments
 

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .modeling_outputs_lorgnette import KV_CACHE
-from .modeling_packing import unmasked_layers
+from ..modeling.modeling_base import KV_CACHE
+from ..modeling.modeling_checks import IGNORED, row_name, value_check
+from .packing import unmasked_layers
 
 
 CONTINUED_BY = ("eager", "sdpa")
@@ -46,7 +47,63 @@ def can_share(language_model: PreTrainedModel, inputs: Mapping[str, Any]) -> boo
     )
 
 
-def decoded(
+def shared_inputs(
+    language_model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    labels: torch.Tensor,
+    shared_input_ids: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+    image_token_id: int,
+) -> dict[str, Any]:
+    """Keywords of [`~modeling_loss.supervised_loss`] for rows that begin alike; none where [`can_share`] says no.
+
+    Args:
+        inputs: of the call.
+        labels: `(B, S)`.
+        shared_input_ids: `(B, P)`.
+        input_ids, attention_mask: `(B, S)`.
+        row_index: `(B,)`, for messages.
+
+    Raises:
+        ValueError: a row that does not begin with `shared_input_ids`, see [`checked_shared`].
+    """
+    if not can_share(language_model, inputs):
+        return {}
+    labels = checked_shared(labels, shared_input_ids, input_ids, attention_mask, row_index, image_token_id)
+    return {"labels": labels, "num_shared_tokens": shared_input_ids.shape[1]}
+
+
+@value_check
+def checked_shared(
+    labels: torch.Tensor,
+    shared_input_ids: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+    image_token_id: int,
+) -> torch.Tensor:
+    """The labels `(B, S)` of rows that all begin with `shared_input_ids` `(B, P)`.
+
+    Raises:
+        ValueError: names the row that does not, or has padding, a placeholder or a label among them or next.
+    """
+    num_shared = shared_input_ids.shape[1]
+    first = input_ids[:, :num_shared]
+    taken = (first == image_token_id).any(dim=1) | (labels[:, : num_shared + 1] != IGNORED).any(dim=1)
+    if attention_mask is not None:
+        taken = taken | ~attention_mask[:, :num_shared].bool().all(dim=1)
+    for wrong, why in (
+        ((first != shared_input_ids[:1]).any(dim=1), "are not those of the batch's shared_input_ids"),
+        (taken, "cannot be shared: padding, a picture or what is to be learned is among them or next"),
+    ):
+        if wrong.any():
+            raise ValueError(f"{row_name(int(wrong.nonzero()[0]), row_index)}: its first {num_shared} tokens {why}")
+    return labels.clone()
+
+
+def decode_rest(
     decoder: PreTrainedModel,
     num_shared_tokens: int,
     inputs_embeds: torch.Tensor,
@@ -73,4 +130,4 @@ def decoded(
     return BaseModelOutputWithPast(last_hidden_state=rest.last_hidden_state)
 
 
-__all__ = ["can_share", "decoded"]
+__all__ = ["can_share", "decode_rest", "shared_inputs"]

@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrain
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from ..configuration.configuration_lorgnette import SIZES
-from .modeling_outputs_lorgnette import KV_CACHE
+from ..modeling.modeling_base import KV_CACHE
 
 
 def refuse_own_code(what: str, source: Any, auto_class: str, known: Collection[str], **keywords: Any) -> None:

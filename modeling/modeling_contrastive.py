@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .modeling_loss import in_process_group
+
 
 def similarities(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """Cosine of each picture and each text: of a picture's queries, the one that is nearest counts.
@@ -97,13 +99,8 @@ def generation_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing:
     return nn.functional.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
 
-def in_process_group() -> bool:
-    """Whether there is a process group; some builds of torch know none."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def processes() -> int:
-    """How many processes learn together."""
+    """How many processes train together."""
     return torch.distributed.get_world_size() if in_process_group() else 1
 
 

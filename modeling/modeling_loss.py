@@ -7,6 +7,7 @@ is to be learned. Head and loss are the language model's own, whatever it does t
 
 import inspect
 from collections.abc import Collection
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,15 +16,57 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import is_liger_kernel_available
+from transformers.utils import ModelOutput, is_liger_kernel_available
 
+from ..configuration.configuration_lorgnette import from_package
+from .modeling_base import KV_CACHE
 from .modeling_checks import IGNORED
-from .modeling_outputs_lorgnette import KV_CACHE
-from .modeling_shared_prefix import decoded
 
 
 LOGITS_AT_ONCE = 2**25  # elements, 128 MiB in float32
-PLACES_MULTIPLE = 16  # for each number of rows oneDNN, in bf16 on a CPU, compiles kernels and keeps megabytes of them
+POSITIONS_MULTIPLE = (
+    16  # for each number of rows oneDNN, in bf16 on a CPU, compiles kernels and keeps megabytes of them
+)
+
+
+@dataclass
+class LorgnetteLossOutput(ModelOutput):
+    """What [`LorgnetteForConditionalGeneration`] returns in training, where it computed logits of labels alone.
+
+    Reading its `logits` raises AttributeError, or KeyError, which says how to get some; `getattr(…, None)` is None.
+
+    Args:
+        loss, hidden_states, attentions, image_hidden_states: see [`LorgnetteCausalLMOutputWithPast`].
+    """
+
+    loss: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:  # called for what is not there
+        raise AttributeError(
+            _NO_LOGITS if name == "logits" else f"'LorgnetteLossOutput' object has no attribute {name!r}"
+        )
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == "logits":
+            raise KeyError(_NO_LOGITS)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key == "logits" else super().get(key, default)
+
+
+_NO_LOGITS = (
+    "In training with labels the model computes the loss on supervised positions, and no logits. Give forward "
+    "logits_to_keep=0 for those of all positions, or no labels; a compute_loss_func of Trainer gets them as it is"
+)
+
+
+def in_process_group() -> bool:
+    """Whether there is a process group; some builds of torch know none."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def can_supervise(language_model: PreTrainedModel, keywords: Collection[str] = ()) -> bool:
@@ -56,12 +99,13 @@ def supervised_loss(
             them they are looked for, or, while compiling, all positions are taken.
         num_items_in_batch: what the sum over positions is divided by; their number by default.
         num_shared_tokens: so many first ones are the same in all rows, and are run once, see
-            modeling_shared_prefix.py.
+            [`~lorgnette.assembly.shared_prefix`].
         inputs: of the decoder, `inputs_embeds` `(B, S, M)` and so on.
     """
     decode = language_model.base_model
     if num_shared_tokens:
-        decode = partial(decoded, decode, num_shared_tokens)
+        shared_prefix = from_package("assembly.shared_prefix", "A batch with shared_input_ids")
+        decode = partial(shared_prefix.decode_rest, decode, num_shared_tokens)
         if supervised_positions is not None:
             rows = supervised_positions // labels.shape[1]
             supervised_positions = (supervised_positions - (rows + 1) * num_shared_tokens).clamp(min=0)
@@ -89,18 +133,18 @@ def supervised(
 
     Args:
         labels, supervised_positions: as in [`supervised_loss`]. Without the latter K is a multiple of
-            `PLACES_MULTIPLE`, or, while compiling, B S: values cannot decide a shape there.
+            `POSITIONS_MULTIPLE`, or, while compiling, B S: values cannot decide a shape there.
     """
     # a row's first label is nothing's next token: the place before it, and so padding's, is the end of a row
     next_tokens = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
     if supervised_positions is not None:
-        places = supervised_positions - 1
+        positions = supervised_positions - 1
     elif torch.compiler.is_compiling():
-        places = torch.arange(len(next_tokens), device=labels.device)
+        positions = torch.arange(len(next_tokens), device=labels.device)
     else:
-        places = (next_tokens != IGNORED).nonzero().squeeze(1)
-        places = nn.functional.pad(places, (0, -len(places) % PLACES_MULTIPLE), value=-1)
-    return states.flatten(0, 1)[places], next_tokens[places]
+        positions = (next_tokens != IGNORED).nonzero().squeeze(1)
+        positions = nn.functional.pad(positions, (0, -len(positions) % POSITIONS_MULTIPLE), value=-1)
+    return states.flatten(0, 1)[positions], next_tokens[positions]
 
 
 def _loss(
@@ -157,4 +201,4 @@ class _Decoded:
         return getattr(self._decoder, name, None)
 
 
-__all__ = ["can_supervise", "supervised", "supervised_loss"]
+__all__ = ["LorgnetteLossOutput", "can_supervise", "in_process_group", "supervised", "supervised_loss"]

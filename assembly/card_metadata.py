@@ -8,7 +8,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, 
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..configuration.configuration_lorgnette import LorgnetteConfig, LorgnetteRetrievalConfig
+from ..configuration.configuration_lorgnette import LorgnetteConfig
+from ..configuration.configuration_retrieval import LorgnetteRetrievalConfig
 
 
 logger = logging.get_logger(__name__)

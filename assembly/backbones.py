@@ -1,24 +1,13 @@
-"""Where the pretrained parts come from: a Hub id, a local folder, a GGUF file or a model that is loaded already."""
+"""The pretrained parts: each a Hub id, a local folder, a GGUF file or a loaded model."""
 
 import copy
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -28,13 +17,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import extract_commit_hash
 
 from ..configuration.backbone_sources import from_pretrained_arguments, load_tokenizer
-from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig
+from ..modeling.modeling_checks import check_token_ids
+from ..modeling.modeling_loading import read_language_model, read_vision_model, vision_model_class
+from ..modeling.modeling_saving import is_backbone_key
 from ..processing.prompt_encoding import IMAGE_TOKEN
 from ..processing.tokenizer_preparation import with_image_token
-from .modeling_backbone_checks import check_language_model, check_vision_model, refuse_own_code
-
-
-_FINDING = ("cache_dir", "local_files_only")  # of `from_pretrained`, what says where files may be
+from .backbone_checks import check_language_model, check_vision_model, refuse_own_code
 
 
 @dataclass
@@ -76,7 +64,7 @@ def _vision_model_in(model: PreTrainedModel) -> PreTrainedModel:
     config = getattr(model.config, "vision_config", model.config)
     if not type(config).__module__.startswith("transformers."):
         refuse_own_code("ViT", model, "AutoModel", MODEL_MAPPING_NAMES)
-    wanted = _vision_model_class(config)
+    wanted = vision_model_class(config)
     found = next((part for part in model.modules() if type(part) is wanted), None)
     if found is None:
         refuse_own_code("ViT", model, "AutoModel", MODEL_MAPPING_NAMES)
@@ -85,91 +73,6 @@ def _vision_model_in(model: PreTrainedModel) -> PreTrainedModel:
             f"one, from {wanted.__name__}.from_pretrained(…)"
         )
     return found
-
-
-def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
-    """`"bfloat16"` to torch's; `"auto"`, each checkpoint's own, and None stay.
-
-    Raises:
-        ValueError: torch has no such dtype.
-    """
-    if not isinstance(dtype, str) or dtype == "auto":
-        return dtype
-    parsed = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(parsed, torch.dtype):
-        raise ValueError(f'dtype is {dtype!r}: give one of torch\'s ("float32", "bfloat16", "float16"), or "auto"')
-    return parsed
-
-
-def read_vision_model(name: str | Path | None, config: PreTrainedConfig, **keywords: Any) -> PreTrainedModel:
-    """The ViT of this config out of a folder or a Hub repository, which may hold more than the ViT.
-
-    Args:
-        name: None where `state_dict` is among the keywords.
-        keywords: of `from_pretrained`.
-
-    Raises:
-        ValueError: its weights are not all there.
-    """
-    if config.model_type == "blip_2_vision_model":  # which does not know the prefix that it has inside BLIP-2
-        keywords = {"key_mapping": {r"^vision_model\.": ""}} | keywords
-    model, info = _vision_model_class(config).from_pretrained(name, config=config, output_loading_info=True, **keywords)
-    refuse_missing(name, f"a {type(model).__name__}", [f"vision_model.{key}" for key in info["missing_keys"]])
-    return model
-
-
-def read_language_model(name: str | Path | None, **keywords: Any) -> PreTrainedModel:
-    """The causal LM out of a folder or a Hub repository, as [`read_vision_model`]; also raises for an encoder."""
-    # the Auto class looks for files, and a `state_dict` has none
-    model_class = AutoModelForCausalLM if name is not None else MODEL_FOR_CAUSAL_LM_MAPPING[type(keywords["config"])]
-    if name is not None:  # it looks for an adapter as well, on the Hub unless told not to once more
-        keywords["trust_remote_code"] = False
-        keywords["adapter_kwargs"] = {key: keywords[key] for key in _FINDING if key in keywords}
-    model, info = model_class.from_pretrained(name, output_loading_info=True, **keywords)
-    _check_causal(model)
-    refuse_missing(name, f"a {type(model).__name__}", [f"language_model.{key}" for key in info["missing_keys"]])
-    return model
-
-
-def _check_causal(model: PreTrainedModel) -> None:
-    is_encoder = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
-        model.config, "is_decoder", False
-    )
-    if is_encoder or not model.can_generate() or model.get_output_embeddings() is None:
-        raise ValueError(f"{type(model).__name__} is no causal language model (an encoder, or no head over words)")
-
-
-def refuse_missing(name: Any, what: str, missing: Iterable[str]) -> None:
-    """Raise a ValueError where a checkpoint lacks weights of a backbone that anything reads.
-
-    transformers fills them with random numbers, and says so in a warning alone.
-    """
-    lacking = sorted(key for key in missing if not is_unread(key))
-    if lacking:
-        raise ValueError(f"{name or 'The checkpoint'} lacks {len(lacking)} weights of {what} ({lacking[0]}, …)")
-
-
-def is_unread(key: str) -> bool:
-    """Whether a weight of this name in the whole model pools what the ViT sees into one vector: nothing reads that.
-
-    Many a checkpoint has no such weights, and then each load draws others.
-    """
-    return re.match(r"(vision_model\.)+(pooler|head)\.", key) is not None
-
-
-def new_vision_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A ViT of this config, not yet trained."""
-    return _vision_model_class(config)._from_config(config)
-
-
-def _vision_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    if config.model_type == "blip_2_vision_model":  # AutoModel's list has BLIP-2's Q-Former, and not its ViT
-        from transformers import Blip2VisionModel
-
-        return Blip2VisionModel
-    if type(config) not in MODEL_MAPPING:
-        raise ValueError(f'transformers has no model of the kind "{config.model_type}" that stands alone: no ViT')
-    return MODEL_MAPPING[type(config)]
 
 
 def load_language_model(
@@ -208,6 +111,7 @@ def load_language_model(
     else:
         name, keywords = from_pretrained_arguments(source, revision)
         refuse_own_code("language model", name, "AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **keywords)
+        _refuse_encoder(AutoConfig.from_pretrained(name, trust_remote_code=False, **keywords), name)
         if quantization_config is not None:
             keywords["quantization_config"] = quantization_config
         model = read_language_model(name, dtype=dtype or torch.float32, attn_implementation=attn, **keywords)
@@ -217,9 +121,16 @@ def load_language_model(
             f"The language model is a {type(model).__name__} with an adapter, or no transformers model: give the bare "
             "LM (peft's merge_and_unload() makes one) and describe the LoRA in `lora`"
         )
-    _check_causal(model)
+    _refuse_encoder(model.config, type(model).__name__)
+    if not model.can_generate() or model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} is no causal language model: it has no head over words")
     check_language_model(model)
     return backbone
+
+
+def _refuse_encoder(config: PreTrainedConfig, name: str) -> None:
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise ValueError(f"{name} is no causal language model: {config.model_type} is an encoder")
 
 
 def load_bert(source: str | Path | PreTrainedModel, revision: str | None) -> Backbone:
@@ -240,20 +151,6 @@ def load_bert(source: str | Path | PreTrainedModel, revision: str | None) -> Bac
     return from_source(model, source, revision)
 
 
-def qformer_fields(bert: Backbone | None, given: dict[str, Any] | None) -> dict[str, Any]:
-    """Fields of [`LorgnetteQFormerConfig`]: those of the BERT that the Q-Former starts from, and over them the given.
-
-    Raises:
-        ValueError: a given field that the config does not know.
-    """
-    given = given or {}
-    unknown = sorted(given.keys() - LorgnetteQFormerConfig().to_dict().keys())
-    if unknown:
-        raise ValueError(f"qformer_config has fields that LorgnetteQFormerConfig does not know: {unknown}")
-    theirs = {} if bert is None else bert.model.config.to_dict()
-    return {name: theirs[name] for name in _FROM_BERT if name in theirs} | given
-
-
 def next_free_token_id(source: str | Path | PreTrainedModel, revision: str | None, vocab_size: int) -> int:
     """The id that `<image>` has, or would get, in the tokenizer beside the language model.
 
@@ -271,22 +168,6 @@ def next_free_token_id(source: str | Path | PreTrainedModel, revision: str | Non
     return image_token_id
 
 
-def check_token_ids(tokenizer: PreTrainedTokenizerBase, image_token_id: int, num_embeddings: int) -> None:
-    """See to it that the language model has an embedding for every token but the placeholder.
-
-    Raises:
-        ValueError: it has not; names the first token without one, and what to do.
-    """
-    ids = {id_: token for token, id_ in tokenizer.get_vocab().items() if id_ != image_token_id}
-    past = sorted(id_ for id_ in ids if id_ >= num_embeddings)
-    if past:
-        raise ValueError(
-            f"{len(past)} tokens of the tokenizer are past the language model's table of {num_embeddings} embeddings "
-            f"({ids[past[0]]!r} has the id {past[0]}): load the language model, call resize_token_embeddings("
-            f"{past[-1] + 1}) on it, and give from_backbones the resized model"
-        )
-
-
 def _has_tokenizer(name: str, revision: str | None) -> bool:
     return (
         cached_file(name, "tokenizer_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
@@ -295,9 +176,9 @@ def _has_tokenizer(name: str, revision: str | None) -> bool:
 
 
 def from_source(model: PreTrainedModel, source: str | Path, revision: str | None) -> Backbone:
-    """Keep the Hub id and the commit; a local folder is nobody else's business and is not recorded.
+    """Keep the Hub id and the commit; a local folder is not recorded.
 
-    Nor is a repository of pickled weights: whoever loads a model reads none, so that it has to bring them along.
+    Nor is a repository of pickled weights: no model is loaded from them, so it is saved in full.
     """
     have = partial(
         cached_file, source, revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False
@@ -309,34 +190,25 @@ def from_source(model: PreTrainedModel, source: str | Path, revision: str | None
     return Backbone(model, str(source), extract_commit_hash(config_file, None))
 
 
-_FROM_BERT = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "max_position_embeddings",
-    "layer_norm_eps",
-    "pad_token_id",
-)
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Bring all parameters of a joined model into one dtype, but those of backbones that were loaded in it.
+
+    Buffers keep theirs, as in any `from_pretrained`: RoPE's frequencies are float32 in every model.
+    """
+    loaded_so = [name for name in model.backbones if model.get_submodule(name).dtype == dtype]
+    for key, parameter in model.named_parameters():
+        # transformers keeps some weights of some models in float32 on purpose
+        apart = is_backbone_key(model, key) and key.split(".", 1)[0] in loaded_so
+        if parameter.is_floating_point() and not apart:
+            parameter.data = parameter.data.to(dtype)
 
 
 __all__ = [
     "Backbone",
-    "check_token_ids",
+    "cast_parameters",
     "from_source",
-    "is_unread",
     "load_bert",
     "load_language_model",
     "load_vision_model",
-    "new_vision_model",
     "next_free_token_id",
-    "parse_dtype",
-    "qformer_fields",
-    "read_language_model",
-    "read_vision_model",
-    "refuse_missing",
 ]

@@ -1,7 +1,4 @@
-"""The language model's LoRA as peft keeps one: a folder that `peft.PeftModel.from_pretrained(lm, folder)` loads.
-
-It lies in a sub-folder of the model's. At the top transformers would take it for an adapter of the whole model.
-"""
+"""LoRA that is already trained, by peft alone or in another model, replaces the language model's."""
 
 import copy
 from dataclasses import dataclass
@@ -10,54 +7,70 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftConfig, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import cached_file, is_peft_available, requires_backends
+from transformers.utils import cached_file
 
 from ..configuration.backbone_sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteConfig
-from .modeling_lora import attach_lora, outermost_lora_layers, resolve_lora_config
+from ..modeling.modeling_lora import (
+    LM_ADAPTER,
+    PEFT_PREFIX,
+    attach_lora,
+    lora_layers,
+    lora_weights,
+    refresh_ignored_keys,
+    switch_lora,
+)
+from .lora_targets import outermost_lora_layers, resolve_lora_config
 
 
-LM_ADAPTER = "lm_adapter"
-_PEFT_PREFIX = "base_model.model."  # what peft's own wrapper puts before the names of an LM's weights
-
-
-def write_lm_adapter(
-    folder: str | Path, language_model: PreTrainedModel, config: LorgnetteConfig, state_dict: dict | None = None
-) -> None:
-    """Write the LoRA of a language model: `adapter_config.json` and `adapter_model.safetensors`.
+def load_lm_adapter(model: PreTrainedModel, source: str | Path, *, revision: str | None = None) -> None:
+    """Put a LoRA that was trained on the bare language model, by peft alone, in the place of this model's.
 
     Args:
-        folder: made where it is not there.
-        language_model: with LoRA attached.
-        config: the whole model's; the LM is named by its Hub id, or not at all.
-        state_dict: the whole model's weights, where they have been gathered from several devices.
-    """
-    if is_peft_available():  # said so that transformers asks for peft only where there is LoRA
-        from peft import LoraConfig
-    from safetensors.torch import save_file
+        model: a [`LorgnetteForConditionalGeneration`].
+        source: a folder or Hub repository as `PeftModel.save_pretrained` writes them; `lm_adapter/` of a saved model is
+            one too.
+        revision: branch, tag or commit on the Hub.
 
-    if state_dict is not None:
-        prefix = "language_model."
-        state_dict = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
-    weights = lora_weights(language_model, state_dict)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(
-        {_PEFT_PREFIX + name: tensor.contiguous() for name, tensor in weights.items()},
-        Path(folder, "adapter_model.safetensors"),
-        metadata={"format": "pt"},
-    )
-    adapter = LoraConfig(
-        **config.lora_config,
-        base_model_name_or_path=config.text_backbone,
-        revision=config.text_backbone_revision,
-        inference_mode=True,
-    )
-    for name in ("target_modules", "exclude_modules"):
-        if isinstance(value := getattr(adapter, name), set):  # peft's own, in another order in each process
-            setattr(adapter, name, sorted(value))
-    adapter.save_pretrained(str(folder))
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it does not fit, see [`read_lm_adapter`]; nothing has changed then.
+    """
+    replace_lora(model, *read_lm_adapter(source, model.config, revision))
+
+
+def replace_lora(
+    model: PreTrainedModel, lora_config: dict[str, Any] | None, lora: "dict[str, torch.Tensor] | DetachedLora | None"
+) -> "DetachedLora":
+    """Another LoRA, on or off as the present one is, or none at all; the present one is returned.
+
+    Args:
+        lora: its weights, or one that was on this language model before, which is put back as it is: building peft's
+            layers anew takes as long as a short answer.
+    """
+    before = detach_lora(model.language_model)
+    model.config.lora_config = lora_config
+    if isinstance(lora, DetachedLora):
+        put_back_lora(model.language_model, lora)
+    elif lora_config is not None:
+        attach_lora(model.language_model, lora_config)
+    for layer in lora_layers(model.language_model).values():
+        beside = next(layer.get_base_layer().parameters())  # which may have been moved meanwhile
+        for name, parameter in layer.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(beside.device, model.projector.weight.dtype)
+    if lora_config is not None and not isinstance(lora, DetachedLora):
+        load_lora_weights(model.language_model, lora)
+    refresh_ignored_keys(model)
+    model.freeze()
+    model.train(model.training)  # new layers are in train mode
+    if lora_config is not None:
+        switch_lora(model.language_model, not model.base_model._adapters_are_off)
+    return before
 
 
 def read_lm_adapter(
@@ -78,11 +91,6 @@ def read_lm_adapter(
         ValueError: it is a whole model, no LoRA or a pickled one, belongs to another language model, trains base
             weights too, or has targets, names or shapes that the language model has not.
     """
-    requires_backends(read_lm_adapter, "peft")
-    if is_peft_available():
-        from peft import LoraConfig, PeftConfig
-    from safetensors.torch import load_file
-
     name, keywords = from_pretrained_arguments(source, revision)
     have = partial(cached_file, name, _raise_exceptions_for_missing_entries=False, **keywords)
     if have("adapter_config.json") is None and have(f"{LM_ADAPTER}/adapter_config.json") is not None:
@@ -92,7 +100,7 @@ def read_lm_adapter(
         raise ValueError(f"{source} holds an adapter of the type {found.peft_type}; LoRA is needed")
     theirs, ours = found.base_model_name_or_path, config.text_backbone
     if config.saved_form == "merged" and theirs is not None and _is_hub_id(theirs):
-        raise ValueError(f"{source} was trained on {theirs}; the language model here has another LoRA folded into it")
+        raise ValueError(f"{source} was trained on {theirs}; the language model here has another LoRA merged into it")
     if ours is not None and theirs is not None and _is_hub_id(theirs) and theirs != ours:
         raise ValueError(f"{source} was trained on {theirs}; the language model here is {ours}")
     file = have("adapter_model.safetensors")
@@ -103,7 +111,7 @@ def read_lm_adapter(
     with torch.device("meta"):
         attach_lora(bare, fields)
     expected = {name: tensor.shape for name, tensor in lora_weights(bare).items()}
-    weights = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
+    weights = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
     odd = sorted(expected.keys() ^ weights.keys())
     if odd:
         where = "only here" if odd[0] in expected else "only there"
@@ -119,19 +127,8 @@ def read_lm_adapter(
     return fields, weights
 
 
-def lora_weights(language_model: PreTrainedModel, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of LoRA by their names in the LM, without the adapter's: `model.layers.0.….lora_A.weight`."""
-    if is_peft_available():
-        from peft import get_peft_model_state_dict
-
-    return get_peft_model_state_dict(language_model, state_dict, save_embedding_layers=False)
-
-
 def load_lora_weights(language_model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
     """Copy into the LoRA of a language model what [`lora_weights`] gave of one of the same kind."""
-    if is_peft_available():
-        from peft import set_peft_model_state_dict
-
     set_peft_model_state_dict(language_model, weights)
 
 
@@ -182,12 +179,10 @@ def _is_hub_id(name: str) -> bool:
 
 
 __all__ = [
-    "LM_ADAPTER",
     "DetachedLora",
     "detach_lora",
-    "load_lora_weights",
-    "lora_weights",
+    "load_lm_adapter",
     "put_back_lora",
     "read_lm_adapter",
-    "write_lm_adapter",
+    "replace_lora",
 ]

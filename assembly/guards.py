@@ -1,8 +1,7 @@
-"""Which files a saved model is read from, and whether its config describes what they hold.
+"""Guards against a folder or a repository of somebody else: which files are read, and whether its config fits them.
 
-A folder may come from a stranger. So safetensors alone are read, which hold nothing but numbers, and no adapter that
-transformers would take along by itself; and the shapes are compared before any memory is taken. transformers fills what
-does not fit with random numbers first, however large, and then says so.
+Only safetensors are read, and no adapter that transformers would load by itself. Shapes are compared before any memory
+is allocated: transformers first fills what does not fit with random numbers, however large.
 """
 
 import copy
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -25,10 +24,10 @@ from transformers.utils import (
     WEIGHTS_NAME,
     cached_file,
 )
-from transformers.utils.hub import get_checkpoint_shard_files
 
 from ..configuration.configuration_lorgnette import SIZES
-from .modeling_forms import is_backbone_key
+from ..modeling.modeling_loading import WHERE, is_thin, missing_backbone, weight_files
+from ..modeling.modeling_saving import BACKBONES, is_backbone_key
 
 
 Shape = tuple[int, ...]
@@ -51,12 +50,24 @@ _OF_PARTS += ("num_key_value_heads", "num_query_tokens", "patch_size", "use_qfor
 _LORA_OF_A_RUN = ("inference_mode", "init_lora_weights", "lora_dropout")  # may be others where training goes on
 
 
-def weight_files(name: str | Path, variant: str | None = None, **where: Any) -> list[str]:
-    """The safetensors of a folder or a Hub repository, in which they are on this machine's disk then.
+def check_folder(cls: type[PreTrainedModel], name: str | Path, **kwargs: Any) -> None:
+    """Check what lies in a folder or a Hub repository, before `cls.from_pretrained(name, **kwargs)` loads it.
 
-    Args:
-        variant: as `from_pretrained` has it: `model.fp16.safetensors` for `"fp16"`.
-        where: `revision`, `subfolder`, `cache_dir` … of a load.
+    Raises:
+        OSError: there is no config, there are no weights, or a backbone of a thin model cannot be found.
+        ValueError: see [`safe_weight_files`], [`check_fits`] and [`check_backbone`].
+    """
+    where = {key: kwargs[key] for key in WHERE if key in kwargs}
+    thin = is_thin(name, **kwargs)
+    files = safe_weight_files(name, kwargs.get("variant"), **where)
+    config = check_fits(cls, name, files, thin, where, **kwargs)
+    hub = {key: value for key, value in where.items() if key not in ("revision", "subfolder")}
+    for part in cls.backbones if thin else ():
+        check_backbone(part, config, name, hub)
+
+
+def safe_weight_files(name: str | Path, variant: str | None = None, **where: Any) -> list[str]:
+    """[`~modeling_loading.weight_files`] of a folder or a Hub repository that holds nothing else that would be loaded.
 
     Raises:
         OSError: no weights are there.
@@ -69,34 +80,30 @@ def weight_files(name: str | Path, variant: str | None = None, **where: Any) -> 
             f"{name} has an {ADAPTER_CONFIG_NAME} beside its weights: no model is saved so here. A language model's "
             "LoRA lies in the folder lm_adapter"
         )
-    file = have(_variant_of(SAFE_WEIGHTS_NAME, variant))
-    if file is not None:
-        return [file]
-    index = have(_variant_of(SAFE_WEIGHTS_INDEX_NAME, variant))
-    if index is None:
+    if have(_variant_of(SAFE_WEIGHTS_NAME, variant)) is None:
+        index = have(_variant_of(SAFE_WEIGHTS_INDEX_NAME, variant))
         pickled = [kind for kind in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if have(_variant_of(kind, variant)) is not None]
-        if pickled:
+        if index is None and pickled:
             raise ValueError(
                 f"{name} holds {pickled[0]} and no {SAFE_WEIGHTS_NAME}: pickled weights are not read. Whoever trusts "
                 "them loads them with torch, and saves the model with save_pretrained"
             )
-        raise OSError(f"{name} holds neither {SAFE_WEIGHTS_NAME} nor {SAFE_WEIGHTS_INDEX_NAME}")
-    shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
-    if odd := sorted(shard for shard in set(shards) if not re.fullmatch(r"[\w.-]+\.safetensors", shard)):
-        raise ValueError(f"{name}: its index names {odd[0]!r}, which is no safetensors file beside it")
-    return get_checkpoint_shard_files(name, index, **where)[0]
+        shards = {} if index is None else json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        if odd := sorted(shard for shard in set(shards.values()) if not re.fullmatch(r"[\w.-]+\.safetensors", shard)):
+            raise ValueError(f"{name}: its index names {odd[0]!r}, which is no safetensors file beside it")
+    return weight_files(name, variant, **where)
 
 
 def check_fits(
     cls: type[PreTrainedModel], name: str | Path, files: list[str], thin: bool, where: dict[str, Any], **kwargs: Any
-) -> None:
+) -> PreTrainedConfig:
     """Compare a model's config with the shapes that its files hold, before anything is loaded.
 
     Args:
         cls: the class that is to be loaded.
-        files: from [`weight_files`].
+        files: from [`safe_weight_files`].
         thin: whether the backbones are not in them.
-        where: as in [`weight_files`].
+        where: as in [`safe_weight_files`].
         kwargs: of `from_pretrained`.
 
     Raises:
@@ -112,7 +119,7 @@ def check_fits(
             f"{name}: its config says that the weights are in {elsewhere!r}, and no model is saved so here"
         )
     if kwargs.get("ignore_mismatched_sizes"):
-        return
+        return config
     _check_overrides(name, config, where)
     found = {key: shape for file in files for key, shape in _shapes_in(file).items()}
     described = _shapes_of(cls, name, config)
@@ -127,6 +134,28 @@ def check_fits(
         lacking = sorted(key for key in described.keys() - found.keys() if is_backbone_key(cls, key))
         what = f" lacks {len(lacking)} weights of its backbones ({lacking[0]}, …)" if lacking else ""
         raise ValueError(f"{name}{what}: its config describes {needed:,} numbers, and the files hold {room:,}")
+    return config
+
+
+def check_backbone(part: str, config: PreTrainedConfig, name: str | Path, hub: dict[str, Any]) -> None:
+    """Check the backbone that a thin model names: its files, and whether it is what the model's config describes.
+
+    Raises:
+        OSError: it cannot be found; says what to do.
+        ValueError: see [`safe_weight_files`]; or a field of its config is another, with both values.
+    """
+    what, prefix = BACKBONES[part]
+    source, revision = getattr(config, f"{prefix}_backbone"), getattr(config, f"{prefix}_backbone_revision")
+    try:
+        own = AutoConfig.from_pretrained(source, revision=revision, **hub)
+        safe_weight_files(source, revision=revision, **hub)
+    except OSError as error:
+        raise OSError(missing_backbone(name, what, source, revision, error)) from error
+    own, described = getattr(own, f"{prefix}_config", own), getattr(config, f"{prefix}_config")
+    for field in (*SIZES, "head_dim", "image_size", "num_key_value_heads", "patch_size"):
+        here, there = getattr(described, field, None), getattr(own, field, None)
+        if here != there:
+            raise ValueError(f"{name}: its {what} {source} has {field} {there}, and not {here}, as the config says")
 
 
 def _check_overrides(name: str | Path, config: PreTrainedConfig, where: dict[str, Any]) -> None:
@@ -184,4 +213,4 @@ def _variant_of(name: str, variant: str | None) -> str:
     return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
-__all__ = ["check_fits", "weight_files"]
+__all__ = ["check_backbone", "check_fits", "check_folder", "safe_weight_files"]
