@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from huggingface_hub import CommitInfo, HfApi
 
+from lorgnette.assembly.endpoint import write_endpoint
 from lorgnette.configuration.configuration_lorgnette import SAVE_FORMATS
 from lorgnette.modeling.modeling_saving import resolve_save_format
 from lorgnette.publishing.card import make_card
@@ -75,6 +76,7 @@ def prepare(
         model.save_pretrained(unfinished, form=form)
         processor.save_pretrained(unfinished)
         if not processor.is_stage1:
+            write_endpoint(unfinished)
             write_space(unfinished, repo_id)
         files = check_folder(unfinished, private_paths=(source, folder))
         if form == "thin" != model.config.saved_form:

@@ -111,7 +111,8 @@ def load_language_model(
     else:
         name, keywords = from_pretrained_arguments(source, revision)
         refuse_own_code("language model", name, "AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **keywords)
-        _refuse_encoder(AutoConfig.from_pretrained(name, trust_remote_code=False, **keywords), name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **keywords)
+        _refuse_encoder(config, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, name))
         if quantization_config is not None:
             keywords["quantization_config"] = quantization_config
         model = read_language_model(name, dtype=dtype or torch.float32, attn_implementation=attn, **keywords)
@@ -130,7 +131,7 @@ def load_language_model(
 
 def _refuse_encoder(config: PreTrainedConfig, name: str) -> None:
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
-        raise ValueError(f"{name} is no causal language model: {config.model_type} is an encoder")
+        raise ValueError(f"{name} is no causal language model (an encoder)")
 
 
 def load_bert(source: str | Path | PreTrainedModel, revision: str | None) -> Backbone:

@@ -144,7 +144,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
 
     def _finish_loading(self, missing: set[str], unexpected: set[str]) -> None:
         check_loaded_lora(self, missing, unexpected)
-        super()._finish_loading(missing, unexpected)
+        LorgnettePreTrainedModel._finish_loading(self, missing, unexpected)  # by name: the class with a head borrows it
 
     def _save_beside(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None) -> None:
         if self.config.lora_config is not None:

@@ -24,7 +24,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig
+from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig, from_package
 
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
@@ -410,6 +410,10 @@ class LorgnetteQFormerModel(PreTrainedModel):
         if module is self and self.query_tokens is not None:
             # zeros, as BLIP-2 starts them, would make all queries equal, and equal they would stay
             init.normal_(self.query_tokens.weight, std=self.config.initializer_range)
+
+    def load_bert(self, bert: PreTrainedModel) -> None:
+        """Copy the weights of a BERT: see [`~lorgnette.assembly.qformer_init.load_bert_weights`]."""
+        from_package("assembly.qformer_init", "load_bert").load_bert_weights(self, bert)
 
 
 def multimodal_causal(num_queries: int) -> Callable:

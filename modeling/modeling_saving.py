@@ -23,8 +23,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import CHAT_TEMPLATE_DIR, CHAT_TEMPLATE_FILE, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, logging
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import (
+    CHAT_TEMPLATE_DIR,
+    CHAT_TEMPLATE_FILE,
+    CONFIG_NAME,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    cached_file,
+    logging,
+)
 from transformers.utils.hub import list_repo_templates
 
 from ..configuration.configuration_lorgnette import CODE, SAVE_FORMATS, from_package
@@ -340,7 +347,7 @@ class BundledProcessor:
     def __init__(self, name_or_path: str | Path, model_type: str, **hub_kwargs: Any):
         self.name, self.hub_kwargs = str(name_or_path), hub_kwargs
         self.files: dict[str, bytes] | None = None
-        self._names = (*_PROCESSOR_FILES, *(f"{module}.py" for module in CODE[model_type]))
+        self._names = (*_PROCESSOR_FILES, *(f"{module}.py" for module in CODE.get(model_type, ())))
         self._loaded: Any = None
         folder = Path(name_or_path)
         if folder.is_dir():

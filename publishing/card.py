@@ -6,10 +6,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..assembly.card_metadata import card_metadata, license_of
+from ..assembly.endpoint import REQUIREMENTS
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from ..modeling.modeling_base import LorgnettePreTrainedModel
 from ..processing.processing_lorgnette import LorgnetteProcessor
-from ..publishing.endpoint import REQUIREMENTS
 from .records import Result, datasets_of, results_of, training_of
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import create_and_tag_model_card
 
 from ..assembly.card_metadata import complete_card
-from .endpoint import write_endpoint
+from ..assembly.endpoint import write_endpoint
 
 
 def push_model(

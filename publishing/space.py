@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import SpaceCardData
 from packaging.requirements import Requirement
 
-from ..publishing.endpoint import REQUIREMENTS
+from ..assembly.endpoint import REQUIREMENTS
 
 
 FOLDER = "space"

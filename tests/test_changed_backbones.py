@@ -11,6 +11,7 @@ from tiny_models import model, vision_model
 from torch import nn
 
 from lorgnette import LorgnetteForConditionalGeneration
+from lorgnette.assembly.foreign_adapters import replace_lora
 from lorgnette.modeling.modeling_saving import backbone_checksums, changed_backbone_weights
 
 
@@ -143,7 +144,7 @@ def test_another_lora_is_no_change_and_hides_none(hub, tmp_path):
     built.load_lm_adapter(tmp_path / "saved" / "lm_adapter")
     assert not changed_backbone_weights(built, None)
     one_number(built)
-    built._replace_lora(None, None)
+    replace_lora(built, None, None)
     assert changed_backbone_weights(built, None) == ["language_model.model.layers.1.self_attn.q_proj.weight"]
 
 

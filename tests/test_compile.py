@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from transformers import CompileConfig, set_seed
 
 from lorgnette import LorgnetteCollator, LorgnetteForImageTextRetrieval, LorgnetteProcessor
-from lorgnette.modeling import modeling_supervision
+from lorgnette.modeling import modeling_loss
 from lorgnette.trainer.nan_guard import nan_guard
 
 
@@ -115,7 +115,7 @@ def test_the_compiled_head_sees_the_labels_positions_alone(text, monkeypatch):
 
     def compiled_loss(at_once, **inputs):
         torch._dynamo.reset()
-        monkeypatch.setattr(modeling_supervision, "LOGITS_AT_ONCE", at_once * vocabulary)
+        monkeypatch.setattr(modeling_loss, "LOGITS_AT_ONCE", at_once * vocabulary)
         return torch.compile(own, backend=backend, fullgraph=True)(**inputs).loss
 
     torch.testing.assert_close(compiled_loss(10_000, **batch), loss)

@@ -17,6 +17,7 @@ from tiny_forms import (
     form_of,
     hub_with_backbones,
     joined,
+    keep_uploads,
     keys_in,
     load,
     logits,
@@ -159,7 +160,7 @@ def test_a_merged_model_stays_merged(hub, tmp_path, form):
     merged.save_pretrained(tmp_path / "again", form=form)
     assert form_of(tmp_path / "again") == "merged"
     assert torch.equal(logits(load(tmp_path / "again")), logits(merged))
-    with pytest.raises(ValueError, match="LoRA is folded into its language model, which is no longer tiny/llama"):
+    with pytest.raises(ValueError, match="LoRA is merged into its language model, which is no longer tiny/llama"):
         merged.save_pretrained(tmp_path / "thin", form="thin")
     assert not (tmp_path / "thin").exists()
 
@@ -169,7 +170,7 @@ def test_a_new_lora_on_a_merged_model_is_not_folded_in(hub, tmp_path):
     built.save_pretrained(tmp_path / "merged", form="merged")
     built.save_pretrained(tmp_path / "thin")
     merged = load(tmp_path / "merged")
-    with pytest.raises(ValueError, match="trained on tiny/llama; the language model here has another LoRA folded"):
+    with pytest.raises(ValueError, match="trained on tiny/llama; the language model here has another LoRA merged"):
         merged.load_lm_adapter(tmp_path / "thin" / "lm_adapter")
     adapter = tmp_path / "thin" / "lm_adapter" / "adapter_config.json"
     adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": None}))
@@ -195,7 +196,7 @@ def test_shards(hub, tmp_path, form):
 def test_what_means_nothing_in_a_thin_save_is_refused(hub, tmp_path):
     built = joined()
     for argument in ({"variant": "fp16"}, {"save_original_format": True}):
-        with pytest.raises(ValueError, match=f"{next(iter(argument))} is for the forms that transformers loads"):
+        with pytest.raises(ValueError, match=f"{next(iter(argument))} is for the formats that transformers loads"):
             built.save_pretrained(tmp_path / "saved", **argument)
     assert not (tmp_path / "saved").exists()
     built.save_pretrained(tmp_path / "saved", save_original_format=False)
@@ -213,14 +214,9 @@ def test_unknown_forms(tmp_path):
 
 
 def test_push_to_hub_sends_the_form_that_is_asked_for(hub, tmp_path, monkeypatch):
-    """transformers' own push knows nothing of forms; here it saves into a folder and ends."""
     built, sent = joined(), []
 
-    def push(self, repo_id, **kwargs):
-        self.save_pretrained(tmp_path / repo_id)
-        sent.append(form_of(tmp_path / repo_id))
-
-    monkeypatch.setattr(PreTrainedModel, "push_to_hub", push)
+    keep_uploads(monkeypatch, tmp_path, lambda folder: sent.append(form_of(folder)))
     built.push_to_hub("me/eyes", form="merged")
     built.push_to_hub("me/eyes")
     built.save_pretrained(tmp_path / "saved", form="full", push_to_hub=True, repo_id="me/eyes")

@@ -21,11 +21,10 @@ from starlette.routing import Route
 from strangers import WITHOUT_LORGNETTE
 from tiny import picture
 from tiny_serving import MAX_NEW_TOKENS, data_url, png, save_bridges, save_merged, serving_app
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
+from lorgnette.assembly.endpoint import REQUIREMENTS, write_endpoint
 from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
-from lorgnette.publishing.endpoint import REQUIREMENTS
 from lorgnette.publishing.guards import check_folder
 from lorgnette.serving.handler import FIELDS, EndpointHandler
 from lorgnette.serving.payloads import VisionRequest
@@ -51,6 +50,7 @@ ASKED = {"image_url": data_url(), "prompt": "What is this?", "max_new_tokens": M
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("bridges")
     save_bridges(made)
+    write_endpoint(made / "one")
     return made / "one"
 
 
@@ -260,12 +260,6 @@ def test_what_goes_along_may_be_published(folder):
     assert list(lines) == ["transformers", "peft", "pillow", "safetensors"]
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert set(lines.values()) == set(REQUIREMENTS) <= set(project["dependencies"])
-
-
-def test_code_that_was_loaded_from_the_folder_writes_it_again(folder, tmp_path):
-    get_class_from_dynamic_module("remote_code.save_remote_code", folder)(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} >= {"handler.py", "requirements.txt", "modeling_lorgnette.py"}
-    assert all(path.read_text() == (folder / path.name).read_text() for path in tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from lorgnette import (
     LorgnetteProcessor,
     LorgnetteRetrievalConfig,
 )
-from lorgnette.modeling import modeling_base, modeling_thin
+from lorgnette.modeling import modeling_base, modeling_loading
 
 
 SAVE_FORMATS = ("thin", "full", "stage1")
@@ -276,9 +276,9 @@ class TestShapes:
 
         rewrite(spoilt / "config.json", change)
         # a thin model's backbones are looked at one after another, and none is read
-        monkeypatch.setattr(modeling_base, "load_in_parts", modeling_thin.load_in_parts)
-        for part in modeling_thin._READERS:
-            monkeypatch.setitem(modeling_thin._READERS, part, torch.load)
+        monkeypatch.setattr(modeling_base, "load_in_parts", modeling_loading.load_in_parts)
+        for part in modeling_loading._READERS:
+            monkeypatch.setitem(modeling_loading._READERS, part, torch.load)
         with pytest.raises(
             ValueError,
             match=rf"{field}|describes [\d,]+ numbers|no model can be built|is no config of|in the files, and",

@@ -132,7 +132,9 @@ def test_a_trained_folder_is_published_and_loads_by_name(hub, trained, tmp_path)
     repo = hub.repos["me/eyes"]
     assert list(repo.titles.values()) == ["initial commit", "Upload model"]
     files = files_of(hub, "me/eyes")
-    assert {"config.json", "model.safetensors", "remote_code.py", "processor_config.json", "README.md"} <= set(files)
+    assert {"config.json", "model.safetensors", "modeling_lorgnette.py", "processor_config.json", "README.md"} <= set(
+        files
+    )
     assert not [name for name in files if re.search(r"optimizer|\.bin$|\.pt$|trainer_state|training_args", name)]
     card = ModelCard(files["README.md"].decode())
     assert (card.data.license, card.data.pipeline_tag) == ("mit", "image-text-to-text")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import QFORMER, inputs, language_model, model, vision_model
 
 from lorgnette import LorgnetteForConditionalGeneration
+from lorgnette.assembly.foreign_adapters import replace_lora
 
 
 IDS = inputs()["input_ids"][:, :6]
@@ -66,7 +67,7 @@ def test_no_path_of_ours_is_told(tmp_path):
 
 def test_without_lora_there_is_none(tmp_path):
     built = model()
-    built._replace_lora(None, {})
+    replace_lora(built, None, {})
     assert built.config.lora_config is None
     with torch.no_grad():
         assert torch.equal(built(IDS).logits, language_model()(IDS).logits)
@@ -81,7 +82,7 @@ def test_a_lora_of_peft_comes_in(lora, tmp_path):
     logits = trained_elsewhere(tmp_path / "peft")
     built = model(lora={"r": 2})
     if lora is None:
-        built._replace_lora(None, {})
+        replace_lora(built, None, {})
     built.load_lm_adapter(tmp_path / "peft")
     assert built.config.lora_config == {"r": 3, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
     with torch.no_grad():

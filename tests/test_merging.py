@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from lorgnette import LorgnetteForConditionalGeneration
+from lorgnette.assembly import merging
+from lorgnette.assembly.foreign_adapters import replace_lora
 from lorgnette.assembly.lora_targets import resolve_lora_config
-from lorgnette.modeling import modeling_forms
 from lorgnette.modeling.modeling_lora import lora_layers
 
 
@@ -119,12 +120,12 @@ def test_lora_of_experts_is_taken_off_and_put_on_again(tmp_path):
     with made.disable_adapter():
         without = logits(made)
     lora_config = made.config.lora_config
-    kept = made._replace_lora(None, None)
+    kept = replace_lora(made, None, None)
     assert torch.equal(logits(made), without)
     assert made.language_model.state_dict().keys() == with_experts("mixtral").state_dict().keys()
-    made._replace_lora(lora_config, kept)
+    replace_lora(made, lora_config, kept)
     assert torch.equal(logits(made), before)
-    made._replace_lora(None, None)
+    replace_lora(made, None, None)
     made.load_lm_adapter(tmp_path / "lm_adapter")
     assert torch.equal(logits(made), before)
 
@@ -152,8 +153,8 @@ def test_a_merge_that_answers_otherwise_is_not_saved(off: bool, monkeypatch, tmp
         made.disable_adapters()
     made.get_parameter("language_model.model.layers.0.self_attn.q_proj.lora_A.default.weight").requires_grad_(False)
     trained = {name for name, value in made.named_parameters() if value.requires_grad}
-    real = modeling_forms.outermost_lora_layers
-    monkeypatch.setattr(modeling_forms, "outermost_lora_layers", lambda lm: dict(list(real(lm).items())[1:]))
+    real = merging.outermost_lora_layers
+    monkeypatch.setattr(merging, "outermost_lora_layers", lambda lm: dict(list(real(lm).items())[1:]))
     with pytest.raises(ValueError, match=r"other logits: they differ by .* and rounding explains 0.001\. Save it with"):
         made.save_pretrained(tmp_path / "saved", form="merged")
     assert not (tmp_path / "saved").exists()

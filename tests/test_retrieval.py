@@ -272,7 +272,7 @@ def test_equals_blip2_with_the_same_weights():
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
         expected = theirs(**inputs, use_image_text_matching_head=True).logits_per_image
         image = {"encoder_hidden_states": features, "encoder_attention_mask": None}
-        torch.testing.assert_close(ours._match_logits(image, text), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.match_logits(image, text), expected, atol=1e-5, rtol=1e-5)
 
 
 class TestWhatTrains:
