@@ -17,7 +17,7 @@ from ..configuration.backbone_sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from ..modeling.modeling_loading import is_unread
 from ..modeling.modeling_lora import lora_weights
-from ..modeling.modeling_saving import without_lora
+from ..modeling.modeling_saving import refuse_offloaded, without_lora
 from .foreign_adapters import DetachedLora, replace_lora
 
 
@@ -75,8 +75,10 @@ def load_bridge(model: PreTrainedModel, source: str | Path, name: str, *, revisi
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: the name is taken; the other model's ViT or LM is not this one; its processor makes another
-            placeholder, or another number of them, or texts for the Q-Former where this one's does not.
+            placeholder, or another number of them, or texts for the Q-Former where this one's does not; weights are
+            offloaded.
     """
+    refuse_offloaded(model)
     if name in model.bridges:
         raise ValueError(f"There is an adapter set {name!r} already; there are {model.bridges}")
     place, keywords = from_pretrained_arguments(source, revision)
@@ -93,8 +95,9 @@ def set_bridge(model: PreTrainedModel, name: str) -> None:
     """Put an adapter set to use. LoRA stays off where it is off; an optimizer made before knows the other's weights.
 
     Raises:
-        ValueError: there is no bridge of that name.
+        ValueError: there is no adapter set of that name; weights are offloaded.
     """
+    refuse_offloaded(model)
     if name not in model.bridges:
         raise ValueError(f"There is no adapter set {name!r}; there are {model.bridges}")
     if name == model.active_bridge:

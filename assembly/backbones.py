@@ -18,11 +18,12 @@ from transformers.utils.hub import extract_commit_hash
 
 from ..configuration.backbone_sources import from_pretrained_arguments, load_tokenizer
 from ..modeling.modeling_checks import check_token_ids
-from ..modeling.modeling_loading import read_language_model, read_vision_model, vision_model_class
+from ..modeling.modeling_loading import is_unread, read_language_model, read_vision_model, vision_model_class
 from ..modeling.modeling_saving import is_backbone_key
 from ..processing.prompt_encoding import IMAGE_TOKEN
 from ..processing.tokenizer_preparation import with_image_token
 from .backbone_checks import check_language_model, check_vision_model, refuse_own_code
+from .structure import refuse_other_structure
 
 
 @dataclass
@@ -72,6 +73,7 @@ def _vision_model_in(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(model).__name__} has no {wanted.__name__} in it, which a saved model is loaded with: give "
             f"one, from {wanted.__name__}.from_pretrained(…)"
         )
+    refuse_other_structure("ViT", found, lambda name: is_unread(f"vision_model.{name}"))
     return found
 
 
@@ -125,6 +127,8 @@ def load_language_model(
     _refuse_encoder(model.config, type(model).__name__)
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise ValueError(f"{type(model).__name__} is no causal language model: it has no head over words")
+    if not named:
+        refuse_other_structure("language model", model, is_unread)
     check_language_model(model)
     return backbone
 

@@ -19,11 +19,13 @@ from ..modeling.modeling_lora import (
     LM_ADAPTER,
     PEFT_PREFIX,
     attach_lora,
+    lora_is_off,
     lora_layers,
     lora_weights,
     refresh_ignored_keys,
     switch_lora,
 )
+from ..modeling.modeling_saving import refuse_offloaded
 from .lora_targets import outermost_lora_layers, resolve_lora_config
 
 
@@ -38,8 +40,9 @@ def load_lm_adapter(model: PreTrainedModel, source: str | Path, *, revision: str
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it does not fit, see [`read_lm_adapter`]; nothing has changed then.
+        ValueError: it does not fit, see [`read_lm_adapter`]; or weights are offloaded. Nothing has changed then.
     """
+    refuse_offloaded(model)
     replace_lora(model, *read_lm_adapter(source, model.config, revision))
 
 
@@ -51,7 +54,11 @@ def replace_lora(
     Args:
         lora: its weights, or one that was on this language model before, which is put back as it is: building peft's
             layers anew takes as long as a short answer.
+
+    Raises:
+        ValueError: weights are offloaded.
     """
+    refuse_offloaded(model)
     before = detach_lora(model.language_model)
     model.config.lora_config = lora_config
     if isinstance(lora, DetachedLora):
@@ -69,7 +76,7 @@ def replace_lora(
     model.freeze()
     model.train(model.training)  # new layers are in train mode
     if lora_config is not None:
-        switch_lora(model.language_model, not model.base_model._adapters_are_off)
+        switch_lora(model.language_model, not lora_is_off(model.language_model))
     return before
 
 

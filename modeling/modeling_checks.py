@@ -21,7 +21,6 @@ _READS_IDS_ALONE = (
     *("assistant_early_exit", "assistant_model", "prefill_chunk_size", "prompt_lookup_num_tokens"),
     *("speculation_type", "token_healing", "use_mtp"),
 )
-_OF_TRAINING = ("labels", "shared_input_ids", "supervised_positions")
 
 IGNORED = -100  # the label of what is not to be learned, as in transformers' losses
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # added in torch 2.7
@@ -241,60 +240,23 @@ def check_decoding(embedded: bool, kwargs: dict[str, Any], *configs: GenerationC
         raise ValueError(f"{', '.join(blind)}: this way of decoding sees token ids alone, not the images")
 
 
-def prompts_of(
-    input_ids: torch.Tensor | None, kwargs: dict[str, Any], pad_token_id: int | None
-) -> tuple[torch.Tensor | None, dict[str, Any]]:
-    """The prompts of what `generate` is given; a batch of training is cut before its answers, and padded on the left.
-
-    Args:
-        input_ids: `(B, S)`, prompts; or prompts with answers, where `kwargs` has `labels`.
-        kwargs: of `generate`, `attention_mask` `(B, S)` and `labels` `(B, S)` among them.
-        pad_token_id: for rows of unequal length; 0 by default.
-
-    Returns:
-        `input_ids` `(B, P)`, and the keywords with an `attention_mask` `(B, P)` and nothing that training alone reads.
+def check_prompts(kwargs: dict[str, Any]) -> None:
+    """Refuse batches that `generate` cannot go on from.
 
     Raises:
-        ValueError: labels without `input_ids`; a row whose labels are not one answer at its end, or leave no prompt;
-            rows of several documents; what training alone reads, without labels; prompts padded on the right.
+        ValueError: packed rows; what training alone reads, without labels; prompts padded on the right.
     """
-    labels, mask = kwargs.get("labels"), kwargs.get("attention_mask")
-    rows = kwargs.get("row_index")
-    if labels is None and (names := [name for name in _OF_TRAINING if kwargs.get(name) is not None]):
+    if names := [name for name in ("shared_input_ids", "supervised_positions") if kwargs.get(name) is not None]:
         raise ValueError(f"{', '.join(names)} without labels: nothing says where the prompts of this batch end")
     if kwargs.get("sequence_ids") is not None:
         raise ValueError("sequence_ids: the rows of this batch are packed; generate takes one prompt a row")
-    kwargs = {name: value for name, value in kwargs.items() if name not in (*_OF_TRAINING, "sequence_ids")}
-    if labels is None:
-        padded = mask[:, -1] == 0 if mask is not None and mask.ndim == 2 else torch.zeros(0)
-        if padded.any():
-            raise ValueError(
-                f"{row_name(int(padded.nonzero()[0]), rows)} is padded on the right: generate goes on behind the last "
-                "column, so prompts are padded on the left (padding_side='left')"
-            )
-        return input_ids, kwargs
-    if input_ids is None or input_ids.shape != labels.shape:
-        raise ValueError("labels say where prompts end in input_ids of the same shape, which are not given")
-    there = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-    prompts = []
-    for row in range(len(input_ids)):
-        answer = (labels[row] != IGNORED)[there[row]]
-        length = len(answer) - int(answer.sum())
-        if length == 0 or bool(answer[:length].any()):
-            raise ValueError(
-                f"{row_name(row, rows)} has {int(answer.sum())} labels among {len(answer)} tokens, which are not one "
-                "answer behind a prompt: give generate the prompt alone, without labels"
-            )
-        prompts.append(input_ids[row][there[row]][:length])
-    width = max(map(len, prompts))
-    ids = input_ids.new_full((len(prompts), width), pad_token_id or 0)
-    kwargs["attention_mask"] = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = prompt
-        kwargs["attention_mask"][row, width - len(prompt) :] = 1
-    for name in ("position_ids", "token_type_ids", "mm_token_type_ids"):  # of the batch as it was
-        kwargs.pop(name, None)
-    return ids, kwargs
+    mask = kwargs.get("attention_mask")
+    padded = mask[:, -1] == 0 if mask is not None and mask.ndim == 2 else torch.zeros(0)
+    if padded.any():
+        raise ValueError(
+            f"{row_name(int(padded.nonzero()[0]), kwargs.get('row_index'))} is padded on the right: generate goes on "
+            "behind the last column, so prompts are padded on the left (padding_side='left')"
+        )
 
 
 __all__ = [
@@ -303,9 +265,9 @@ __all__ = [
     "check_decoding",
     "check_finite",
     "check_placeholders",
+    "check_prompts",
     "check_token_ids",
     "checked_placeholders",
-    "prompts_of",
     "row_name",
     "setting_of",
     "value_check",

@@ -107,7 +107,6 @@ class LorgnetteModel(LorgnettePreTrainedModel):
     main_input_name = "input_ids"
     backbones = ("language_model", "vision_model")
     head_class: ClassVar[type[PreTrainedModel]]  # set by `modeling_lorgnette.py`, which builds on this class
-    _adapters_are_off = False  # kept here: the adapter set in use may have no LoRA to be off, and the next one has
 
     def __init__(
         self,
@@ -163,22 +162,26 @@ class LorgnetteModel(LorgnettePreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()
 
     def enable_adapters(self) -> None:
         """Answer with LoRA again. Raises a ValueError where the model has none."""
         switch_lora(self.language_model, True)
-        self._adapters_are_off = False
 
     def disable_adapters(self) -> None:
         """Answer as the original language model does. Raises a ValueError where there is no LoRA."""
         switch_lora(self.language_model, False)
-        self._adapters_are_off = True
 
     def disable_adapter(self) -> AbstractContextManager[None]:
         """Within the block the language model is the original one; after it, what it was before."""
-        return disabled_lora(self)
+        return disabled_lora(self.language_model)
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused: transformers would freeze the Q-Former, and save the adapter alone."""

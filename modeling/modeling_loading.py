@@ -323,11 +323,11 @@ def refuse_missing(name: Any, what: str, missing: Iterable[str]) -> None:
 
 
 def is_unread(key: str) -> bool:
-    """Whether a weight of this name in the whole model pools the ViT's features into one vector: nothing reads that.
+    """Whether a weight of this name in the whole model pools the ViT's features into one vector, or masks: unread here.
 
     Many checkpoints have no such weights, and each load draws others.
     """
-    return re.match(r"(vision_model\.)+(pooler|head)\.", key) is not None
+    return re.match(r"(vision_model\.)+((pooler|head)\.|(\w+\.)*mask_token$)", key) is not None
 
 
 _READERS = {"language_model": read_language_model, "vision_model": read_vision_model}

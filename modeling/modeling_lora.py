@@ -60,19 +60,26 @@ def switch_lora(language_model: PreTrainedModel, enabled: bool) -> None:
         raise ValueError("No adapter loaded: this language model has no LoRA")
     for layer in layers.values():
         layer.enable_adapters(enabled)
+    # kept here: the adapter set in use may have no LoRA to be off, and the next one has
+    language_model._lora_is_off = not enabled
 
 
 @contextmanager
-def disabled_lora(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block the language model of `model` is the original one; after it, what it was before."""
-    were_off = model._adapters_are_off
-    model.disable_adapters()
+def disabled_lora(language_model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the language model is the original one; after it, what it was before."""
+    was_off = lora_is_off(language_model)
+    switch_lora(language_model, False)
     try:
         yield
     finally:
-        model._adapters_are_off = were_off
-        if not were_off and lora_layers(model.language_model):
-            switch_lora(model.language_model, True)
+        language_model._lora_is_off = was_off
+        if not was_off and lora_layers(language_model):
+            switch_lora(language_model, True)
+
+
+def lora_is_off(language_model: PreTrainedModel) -> bool:
+    """Whether LoRA was switched off, also where there is none now."""
+    return getattr(language_model, "_lora_is_off", False)
 
 
 def check_loaded_lora(model: PreTrainedModel, missing: set[str], unexpected: set[str]) -> None:
@@ -149,6 +156,7 @@ __all__ = [
     "attach_lora",
     "check_loaded_lora",
     "disabled_lora",
+    "lora_is_off",
     "lora_layers",
     "lora_weights",
     "refresh_ignored_keys",

@@ -6,8 +6,8 @@
 Shapes: B rows, N images of the whole batch in the order of their placeholders, S tokens, Q queries, M the LM's width.
 """
 
+import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ from types import MappingProxyType
 from typing import Any, Unpack
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -24,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_lorgnette import LorgnetteConfig, from_package
 from .modeling_base import KV_CACHE, LorgnettePreTrainedModel
-from .modeling_checks import IGNORED, check_decoding, check_token_ids, prompts_of, setting_of
+from .modeling_checks import IGNORED, check_decoding, check_prompts, check_token_ids, setting_of
 from .modeling_headless import IMAGE_INPUTS, LorgnetteImageFeatures, LorgnetteModel, one_cache
 from .modeling_loss import LorgnetteLossOutput, can_supervise, supervised_loss
 
@@ -47,6 +46,29 @@ class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     image_hidden_states: torch.Tensor | None = None
     image_outputs: LorgnetteImageFeatures | None = None
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == "logits" and not torch.compiler.is_compiling():
+            _refuse_unshifted_smoothing(sys._getframe(1).f_locals)
+        return super().__getitem__(key)
+
+
+def _refuse_unshifted_smoothing(reader: dict[str, Any]) -> None:
+    """Refuse Trainer's `LabelSmoother` where it does not shift the labels: no other place of a script tells.
+
+    Args:
+        reader: the local variables of the function that reads the logits.
+
+    Raises:
+        ValueError: it is that one, and would compare each token's logits with that token.
+    """
+    if type(reader.get("self")).__name__ == "LabelSmoother" and reader.get("shift_labels") is False:
+        raise ValueError(
+            f"label_smoothing_factor is {reader['self'].epsilon}, and Trainer would not shift the labels: it would "
+            "teach each token to predict itself, and not the next. It shifts them for models whose class it knows by "
+            "name, which torch_compile and other wrappers hide, and Seq2SeqTrainer's predict_with_generate never does: "
+            "set label_smoothing_factor to 0, or leave that out"
+        )
 
 
 class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixin):
@@ -111,24 +133,19 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         self._headless.training = mode
         return super().train(mode)
 
-    # the same functions of the same parts
+    # the functions of the model without its head, for the same parts
+    get_input_embeddings, set_input_embeddings = (
+        LorgnetteModel.get_input_embeddings,
+        LorgnetteModel.set_input_embeddings,
+    )
+    get_output_embeddings, set_output_embeddings = (
+        LorgnetteModel.get_output_embeddings,
+        LorgnetteModel.set_output_embeddings,
+    )
+    get_decoder, max_text_length = LorgnetteModel.get_decoder, LorgnetteModel.max_text_length
+    enable_adapters, disable_adapters = LorgnetteModel.enable_adapters, LorgnetteModel.disable_adapters
+    disable_adapter, add_adapter, load_adapter = (LorgnetteModel.disable_adapter, *[LorgnetteModel.add_adapter] * 2)
     _finish_loading, _save_beside = LorgnetteModel._finish_loading, LorgnetteModel._save_beside
-    max_text_length = LorgnetteModel.max_text_length
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.set_output_embeddings(new_embeddings)
-
-    def get_decoder(self) -> nn.Module:
-        return self.language_model.get_decoder()
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> LorgnetteImageFeatures:
         """See [`LorgnetteModel.get_image_features`]."""
@@ -137,20 +154,6 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
     def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See [`LorgnetteModel.get_placeholder_mask`]."""
         return self._headless.get_placeholder_mask(*args, **kwargs)
-
-    def enable_adapters(self) -> None:
-        """See [`LorgnetteModel.enable_adapters`]."""
-        self._headless.enable_adapters()
-
-    def disable_adapters(self) -> None:
-        """See [`LorgnetteModel.disable_adapters`]."""
-        self._headless.disable_adapters()
-
-    def disable_adapter(self) -> AbstractContextManager[None]:
-        """See [`LorgnetteModel.disable_adapter`]."""
-        return self._headless.disable_adapter()
-
-    add_adapter = load_adapter = LorgnetteModel.add_adapter
 
     def load_lm_adapter(self, source: str | Path, **kwargs: Any) -> None:
         """Replace LoRA by one of peft's: see [`~lorgnette.assembly.foreign_adapters.load_lm_adapter`]."""
@@ -344,9 +347,11 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
                 row; images with a way of decoding that reads token ids alone; images alone, and no processor known.
         """
         images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
-        input_ids, kwargs = prompts_of(
-            inputs if input_ids is None else input_ids, kwargs, self.generation_config.pad_token_id
-        )
+        input_ids = inputs if input_ids is None else input_ids
+        if kwargs.get("labels") is not None:
+            training = from_package("assembly.training_prompts", "generate with labels")
+            input_ids, kwargs = training.prompts_of(input_ids, kwargs, self.generation_config.pad_token_id)
+        check_prompts(kwargs)
         configs = (generation_config, self.generation_config)
         has_images = images["pixel_values"] is not None or images["vision_features"] is not None
         check_decoding(has_images or kwargs.get("inputs_embeds") is not None, kwargs, *configs)

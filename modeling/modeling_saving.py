@@ -15,26 +15,22 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import filter_repo_objects
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import (
-    CHAT_TEMPLATE_DIR,
-    CHAT_TEMPLATE_FILE,
     CONFIG_NAME,
-    IMAGE_PROCESSOR_NAME,
     PROCESSOR_NAME,
-    cached_file,
     logging,
 )
-from transformers.utils.hub import list_repo_templates
 
-from ..configuration.configuration_lorgnette import CODE, SAVE_FORMATS, from_package
+from ..configuration.configuration_lorgnette import CODE, IN_PACKAGE, SAVE_FORMATS, from_package
 
 
 logger = logging.get_logger(__name__)
@@ -43,9 +39,6 @@ logger = logging.get_logger(__name__)
 BACKBONES = {"language_model": ("language model", "text"), "vision_model": ("ViT", "vision")}
 ADAPTER = "default"  # peft's name of the adapter that a model is loaded and saved with
 _PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "create_pr")
-
-
-# ---------------------------------------------------------------------------------------------------- names of weights
 
 
 def without_lora(key: str) -> str:
@@ -74,9 +67,6 @@ def keys_to_ignore_on_save(model: PreTrainedModel) -> set[str]:
     return keys_never_saved(model) | {key for key in model.state_dict() if is_backbone_key(model, key)}
 
 
-# ------------------------------------------------------------------------------------------------- unchanged backbones
-
-
 def trained_backbone_weights(model: PreTrainedModel) -> list[str]:
     """The weights of backbones that have a gradient, and so will not be what the Hub holds."""
     return [key for key, value in model.named_parameters() if value.requires_grad and is_backbone_key(model, key)]
@@ -103,14 +93,17 @@ def _checksum(tensor: torch.Tensor) -> int:
 
 
 def changed_backbone_weights(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor] | None) -> list[str]:
-    """The weights of backbones that are not those that were loaded.
+    """The weights of backbones that are not those that were loaded, or that are gone.
 
     Args:
         state_dict: the whole model's, where it was gathered from several devices.
     """
     loaded = model._backbone_checksums
     now = backbone_checksums(model, model.state_dict() if state_dict is None else state_dict) if loaded else {}
-    return [key for key, checksum in now.items() if loaded.get(key) != checksum]
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    present = {without_lora(key) for key in (*now, *(state_dict or ()), *(key for key, _ in named))}
+    gone = [key for key in loaded or () if key not in present]
+    return [key for key, checksum in now.items() if loaded.get(key) != checksum] + gone
 
 
 def keep_checksums(model: PreTrainedModel, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
@@ -137,9 +130,6 @@ def quantizer_of(model: PreTrainedModel) -> Any:
     return getattr(getattr(model, "language_model", None), "hf_quantizer", None)
 
 
-# ------------------------------------------------------------------------------------------------------------- formats
-
-
 def resolve_save_format(model: PreTrainedModel, save_format: str | None, changed: list[str] | None = None) -> str:
     """The format that `model` is saved in where `save_format`, or nothing, is asked for. Called before training too.
 
@@ -157,12 +147,7 @@ def resolve_save_format(model: PreTrainedModel, save_format: str | None, changed
     lost = sorted(set(getattr(getattr(model, "language_model", None), "peft_config", ())) - {ADAPTER})
     if lost:
         raise ValueError(f"Adapters {lost} of the language model are not in lora_config, and would be lost")
-    offloaded = [key for key, value in model.named_parameters() if value.is_meta]
-    if offloaded:
-        raise ValueError(
-            f"{len(offloaded)} weights are offloaded ({offloaded[0]}, …), and such a model is neither trained nor "
-            "saved: load it without device_map, or with one that offloads nothing"
-        )
+    refuse_offloaded(model)
     obstacle = why_not_thin(model, changed_backbone_weights(model, None) if changed is None else changed)
     if save_format == "thin" and obstacle:
         raise ValueError(f"This model cannot be saved thin: {obstacle}")
@@ -181,6 +166,16 @@ def resolve_save_format(model: PreTrainedModel, save_format: str | None, changed
     if save_format is None:
         logger.warning_once(f"Models are saved in full, with all weights of their backbones: {obstacle}")
     return save_format or "full"
+
+
+def refuse_offloaded(model: PreTrainedModel) -> None:
+    """Raises a ValueError where weights are offloaded: they lie in the model while they are used alone."""
+    offloaded = [key for key, value in model.named_parameters() if value.is_meta]
+    if offloaded:
+        raise ValueError(
+            f"{len(offloaded)} weights are offloaded ({offloaded[0]}, …), and such a model is neither trained nor "
+            "saved, nor given another LoRA: load it without device_map, or with one that offloads nothing"
+        )
 
 
 def why_not_thin(model: PreTrainedModel, changed: list[str]) -> str | None:
@@ -212,9 +207,6 @@ def _changed_backbones(model: PreTrainedModel, save_format: str, changed: list[s
     return found
 
 
-# -------------------------------------------------------------------------------------------------------------- saving
-
-
 def save(
     model: PreTrainedModel,
     save_pretrained: Callable[..., None],
@@ -239,6 +231,9 @@ def save(
     push_kwargs = {name: kwargs.pop(name) for name in _PUSH_KWARGS if name in kwargs}
     with _config_and_weights(model, save_format, changed, state_dict) as arguments:
         if is_main_process:
+            if IN_PACKAGE:
+                check_described = from_package("assembly.structure", "").check_described
+                check_described(model, save_format, arguments["state_dict"], ties=state_dict is None)
             with atomic_directory(save_directory) as folder:
                 if model._processor is not None and not Path(save_directory, PROCESSOR_NAME).exists():
                     model._processor.save_pretrained(folder)
@@ -322,13 +317,11 @@ def atomic_directory(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
-)
+# Of a folder or a Hub repository: a processor's files, beside those of the code
 _PROCESSOR_FILES = (
-    *(PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, CHAT_TEMPLATE_FILE, *_TOKENIZER_FILES),
-    *(f"qformer_tokenizer/{name}" for name in _TOKENIZER_FILES),
+    *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("*tokenizer.json", "*tokenizer_config.json", "*special_tokens_map.json", "*added_tokens.json", "*vocab.json"),
+    *("*merges.txt", "*vocab.txt", "*tokenizer.model", "*spiece.model"),  # the Q-Former's, too, in qformer_tokenizer/
 )
 
 
@@ -346,20 +339,23 @@ class BundledProcessor:
 
     def __init__(self, name_or_path: str | Path, model_type: str, **hub_kwargs: Any):
         self.name, self.hub_kwargs = str(name_or_path), hub_kwargs
-        self.files: dict[str, bytes] | None = None
-        self._names = (*_PROCESSOR_FILES, *(f"{module}.py" for module in CODE.get(model_type, ())))
+        self._patterns = [*_PROCESSOR_FILES, *(f"{module}.py" for module in CODE.get(model_type, ()))]
         self._loaded: Any = None
-        folder = Path(name_or_path)
-        if folder.is_dir():
-            templates = [f"{CHAT_TEMPLATE_DIR}/{path.name}" for path in folder.glob(f"{CHAT_TEMPLATE_DIR}/*.jinja")]
-            names = (*self._names, *templates)
-            self.files = {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+        self.files = self._read(Path(name_or_path)) if Path(name_or_path).is_dir() else None
+
+    def _read(self, folder: Path) -> dict[str, bytes]:
+        paths = (path for path in folder.glob("*") if path.is_file())
+        paths = (*paths, *folder.glob("qformer_tokenizer/*"), *folder.glob(_PROCESSOR_FILES[3]))
+        names = filter_repo_objects((str(path.relative_to(folder)) for path in paths), allow_patterns=self._patterns)
+        return {name: (folder / name).read_bytes() for name in names}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files into `folder`; a Hub that cannot be reached is a warning, so that the weights are saved."""
         if self.files is None:
             try:
-                self.files = self._download()
+                self.files = self._read(
+                    Path(snapshot_download(self.name, allow_patterns=self._patterns, **self.hub_kwargs))
+                )
             except OSError as error:
                 logger.warning(f"The processor of {self.name} is not saved along with the model: {error}")
                 return
@@ -383,15 +379,6 @@ class BundledProcessor:
                 self._loaded = LorgnetteProcessor.from_pretrained(folder, trust_remote_code=False)
         return self._loaded
 
-    def _download(self) -> dict[str, bytes]:
-        have = partial(cached_file, self.name, _raise_exceptions_for_missing_entries=False, **self.hub_kwargs)
-        if have(PROCESSOR_NAME) is None:
-            return {}
-        templates = list_repo_templates(self.name, **{"local_files_only": False} | self.hub_kwargs)
-        named = [f"{CHAT_TEMPLATE_DIR}/{template.removesuffix('.jinja')}.jinja" for template in templates]
-        paths = {name: have(name) for name in (*self._names, *named)}
-        return {name: Path(path).read_bytes() for name, path in paths.items() if path is not None}
-
 
 __all__ = [
     "ADAPTER",
@@ -402,8 +389,10 @@ __all__ = [
     "changed_backbone_weights",
     "is_backbone_key",
     "keep_checksums",
+    "keys_never_saved",
     "keys_to_ignore_on_save",
     "quantizer_of",
+    "refuse_offloaded",
     "resolve_save_format",
     "save",
     "without_lora",
