@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .modeling_forms import keys_not_to_miss
+from .modeling_forms import keys_not_to_miss, refuse_offloaded
 from .modeling_lm_adapter import (
     LM_ADAPTER,
     DetachedLora,
@@ -105,8 +105,9 @@ class LanguageModelAdapters:
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ValueError: it does not fit, see [`read_lm_adapter`]; nothing has changed then.
+            ValueError: it does not fit, see [`read_lm_adapter`]; or weights are offloaded. Nothing has changed then.
         """
+        refuse_offloaded(self)
         self._replace_lora(*read_lm_adapter(source, self.config, revision))
 
     def _replace_lora(
@@ -117,7 +118,11 @@ class LanguageModelAdapters:
         Args:
             lora: its weights, or one that was on this language model before, which is put back as it is: building
                 peft's layers anew takes as long as a short answer.
+
+        Raises:
+            ValueError: weights are offloaded.
         """
+        refuse_offloaded(self)
         before = detach_lora(self.language_model)
         self.config.lora_config = lora_config
         if isinstance(lora, DetachedLora):

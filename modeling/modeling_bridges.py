@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..configuration.backbone_sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from .modeling_backbones import is_unread
+from .modeling_forms import refuse_offloaded
 from .modeling_lm_adapter import DetachedLora, lora_weights
 from .modeling_lora import without_lora
 
@@ -88,8 +89,10 @@ class Bridges:
         Raises:
             FileNotFoundError: there is no such folder.
             ValueError: the name is taken; the other model's ViT or LM is not this one; its processor makes another
-                placeholder, or another number of them, or texts for the Q-Former where this one's does not.
+                placeholder, or another number of them, or texts for the Q-Former where this one's does not; weights are
+                offloaded.
         """
+        refuse_offloaded(self)
         if name in self.bridges:
             raise ValueError(f"There is a bridge {name!r} already; there are {self.bridges}")
         place, keywords = from_pretrained_arguments(source, revision)
@@ -105,8 +108,9 @@ class Bridges:
         """Put a bridge to use. LoRA stays off where it is off; an optimizer made before knows the other's weights.
 
         Raises:
-            ValueError: there is no bridge of that name.
+            ValueError: there is no bridge of that name; weights are offloaded.
         """
+        refuse_offloaded(self)
         if name not in self.bridges:
             raise ValueError(f"There is no bridge {name!r}; there are {self.bridges}")
         if name == self.active_bridge:

@@ -48,12 +48,7 @@ def resolve_form(model: PreTrainedModel, form: str | None, changed: list[str] | 
     lost = sorted(set(getattr(getattr(model, "language_model", None), "peft_config", ())) - {ADAPTER})
     if lost:
         raise ValueError(f"Adapters {lost} of the language model are not in lora_config, and would be lost")
-    offloaded = [key for key, value in model.named_parameters() if value.is_meta]
-    if offloaded:
-        raise ValueError(
-            f"{len(offloaded)} weights are offloaded ({offloaded[0]}, …), and such a model is neither trained nor "
-            "saved: load it without device_map, or with one that offloads nothing"
-        )
+    refuse_offloaded(model)
     obstacle = why_not_thin(model, changed_backbone_weights(model, None) if changed is None else changed)
     if form == "thin" and obstacle:
         raise ValueError(f"This model cannot be saved thin: {obstacle}")
@@ -72,6 +67,16 @@ def resolve_form(model: PreTrainedModel, form: str | None, changed: list[str] | 
     if form is None:
         logger.warning_once(f"Models are saved in full, with all weights of their backbones: {obstacle}")
     return form or "full"
+
+
+def refuse_offloaded(model: PreTrainedModel) -> None:
+    """Raises a ValueError where weights lie elsewhere than in the model, between two uses of them."""
+    offloaded = [key for key, value in model.named_parameters() if value.is_meta]
+    if offloaded:
+        raise ValueError(
+            f"{len(offloaded)} weights are offloaded ({offloaded[0]}, …), and such a model is neither trained nor "
+            "saved, nor given another LoRA: load it without device_map, or with one that offloads nothing"
+        )
 
 
 def why_not_thin(model: PreTrainedModel, changed: list[str]) -> str | None:
@@ -293,5 +298,6 @@ __all__ = [
     "keys_not_to_miss",
     "merge_lora",
     "quantizer_of",
+    "refuse_offloaded",
     "resolve_form",
 ]

@@ -83,6 +83,25 @@ def test_an_offloaded_model_is_neither_trained_nor_saved(saved):
     assert not (folder / "again").exists()
 
 
+@pytest.mark.parametrize("asked", ["a part on the disk", "all, by name"])
+def test_an_offloaded_model_is_given_no_other_lora(asked: str, saved):
+    folder, expected = saved
+    joined_from_hub({"r": 4}, seed=5).save_pretrained(folder / "other")
+    loaded = load(folder / "full", **MAPS[asked], offload_folder=folder / "off")
+    keys = list(loaded.state_dict())
+    for give in (
+        lambda: loaded.load_lm_adapter(folder / "other" / "lm_adapter"),
+        lambda: loaded.load_bridge(folder / "other", "other"),
+        lambda: loaded.set_bridge("default"),
+        lambda: loaded._replace_lora(None, {}),
+    ):
+        with pytest.raises(ValueError, match=r"\d+ weights are offloaded \(language_model.*nor given another LoRA"):
+            give()
+    assert list(loaded.state_dict()) == keys
+    assert loaded.bridges == ["default"]
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_what_cannot_be_offloaded_is_refused(tmp_path):
     joined(language_model(), use_dora=True).save_pretrained(tmp_path / "dora")
     experts = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
