@@ -84,7 +84,8 @@ class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
 class LorgnetteLossOutput(ModelOutput):
     """What [`LorgnetteForConditionalGeneration`] returns in training, where the head saw supervised positions alone.
 
-    Reading its `logits` raises AttributeError, or KeyError, which says how to get some; `getattr(…, None)` is None.
+    Reading its `logits` raises AttributeError, KeyError or IndexError, which says how to get some; `getattr(…, None)`
+    is None. By number, and in a tuple, their place is the second, as it is in evaluation.
 
     Args:
         loss, hidden_states, attentions, image_hidden_states: see [`LorgnetteCausalLMOutputWithPast`].
@@ -103,7 +104,14 @@ class LorgnetteLossOutput(ModelOutput):
     def __getitem__(self, key: Any) -> Any:
         if key == "logits":
             raise KeyError(_NO_LOGITS)
+        if key == 1 or (isinstance(key, slice) and 1 in range(len(self) + 1)[key]):
+            raise IndexError(_NO_LOGITS)
         return super().__getitem__(key)
+
+    def to_tuple(self) -> tuple:
+        """As `ModelOutput.to_tuple`, with None in the place of the logits."""
+        loss, *others = super().to_tuple()
+        return (loss, None, *others)
 
     def get(self, key: str, default: Any = None) -> Any:
         return self[key] if key == "logits" else super().get(key, default)

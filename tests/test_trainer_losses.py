@@ -122,6 +122,10 @@ READINGS = {
     "attribute": lambda outputs: outputs.logits,
     "key": lambda outputs: outputs["logits"],
     "get": lambda outputs: outputs.get("logits"),
+    "number": lambda outputs: outputs[1],
+    "slice": lambda outputs: outputs[:2][1],
+    "slice from 1": lambda outputs: outputs[1:][0],
+    "slice backwards": lambda outputs: outputs[::-1][-2],
 }
 
 
@@ -131,7 +135,7 @@ def test_logits_that_were_never_computed_say_how_to_get_them(backbones, tmp_path
     run = trainer(built, processor, tmp_path, rows=pairs(4), max_steps=1)
     run.__class__, run.read = OwnLoss, READINGS[how]
     before = {name: value.clone() for name, value in built.state_dict().items()}
-    with pytest.raises((AttributeError, KeyError), match="logits_to_keep=0"):
+    with pytest.raises((AttributeError, KeyError, IndexError), match="logits_to_keep=0"):
         run.train()
     assert all(torch.equal(before[name], value) for name, value in built.state_dict().items())
     assert run.evaluate()["eval_loss"] > 0  # in eval mode there are logits
@@ -150,7 +154,12 @@ def test_a_loss_without_logits_is_a_model_output_like_others():
     assert outputs.to_tuple()[0] is outputs[0] is outputs["loss"] is outputs.loss
     with pytest.raises(AttributeError, match="'LorgnetteLossOutput' object has no attribute 'logit'"):
         outputs.logit  # noqa: B018
-    assert built(**batch, labels=labels, return_dict=False)[0].shape == ()
+    assert outputs[:1] == (outputs.loss,)
+    assert outputs[2] is outputs.image_hidden_states
+    assert outputs[2:] == outputs.to_tuple()[2:] == (outputs.image_hidden_states,)
+    loss, logits, *_ = built(**batch, labels=labels, return_dict=False)
+    assert loss.shape == ()
+    assert logits is None
     assert built(**batch, labels=labels, output_hidden_states=True).hidden_states is not None
 
 
