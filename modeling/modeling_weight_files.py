@@ -35,7 +35,10 @@ Shape = tuple[int, ...]
 
 # What the weights of a folder were trained with: another value is another model, of which most load all the same
 _TRAINED_WITH = (
+    "image_token_id",
     "num_query_tokens",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
     *(f"{part}_backbone{of}" for part in ("vision", "text") for of in ("", "_revision")),
 )
 _OF_PARTS = (

@@ -584,6 +584,12 @@ class LorgnetteProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, processor_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[Any]:
+        saved, asked = (processor_dict or {}).get("num_query_tokens"), kwargs.get("num_query_tokens")
+        if None not in (saved, asked) and saved != asked:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: num_query_tokens is {saved} in its {PROCESSOR_NAME}, with which its "
+                f"model was trained, and {asked} was asked for: leave it out, or build one anew with from_backbones"
+            )
         kwargs = {name: value for name, value in kwargs.items() if name not in _FIELDS}
         subfolder = kwargs.pop("subfolder", "")
         parts = [AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)]
