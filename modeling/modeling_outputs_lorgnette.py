@@ -1,5 +1,6 @@
 """What the models return, and what transformers calls the cache of keys and values in it."""
 
+import sys
 import warnings
 from dataclasses import dataclass, fields
 from typing import Any
@@ -78,6 +79,29 @@ class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     image_hidden_states: torch.Tensor | None = None
     image_outputs: LorgnetteImageFeatures | None = None
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == "logits" and not torch.compiler.is_compiling():
+            _refuse_unshifted_smoothing(sys._getframe(1).f_locals)
+        return super().__getitem__(key)
+
+
+def _refuse_unshifted_smoothing(reader: dict[str, Any]) -> None:
+    """Refuse Trainer's `LabelSmoother` where it does not shift the labels: no other place of a stranger's script tells.
+
+    Args:
+        reader: the local variables of the function that reads the logits.
+
+    Raises:
+        ValueError: it is that one, and would compare each token's logits with that token.
+    """
+    if type(reader.get("self")).__name__ == "LabelSmoother" and reader.get("shift_labels") is False:
+        raise ValueError(
+            f"label_smoothing_factor is {reader['self'].epsilon}, and Trainer would not shift the labels: it would "
+            "teach each token to predict itself, and not the next. It shifts them for models whose class it knows by "
+            "name, which torch_compile and other wrappers hide, and Seq2SeqTrainer's predict_with_generate never does: "
+            "set label_smoothing_factor to 0, or leave that out"
+        )
 
 
 @dataclass

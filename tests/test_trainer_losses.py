@@ -6,7 +6,7 @@ from tiny import bert_tokenizer, image_processor
 from tiny_models import NUM_QUERY_TOKENS, bert, inputs, language_model, model, vision_model
 from tiny_training import joined, pairs, trainer, write_backbones
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from lorgnette import LorgnetteCollator, LorgnetteForImageTextRetrieval, LorgnetteProcessor
 
@@ -48,6 +48,41 @@ def test_smoothed_labels_are_the_next_tokens(backbones, tmp_path, settings):
     run.data_collator = collator
     assert run.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert first_loss(run) == pytest.approx(expected.item(), rel=1e-5)
+
+
+class Wrapped(torch.nn.Module):
+    """A script's own, around the model."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, **batch):
+        return self.model(**batch)
+
+
+@pytest.mark.parametrize("how", ["torch_compile", "compiled before", "wrapped"])
+def test_labels_that_would_not_be_shifted_are_not_smoothed(backbones, tmp_path, how):
+    built, processor = joined(backbones, dropout=0.0)
+    before = {name: value.clone() for name, value in built.state_dict().items()}
+    settings = {"torch_compile": True, "torch_compile_backend": "eager"} if how == "torch_compile" else {}
+    wrap = {"compiled before": lambda model: torch.compile(model, backend="eager"), "wrapped": Wrapped}
+    wrapped = wrap.get(how, lambda model: model)(built)
+    run = trainer(wrapped, processor, tmp_path, rows=pairs(4), label_smoothing_factor=0.2, max_steps=1, **settings)
+    with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.2, and Trainer would not shift the labels"):
+        run.train()
+    assert all(torch.equal(before[name], value) for name, value in built.state_dict().items())
+
+
+def test_seq2seq_trainer_would_not_shift_them_either(backbones, tmp_path):
+    built, processor = joined(backbones, dropout=0.0)
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path), label_smoothing_factor=0.2, predict_with_generate=True, generation_max_length=4, use_cpu=True,
+        report_to="none", disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+    run = Seq2SeqTrainer(built, arguments, data_collator=LorgnetteCollator(processor))
+    with pytest.raises(ValueError, match="Seq2SeqTrainer's predict_with_generate never does"):
+        run.predict(pairs(2), max_new_tokens=2)
 
 
 def test_smoothing_counts_labels_over_accumulated_batches(backbones, tmp_path):
