@@ -23,7 +23,12 @@ from transformers.processing_utils import (
 )
 from transformers.utils import PROCESSOR_NAME
 
-from ..configuration.backbone_sources import from_pretrained_arguments, load_qformer_tokenizer, load_tokenizer
+from ..configuration.backbone_sources import (
+    from_pretrained_arguments,
+    load_part,
+    load_qformer_tokenizer,
+    load_tokenizer,
+)
 from ..configuration.configuration_lorgnette import AUTO_PROCESSOR, MAX_QUERY_TOKENS
 from ..configuration.remote_code import save_remote_code
 from .blip2_prompts import BLIP2_TEMPLATE
@@ -42,7 +47,7 @@ from .prompt_encoding import (
     with_start,
     writes_time,
 )
-from .tokenizer_preparation import prepare_tokenizer
+from .tokenizer_preparation import prepare_tokenizer, refuse_own_class
 
 
 _TOKENIZERS = ("tokenizer", "qformer_tokenizer")
@@ -85,8 +90,8 @@ class LorgnetteProcessor(ProcessorMixin):
         max_image_pixels: a picture with more is refused before it is decoded. Pillow's own limits hold as well.
 
     Raises:
-        ValueError: no tokenizer, one without both pad and EOS token, `num_query_tokens` or `max_image_pixels` below 1,
-            more queries than can be meant.
+        ValueError: no tokenizer, one without both pad and EOS token, a part whose class is not transformers' own,
+            `num_query_tokens` or `max_image_pixels` below 1, more queries than can be meant.
     """
 
     image_token = IMAGE_TOKEN
@@ -109,6 +114,9 @@ class LorgnetteProcessor(ProcessorMixin):
                 raise ValueError(f"{name} is {value!r}; it has to be a whole number of at least 1")
         if num_query_tokens > MAX_QUERY_TOKENS:
             raise ValueError(f"num_query_tokens is {num_query_tokens}; more than {MAX_QUERY_TOKENS} cannot be meant")
+        refuse_own_class("image processor", image_processor)
+        refuse_own_class("tokenizer", tokenizer)
+        refuse_own_class("Q-Former's tokenizer", qformer_tokenizer)
         if tokenizer is not None:
             tokenizer = prepare_tokenizer(tokenizer)
         super().__init__(image_processor, tokenizer or qformer_tokenizer, qformer_tokenizer)
@@ -147,7 +155,7 @@ class LorgnetteProcessor(ProcessorMixin):
         """
         if isinstance(vision, (str, Path)):
             name, keywords = from_pretrained_arguments(vision, vision_revision)
-            vision = AutoImageProcessor.from_pretrained(name, **keywords)
+            vision = load_part(AutoImageProcessor, "image processor", name, **keywords)
         return cls(
             vision,
             load_tokenizer(text, text_revision),
@@ -169,7 +177,7 @@ class LorgnetteProcessor(ProcessorMixin):
         """
         name, keywords = from_pretrained_arguments(source, revision)
         return cls(
-            AutoImageProcessor.from_pretrained(name, **keywords),
+            load_part(AutoImageProcessor, "image processor", name, **keywords),
             load_tokenizer(source, revision),
             num_query_tokens=AutoConfig.from_pretrained(name, **keywords).num_query_tokens,
             query=query,

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerBase
@@ -34,6 +35,16 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
         tokenizer.pad_token = tokenizer.eos_token
         logger.warning_once(f"The tokenizer has no pad token: {tokenizer.eos_token} serves as one.")
     return tokenizer
+
+
+def refuse_own_class(what: str, part: Any) -> None:
+    """Raises a ValueError for a part of a processor that a saved folder would load as something else, or not at all."""
+    kind = type(part)
+    if part is not None and kind.__module__.split(".")[0] not in ("transformers", "tokenizers"):
+        raise ValueError(
+            f"The {what} is a {kind.__name__}, which is defined in {kind.__module__}: a saved model would not bring "
+            "its code along. Give one whose class is transformers' own"
+        )
 
 
 def has_image_token(tokenizer: PreTrainedTokenizerBase) -> bool:
