@@ -1,5 +1,6 @@
 """`LorgnettePreTrainedModel`: the frozen ViT that every model here has, and how a model is loaded and saved."""
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import PROCESSOR_NAME, TransformersKwargs
 
 from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig
-from .modeling_backbones import refuse_missing
+from .modeling_backbones import is_unread, refuse_missing
 from .modeling_card import complete_card
 from .modeling_companions import ProcessorBeside
 from .modeling_forms import (
@@ -21,10 +22,12 @@ from .modeling_forms import (
     in_form,
     is_backbone_key,
     keeping_checksums,
+    keys_never_saved,
     keys_not_to_miss,
     quantizer_of,
     resolve_form,
 )
+from .modeling_structure import difference, without_weights
 from .modeling_thin import WHERE, is_thin, load_in_parts
 from .modeling_weight_files import check_fits, weight_files
 from .modeling_whole_folder import written_whole
@@ -251,6 +254,7 @@ class LorgnettePreTrainedModel(PreTrainedModel):
             raise ValueError("save_original_format knows no names of weights under LoRA: save merged, or leave it out")
         with in_form(self, form, changed, state_dict) as arguments:
             if is_main_process:
+                self._check_described(form, arguments["state_dict"], ties=state_dict is None)
                 with written_whole(save_directory) as folder:
                     if self._processor is not None and not Path(save_directory, PROCESSOR_NAME).exists():
                         self._processor.save_pretrained(folder)
@@ -261,6 +265,34 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         if push_to_hub:  # a push of its own: transformers' would leave out what was written before its save
             repo_id = hub_kwargs.pop("repo_id", Path(save_directory).resolve().name)
             self.push_to_hub(repo_id, form=form, state_dict=state_dict, token=kwargs.get("token"), **hub_kwargs)
+
+    def _check_described(self, form: str, weights: dict[str, torch.Tensor] | None, ties: bool) -> None:
+        """Called with the config of a save and the weights that it is to write, None for all.
+
+        Raises:
+            ValueError: a model of that config has other weights, or none can be built; a reload would be another model.
+        """
+        config = copy.deepcopy(self.config)
+        if thin := form == "thin":  # and its language model may be quantised
+            getattr(config, "text_config", config).__dict__.pop("quantization_config", None)
+        never_saved = keys_never_saved(self)
+
+        def ignored(key: str) -> bool:
+            return key in never_saved or is_unread(key) or (thin and is_backbone_key(self, key))
+
+        weights = self.state_dict(keep_vars=True) if weights is None else weights
+        weights = {key: value for key, value in weights.items() if not ignored(key)}
+        try:
+            found = difference(weights, without_weights(lambda: type(self)(config)), ignored, ties)
+        except ValueError as error:
+            text = getattr(config, "text_config", None)
+            sizes = {name: getattr(text, name, None) for name in ("vocab_size", "pad_token_id")}
+            found = f"{error}" + (f" (of its text_config: {sizes})" if text is not None else "")
+        if found is not None:
+            raise ValueError(
+                f"This model cannot be saved {form}, for it is no longer what its config describes: {found}. Its "
+                "reload would be another model: undo that, or change the config too (resize_token_embeddings does)"
+            )
 
     def push_to_hub(
         self,

@@ -124,14 +124,17 @@ def _checksum(tensor: torch.Tensor) -> int:
 
 
 def changed_backbone_weights(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor] | None) -> list[str]:
-    """The weights of backbones that are not those that were loaded, whatever changed them.
+    """The weights of backbones that are not those that were loaded, whatever changed them, or that are gone.
 
     Args:
         state_dict: the whole model's, where it has been gathered from several devices.
     """
     loaded = model._backbone_checksums
     now = backbone_checksums(model, model.state_dict() if state_dict is None else state_dict) if loaded else {}
-    return [key for key, checksum in now.items() if loaded.get(key) != checksum]
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    there = {without_lora(key) for key in (*now, *(state_dict or ()), *(key for key, _ in named))}
+    gone = [key for key in loaded or () if key not in there]
+    return [key for key, checksum in now.items() if loaded.get(key) != checksum] + gone
 
 
 def keeping_checksums(model: PreTrainedModel, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
@@ -295,6 +298,7 @@ __all__ = [
     "in_form",
     "is_backbone_key",
     "keeping_checksums",
+    "keys_never_saved",
     "keys_not_to_miss",
     "merge_lora",
     "quantizer_of",
