@@ -32,6 +32,7 @@ from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig
 from ..processing.prompt_encoding import IMAGE_TOKEN
 from ..processing.tokenizer_preparation import with_image_token
 from .modeling_backbone_checks import check_language_model, check_vision_model, refuse_own_code
+from .modeling_structure import refuse_other_structure
 
 
 _FINDING = ("cache_dir", "local_files_only")  # of `from_pretrained`, what says where files may be
@@ -84,6 +85,7 @@ def _vision_model_in(model: PreTrainedModel) -> PreTrainedModel:
             f"{type(model).__name__} has no {wanted.__name__} in it, which a saved model is loaded with: give "
             f"one, from {wanted.__name__}.from_pretrained(…)"
         )
+    refuse_other_structure("ViT", found, lambda name: is_unread(f"vision_model.{name}"))
     return found
 
 
@@ -150,11 +152,11 @@ def refuse_missing(name: Any, what: str, missing: Iterable[str]) -> None:
 
 
 def is_unread(key: str) -> bool:
-    """Whether a weight of this name in the whole model pools what the ViT sees into one vector: nothing reads that.
+    """Whether a weight of this name in the whole model pools what the ViT sees into one vector, or masks: unread here.
 
     Many a checkpoint has no such weights, and then each load draws others.
     """
-    return re.match(r"(vision_model\.)+(pooler|head)\.", key) is not None
+    return re.match(r"(vision_model\.)+((pooler|head)\.|(\w+\.)*mask_token$)", key) is not None
 
 
 def new_vision_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -218,6 +220,8 @@ def load_language_model(
             "LM (peft's merge_and_unload() makes one) and describe the LoRA in `lora`"
         )
     _check_causal(model)
+    if not named:
+        refuse_other_structure("language model", model, is_unread)
     check_language_model(model)
     return backbone
 
