@@ -115,9 +115,21 @@ def read_vision_model(name: str | Path | None, config: PreTrainedConfig, **keywo
     """
     if config.model_type == "blip_2_vision_model":  # which does not know the prefix that it has inside BLIP-2
         keywords = {"key_mapping": {r"^vision_model\.": ""}} | keywords
-    model, info = _vision_model_class(config).from_pretrained(name, config=config, output_loading_info=True, **keywords)
+    read = partial(_vision_model_class(config).from_pretrained, name, config=config, output_loading_info=True)
+    model, info = read(**keywords)
+    lacking = [key for key in info["missing_keys"] if not is_unread(f"vision_model.{key}")]
+    inside = _prefix_of(lacking, info["unexpected_keys"])
+    if inside is not None:  # the folder holds a larger model, whose names the ViT's class does not know
+        model, info = read(**{"key_mapping": {rf"^{re.escape(inside)}": ""}} | keywords)
     refuse_missing(name, f"a {type(model).__name__}", [f"vision_model.{key}" for key in info["missing_keys"]])
     return model
+
+
+def _prefix_of(missing: Iterable[str], others: Iterable[str]) -> str | None:
+    """What stands before all `missing` names in `others`; None where nothing is missing, or is there."""
+    missing, others = sorted(missing), set(others)
+    found = [key.removesuffix(missing[0]) for key in others if missing and key.endswith(f".{missing[0]}")]
+    return next((prefix for prefix in sorted(found) if all(f"{prefix}{key}" in others for key in missing)), None)
 
 
 def read_language_model(name: str | Path | None, **keywords: Any) -> PreTrainedModel:
