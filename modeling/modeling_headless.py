@@ -169,6 +169,10 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
         """Token embeddings `(B, S, M)`, with visual tokens at the placeholders; and the features of the images."""
         mask = self.get_placeholder_mask(input_ids, inputs_embeds)
         pictures = images["pixel_values"] if images["vision_features"] is None else images["vision_features"]
+        if images["pixel_values"] is not None and images.get("spatial_shapes") is None and pictures.ndim != 4:
+            raise ValueError(
+                f"pixel_values is {tuple(pictures.shape)}, and (N, 3, H, W) is needed: for one picture (1, 3, H, W)"
+            )
         mask = checked_placeholders(
             mask,
             None if pictures is None else pictures.detach(),

@@ -395,6 +395,11 @@ class LorgnetteForConditionalGeneration(
         input_ids, kwargs = prompts_of(
             inputs if input_ids is None else input_ids, kwargs, self.generation_config.pad_token_id
         )
+        if input_ids is not None and input_ids.is_floating_point():
+            raise ValueError(
+                f"generate was given {input_ids.dtype} {tuple(input_ids.shape)} in the place of input_ids, the "
+                "prompts' ids (B, S): pictures go in as pixel_values=…"
+            )
         configs = (generation_config, self.generation_config)
         has_images = pixel_values is not None or vision_features is not None
         check_decoding(has_images or kwargs.get("inputs_embeds") is not None, kwargs, *configs)
@@ -404,6 +409,11 @@ class LorgnetteForConditionalGeneration(
             if input_ids is None and kwargs.get("inputs_embeds") is None:
                 pictures = pixel_values if vision_features is None else vision_features
                 count = len(pictures if image_rows is None else image_rows)
+                if (mask := kwargs.get("attention_mask")) is not None:
+                    raise ValueError(
+                        f"attention_mask {tuple(mask.shape)} was given without the input_ids that it is for: give "
+                        "both, or the images alone, which are asked the processor's own query"
+                    )
                 input_ids, words = self._own_prompts(count)
                 if qformer_input_ids is None:
                     qformer_input_ids, qformer_attention_mask = words
