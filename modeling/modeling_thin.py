@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging
 
 from ..configuration.configuration_lorgnette import SIZES
-from .modeling_backbones import parse_dtype, read_language_model, read_vision_model
+from .modeling_backbones import new_vision_model, parse_dtype, read_language_model, read_vision_model
 from .modeling_forms import BACKBONES, is_backbone_key
 from .modeling_lora import without_lora
 from .modeling_weight_files import weight_files
@@ -34,8 +34,8 @@ _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "token")  
 WHERE = (*_FOLDER, *_HUB)
 _PLACING = ("max_memory", "offload_folder", "offload_buffers")  # go with device_map
 # what means nothing here: there is one kind of file, and no adapter of its own
-_MOOT = ("_from_auto", "_from_pipeline", "adapter_kwargs", "low_cpu_mem_usage", "trust_remote_code", "use_safetensors",
-         "weights_only")  # fmt: skip
+_MOOT = ("_from_auto", "_from_pipeline", "adapter_kwargs", "low_cpu_mem_usage", "offload_state_dict",
+         "trust_remote_code", "use_safetensors", "weights_only")  # fmt: skip
 
 
 def is_thin(name: str | Path | None, config: PreTrainedConfig | None = None, **kwargs: Any) -> bool:
@@ -164,14 +164,24 @@ def _offloading(
     device_map, vision_device = placing.get("device_map"), None
     if places is not None:
         device_map, vision_device = {"": places[cls.backbones[0]]}, places.get("vision_model")
-    if "language_model" not in cls.backbones or device_map is None:
+    if device_map is None:
         return None
-    text_config = copy.deepcopy(config.text_config)
-    if hasattr(text_config, "quantization_config"):
-        quantization = text_config.quantization_config
-        del text_config.quantization_config
+    first, prefix = BACKBONES[cls.backbones[0]]
+    own_config = copy.deepcopy(getattr(config, f"{prefix}_config"))
+    if hasattr(own_config, "quantization_config"):
+        quantization = own_config.quantization_config
+        del own_config.quantization_config
+    build = AutoModelForCausalLM.from_config if "language_model" in cls.backbones else new_vision_model
     with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(text_config, dtype=dtype)
+        bare = build(own_config).to(dtype)
+    if isinstance(device_map, dict):
+        names = dict((*bare.named_modules(), *bare.named_parameters()))
+        if odd := sorted(name for name in device_map if name not in names):
+            raise ValueError(
+                f"device_map names {odd[0]!r}, which is no module of the {first}: it names the {first}'s modules as "
+                f"they are called there ({next(iter(dict(bare.named_children())))!r}, …), or all parts "
+                f"({', '.join(cls.backbones)})"
+            )
     offload = _Offload(
         device_map,
         placing.get("max_memory"),
@@ -182,6 +192,11 @@ def _offloading(
     devices = _devices(bare, offload)
     if "disk" not in devices and not ("cpu" in devices and len(devices) > 1):
         return None
+    if "language_model" not in cls.backbones:
+        raise ValueError(
+            f"device_map offloads a part of the ViT (to {sorted(map(str, devices))}), and only a language model can be "
+            f"offloaded, which a {cls.__name__} has not: leave device_map out, or give one that offloads nothing"
+        )
     if quantization is not None:
         raise ValueError(f"device_map offloads a part of a quantised language model (to {sorted(map(str, devices))})")
     lora = getattr(config, "lora_config", None) or {}

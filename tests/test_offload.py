@@ -8,6 +8,9 @@ from test_merging import joined, with_experts
 from tiny_forms import hub_with_backbones, inputs, load, logits
 from tiny_forms import joined as joined_from_hub
 from tiny_models import language_model, model
+from tiny_retrieval import retriever
+
+from lorgnette import LorgnetteForImageTextRetrieval
 
 
 FORMS = ("thin", "full", "merged")
@@ -115,6 +118,34 @@ def test_what_cannot_be_offloaded_is_refused(tmp_path):
     parts = {"language_model": "cpu", "vision_model": "disk"}
     with pytest.raises(ValueError, match="only the language model can be offloaded to the disk"):
         load(tmp_path / "plain", device_map=parts, offload_folder=tmp_path / "off")
+    assert not (tmp_path / "off").exists()
+
+
+def test_names_that_are_no_modules_are_refused(saved):
+    folder, expected = saved
+    for name in ("language_model.model.layers.0", "projector", "model.layers.7"):
+        with pytest.raises(ValueError, match=f"device_map names '{name}', which is no module of the language model"):
+            load(folder / "full", device_map={name: "disk", "": "cpu"}, offload_folder=folder / "off")
+    loaded = load(folder / "full", offload_state_dict=True, **MAPS["a part on the disk"], offload_folder=folder / "off")
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "placing",
+    [
+        {"device_map": "auto", "max_memory": {"cpu": "20KB"}},
+        {"device_map": "disk"},
+        {"device_map": {"": "disk"}},
+        {"device_map": {"vision_model": "disk"}},
+        {"device_map": {"embeddings": "disk", "": "cpu"}},
+    ],
+    ids=str,
+)
+def test_stage_1_has_nothing_that_can_be_offloaded(placing, tmp_path):
+    retriever().save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="only a language model can be offloaded, which a LorgnetteForImageTextRetrie"):
+        LorgnetteForImageTextRetrieval.from_pretrained(tmp_path / "saved", offload_folder=tmp_path / "off", **placing)
+    LorgnetteForImageTextRetrieval.from_pretrained(tmp_path / "saved", device_map="auto")
     assert not (tmp_path / "off").exists()
 
 
