@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils import PROCESSOR_NAME, TransformersKwargs
 
 from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig
@@ -240,9 +241,12 @@ class LorgnettePreTrainedModel(PreTrainedModel):
                 and merged where the model was loaded from a merged one, which has no LoRA left to be saved apart.
 
         Raises:
-            ValueError: another form, or one that this model cannot be saved in; says why. `variant` or
+            ValueError: another form, or one that this model cannot be saved in; says why. A processor that no longer
+                fits. `variant` or
                 `save_original_format` with the thin form, whose files have one name and one format.
         """
+        if hasattr(self, "check_processor") and isinstance(self._processor, ProcessorMixin):  # it may have grown tokens
+            self.check_processor(self._processor)
         state_dict = self._to_push.get("state_dict") if state_dict is None else state_dict
         changed = changed_backbone_weights(self, state_dict)
         form = resolve_form(self, form or self._to_push.get("form"), changed)

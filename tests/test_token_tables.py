@@ -104,6 +104,22 @@ def test_a_whole_model_of_hub_backbones_that_is_resized_is_saved_in_full(size: i
     assert not made.get_input_embeddings().weight.requires_grad
 
 
+def test_tokens_that_are_added_after_the_join_are_neither_trained_nor_saved(tmp_path):
+    processor = processor_of(tiny.chat_tokenizer())
+    made = joined(language_model(vocab_size=len(tiny.chat_tokenizer())), processor)
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    processor.tokenizer.add_tokens(["<later>"])
+    with pytest.raises(ValueError, match=r"1 tokens .*\('<later>' has the id"):
+        tiny_training.trainer(made, processor, tmp_path / "out").train()
+    assert all(torch.equal(before[name], value) for name, value in made.state_dict().items())
+    with pytest.raises(ValueError, match=r"1 tokens .*\('<later>' has the id"):
+        made.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    made.resize_token_embeddings(len(processor.tokenizer))
+    made.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(made.eval()))
+
+
 def test_the_headless_model_resizes_the_head_too(tmp_path, monkeypatch):
     hub_with_backbones(tmp_path / "hub", monkeypatch)
     made = tiny_forms.joined()
