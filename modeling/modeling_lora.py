@@ -94,6 +94,10 @@ def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str,
             json.dumps(value)
         except TypeError as error:
             raise ValueError(f"lora[{name!r}] cannot be saved in config.json: {error}") from error
+    if isinstance(rank := resolved.get("r"), float):  # as YAML reads 8e0
+        if not rank.is_integer():
+            raise ValueError(f"lora['r'] is {rank}; it has to be a whole number")
+        resolved["r"] = int(rank)
     targets = resolved.get("target_modules")
     if targets is None:
         resolved["target_modules"] = attention_projections(language_model)
