@@ -123,7 +123,23 @@ class LanguageModelAdapters:
             ValueError: weights are offloaded.
         """
         refuse_offloaded(self)
-        before = detach_lora(self.language_model)
+        before, config_before = detach_lora(self.language_model), self.config.lora_config
+        try:
+            self._put_on_lora(lora_config, lora)
+        except Exception:  # peft refuses some LoRA only while its weights are put in
+            detach_lora(self.language_model)
+            self.config.lora_config = config_before
+            put_back_lora(self.language_model, before)
+            raise
+        self._name_backbones_anew()
+        self.freeze()
+        self.train(self.training)  # new layers are in train mode
+        if lora_config is not None:
+            switch_lora(self.language_model, not self._adapters_are_off)
+        return before
+
+    def _put_on_lora(self, lora_config: dict[str, Any] | None, lora: dict[str, torch.Tensor] | DetachedLora) -> None:
+        """On a language model that has none."""
         self.config.lora_config = lora_config
         if isinstance(lora, DetachedLora):
             put_back_lora(self.language_model, lora)
@@ -136,12 +152,6 @@ class LanguageModelAdapters:
                     parameter.data = parameter.data.to(beside.device, self.projector.weight.dtype)
         if lora_config is not None and not isinstance(lora, DetachedLora):
             load_lora_weights(self.language_model, lora)
-        self._name_backbones_anew()
-        self.freeze()
-        self.train(self.training)  # new layers are in train mode
-        if lora_config is not None:
-            switch_lora(self.language_model, not self._adapters_are_off)
-        return before
 
     def _name_backbones_anew(self) -> None:
         if self.has_loaded_backbones:  # under another LoRA their weights go by other names
