@@ -151,7 +151,7 @@ class LorgnetteForConditionalGeneration(
             OSError: a backbone cannot be found.
         """
         dtype = parse_dtype(dtype)
-        seen = load_vision_model(vision, vision_revision, dtype, attn_implementation)
+        seen = load_vision_model(vision, vision_revision, dtype, attn_implementation, vision_feature_layer)
         spoken = load_language_model(text, text_revision, dtype, attn_implementation, quantization_config)
         started = QFormerStart.load(qformer, qformer_revision)
         started.check_vision(seen.model)

@@ -137,7 +137,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
             OSError: a backbone cannot be found.
         """
         dtype = parse_dtype(dtype)
-        seen = load_vision_model(vision, vision_revision, dtype, attn_implementation)
+        seen = load_vision_model(vision, vision_revision, dtype, attn_implementation, vision_feature_layer)
         started = load_bert(qformer, qformer_revision) if qformer is not None else None
         fields = qformer_fields(started, qformer_config) | {"use_qformer_text_input": True}
         if itg_weight and fields.get("dec_token_id") is None:

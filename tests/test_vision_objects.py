@@ -23,6 +23,8 @@ from transformers import (
     Siglip2VisionModel,
     SiglipConfig,
     SiglipModel,
+    SwinConfig,
+    SwinModel,
     ViTConfig,
     ViTForImageClassification,
     ViTMAEConfig,
@@ -207,3 +209,13 @@ def test_what_is_no_sequence_of_vectors_is_refused():
     model.layernorm = torch.nn.Linear(24, 12)
     with pytest.raises(ValueError, match=r"makes \(1, 17, 12\) of a picture.*\(1, L, 24\)"):
         check_vision_model(model)
+
+
+def test_a_layer_of_another_width_is_refused():
+    config = SwinConfig(image_size=32, patch_size=4, embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=4)
+    config.num_hidden_layers = 2
+    swin = SwinModel(config).eval()
+    parts = {"qformer_config": QFORMER, "num_query_tokens": 4}
+    LorgnetteForConditionalGeneration.from_backbones(swin, language_model(), vision_feature_layer=-1, **parts)
+    with pytest.raises(ValueError, match=r"vision_feature_layer 0 of SwinModel is \(1, 64, 12\) .*\(1, L, 24\)"):
+        LorgnetteForConditionalGeneration.from_backbones(swin, language_model(), vision_feature_layer=0, **parts)
