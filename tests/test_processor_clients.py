@@ -17,6 +17,16 @@ def processor() -> LorgnetteProcessor:
     ("keywords", "message"),
     [
         ({"query": "What?"}, "knows no keyword 'query': was queries meant"),
+        ({"prompt": "What?"}, "knows no keyword 'prompt': was queries meant"),
+        ({"question": "What?"}, "knows no keyword 'question': was queries meant"),
+        ({"video": [picture()]}, "knows no keyword 'video': was videos meant"),
+        ({"text_kwargs": {"paddding": True}}, "knows no keyword 'paddding': was padding meant"),
+        ({"images_kwargs": {"do_rezise": True}}, "knows no keyword 'do_rezise': was do_resize meant"),
+        ({"common_kwargs": {"return_tensorz": "pt"}}, "knows no keyword 'return_tensorz': was return_tensors meant"),
+        ({"text_pair": "What?"}, "text_pair was given, and LorgnetteProcessor does not read it"),
+        ({"text_kwargs": {"text_target": "a cat"}}, "text_target was given"),
+        ({"return_offsets_mapping": True}, "return_offsets_mapping was given"),
+        ({"return_length": True}, "return_length was given"),
         ({"paddding": True}, "knows no keyword 'paddding': was padding meant"),
         ({"image": None}, "knows no keyword 'image': was images meant"),
         ({"xyzzy": 2}, "knows no keyword 'xyzzy'$"),
@@ -27,14 +37,17 @@ def processor() -> LorgnetteProcessor:
     ],
 )
 def test_a_keyword_that_nothing_reads_is_named(keywords, message):
-    with pytest.raises(TypeError, match=message):
-        processor()(images=picture(), **keywords)
+    for given in ({"images": picture()}, {}):
+        with pytest.raises(TypeError, match=message):
+            processor()(**given, **keywords)
 
 
 def test_keywords_that_say_nothing_are_taken():
     plain = processor()(images=picture())
     for videos in (None, [], [[], []]):
         given = processor()(images=picture(), videos=videos, audios=[], audio=None, fps=2)
+        assert given.keys() == plain.keys()
+        given = processor()(images=picture(), text_pair=None, return_length=False)
         assert given.keys() == plain.keys()
 
 
