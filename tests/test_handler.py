@@ -190,6 +190,45 @@ def test_huggingface_hubs_image_to_text(handler, caption, monkeypatch, tmp_path)
     assert answer.generated_text.startswith(caption)
 
 
+def test_huggingface_hubs_visual_question_answering(handler, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    async def endpoint(request: Request) -> JSONResponse:
+        return JSONResponse(handler(await request.json()))
+
+    picture().save(tmp_path / "cat.png")
+    with serving_app(Starlette(routes=[Route("/", endpoint, methods=["POST"])])) as (url, _):
+        for top_k in (None, 1):
+            (answer,) = InferenceClient(url).visual_question_answering(
+                tmp_path / "cat.png", ASKED["prompt"], top_k=top_k
+            )
+            assert (
+                answer.answer
+                == handler({"inputs": BARE, "parameters": {"prompt": ASKED["prompt"]}})[0]["generated_text"]
+            )
+    assert answer.answer != handler({"inputs": BARE})[0]["generated_text"]
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        (
+            {"prompt": "What?"},
+            "no field 'prompt' beside inputs; there are image, inputs, options, parameters, question",
+        ),
+        ({"use_lora": False}, "no field 'use_lora' beside inputs"),
+        ({"image": data_url()}, "image is another picture than inputs"),
+        ({"question": 5}, "prompt is a int"),
+        ({"question": "What?", "parameters": {"prompt": "Who?"}}, "prompt is given twice"),
+        ({"inputs": ASKED, "question": "What?"}, "no field 'question' beside inputs; there are inputs, options, par"),
+    ],
+)
+def test_what_stands_beside_inputs_is_not_passed_over(handler, beside, message):
+    with pytest.raises(ValueError, match=message):
+        handler({"inputs": BARE} | beside)
+    assert handler({"inputs": ASKED, "options": {"wait_for_model": True}})["text"]
+
+
 @pytest.mark.parametrize("image", [picture(), png(picture())])
 def test_a_picture_in_place_of_its_url(handler, expected, image):
     """What newer runtimes make of base64 in the fields of an image task."""
@@ -231,7 +270,7 @@ def test_what_is_no_picture_is_not_repeated(handler, inputs, message):
         ({"max_new_tokens": 2, "generate_kwargs": {"max_new_tokens": 2}}, "max_new_tokens is given twice"),
         ({"image_url": data_url()}, "image_url is given twice"),
         ({"temperature": 0.7}, "no field 'temperature'"),
-        ({"generate_kwargs": {"top_k": 5}}, "no field 'top_k'"),
+        ({"generate_kwargs": {"top_k": 5}}, "top_k may be 1 alone"),
         ({"generate_kwargs": {"generate_kwargs": {}}}, "no field 'generate_kwargs'"),
         ({"do_sample": True}, "do_sample may be False alone"),
         ({"generate_kwargs": {"num_beams": 4}}, "num_beams may be 1 alone"),
