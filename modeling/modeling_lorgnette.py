@@ -85,13 +85,15 @@ class LorgnetteForConditionalGeneration(
         headless: LorgnetteModel | None = None,
     ):
         super().__init__(config)
-        headless = LorgnetteModel(config, vision_model, language_model) if headless is None else headless
+        is_new = headless is None
+        headless = LorgnetteModel(config, vision_model, language_model) if is_new else headless
         self.__dict__["_headless"] = headless  # and no submodule: the parts and their keys are this model's own
         self._modules, self.training = headless._modules, headless.training
         self.generation_config = headless.generation_config
         self.register_forward_pre_hook(_leave_out_placeholders, with_kwargs=True)
         self.post_init()
-        self.freeze()
+        if is_new:  # what trains of another's parts is its own affair
+            self.freeze()
 
     @property
     def base_model(self) -> LorgnetteModel:
