@@ -106,6 +106,79 @@ def test_a_token_that_is_kept_free_becomes_the_placeholder(tokenizer, special, t
     assert made.tokenizer(written)["input_ids"] == base(written)["input_ids"]
 
 
+def placeholder_beside(name: str, **changed) -> tuple[int, int]:
+    """The placeholder's id in a tokenizer that has one added token more, and the id of that."""
+    base = chat_tokenizer()
+    base.add_tokens([AddedToken(name, special=True)], special_tokens=True)
+    for attribute, value in changed.items():
+        setattr(base, attribute, value)
+    return LorgnetteProcessor(image_processor(), base).image_token_id, base.convert_tokens_to_ids(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "<|reserved_special_token_7|>",
+        "<|RESERVED_SPECIAL_TOKEN_7|>",
+        "<|reserved_token_7|>",
+        "<|reserved token 7|>",
+        "<|reserved_200011|>",
+        "<reserved_106>",
+        "[RESERVED_7]",
+        "<unused7>",
+        "[unused7]",
+        "<|unused_7|>",
+        ">>UNUSED_7<<",
+        "[UNUSED_TOKEN_141]",
+        "<|unused_special_token_7|>",
+        "<|placeholder7|>",
+        "<\uff5cplace▁holder▁no▁7\uff5c>",
+        "<|dummy_7|>",
+        "[control_8]",
+        "<SPECIAL_20>",
+        "<EXTRA_0_TOKEN>",
+        "<|extra_0|>",
+        "<|extra_id_0|>",
+        "<extra_id_0>",
+        "[PAD151700]",
+    ],
+)
+def test_what_families_call_the_tokens_that_they_keep_free(name):
+    placeholder, free = placeholder_beside(name)
+    assert placeholder == free
+    placeholder, used = placeholder_beside(name, chat_template="{{ '" + name + "' }}{{ messages[0]['content'] }}")
+    assert placeholder == used + 1
+    placeholder, used = placeholder_beside(name, sep_token=name)
+    assert placeholder == used + 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "<|im_start|>",
+        "<|special|>",
+        "[control]",
+        "<pad>",
+        "[PAD]",
+        "<tool_7>",
+        "<|image_7|>",
+        "<loc_0007>",
+        "<|7|>",
+        "<|0.02|>",
+        "<unk_7>",
+        "<|vq_7|>",
+        "<|user_7|>",
+        "<extra_tool_7>",
+        "<control_point_7>",
+        "unused7",
+        "madeupword0007",
+    ],
+)
+def test_other_tokens_are_not_taken_for_free(name):
+    placeholder, used = placeholder_beside(name)
+    assert placeholder not in (used, None)
+
+
 def test_tokens_that_a_template_writes_are_not_free():
     base = chat_tokenizer()
     base.add_tokens([AddedToken(RESERVED[0], special=True)], special_tokens=True)
