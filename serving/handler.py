@@ -13,6 +13,7 @@ its caller gets as `{"error": …}`.
 """
 
 import base64
+import io
 import os
 import re
 from contextlib import nullcontext
@@ -36,7 +37,7 @@ FIELDS = {
 }
 BOOLS = {"1": True, "true": True, "0": False, "false": False}
 URL = re.compile(r"(?i:https?)://|data:")
-PICTURE = (str, bytes, Image.Image)  # what `inputs` is where it is a picture alone
+PICTURE = (str, bytes, bytearray, io.BytesIO, Image.Image)  # what `inputs` is where it is a picture alone
 MAX_URL = 8192  # characters, of http and https
 # What may be said of how tokens are chosen: the likeliest is taken
 GREEDY = {"do_sample": False, "num_beams": 1, "top_k": 1}
@@ -165,12 +166,15 @@ def _checked(inputs: Any, parameters: Any = None, question: Any = None) -> dict[
     return checked
 
 
-def _decoded(picture: str | bytes | Image.Image) -> str | bytes | Image.Image:
-    """`inputs` that are a picture alone: bare base64 becomes bytes."""
+def _decoded(picture: Any) -> str | bytes | Image.Image:
+    """`inputs` that are a picture alone: bare base64, URL-safe or without its padding too, and files become bytes."""
+    if isinstance(picture, io.BytesIO):
+        return picture.getvalue()
     if not isinstance(picture, str) or URL.match(picture):
-        return picture
+        return bytes(picture) if isinstance(picture, bytearray) else picture
+    code = "".join(picture.split()).replace("-", "+").replace("_", "/").rstrip("=")
     try:
-        return base64.b64decode("".join(picture.split()), validate=True)
+        return base64.b64decode(code + "=" * (-len(code) % 4), validate=True)
     except ValueError as error:
         raise ValueError(f"inputs is neither an http, https or data URL nor base64: {error}") from None
 
@@ -184,10 +188,12 @@ def _merged(inputs: Any, parameters: Any) -> dict[str, Any]:
         if not isinstance(group, dict):
             raise ValueError(f"{where} is a {type(group).__name__}; an object is needed")
         for name, value in group.items():
+            if value is None:  # as clients send what nobody chose
+                continue
             if name in ("generate_kwargs", "generation_parameters") and where == "parameters":
                 groups.append((name, value))
             elif name in GREEDY:
-                if value is not None and value != GREEDY[name]:
+                if value != GREEDY[name]:
                     raise ValueError(f"{name} may be {GREEDY[name]} alone: the likeliest token is always taken here")
             elif name in fields:
                 raise ValueError(f"{name} is given twice")

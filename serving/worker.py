@@ -51,7 +51,7 @@ def build_app(eyes: Eyes, api_key: str | None = None) -> FastAPI:
     @app.post("/v1/vision")
     async def vision(request: Request, body: VisionRequest) -> Response:
         """Ask something about a picture."""
-        adapter = eyes.first if body.adapter is None else body.adapter
+        adapter = body.adapter or eyes.first
         if body.stream:
             asking = await _begin(eyes, request, body.question())
 

@@ -157,6 +157,10 @@ PICTURES = {
     "raw bytes": png(picture()),
     "a data URL": data_url(),
     "base64": BARE,
+    "base64 without padding": BARE.rstrip("="),
+    "URL-safe base64": BARE.replace("+", "-").replace("/", "_"),
+    "a bytearray": bytearray(png(picture())),
+    "a file": io.BytesIO(png(picture())),
     "base64 in lines": "\n".join(BARE[start : start + 76] for start in range(0, len(BARE), 76)) + "\n",
 }
 
@@ -164,7 +168,11 @@ PICTURES = {
 @pytest.mark.parametrize("kind", PICTURES)
 def test_a_picture_alone(handler, caption, kind):
     image = PICTURES[kind]
-    for parameters in (LIMIT, {"generate_kwargs": LIMIT | {"do_sample": False}}, {"generation_parameters": LIMIT}):
+    for parameters in (
+        LIMIT,
+        {"generate_kwargs": LIMIT | {"do_sample": False}},
+        {"generation_parameters": LIMIT | {"temperature": None}},
+    ):
         (answer,) = handler({"inputs": image, "parameters": parameters})
         assert answer["generated_text"] == caption
         assert answer["usage"]["completion_tokens"] <= MAX_NEW_TOKENS

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tiny import picture
 from tiny_serving import data_url, held, load, metric, save_bridges, serving, wait_for
 
+from lorgnette import LorgnetteProcessor
 from lorgnette.serving.batching import Batcher, Ticket
 from lorgnette.serving.eyes import Eyes, Limits
 from lorgnette.serving.payloads import ChatRequest
@@ -437,6 +438,35 @@ def test_huggingface_hubs_client(single, worker, greedy, monkeypatch):
     assert InferenceClient(base_url=worker).chat_completion(messages_about(), model="two").model == "two"
     with pytest.raises(HfHubHTTPError, match="no adapter 'dummy'; there are one, two"):
         InferenceClient(base_url=worker).chat_completion(messages_about())
+
+
+def test_a_turn_without_words(worker):
+    (asked,) = messages_about()
+    call = {"role": "assistant", "content": None, "refusal": None, "tool_calls": []}
+    turns = [asked, call, {"role": "user", "content": "And now?"}]
+    assert said(worker, messages=turns) == said(worker, messages=[asked, call | {"content": ""}, turns[2]])
+    for role in ("user", "system"):
+        refused = chat(worker, messages=[{"role": role, "content": None}, asked])
+        assert refused.status_code == 422
+        assert "content: it is null, which an assistant's alone may be" in refused.text
+    assert "there are no words in it" in chat(worker, messages=[call]).text
+
+
+def test_a_picture_alone_is_asked_the_processors_query(worker, folder):
+    (asked,) = messages_about()
+    alone = asked | {"content": asked["content"][1:]}
+    query = {"type": "text", "text": LorgnetteProcessor.from_pretrained(folder / "one").query}
+    expected = said(worker, messages=[asked | {"content": [query, *alone["content"]]}])
+    assert said(worker, messages=[alone]) == expected
+    assert said(worker, messages=[{"role": "system", "content": "Be short."}, alone]) != expected
+
+
+def test_what_says_nothing_is_taken_as_if_it_were_left_out(worker):
+    body = {"image_url": data_url(), "prompt": "What is this?"}
+    plain = httpx2.post(f"{worker}/v1/vision", json=body, timeout=60).json()
+    said_nothing = {"use_lora": None, "adapter": "", "stream": None, "max_new_tokens": None}
+    assert httpx2.post(f"{worker}/v1/vision", json=body | said_nothing, timeout=60).json() == plain
+    assert said(worker, use_lora=None) == said(worker)
 
 
 # ------------------------------------------------------------------------------------------------ transformers chat
