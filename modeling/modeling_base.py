@@ -1,7 +1,8 @@
 """`LorgnettePreTrainedModel`: the frozen ViT that every model here has, and how a model is loaded and saved."""
 
 import copy
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Unpack
@@ -38,16 +39,19 @@ _HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only")
 _PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "create_pr")
 
 
+_PEFT_REFUSED = (
+    "peft cannot put an adapter{name} on a whole lorgnette model: it would go to the ViT too, overwrite "
+    "the LoRA that was trained, freeze the Q-Former and save neither of them. The language model has LoRA of "
+    "its own: from_backbones(lora=…) makes it, Trainer and TRL train it without a peft_config, and "
+    "load_lm_adapter(…) puts another in its place"
+)
+
+
 class PeftConfigs(dict):
-    """`peft_config` of a whole model. peft writes into it before it touches a weight, whichever function begins."""
+    """`peft_config` of a whole model. peft's tuners write into it before they touch a weight."""
 
     def __setitem__(self, name: str, value: Any) -> None:
-        raise ValueError(
-            f"peft cannot put an adapter ({name!r}) on a whole lorgnette model: it would go to the ViT too, overwrite "
-            "the LoRA that was trained, freeze the Q-Former and save neither of them. The language model has LoRA of "
-            "its own: from_backbones(lora=…) makes it, Trainer and TRL train it without a peft_config, and "
-            "load_lm_adapter(…) puts another in its place"
-        )
+        raise ValueError(_PEFT_REFUSED.format(name=f" ({name!r})"))
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         for name, value in dict(*args, **kwargs).items():
@@ -97,6 +101,17 @@ class LorgnettePreTrainedModel(PreTrainedModel):
             if isinstance(part, PreTrainedModel):
                 part.initialize_weights()
         super().initialize_weights()
+
+    def named_children(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """As `nn.Module.named_children`. peft asks for it where a prompt or prefix is to be learned (it keeps their
+        configs to itself), and freezes each child that it is given: who asks is all that can be known before.
+
+        Raises:
+            ValueError: peft asks.
+        """
+        if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] == "peft":
+            raise ValueError(_PEFT_REFUSED.format(name=""))
+        return super().named_children()
 
     def train(self, mode: bool = True) -> "LorgnettePreTrainedModel":
         super().train(mode)

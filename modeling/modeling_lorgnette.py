@@ -85,13 +85,15 @@ class LorgnetteForConditionalGeneration(
         headless: LorgnetteModel | None = None,
     ):
         super().__init__(config)
-        headless = LorgnetteModel(config, vision_model, language_model) if headless is None else headless
+        is_new = headless is None
+        headless = LorgnetteModel(config, vision_model, language_model) if is_new else headless
         self.__dict__["_headless"] = headless  # and no submodule: the parts and their keys are this model's own
         self._modules, self.training = headless._modules, headless.training
         self.generation_config = headless.generation_config
         self.register_forward_pre_hook(_leave_out_placeholders, with_kwargs=True)
         self.post_init()
-        self.freeze()
+        if is_new:  # what trains of another's parts is its own affair
+            self.freeze()
 
     @property
     def base_model(self) -> LorgnetteModel:
@@ -467,6 +469,9 @@ def _leave_out_placeholders(
 
     TRL copies `input_ids` of rows of messages to `labels`, and calls `forward` with `fused_lm_head=True`, which it has
     put in place of this model's. An id past the vocabulary would be looked up in the logits there.
+
+    Raises:
+        ValueError: such a call measures alone, in training: the loss came of a call without labels, and has them.
     """
     labels, input_ids = kwargs.get("labels"), kwargs.get("input_ids")
     if not kwargs.get("fused_lm_head") or labels is None or input_ids is None:
@@ -474,10 +479,16 @@ def _leave_out_placeholders(
     labelled = (input_ids == model.config.image_token_id) & (labels != IGNORED)
     if not labelled.any():
         return None
+    where = f"{int(labelled.sum())} labels of the batch are on image placeholders (id {model.config.image_token_id})"
+    if model.training and not torch.is_grad_enabled():
+        raise ValueError(
+            f"{where}, and the trainer computes its loss outside of the model (label_smoothing_factor, "
+            "compute_loss_func), where they cannot be left out: give rows of prompt and completion, or "
+            "LorgnetteCollator as data_collator, which label none"
+        )
     logger.warning_once(
-        f"{int(labelled.sum())} labels of the batch are on image placeholders (id {model.config.image_token_id}): they "
-        "are left out of the loss. The trainer's count of labels, by which it divides, has them: rows of prompt and "
-        "completion, or LorgnetteCollator as data_collator, have none"
+        f"{where}: they are left out of the loss. The trainer's count of labels, by which it divides, has them: rows "
+        "of prompt and completion, or LorgnetteCollator as data_collator, have none"
     )
     return args, kwargs | {"labels": labels.masked_fill(labelled, IGNORED)}
 

@@ -60,6 +60,11 @@ _CALL_KWARGS = {
 }
 _OPTIONS_OF_OTHERS = {*VideosKwargs.__annotations__, *AudioKwargs.__annotations__} - _CALL_KWARGS
 _OTHER_MODALITIES = ("videos", "audio", "audios", "videos_kwargs", "audio_kwargs")
+_MEANT = dict.fromkeys(("query", "prompt", "question"), "queries") | {"video": "videos", "image": "images"}
+_GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
+# a tokenizer's, which are read in stage 1 alone
+_UNREAD = {f"return_{name}" for name in ("overflowing_tokens", "special_tokens_mask", "offsets_mapping", "length")}
+_UNREAD |= {"return_token_type_ids", "text_pair", "text_target", "text_pair_target"}
 
 
 def _is_nothing(value: Any) -> bool:
@@ -387,9 +392,9 @@ class LorgnetteProcessor(ProcessorMixin):
                 image that is none; for OSError and TypeError see [`load_image`].
             TypeError: a keyword that no processor of these parts has, `videos` and `audio` among them.
         """
+        self._check_keywords(kwargs)
         if images is None and text is None:
             raise ValueError("neither images nor text given")
-        self._check_keywords(kwargs)
         return_offsets = kwargs.pop("return_text_replacement_offsets", False)
         return_types = kwargs.pop("return_mm_token_type_ids", False)
         merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
@@ -446,8 +451,13 @@ class LorgnetteProcessor(ProcessorMixin):
                     raise TypeError(f"{name} was given, and {type(self).__name__} takes images and text alone")
             elif name not in known:
                 near = get_close_matches(name, {*known, "queries", "images", "text", "timeout"}, n=1)
-                meant = f": was {near[0]} meant?" if near else ""
+                meant = _MEANT.get(name, near[0] if near else None)
+                meant = f": was {meant} meant?" if meant else ""
                 raise TypeError(f"{type(self).__name__} knows no keyword {name!r}{meant}")
+            elif name in _UNREAD and value not in (None, False) and not self.is_stage1:
+                raise TypeError(f"{name} was given, and {type(self).__name__} does not read it")
+            elif name in _GROUPS:
+                self._check_keywords(value or {})
 
     def _replacement_offsets(self, prompt: str) -> list[dict[str, Any]]:
         """Where each `<image>` of a prompt stands, before and after it is expanded: characters."""

@@ -15,8 +15,15 @@ from .prompt_encoding import IMAGE_TOKEN, is_in_template
 logger = logging.get_logger(__name__)
 
 # Added tokens that a vocabulary keeps free: Llama 3's <|reserved_special_token_7|>, Gemma's <unused7>, Phi 3's
-# <|placeholder7|>, Falcon 3's >>UNUSED_7<<
-_RESERVED = re.compile(r"\W{1,2}(reserved(_special)?(_token)?|unused|placeholder|dummy)_?\d+\W{1,2}", re.IGNORECASE)
+# <|placeholder7|>, Falcon 3's >>UNUSED_7<<, Mistral's [control_8] and <SPECIAL_20>, InternLM's [UNUSED_TOKEN_141],
+# Qwen's <|extra_0|>, DeepSeek's place▁holder▁no▁7, [PAD151700] of tables that were converted. T5 uses its <extra_id_0>,
+# but it is no causal LM, and this is the tokenizer of one.
+_KINDS = (
+    "(reserved|unused)([_ ]special)?([_ ]token)?",
+    "place(holder|▁holder▁no)",
+    "dummy|special|control|pad|extra(_id)?",
+)
+_RESERVED = re.compile(rf"\W{{1,2}}({'|'.join(_KINDS)})[_ ▁]?\d+(_token)?\W{{1,2}}", re.IGNORECASE)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
