@@ -190,6 +190,15 @@ def test_one_target_inside_another_is_refused():
         resolve_lora_config({"target_modules": ["q_proj", "inner"]}, text)
 
 
+def test_layers_that_share_a_weight_have_no_lora_each():
+    text = language_model()
+    first, second = (layer.self_attn for layer in text.model.layers[:2])
+    second.q_proj.weight = first.q_proj.weight
+    with pytest.raises(ValueError, match=r"targets 'model.layers.0.self_attn.q_proj', whose weight is another layer's"):
+        resolve_lora_config({}, text)
+    assert resolve_lora_config({"target_modules": ["k_proj"]}, text)["target_modules"] == ["k_proj"]
+
+
 def test_a_class_that_the_auto_class_does_not_load():
     text = GPT2DoubleHeadsModel(language_model("gpt2").config)
     with pytest.raises(ValueError, match="GPT2DoubleHeadsModel would come back as GPT2LMHeadModel"):
