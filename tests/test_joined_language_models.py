@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BertGenerationConfig,
+    CLIPTextConfig,
     CTRLConfig,
     FalconConfig,
     FalconH1Config,
@@ -197,6 +198,15 @@ def test_layers_that_share_a_weight_have_no_lora_each():
     with pytest.raises(ValueError, match=r"targets 'model.layers.0.self_attn.q_proj', whose weight is another layer's"):
         resolve_lora_config({}, text)
     assert resolve_lora_config({"target_modules": ["k_proj"]}, text)["target_modules"] == ["k_proj"]
+
+
+def test_a_type_that_the_auto_class_does_not_know():
+    text = language_model()
+    text.config = CLIPTextConfig()
+    with pytest.raises(
+        ValueError, match=r"cannot be joined: AutoModelForCausalLM.*none of the type \"clip_text_model\""
+    ):
+        check_language_model(text)
 
 
 def test_a_class_that_the_auto_class_does_not_load():
