@@ -58,10 +58,15 @@ def check_language_model(model: PreTrainedModel) -> None:
     """
     name = type(model).__name__
     loaded_as = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    if loaded_as is None:
+        raise ValueError(
+            f"{name} cannot be joined: AutoModelForCausalLM, which loads the LM of a saved model, knows none of the "
+            f'type "{model.config.model_type}"'
+        )
     if type(model) is not loaded_as:
         raise ValueError(
-            f"{name} would come back as {loaded_as and loaded_as.__name__} when the saved model is loaded: give a "
-            "model that AutoModelForCausalLM has loaded"
+            f"{name} would come back as {loaded_as.__name__} when the saved model is loaded: give a model that "
+            "AutoModelForCausalLM has loaded"
         )
     if not hasattr(model.config, "vocab_size"):
         raise ValueError(f"{name} is no text-only LM: its config has no vocab_size. Give the language model in it")

@@ -124,6 +124,12 @@ def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str,
             f"LoRA targets {nested[0]!r}, and the layer that it is a part of: a save would have no name for its "
             "weights. Name the one or the other in lora['target_modules']"
         )
+    of_one_weight = layers_of_one_weight(layers)
+    if shared := [name for name in targeted if layers[name] in of_one_weight]:
+        raise ValueError(
+            f"LoRA targets {shared[0]!r}, whose weight is another layer's too: merged, it would have to be two. Name "
+            "other layers in lora['target_modules']"
+        )
     if targeted and all(isinstance(layers[name], Conv1D) for name in targeted):
         resolved.setdefault("fan_in_fan_out", True)  # GPT-2 keeps its matrices transposed
     resolved.setdefault("task_type", "CAUSAL_LM")
@@ -252,6 +258,14 @@ def read_layers(language_model: PreTrainedModel) -> set[nn.Module]:
     return {layer for layer, gradient in zip(outputs, gradients, strict=True) if gradient is not None}
 
 
+def layers_of_one_weight(layers: dict[str, nn.Module]) -> set[nn.Module]:
+    """Those that share their weight with another, as Zamba's repeated block does."""
+    by_weight: dict[int, list[nn.Module]] = {}
+    for layer in layers.values():
+        by_weight.setdefault(id(layer.weight), []).append(layer)
+    return {layer for sharing in by_weight.values() if len(sharing) > 1 for layer in sharing}
+
+
 def lora_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
     """peft's layers, by their names in the LM: each holds a `base_layer` and LoRA's matrices. Needs no peft to ask."""
     return {name: layer for name, layer in language_model.named_modules() if hasattr(layer, "lora_A")}
@@ -301,6 +315,7 @@ __all__ = [
     "attach_lora",
     "attention_projections",
     "check_lora_config",
+    "layers_of_one_weight",
     "linear_layers",
     "lora_layers",
     "outermost_lora_layers",

@@ -23,7 +23,7 @@ from ..configuration.configuration_lorgnette import SIZES
 from .modeling_backbones import new_vision_model, parse_dtype, read_language_model, read_vision_model
 from .modeling_forms import BACKBONES, is_backbone_key
 from .modeling_lora import without_lora
-from .modeling_weight_files import weight_files
+from .modeling_weight_files import field_of, weight_files
 
 
 logger = logging.get_logger(__name__)
@@ -299,7 +299,7 @@ def _check_backbone(part: str, config: PreTrainedConfig, name: str | Path, hub: 
         weight_files(source, **keywords)
     own, described = getattr(own, f"{prefix}_config", own), getattr(config, f"{prefix}_config")
     for field in (*SIZES, "head_dim", "image_size", "num_key_value_heads", "patch_size"):
-        here, there = getattr(described, field, None), getattr(own, field, None)
+        here, there = field_of(described, field), field_of(own, field)
         if here != there:
             raise ValueError(f"{name}: its {what} {source} has {field} {there}, and not {here}, as the config says")
 

@@ -151,7 +151,7 @@ def _check_overrides(name: str | Path, config: PreTrainedConfig, where: dict[str
         fields.append(("lora_config.", *rank, sorted(vars(rank[0]).keys() - set(_LORA_OF_A_RUN))))
     for prefix, saved, asked, names in fields:
         for field in names:
-            here, there = getattr(saved, field, None), getattr(asked, field, None)
+            here, there = field_of(saved, field), field_of(asked, field)
             if here != there and not ("backbone" in field and there is None):  # which the folder says
                 raise ValueError(
                     f"{name}: {prefix}{field} is {here!r} in its config, with which its weights were trained, and "
@@ -163,6 +163,14 @@ def _check_overrides(name: str | Path, config: PreTrainedConfig, where: dict[str
             raise ValueError(
                 f"{name}: {weight} is 0 in its config, and so its weights are not there; {asked} was asked"
             )
+
+
+def field_of(config: Any, field: str) -> Any:
+    """The value of a config's field: a list where the layers have one each (Gemma 4), and None where it has none."""
+    try:
+        return getattr(config, field, None)
+    except RuntimeError:  # transformers has no one value for all
+        return [getattr(each, field, None) for each in config.per_layer_config]
 
 
 def _shapes_in(file: str) -> dict[str, Shape]:
@@ -187,4 +195,4 @@ def _variant_of(name: str, variant: str | None) -> str:
     return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
-__all__ = ["check_fits", "weight_files"]
+__all__ = ["check_fits", "field_of", "weight_files"]

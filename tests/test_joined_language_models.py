@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BertGenerationConfig,
+    CLIPTextConfig,
     CTRLConfig,
     FalconConfig,
     FalconH1Config,
@@ -188,6 +189,24 @@ def test_one_target_inside_another_is_refused():
     text.model.layers[0].self_attn.q_proj.inner = torch.nn.Linear(4, 4)
     with pytest.raises(ValueError, match=r"targets 'model.layers.0.self_attn.q_proj.inner', and the layer that"):
         resolve_lora_config({"target_modules": ["q_proj", "inner"]}, text)
+
+
+def test_layers_that_share_a_weight_have_no_lora_each():
+    text = language_model()
+    first, second = (layer.self_attn for layer in text.model.layers[:2])
+    second.q_proj.weight = first.q_proj.weight
+    with pytest.raises(ValueError, match=r"targets 'model.layers.0.self_attn.q_proj', whose weight is another layer's"):
+        resolve_lora_config({}, text)
+    assert resolve_lora_config({"target_modules": ["k_proj"]}, text)["target_modules"] == ["k_proj"]
+
+
+def test_a_type_that_the_auto_class_does_not_know():
+    text = language_model()
+    text.config = CLIPTextConfig()
+    with pytest.raises(
+        ValueError, match=r"cannot be joined: AutoModelForCausalLM.*none of the type \"clip_text_model\""
+    ):
+        check_language_model(text)
 
 
 def test_a_class_that_the_auto_class_does_not_load():

@@ -13,6 +13,7 @@ from lorgnette import (
     LorgnetteForImageTextRetrieval,
     LorgnetteProcessor,
 )
+from lorgnette.modeling.modeling_weight_files import field_of
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,16 @@ def test_what_changes_no_weight_may_be_said(folder, built):
     ):
         loaded = LorgnetteForConditionalGeneration.from_pretrained(folder, **override)
         torch.testing.assert_close(loaded(**batch).logits, built(**batch).logits)
+
+
+def test_a_field_that_each_layer_has_for_itself():
+    config = tiny_models.language_model().config
+    assert field_of(config, "head_dim") == 8
+    assert field_of(config, "no_such_field") is None
+    by_layer = pytest.importorskip("transformers", minversion="5.24").Gemma4UnifiedTextConfig
+    layers = {"num_hidden_layers": 2, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    one, other = (by_layer(**layers, global_head_dim=size) for size in (16, 32))
+    assert (field_of(one, "head_dim"), field_of(other, "head_dim")) == ([8, 16], [8, 32])
 
 
 def test_stage_1(tmp_path):
