@@ -82,20 +82,30 @@ class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     def __getitem__(self, key: Any) -> Any:
         if key == "logits" and not torch.compiler.is_compiling():
-            _refuse_unshifted_smoothing(sys._getframe(1).f_locals)
+            _check_label_smoother(sys._getframe(1).f_locals, super().__getitem__(key).shape[-1])
         return super().__getitem__(key)
 
 
-def _refuse_unshifted_smoothing(reader: dict[str, Any]) -> None:
-    """Refuse Trainer's `LabelSmoother` where it does not shift the labels: no other place of a stranger's script tells.
+def _check_label_smoother(reader: dict[str, Any], vocab_size: int) -> None:
+    """Refuse what Trainer's `LabelSmoother` would get wrong: the model sees no labels where it computes the loss.
 
     Args:
         reader: the local variables of the function that reads the logits.
 
     Raises:
-        ValueError: it is that one, and would compare each token's logits with that token.
+        ValueError: it is that one, and would compare each token's logits with that token; or has labels past the
+            vocabulary.
     """
-    if type(reader.get("self")).__name__ == "LabelSmoother" and reader.get("shift_labels") is False:
+    if type(reader.get("self")).__name__ != "LabelSmoother":
+        return
+    labels = reader.get("labels")
+    if isinstance(labels, torch.Tensor) and (labels >= vocab_size).any():
+        raise ValueError(
+            f"label_smoothing_factor is {reader['self'].epsilon}, and labels of the batch are on image placeholders "
+            f"(id {labels.max()}, past the vocabulary of {vocab_size}): TRL labels them in rows of messages. Give rows "
+            "of prompt and completion, LorgnetteCollator as data_collator, or no label smoothing"
+        )
+    if reader.get("shift_labels") is False:
         raise ValueError(
             f"label_smoothing_factor is {reader['self'].epsilon}, and Trainer would not shift the labels: it would "
             "teach each token to predict itself, and not the next. It shifts them for models whose class it knows by "

@@ -85,6 +85,25 @@ def test_seq2seq_trainer_would_not_shift_them_either(backbones, tmp_path):
         run.predict(pairs(2), max_new_tokens=2)
 
 
+def test_smoothing_refuses_labels_past_the_vocabulary(backbones, tmp_path):
+    """As a collator of others gives them, which labels placeholders too; a GPU would fail without a name."""
+    built, processor = joined(backbones, dropout=0.0)
+    collator = LorgnetteCollator(processor)
+    assert processor.image_token_id >= built.config.text_config.vocab_size
+
+    def collate(rows):
+        batch = collator(rows)
+        placeholders = batch["input_ids"] == processor.image_token_id
+        return batch | {"labels": torch.where(placeholders, batch["input_ids"], batch["labels"])}
+
+    run = trainer(built, processor, tmp_path, rows=pairs(4), label_smoothing_factor=0.1, max_steps=1)
+    run.data_collator = collate
+    with pytest.raises(
+        ValueError, match=r"labels of the batch are on image placeholders \(id \d+, past the vocabulary"
+    ):
+        run.train()
+
+
 def test_smoothing_counts_labels_over_accumulated_batches(backbones, tmp_path):
     losses = []
     for size in (4, 1):
