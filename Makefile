@@ -8,7 +8,8 @@
 # make faults   commands that are killed at random moments and begun again, bad pictures, bf16 beside fp32, memory
 # make compatibility   every LM and every ViT of the installed transformers, tiny, through all steps: docs/compatibility.md
 # make load   64 callers of a worker on this machine: right answers, memory, requests a second; three minutes
-# make clients   vLLM's inspection, lmms-eval, and README's "Use" section, each in an environment of its own: gigabytes
+# make clients   vLLM's inspection, lmms-eval, and README's "Use" section, each in an environment of its own: gigabytes;
+#               with the newest torch, as a stranger has it, or what TORCH= names
 # make matrix   the tests with the lowest and the newest transformers, peft and accelerate, and a smoke test on later Pythons
 #
 # All work in a fresh clone: the virtual environment is made first.
@@ -76,7 +77,7 @@ load: $(VENV)/installed
 	$(BIN)/python -m faults.load $(ARGS)
 
 clients: $(VENV)/installed
-	TORCH="$(TORCH)" $(BIN)/python -m pytest clients --cache "$(abspath $(CACHE))/clients" --log-cli-level INFO $(ARGS)
+	TORCH="$(if $(filter file,$(origin TORCH)),torch,$(TORCH))" $(BIN)/python -m pytest clients --cache "$(abspath $(CACHE))/clients" --log-cli-level INFO $(ARGS)
 
 matrix: $(VENV)/installed
 	TORCH="$(TORCH)" $(BIN)/nox --noxfile .ci/noxfile.py --envdir "$(abspath $(CACHE))/matrix" $(ARGS)

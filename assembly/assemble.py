@@ -64,7 +64,7 @@ def assemble(
         OSError: a backbone cannot be found.
     """
     dtype = parse_dtype(dtype)
-    vision_backbone = load_vision_model(vision, vision_revision, dtype, attn_implementation)
+    vision_backbone = load_vision_model(vision, vision_revision, dtype, attn_implementation, vision_feature_layer)
     language_backbone = load_language_model(text, text_revision, dtype, attn_implementation, quantization_config)
     qformer_init = QFormerInit.load(qformer, qformer_revision)
     qformer_init.check_vision(vision_backbone.model)
@@ -152,7 +152,7 @@ def assemble_stage1(
         OSError: a backbone cannot be found.
     """
     dtype = parse_dtype(dtype)
-    vision_backbone = load_vision_model(vision, vision_revision, dtype, attn_implementation)
+    vision_backbone = load_vision_model(vision, vision_revision, dtype, attn_implementation, vision_feature_layer)
     qformer_init = load_bert(qformer, qformer_revision) if qformer is not None else None
     fields = qformer_fields(qformer_init, qformer_config) | {"use_qformer_text_input": True}
     if itg_weight and fields.get("dec_token_id") is None:

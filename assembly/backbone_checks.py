@@ -58,10 +58,15 @@ def check_language_model(model: PreTrainedModel) -> None:
     """
     name = type(model).__name__
     loaded_as = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None)
+    if loaded_as is None:
+        raise ValueError(
+            f"{name} cannot be joined: AutoModelForCausalLM, which loads the LM of a saved model, knows none of the "
+            f'type "{model.config.model_type}"'
+        )
     if type(model) is not loaded_as:
         raise ValueError(
-            f"{name} would come back as {loaded_as and loaded_as.__name__} when the saved model is loaded: give a "
-            "model that AutoModelForCausalLM has loaded"
+            f"{name} would come back as {loaded_as.__name__} when the saved model is loaded: give a model that "
+            "AutoModelForCausalLM has loaded"
         )
     if not hasattr(model.config, "vocab_size"):
         raise ValueError(f"{name} is no text-only LM: its config has no vocab_size. Give the language model in it")
@@ -124,8 +129,11 @@ def check_language_model(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def check_vision_model(model: PreTrainedModel) -> None:
+def check_vision_model(model: PreTrainedModel, layer: int | None = None) -> None:
     """Look at one picture, and at two of it.
+
+    Args:
+        layer: the `vision_feature_layer` that is wished; whether there is such a layer the config says.
 
     Raises:
         ValueError: the ViT cannot look at it, gives no sequence of vectors as wide as its config says for each picture,
@@ -148,7 +156,8 @@ def check_vision_model(model: PreTrainedModel) -> None:
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         try:
             model.eval()
-            first = model(**inputs, return_dict=True).last_hidden_state
+            seen = model(**inputs, output_hidden_states=layer is not None, return_dict=True)
+            first, states = seen.last_hidden_state, getattr(seen, "hidden_states", None) or ()
             twice = {key: torch.cat([value, value]) for key, value in inputs.items()}
             second = model(**twice, return_dict=True).last_hidden_state
         except Exception as error:  # each architecture has its own way to say that it wants something else
@@ -162,6 +171,13 @@ def check_vision_model(model: PreTrainedModel) -> None:
             f"{type(model).__name__} makes {tuple(first.shape)} of a picture; the Q-Former reads a sequence of vectors "
             f"of its hidden_size, (1, L, {config.hidden_size})"
         )
+    if layer is not None and -len(states) <= layer < len(states):
+        shape = tuple(states[layer].shape)
+        if len(shape) != 3 or shape[-1] != config.hidden_size:
+            raise ValueError(
+                f"vision_feature_layer {layer} of {type(model).__name__} is {shape} of a picture; the Q-Former reads a "
+                f"sequence of vectors of its hidden_size, (1, L, {config.hidden_size}): name another layer, or none"
+            )
     if second.shape != (2, *first.shape[1:]):
         raise ValueError(
             f"{type(model).__name__} makes {tuple(first.shape)} of a picture, and {tuple(second.shape)} of two: the "

@@ -36,9 +36,16 @@ class Backbone:
 
 
 def load_vision_model(
-    source: str | Path | PreTrainedModel, revision: str | None, dtype: torch.dtype | str | None, attn: str | None
+    source: str | Path | PreTrainedModel,
+    revision: str | None,
+    dtype: torch.dtype | str | None,
+    attn: str | None,
+    layer: int | None = None,
 ) -> Backbone:
     """A ViT: a vision model, or the vision tower of a CLIP, SigLIP or the like.
+
+    Args:
+        layer: the `vision_feature_layer` that is to be read.
 
     Raises:
         ValueError: the model does not read pixels into a sequence of vectors, always the same ones of one picture, its
@@ -56,7 +63,7 @@ def load_vision_model(
     for field in ("hidden_size", "num_hidden_layers", "patch_size"):
         if not hasattr(backbone.model.config, field):
             raise ValueError(f"{type(backbone.model).__name__} is no ViT: its config has no {field}")
-    check_vision_model(backbone.model)
+    check_vision_model(backbone.model, layer)
     return backbone
 
 

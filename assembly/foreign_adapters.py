@@ -59,7 +59,26 @@ def replace_lora(
         ValueError: weights are offloaded.
     """
     refuse_offloaded(model)
-    before = detach_lora(model.language_model)
+    before, config_before = detach_lora(model.language_model), model.config.lora_config
+    try:
+        _put_on_lora(model, lora_config, lora)
+    except Exception:  # peft refuses some LoRA only while its weights are loaded
+        detach_lora(model.language_model)
+        model.config.lora_config = config_before
+        put_back_lora(model.language_model, before)
+        raise
+    refresh_ignored_keys(model)
+    model.freeze()
+    model.train(model.training)  # new layers are in train mode
+    if lora_config is not None:
+        switch_lora(model.language_model, not lora_is_off(model.language_model))
+    return before
+
+
+def _put_on_lora(
+    model: PreTrainedModel, lora_config: dict[str, Any] | None, lora: "dict[str, torch.Tensor] | DetachedLora | None"
+) -> None:
+    """On a language model that has none."""
     model.config.lora_config = lora_config
     if isinstance(lora, DetachedLora):
         put_back_lora(model.language_model, lora)
@@ -72,12 +91,6 @@ def replace_lora(
                 parameter.data = parameter.data.to(beside.device, model.projector.weight.dtype)
     if lora_config is not None and not isinstance(lora, DetachedLora):
         load_lora_weights(model.language_model, lora)
-    refresh_ignored_keys(model)
-    model.freeze()
-    model.train(model.training)  # new layers are in train mode
-    if lora_config is not None:
-        switch_lora(model.language_model, not lora_is_off(model.language_model))
-    return before
 
 
 def read_lm_adapter(

@@ -156,7 +156,7 @@ def check_backbone(part: str, config: PreTrainedConfig, name: str | Path, hub: d
         raise OSError(missing_backbone(name, what, source, revision, error)) from error
     own, described = getattr(own, f"{prefix}_config", own), getattr(config, f"{prefix}_config")
     for field in (*SIZES, "head_dim", "image_size", "num_key_value_heads", "patch_size"):
-        here, there = getattr(described, field, None), getattr(own, field, None)
+        here, there = field_of(described, field), field_of(own, field)
         if here != there:
             raise ValueError(f"{name}: its {what} {source} has {field} {there}, and not {here}, as the config says")
 
@@ -180,7 +180,7 @@ def _check_overrides(name: str | Path, config: PreTrainedConfig, where: dict[str
         fields.append(("lora_config.", *rank, sorted(vars(rank[0]).keys() - set(_LORA_OF_A_RUN))))
     for prefix, saved, asked, names in fields:
         for field in names:
-            here, there = getattr(saved, field, None), getattr(asked, field, None)
+            here, there = field_of(saved, field), field_of(asked, field)
             if here != there and not ("backbone" in field and there is None):  # which the folder says
                 raise ValueError(
                     f"{name}: {prefix}{field} is {here!r} in its config, with which its weights were trained, and "
@@ -192,6 +192,14 @@ def _check_overrides(name: str | Path, config: PreTrainedConfig, where: dict[str
             raise ValueError(
                 f"{name}: {weight} is 0 in its config, and so its weights are not there; {asked} was asked"
             )
+
+
+def field_of(config: Any, field: str) -> Any:
+    """The value of a config's field: a list where the layers have one each (Gemma 4), and None where it has none."""
+    try:
+        return getattr(config, field, None)
+    except RuntimeError:  # transformers has no one value for all
+        return [getattr(each, field, None) for each in config.per_layer_config]
 
 
 def _shapes_in(file: str) -> dict[str, Shape]:

@@ -90,6 +90,10 @@ def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str,
             json.dumps(value)
         except TypeError as error:
             raise ValueError(f"lora[{name!r}] cannot be saved in config.json: {error}") from error
+    if isinstance(rank := resolved.get("r"), float):  # as YAML reads 8e0
+        if not rank.is_integer():
+            raise ValueError(f"lora['r'] is {rank}; it has to be a whole number")
+        resolved["r"] = int(rank)
     targets = resolved.get("target_modules")
     if targets is None:
         resolved["target_modules"] = attention_projections(language_model)
@@ -115,6 +119,12 @@ def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str,
         raise ValueError(
             f"LoRA targets {nested[0]!r}, and the layer that it is a part of: a save would have no name for its "
             "weights. Name the one or the other in lora['target_modules']"
+        )
+    of_one_weight = layers_of_one_weight(layers)
+    if shared := [name for name in targeted if layers[name] in of_one_weight]:
+        raise ValueError(
+            f"LoRA targets {shared[0]!r}, whose weight is another layer's too: merged, it would have to be two. Name "
+            "other layers in lora['target_modules']"
         )
     if targeted and all(isinstance(layers[name], Conv1D) for name in targeted):
         resolved.setdefault("fan_in_fan_out", True)  # GPT-2 keeps its matrices transposed
@@ -215,6 +225,14 @@ def read_layers(language_model: PreTrainedModel) -> set[nn.Module]:
     return {layer for layer, gradient in zip(outputs, gradients, strict=True) if gradient is not None}
 
 
+def layers_of_one_weight(layers: dict[str, nn.Module]) -> set[nn.Module]:
+    """Those that share their weight with another, as Zamba's repeated block does."""
+    by_weight: dict[int, list[nn.Module]] = {}
+    for layer in layers.values():
+        by_weight.setdefault(id(layer.weight), []).append(layer)
+    return {layer for sharing in by_weight.values() if len(sharing) > 1 for layer in sharing}
+
+
 def outermost_lora_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
     """Those of [`lora_layers`] in no other: over two parameters of one module peft puts one layer around another."""
     layers = lora_layers(language_model)
@@ -252,6 +270,7 @@ def _kinds(layers: dict[str, nn.Module]) -> list[str]:
 __all__ = [
     "attention_projections",
     "check_lora_config",
+    "layers_of_one_weight",
     "linear_layers",
     "outermost_lora_layers",
     "read_layers",

@@ -40,7 +40,9 @@ def _check_merged(language_model: PreTrainedModel, merged: dict[str, torch.Tenso
         ValueError: they are not.
     """
     keys = {without_lora(key): key for key, _ in language_model.named_parameters() if ".lora_" not in key}
-    ids = torch.arange(3, 67, device=language_model.device).view(2, 32) % language_model.config.vocab_size
+    length = min(32, getattr(language_model.config, "max_position_embeddings", None) or 32)
+    ids = torch.arange(3, 3 + 2 * length, device=language_model.device).view(2, length)
+    ids = ids % language_model.config.vocab_size
     inputs = {"input_ids": ids, "use_cache": False}
     layers, training = lora_layers(language_model).values(), language_model.training
     were_off = [layer._disable_adapters for layer in layers]  # peft's public switch would thaw and freeze as well

@@ -33,7 +33,7 @@ def install(request) -> Callable[..., Path]:
             venv.create(cache / name, with_pip=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         if not own_torch:
-            subprocess.run([*pip, *TORCH], check=True, stdin=subprocess.DEVNULL)
+            subprocess.run([*pip, "--upgrade", *TORCH], check=True, stdin=subprocess.DEVNULL)
         subprocess.run([*pip, "--upgrade", *requirements], check=True, stdin=subprocess.DEVNULL)
         shown = [str(python), "-m", "pip", "list", "--format", "freeze", "--disable-pip-version-check"]
         versions = subprocess.run(shown, check=True, capture_output=True, text=True).stdout.split()

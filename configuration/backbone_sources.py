@@ -28,6 +28,23 @@ def from_pretrained_arguments(source: str | Path, revision: str | None = None) -
     return str(path.parent), {"gguf_file": path.name}
 
 
+def load_part(auto_class: Any, what: str, name: str | Path, **keywords: Any) -> Any:
+    """What an Auto class makes of a folder or Hub repository with transformers' own code; nobody is asked on stdin.
+
+    Raises:
+        ValueError: there is code of its own, which a saved model would not bring along.
+    """
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=False, **keywords)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"The {what} of {name} has code of its own, which a saved model would not bring along: give one whose "
+            "class is transformers' own, made of the same files. trust_remote_code does not help"
+        ) from None
+
+
 def load_tokenizer(
     source: str | Path | PreTrainedTokenizerBase | None, revision: str | None = None
 ) -> PreTrainedTokenizerBase | None:
@@ -35,7 +52,7 @@ def load_tokenizer(
     if not isinstance(source, (str, Path)):
         return source
     name, keywords = from_pretrained_arguments(source, revision)
-    return AutoTokenizer.from_pretrained(name, **keywords)
+    return load_part(AutoTokenizer, "tokenizer", name, **keywords)
 
 
 def load_qformer_tokenizer(
@@ -46,8 +63,8 @@ def load_qformer_tokenizer(
         name, keywords = from_pretrained_arguments(source, revision)
         inside = f"{QFORMER_TOKENIZER}/tokenizer_config.json"
         if cached_file(name, inside, _raise_exceptions_for_missing_entries=False, **keywords) is not None:
-            return AutoTokenizer.from_pretrained(name, subfolder=QFORMER_TOKENIZER, **keywords)
+            return load_part(AutoTokenizer, "tokenizer", name, subfolder=QFORMER_TOKENIZER, **keywords)
     return load_tokenizer(source, revision)
 
 
-__all__ = ["QFORMER_TOKENIZER", "from_pretrained_arguments", "load_qformer_tokenizer", "load_tokenizer"]
+__all__ = ["QFORMER_TOKENIZER", "from_pretrained_arguments", "load_part", "load_qformer_tokenizer", "load_tokenizer"]

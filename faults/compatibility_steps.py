@@ -3,7 +3,7 @@
 import inspect
 import tempfile
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from tiny_models import NUM_QUERY_TOKENS, QFORMER, language_model, vision_model
 from transformers import MODEL_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lorgnette import LorgnetteForConditionalGeneration
-from lorgnette.assembly.lora_targets import attention_projections, read_layers
+from lorgnette.assembly.lora_targets import layers_of_one_weight, linear_layers, read_layers, resolve_lora_config
 
 from .tiny_configs import VOCABULARY, NotTinyError, tiny_model
 
@@ -30,7 +30,7 @@ class Outcome:
 
     Args:
         verdict: "works", "refused" at the join, "fails" afterwards, or "not tried".
-        reason: why it is not "works".
+        reason: why it is not "works", or what it needs for that.
         packed: of a language model that works: "yes", or why not.
     """
 
@@ -50,14 +50,18 @@ def try_language_model(model_type: str, config_class: type[PreTrainedConfig]) ->
     try:
         text = tiny_model(config_class, AutoModelForCausalLM.from_config, **FIELDS.get(model_type, {}))
     except NotTinyError as error:
-        return Outcome(LMS, model_type, "not tried", short(error).removeprefix("NotTinyError: "))
+        return Outcome(LMS, model_type, "not tried", UNTRIED.get(model_type) or short(error))
+    named = layers_to_name(text)
     try:
-        built = joined(vision_model(), text)
+        built = joined(vision_model(), text, named)
     except ValueError as error:
         return Outcome(LMS, model_type, "refused", short(error))
     except Exception as error:
         return Outcome(LMS, model_type, "fails", f"at the join: {where(error)}")
-    return through(built, LMS, model_type)
+    outcome = through(built, LMS, model_type)
+    if outcome.verdict == "works" and named:
+        return replace(outcome, reason=f"lora has to name its target_modules, here {', '.join(named)}")
+    return outcome
 
 
 def try_vision_model(model_type: str, config_class: type[PreTrainedConfig]) -> Outcome:
@@ -65,7 +69,7 @@ def try_vision_model(model_type: str, config_class: type[PreTrainedConfig]) -> O
     try:
         vision = tiny_model(config_class, MODEL_MAPPING[config_class]._from_config, **FIELDS.get(model_type, {}))
     except NotTinyError as error:
-        return Outcome(VITS, model_type, "not tried", short(error).removeprefix("NotTinyError: "))
+        return Outcome(VITS, model_type, "not tried", UNTRIED.get(model_type) or short(error))
     try:
         built = joined(vision, language_model())
     except ValueError as error:
@@ -75,12 +79,11 @@ def try_vision_model(model_type: str, config_class: type[PreTrainedConfig]) -> O
     return through(built, VITS, model_type)
 
 
-def joined(vision: PreTrainedModel, text: PreTrainedModel) -> LorgnetteForConditionalGeneration:
-    lora: dict[str, Any] = {"r": 2}
-    try:
-        attention_projections(text)
-    except Exception:  # it has none, or is nothing that can be asked: the join says what
-        lora["target_modules"] = other_layers(text)
+def joined(
+    vision: PreTrainedModel, text: PreTrainedModel, layers: list[str] | None = None
+) -> LorgnetteForConditionalGeneration:
+    """The two, with LoRA on these layers or on the attention."""
+    lora: dict[str, Any] = {"r": 2} | ({"target_modules": layers} if layers else {})
     built = LorgnetteForConditionalGeneration.from_backbones(
         vision, text, qformer_config=dict(BRIDGE), num_query_tokens=NUM_QUERY_TOKENS, lora=lora
     )
@@ -92,11 +95,19 @@ def joined(vision: PreTrainedModel, text: PreTrainedModel) -> LorgnetteForCondit
     return built.eval()
 
 
-def other_layers(text: PreTrainedModel) -> list[str]:
-    """Names of linear layers that LoRA can train, where no attention has any; peft refuses Mamba's last, and experts
-    may be chosen for no token."""
+def layers_to_name(text: PreTrainedModel) -> list[str] | None:
+    """Names of linear layers that LoRA can train, where the attention cannot have it or there is none.
+
+    peft refuses Mamba's last, and experts may be chosen for no token.
+    """
     try:
-        read = read_layers(text)
+        resolve_lora_config({}, text)
+    except Exception:  # or it is nothing that can be asked: the join says what
+        pass
+    else:
+        return None
+    try:
+        read = read_layers(text) - layers_of_one_weight(linear_layers(text))
     except Exception:  # the join says why
         read = set()
     names = {name.rsplit(".", 1)[-1] for name, layer in text.named_modules() if layer in read}
@@ -238,23 +249,94 @@ def short(error: Exception) -> str:
     return text if len(text) <= 200 else text[:199] + "…"
 
 
+# Why a tiny one is not to be had, where the error that says so speaks of something else
+UNTRIED: dict[str, str] = {
+    **dict.fromkeys(
+        ("gemma4_assistant", "gemma4_unified_assistant"),
+        "drafts words for another model from that model's states, and does not run alone",
+    ),
+    **dict.fromkeys(
+        ("musicgen", "musicgen_melody"),
+        "AutoModelForCausalLM cannot build it: its class takes the config of the decoder, which has no Auto class",
+    ),
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 4,
+    "indexer_compress_ratio": 2,
+}
+_PER_LAYER_WORDS = {"ple_layer_ids": [1], "ngram_vocab_size_base": VOCABULARY, "split_ngram_parts": 1}
+_REPEATED_BLOCK = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    "attention_hidden_size": 64,
+    "attention_head_dim": 16,
+}
+# in place of a backbone of timm
+_RESNET = {"backbone_config": {"model_type": "resnet", "out_features": ["stage2", "stage3", "stage4"]}}
+# the size, stride and padding of PP-OCR's convolutions
+_KERNELS = {
+    "reduce_channel": [1, 1, 0],
+    "return_channel": [1, 1, 0],
+    "vertical_long_to_small_conv_longratio": [[7, 1], 1, [3, 0]],
+    "vertical_long_to_small_conv_midratio": [[5, 1], 1, [2, 0]],
+    "vertical_long_to_small_conv_shortratio": [[3, 1], 1, [1, 0]],
+    "horizontal_small_to_long_conv_longratio": [[1, 7], 1, [0, 3]],
+    "horizontal_small_to_long_conv_midratio": [[1, 5], 1, [0, 2]],
+    "horizontal_small_to_long_conv_shortratio": [[1, 3], 1, [0, 1]],
+    "symmetric_conv_long_longratio": [7, 1, 3],
+    "symmetric_conv_long_midratio": [5, 1, 2],
+    "symmetric_conv_long_shortratio": [3, 1, 1],
+}
+_SWIN = {"embed_dim": 48, "hidden_size": 384, "window_size": 2, "patch_size": 2}
 # What the names of fields do not say
 FIELDS: dict[str, dict] = {
     "bamba": {"attn_layer_indices": [1]},
+    "blt": {"use_cache": False},  # the one that it makes by itself asks for layers of its config, which has none
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
+    "conditional_detr": _RESNET,
+    "d_fine": {"backbone_config": {"out_features": ["stage2", "stage3", "stage4"]}},
+    "dab-detr": _RESNET,
+    "dbrx": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 10_000.0}},
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
+    "deformable_detr": _RESNET,
+    "detr": _RESNET,
+    "donut-swin": _SWIN,
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "efficientloftr": {"out_features": [8, 8, 16, 32]},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.1},
     "falcon_mamba": {"state_size": 8},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lw_detr": {"backbone_config": {"image_size": 64, "out_indices": [0, 1]}},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    "maskformer-swin": _SWIN,
     "ministral": {"head_dim": 8},
+    "mllama": {"text_config": {"cross_attention_layers": [1]}},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "omdet-turbo": _RESNET,
+    "pp_ocrv6_medium_det": {"intraclass_block_config": _KERNELS},
+    "qwen4_exp": {"text_config": _INDEXER | _PER_LAYER_WORDS},  # as it is published
+    "qwen4_exp_text": _INDEXER,  # without what asks for words
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {"is_decoder": True},
-    "donut-swin": {"embed_dim": 48, "hidden_size": 384, "window_size": 2, "patch_size": 2},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16]},
     "sapiens2": {"hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads_per_layer": [2, 2]},
-    "swin": {"embed_dim": 48, "hidden_size": 384, "window_size": 2, "patch_size": 2},
-    "swinv2": {"embed_dim": 48, "hidden_size": 384, "window_size": 2, "patch_size": 2},
+    "swin": _SWIN,
+    "swin2sr": {"embed_dim": 48, "window_size": 2, "image_size": 16},
+    "swinv2": _SWIN,
+    "table-transformer": _RESNET,
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
-    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba": _REPEATED_BLOCK | {"mamba_dt_rank": 2},
+    "zamba2": _REPEATED_BLOCK,
 }

@@ -17,8 +17,9 @@ MOST_WEIGHTS = 40_000_000
 VOCABULARY = 320
 # the whole name of a field -> its value; the first that matches
 _SIZES = {
-    r"(vocab|decoder_vocab|embedding_vocab|unpadded_vocab)_size|.*_vocab_size|vocab_size_per_layer_input": VOCABULARY,
+    r"vocab_size|.*_vocab(_size)?|vocab_size_per_layer_input": VOCABULARY,
     r"hidden_size|n_embd|d_model|dim|embed_dim|emb_dim|embedding_(size|dim)|word_embed_proj_dim|backbone_hidden_size"
+    r"|hidden_size_global|adapter_(in_dim|input_size|out_dim)"
     r"|(in|out)put_embedding_size|attention_hidden_size|lru_width|hidden_dim|projection_dim": 32,
     r"num_(hidden_|decoder_|encoder_)?layers|n_layers?|(de|en)coder_layers|num_blocks|depth": 2,
     r"num_(attention_|decoder_attention_|encoder_attention_)?heads|n_heads?|((de|en)coder_)?attention_heads"
@@ -47,6 +48,7 @@ _SIZES = {
     r"patch_size": 8,
     r"num_nextn_predict_layers|first_k_dense_replace|num_kv_shared_layers": 0,
 }  # fmt: skip
+_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _LAYERS = r"num_hidden_layers|n_layers?|num_layers"
 
 
@@ -73,7 +75,7 @@ def tiny_model(
         ways, cause = [], error
     for shrunk in ways:
         try:
-            config = config_class(**shrunk | _ids(config_class) | fields)
+            config = config_class(**_over(shrunk, fields))
             with torch.device("meta"):
                 size = sum(weight.numel() for weight in build(copy.deepcopy(config)).parameters())
             if size > MOST_WEIGHTS:
@@ -84,20 +86,54 @@ def tiny_model(
                 for weight in model.parameters():
                     if weight.is_floating_point():
                         weight.add_(torch.randn_like(weight) * 0.05)
+                for table in model.modules():  # transformers' own loading of a Youtu makes padding zero again
+                    if isinstance(table, torch.nn.Embedding) and table.padding_idx is not None:
+                        table.weight[table.padding_idx] = 0
                 if model.main_input_name == "input_ids" and not config.is_encoder_decoder:
                     model(input_ids=torch.arange(3, 8)[None])
             return model
         except Exception as error:
             cause = cause or error
-    raise NotTinyError(f"{type(cause).__name__}: {' '.join(str(cause).split())[:160]}") from cause
+    raise NotTinyError(_in_words(cause)) from cause
+
+
+def _in_words(cause: Exception | None) -> str:
+    libraries = sorted(set(re.findall(r"requires the (\w+) library", str(cause))))
+    if isinstance(cause, ImportError) and libraries:
+        names = " and ".join(libraries)
+        one = len(libraries) == 1
+        return f"needs the {'library' if one else 'libraries'} {names}, which {'is' if one else 'are'} not installed"
+    if isinstance(cause, NotTinyError):
+        return str(cause)
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:160]}"
 
 
 def _ways(config_class: type[PreTrainedConfig]) -> list[dict[str, Any]]:
     """Keywords for the class, the smallest first."""
     small = _shrunk(config_class())
-    as_many = {name: 4 for name in small if re.fullmatch(r"(swa_)?num_(key_value|kv)_heads", name)}
     plain = {name: value for name, value in small.items() if not isinstance(value, list)}
-    return [small, small | as_many, plain, plain | as_many]
+    return [small, _as_many_heads(small), plain, _as_many_heads(plain)]
+
+
+def _as_many_heads(shrunk: dict[str, Any]) -> dict[str, Any]:
+    """With as many heads of keys as there are of queries."""
+    fields = shrunk.copy()
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            fields[name] = _as_many_heads(value)
+        elif re.fullmatch(r"(swa_)?num_(key_value|kv)_heads", name):
+            fields[name] = 4
+    return fields
+
+
+def _over(fields: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """The fields, with the others in their place; of a config within, only those that are named."""
+    inner = {
+        name: _over(fields[name], value)
+        for name, value in others.items()
+        if isinstance(value, dict) and isinstance(fields.get(name), dict)
+    }
+    return fields | others | inner
 
 
 def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
@@ -120,7 +156,7 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
             rule = next((size for pattern, size in _SIZES.items() if re.fullmatch(pattern, name)), None)
             if rule is not None and value > rule:
                 shrunk[name] = rule
-    return shrunk
+    return shrunk | {name: value for name, value in _IDS.items() if name in fields}
 
 
 def _kinds_of_layers(lists: dict[str, list], layers: int | None) -> list[int]:
@@ -132,9 +168,3 @@ def _kinds_of_layers(lists: dict[str, list], layers: int | None) -> list[int]:
         first.setdefault(repr([value[place] for value in lists.values()]), place)
     kept = sorted(first.values())[:4]
     return kept if len(kept) > 1 else list(range(min(2, layers)))
-
-
-def _ids(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
-    known = config_class().to_dict()
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return {name: value for name, value in ids.items() if name in known}

@@ -1,6 +1,7 @@
 """`LorgnettePreTrainedModel`: the frozen ViT of every model, how the model is loaded and saved, what may train."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
@@ -30,16 +31,18 @@ KV_CACHE = "cache" if any(field.name == "cache" for field in fields(CausalLMOutp
 _HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only")
 
 
+_PEFT_REFUSED = (
+    "peft cannot put an adapter{name} on a whole lorgnette model: it would go to the ViT too, overwrite the trained "
+    "LoRA, freeze the Q-Former and save neither of them. The language model has LoRA of its own: from_backbones(lora=…) "
+    "makes it, Trainer and TRL train it without a peft_config, and load_lm_adapter(…) replaces it"
+)
+
+
 class PeftConfigs(dict):
-    """`peft_config` of a whole model. peft writes into it before it changes a weight, whichever function is called."""
+    """`peft_config` of a whole model. peft's tuners write into it before they change a weight."""
 
     def __setitem__(self, name: str, value: Any) -> None:
-        raise ValueError(
-            f"peft cannot put an adapter ({name!r}) on a whole lorgnette model: it would go to the ViT too, overwrite "
-            "the trained LoRA, freeze the Q-Former and save neither of them. The language model has LoRA of its own: "
-            "from_backbones(lora=…) makes it, Trainer and TRL train it without a peft_config, and load_lm_adapter(…) "
-            "replaces it"
-        )
+        raise ValueError(_PEFT_REFUSED.format(name=f" ({name!r})"))
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         for name, value in dict(*args, **kwargs).items():
@@ -87,6 +90,16 @@ class LorgnettePreTrainedModel(PreTrainedModel):
             if isinstance(part, PreTrainedModel):
                 part.initialize_weights()
         super().initialize_weights()
+
+    def named_children(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        """As `nn.Module.named_children`. peft calls it to freeze each child where it adds a learned prompt or prefix.
+
+        Raises:
+            ValueError: peft is the caller, which nothing that it calls before tells.
+        """
+        if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] == "peft":
+            raise ValueError(_PEFT_REFUSED.format(name=""))
+        return super().named_children()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "LorgnettePreTrainedModel":
         return super()._apply(keep_checksums(self, fn), recurse)  # `.half()` and the like pass here alone
@@ -197,7 +210,9 @@ class LorgnettePreTrainedModel(PreTrainedModel):
             raise ValueError("use_safetensors is False, and pickled weights are not read")
         if IN_PACKAGE and name is not None:
             from_package("assembly.guards", "").check_folder(cls, name, **kwargs)
-        if is_in_parts(name, **kwargs):
+        if IN_PACKAGE and name is not None and kwargs.get("device_map") is not None:
+            model, info = from_package("assembly.offloading", "").load_on_devices(cls, name, *args, **kwargs)
+        elif is_in_parts(name, **kwargs):
             model, info = load_in_parts(cls, name, *args, **kwargs)
         else:
             told = {"output_loading_info": True, "use_safetensors": True}

@@ -128,6 +128,13 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         self.post_init()
         self.freeze()
 
+    # transformers resizes the table and the head together, and asks whichever model it is called on for both
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
     adjust_generation_fn = GenerationMixin.adjust_generation_fn  # reads generation_config.json
 
     @classmethod
@@ -278,6 +285,10 @@ class LorgnetteModel(LorgnettePreTrainedModel):
             images: of [`IMAGE_INPUTS`].
         """
         pictures = images["pixel_values"] if images["vision_features"] is None else images["vision_features"]
+        if images["pixel_values"] is not None and images.get("spatial_shapes") is None and pictures.ndim != 4:
+            raise ValueError(
+                f"pixel_values is {tuple(pictures.shape)}, and (N, 3, H, W) is needed: for one picture (1, 3, H, W)"
+            )
         mask = checked_placeholders(
             self.get_placeholder_mask(input_ids, inputs_embeds),
             None if pictures is None else pictures.detach(),

@@ -7,6 +7,7 @@ transformers fills what a checkpoint lacks with random numbers. So the backbones
 import copy
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "token")  
 WHERE = (*_FOLDER, *_HUB)
 _PLACING = ("device_map", "max_memory", "offload_folder", "offload_buffers")
 # keywords without a meaning here: there is one kind of file, and no adapter of the whole model
-_IGNORED = ("_from_auto", "_from_pipeline", "adapter_kwargs", "low_cpu_mem_usage", "trust_remote_code",
-            "use_safetensors", "weights_only")  # fmt: skip
+_IGNORED = ("_from_auto", "_from_pipeline", "adapter_kwargs", "low_cpu_mem_usage", "offload_state_dict",
+            "trust_remote_code", "use_safetensors", "weights_only")  # fmt: skip
 
 
 def is_in_parts(name: str | Path | None, config: PreTrainedConfig | None = None, **kwargs: Any) -> bool:
@@ -84,12 +85,11 @@ def load_in_parts(
             offloaded.
         ImportError: a part of the language model is offloaded, and the package is not installed.
     """
-    arguments = dict(kwargs)
     hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
     folder = {key: kwargs.pop(key) for key in _FOLDER if key in kwargs}
     where = hub | {key: value for key, value in folder.items() if value}
     placing = {key: kwargs.pop(key) for key in _PLACING if key in kwargs}
-    device_of = _device_of_parts(cls, placing.get("device_map"))
+    device_of = device_of_parts(cls, placing.get("device_map"))
     quantization, generation = kwargs.pop("quantization_config", None), kwargs.pop("generation_config", None)
     wished_dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
     variant = kwargs.pop("variant", None)
@@ -111,10 +111,8 @@ def load_in_parts(
             parts[part] = _load_backbone(part, config, name, hub, keywords)
         else:
             parts[part] = _READERS[part](None, state_dict=_take_backbone(part, weights), **keywords)
-        if _is_offloaded(parts[part]):
-            # LoRA would not be offloaded with it: accelerate has to dispatch the complete model
-            offloading = from_package("assembly.offloading", "A language model of which a part is offloaded")
-            return offloading.load_and_dispatch(cls, name, *args, **arguments)
+        if _is_offloaded(parts[part]):  # LoRA would not be offloaded with it
+            from_package("assembly.offloading", "A model of which a part is offloaded")
         setattr(config, f"{prefix}_config", parts[part].config)
         if placing or quantization is not None:  # what comes next lies where the first begins
             placing = {"device_map": {"": next(iter(parts.values())).device}}
@@ -131,7 +129,7 @@ def load_in_parts(
     }
 
 
-def _device_of_parts(cls: type[PreTrainedModel], device_map: Any) -> dict[str, Any] | None:
+def device_of_parts(cls: type[PreTrainedModel], device_map: Any) -> dict[str, Any] | None:
     """The device of each backbone, where a device map names parts; None where it is of another kind."""
     if not isinstance(device_map, dict) or not set(cls.backbones) & set(device_map):
         return None
@@ -294,9 +292,21 @@ def read_vision_model(name: str | Path | None, config: PreTrainedConfig, **keywo
     """
     if config.model_type == "blip_2_vision_model":  # which does not know the prefix that it has inside BLIP-2
         keywords = {"key_mapping": {r"^vision_model\.": ""}} | keywords
-    model, info = vision_model_class(config).from_pretrained(name, config=config, output_loading_info=True, **keywords)
+    read = partial(vision_model_class(config).from_pretrained, name, config=config, output_loading_info=True)
+    model, info = read(**keywords)
+    lacking = [key for key in info["missing_keys"] if not is_unread(f"vision_model.{key}")]
+    inside = _prefix_of(lacking, info["unexpected_keys"])
+    if inside is not None:  # the folder holds a larger model, whose names the ViT's class does not know
+        model, info = read(**{"key_mapping": {rf"^{re.escape(inside)}": ""}} | keywords)
     refuse_missing(name, f"a {type(model).__name__}", [f"vision_model.{key}" for key in info["missing_keys"]])
     return model
+
+
+def _prefix_of(missing: Iterable[str], others: Iterable[str]) -> str | None:
+    """What stands before all `missing` names in `others`; None where nothing is missing, or is there."""
+    missing, others = sorted(missing), set(others)
+    found = [key.removesuffix(missing[0]) for key in others if missing and key.endswith(f".{missing[0]}")]
+    return next((prefix for prefix in sorted(found) if all(f"{prefix}{key}" in others for key in missing)), None)
 
 
 def read_language_model(name: str | Path | None, **keywords: Any) -> PreTrainedModel:
@@ -335,6 +345,7 @@ _READERS = {"language_model": read_language_model, "vision_model": read_vision_m
 
 __all__ = [
     "WHERE",
+    "device_of_parts",
     "is_in_parts",
     "is_thin",
     "is_unread",

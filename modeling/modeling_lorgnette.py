@@ -49,20 +49,30 @@ class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     def __getitem__(self, key: Any) -> Any:
         if key == "logits" and not torch.compiler.is_compiling():
-            _refuse_unshifted_smoothing(sys._getframe(1).f_locals)
+            _check_label_smoother(sys._getframe(1).f_locals, super().__getitem__(key).shape[-1])
         return super().__getitem__(key)
 
 
-def _refuse_unshifted_smoothing(reader: dict[str, Any]) -> None:
-    """Refuse Trainer's `LabelSmoother` where it does not shift the labels: no other place of a script tells.
+def _check_label_smoother(reader: dict[str, Any], vocab_size: int) -> None:
+    """Refuse what Trainer's `LabelSmoother` would get wrong: the model sees no labels where it computes the loss.
 
     Args:
         reader: the local variables of the function that reads the logits.
 
     Raises:
-        ValueError: it is that one, and would compare each token's logits with that token.
+        ValueError: it is that one, and would compare each token's logits with that token; or has labels past the
+            vocabulary.
     """
-    if type(reader.get("self")).__name__ == "LabelSmoother" and reader.get("shift_labels") is False:
+    if type(reader.get("self")).__name__ != "LabelSmoother":
+        return
+    labels = reader.get("labels")
+    if isinstance(labels, torch.Tensor) and (labels >= vocab_size).any():
+        raise ValueError(
+            f"label_smoothing_factor is {reader['self'].epsilon}, and labels of the batch are on image placeholders "
+            f"(id {labels.max()}, past the vocabulary of {vocab_size}): TRL labels them in rows of messages. Give rows "
+            "of prompt and completion, LorgnetteCollator as data_collator, or no label smoothing"
+        )
+    if reader.get("shift_labels") is False:
         raise ValueError(
             f"label_smoothing_factor is {reader['self'].epsilon}, and Trainer would not shift the labels: it would "
             "teach each token to predict itself, and not the next. It shifts them for models whose class it knows by "
@@ -102,13 +112,15 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         headless: LorgnetteModel | None = None,
     ):
         super().__init__(config)
-        headless = LorgnetteModel(config, vision_model, language_model) if headless is None else headless
+        is_new = headless is None
+        headless = LorgnetteModel(config, vision_model, language_model) if is_new else headless
         self.__dict__["_headless"] = headless  # and no submodule: the parts and their keys are this model's own
         self._modules, self.training = headless._modules, headless.training
         self.generation_config = headless.generation_config
         self.register_forward_pre_hook(_ignore_placeholder_labels, with_kwargs=True)
         self.post_init()
-        self.freeze()
+        if is_new:  # the owner of a given model has frozen what is to be frozen
+            self.freeze()
 
     @classmethod
     def from_backbones(
@@ -352,6 +364,11 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             training = from_package("assembly.training_prompts", "generate with labels")
             input_ids, kwargs = training.prompts_of(input_ids, kwargs, self.generation_config.pad_token_id)
         check_prompts(kwargs)
+        if input_ids is not None and input_ids.is_floating_point():
+            raise ValueError(
+                f"generate was given {input_ids.dtype} {tuple(input_ids.shape)} in the place of input_ids, the "
+                "prompts' ids (B, S): pictures go in as pixel_values=…"
+            )
         configs = (generation_config, self.generation_config)
         has_images = images["pixel_values"] is not None or images["vision_features"] is not None
         check_decoding(has_images or kwargs.get("inputs_embeds") is not None, kwargs, *configs)
@@ -359,6 +376,11 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             kwargs["tokenizer"] = self._known_processor("give its tokenizer=, which stop_strings need").tokenizer
         if has_images:
             if input_ids is None and kwargs.get("inputs_embeds") is None:
+                if (mask := kwargs.get("attention_mask")) is not None:
+                    raise ValueError(
+                        f"attention_mask {tuple(mask.shape)} was given without the input_ids that it is for: give "
+                        "both, or the images alone, which are asked the processor's own query"
+                    )
                 input_ids, own = self._own_prompts(images)
                 images |= own
             row_index = kwargs.pop("row_index", None)
@@ -427,6 +449,9 @@ def _ignore_placeholder_labels(
 
     TRL copies `input_ids` of rows of messages to `labels`, and calls `forward` with `fused_lm_head=True`, which it has
     put in place of this model's. An id past the vocabulary would be looked up in the logits there.
+
+    Raises:
+        ValueError: such a call measures alone, in training: the loss came of a call without labels, and has them.
     """
     labels, input_ids = kwargs.get("labels"), kwargs.get("input_ids")
     if not kwargs.get("fused_lm_head") or labels is None or input_ids is None:
@@ -434,10 +459,16 @@ def _ignore_placeholder_labels(
     labelled = (input_ids == model.config.image_token_id) & (labels != IGNORED)
     if not labelled.any():
         return None
+    where = f"{int(labelled.sum())} labels of the batch are on image placeholders (id {model.config.image_token_id})"
+    if model.training and not torch.is_grad_enabled():
+        raise ValueError(
+            f"{where}, and the trainer computes its loss outside of the model (label_smoothing_factor, "
+            "compute_loss_func), where they cannot be left out: give rows of prompt and completion, or "
+            "LorgnetteCollator as data_collator, which label none"
+        )
     logger.warning_once(
-        f"{int(labelled.sum())} labels of the batch are on image placeholders (id {model.config.image_token_id}): they "
-        "are left out of the loss. The trainer's count of labels, by which it divides, has them: rows of prompt and "
-        "completion, or LorgnetteCollator as data_collator, have none"
+        f"{where}: they are left out of the loss. The trainer's count of labels, by which it divides, has them: rows "
+        "of prompt and completion, or LorgnetteCollator as data_collator, have none"
     )
     return args, kwargs | {"labels": labels.masked_fill(labelled, IGNORED)}
 

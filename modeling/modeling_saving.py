@@ -24,6 +24,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import filter_repo_objects
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils import (
     CONFIG_NAME,
     PROCESSOR_NAME,
@@ -221,6 +222,8 @@ def save(
     if "form" in kwargs:
         warnings.warn("form= is deprecated: it is save_format= now", FutureWarning, stacklevel=3)
         save_format = save_format or kwargs.pop("form")
+    if isinstance(model._processor, ProcessorMixin) and hasattr(model, "check_processor"):  # it may have new tokens
+        model.check_processor(model._processor)
     changed = changed_backbone_weights(model, state_dict)
     save_format = resolve_save_format(model, save_format, changed)
     for name in ("variant", "save_original_format") if save_format == "thin" else ():

@@ -1,6 +1,5 @@
 """Chat messages whose contents are lists of text and image parts, as strings: all a text-only LM's template knows."""
 
-import base64
 import binascii
 import json
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from .image_loading import decode_base64
 from .prompt_encoding import IMAGE_TOKEN, mark_as_words
 
 
@@ -21,8 +21,16 @@ def conversations_of(given: Any) -> tuple[list[list[dict[str, Any]]], bool]:
     except (TypeError, ValueError):  # below it is said which message that is
         first = None
     if isinstance(first, list):
-        return [messages_of(item) for item in items], True
+        return [_nth(position, item) for position, item in enumerate(items)], True
     return [messages_of(items)], False
+
+
+def _nth(position: int, conversation: Any) -> list[dict[str, Any]]:
+    try:
+        return messages_of(conversation)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{error} (conversation {position})") from error
 
 
 def messages_of(conversation: Any) -> list[dict[str, Any]]:
@@ -107,6 +115,11 @@ def parts_of(message: dict[str, Any], decode: bool = True) -> list[dict[str, Any
         kind = type(message).__name__
         raise TypeError(f'a message is {{"role": …, "content": …}}, not {str(message)[:100]!r} (a {kind})')
     content = message.get("content")
+    if isinstance(content, str) and _is_json_of_parts(content):
+        raise TypeError(
+            f"the content of a message is JSON of parts, as a string: {content[:100]!r}. Give the parts themselves, "
+            "json.loads(content), or where it is what is said, a part of text with it"
+        )
     if content is None or isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
     if isinstance(content, Mapping):
@@ -115,6 +128,18 @@ def parts_of(message: dict[str, Any], decode: bool = True) -> list[dict[str, Any
     if not isinstance(content, (list, tuple, np.ndarray)):
         raise TypeError(f"the content of a message is a string or a list of parts, not a {type(content).__name__}")
     return [_part(part, position, decode) for position, part in enumerate(content)]
+
+
+def _is_json_of_parts(content: str) -> bool:
+    """Whether somebody has written a list of parts as a string, which would be read as words."""
+    if not content.lstrip().startswith("["):
+        return False
+    try:
+        parts = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    kinds = ("text", "image", "image_url")
+    return bool(parts) and all(isinstance(part, dict) and part.get("type") in kinds for part in parts)
 
 
 def _part(part: Any, position: int, decode: bool) -> dict[str, Any]:
@@ -135,7 +160,7 @@ def _part(part: Any, position: int, decode: bool) -> dict[str, Any]:
         if not decode:
             return {"type": "image", "image": part["base64"]}
         try:
-            return {"type": "image", "image": base64.b64decode(part["base64"], validate=True)}
+            return {"type": "image", "image": decode_base64(part["base64"])}
         except binascii.Error as error:
             raise ValueError(f"an image part's base64 is not valid: {error}") from error
     found = [part[key] for key in ("image", "url", "path") if key in part]

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ MAX_IMAGE_PIXELS = 50_000_000  # a pixel takes up to 20 bytes while it is decode
 # and of any size, ICO decodes before anybody has seen the size, and DDS is decoded in Python, a pixel after another.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _FLOAT_SLACK = 1e-3  # resizing overshoots 0 and 1 by a little
+_OF_URLS = str.maketrans("-_", "+/", "\r\n\t")
 _WERE_FLOATS = "lorgnette: floats from 0 to 1"  # in `info` of a loaded picture
 
 
@@ -198,7 +199,7 @@ def read_web_image(
     if is_web(url):
         _check_url(url)
         return download(url, timeout, max_bytes, guard)[1]
-    if url.startswith("data:"):
+    if is_data_url(url):
         return _from_base64(url.partition(",")[2])
     raise ValueError(f"an image's URL begins with http://, https:// or data:, not with {url[:20]!r}")
 
@@ -226,7 +227,7 @@ def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
         return "the picture", bytes(source)
     if isinstance(source, str) and is_web(source):
         return download(source, timeout)
-    if isinstance(source, str) and source.startswith("data:"):
+    if isinstance(source, str) and is_data_url(source):
         return "the data URL", _from_base64(source.partition(",")[2])
     if isinstance(source, (str, os.PathLike)):
         try:
@@ -256,12 +257,26 @@ def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
     )
 
 
+def is_data_url(url: str) -> bool:
+    return url[:5].lower() == "data:"
+
+
+def decode_base64(text: str) -> bytes:
+    """Base64 as programs write it: in lines, percent-encoded, without padding, in either alphabet.
+
+    Raises:
+        binascii.Error: it is none.
+    """
+    digits = unquote(text).strip().translate(_OF_URLS).rstrip("=")
+    return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
+
+
 def _raw_base64(source: Any) -> bytes | None:
     """What a string that names no file says in base64, where it is long enough and Pillow knows a picture in it."""
     if not isinstance(source, str) or len(source) < 64:
         return None
     try:
-        data = base64.b64decode("".join(source.split()), validate=True)
+        data = decode_base64("".join(source.split()))
         Image.open(BytesIO(data), formats=_readable_formats()).close()
     except (ValueError, Image.UnidentifiedImageError):  # binascii's is one
         return None
@@ -272,7 +287,7 @@ def _raw_base64(source: Any) -> bytes | None:
 
 def _from_base64(text: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
+        return decode_base64(text)
     except binascii.Error as error:
         raise ValueError(f"the data URL is not valid base64: {error}") from error
 

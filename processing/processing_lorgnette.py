@@ -23,7 +23,12 @@ from transformers.processing_utils import (
 )
 from transformers.utils import PROCESSOR_NAME
 
-from ..configuration.backbone_sources import from_pretrained_arguments, load_qformer_tokenizer, load_tokenizer
+from ..configuration.backbone_sources import (
+    from_pretrained_arguments,
+    load_part,
+    load_qformer_tokenizer,
+    load_tokenizer,
+)
 from ..configuration.configuration_lorgnette import AUTO_PROCESSOR, MAX_QUERY_TOKENS, save_code
 from .blip2_prompts import BLIP2_TEMPLATE
 from .conversations import conversations_of, flatten, images_in, query_in
@@ -41,7 +46,7 @@ from .prompt_encoding import (
     with_start,
     writes_time,
 )
-from .tokenizer_preparation import prepare_tokenizer
+from .tokenizer_preparation import prepare_tokenizer, refuse_own_class
 
 
 _TOKENIZERS = ("tokenizer", "qformer_tokenizer")
@@ -54,6 +59,11 @@ _CALL_KWARGS = {
 }
 _OPTIONS_OF_OTHERS = {*VideosKwargs.__annotations__, *AudioKwargs.__annotations__} - _CALL_KWARGS
 _OTHER_MODALITIES = ("videos", "audio", "audios", "videos_kwargs", "audio_kwargs")
+_MEANT = dict.fromkeys(("query", "prompt", "question"), "queries") | {"video": "videos", "image": "images"}
+_GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
+# a tokenizer's, which are read in stage 1 alone
+_UNREAD = {f"return_{name}" for name in ("overflowing_tokens", "special_tokens_mask", "offsets_mapping", "length")}
+_UNREAD |= {"return_token_type_ids", "text_pair", "text_target", "text_pair_target"}
 
 
 def _is_nothing(value: Any) -> bool:
@@ -84,8 +94,8 @@ class LorgnetteProcessor(ProcessorMixin):
         max_image_pixels: a picture with more is refused before it is decoded. Pillow's own limits hold as well.
 
     Raises:
-        ValueError: no tokenizer, one without both pad and EOS token, `num_query_tokens` or `max_image_pixels` below 1,
-            more queries than can be meant.
+        ValueError: no tokenizer, one without both pad and EOS token, a part whose class is not transformers' own,
+            `num_query_tokens` or `max_image_pixels` below 1, more queries than can be meant.
     """
 
     image_token = IMAGE_TOKEN
@@ -108,6 +118,9 @@ class LorgnetteProcessor(ProcessorMixin):
                 raise ValueError(f"{name} is {value!r}; it has to be a whole number of at least 1")
         if num_query_tokens > MAX_QUERY_TOKENS:
             raise ValueError(f"num_query_tokens is {num_query_tokens}; more than {MAX_QUERY_TOKENS} cannot be meant")
+        refuse_own_class("image processor", image_processor)
+        refuse_own_class("tokenizer", tokenizer)
+        refuse_own_class("Q-Former's tokenizer", qformer_tokenizer)
         if tokenizer is not None:
             tokenizer = prepare_tokenizer(tokenizer)
         super().__init__(image_processor, tokenizer or qformer_tokenizer, qformer_tokenizer)
@@ -146,7 +159,7 @@ class LorgnetteProcessor(ProcessorMixin):
         """
         if isinstance(vision, (str, Path)):
             name, keywords = from_pretrained_arguments(vision, vision_revision)
-            vision = AutoImageProcessor.from_pretrained(name, **keywords)
+            vision = load_part(AutoImageProcessor, "image processor", name, **keywords)
         return cls(
             vision,
             load_tokenizer(text, text_revision),
@@ -168,7 +181,7 @@ class LorgnetteProcessor(ProcessorMixin):
         """
         name, keywords = from_pretrained_arguments(source, revision)
         return cls(
-            AutoImageProcessor.from_pretrained(name, **keywords),
+            load_part(AutoImageProcessor, "image processor", name, **keywords),
             load_tokenizer(source, revision),
             num_query_tokens=AutoConfig.from_pretrained(name, **keywords).num_query_tokens,
             query=query,
@@ -378,9 +391,9 @@ class LorgnetteProcessor(ProcessorMixin):
                 image that is none; for OSError and TypeError see [`load_image`].
             TypeError: a keyword that no processor of these parts has, `videos` and `audio` among them.
         """
+        self._check_keywords(kwargs)
         if images is None and text is None:
             raise ValueError("neither images nor text given")
-        self._check_keywords(kwargs)
         return_offsets = kwargs.pop("return_text_replacement_offsets", False)
         return_types = kwargs.pop("return_mm_token_type_ids", False)
         merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
@@ -437,8 +450,13 @@ class LorgnetteProcessor(ProcessorMixin):
                     raise TypeError(f"{name} was given, and {type(self).__name__} takes images and text alone")
             elif name not in known:
                 near = get_close_matches(name, {*known, "queries", "images", "text", "timeout"}, n=1)
-                meant = f": was {near[0]} meant?" if near else ""
+                meant = _MEANT.get(name, near[0] if near else None)
+                meant = f": was {meant} meant?" if meant else ""
                 raise TypeError(f"{type(self).__name__} knows no keyword {name!r}{meant}")
+            elif name in _UNREAD and value not in (None, False) and not self.is_stage1:
+                raise TypeError(f"{name} was given, and {type(self).__name__} does not read it")
+            elif name in _GROUPS:
+                self._check_keywords(value or {})
 
     def _replacement_offsets(self, prompt: str) -> list[dict[str, Any]]:
         """Where each `<image>` of a prompt stands, before and after it is expanded: characters."""
@@ -583,6 +601,12 @@ class LorgnetteProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, processor_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[Any]:
+        saved, asked = (processor_dict or {}).get("num_query_tokens"), kwargs.get("num_query_tokens")
+        if None not in (saved, asked) and saved != asked:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: num_query_tokens is {saved} in its {PROCESSOR_NAME}, with which its "
+                f"model was trained, and {asked} was asked for: leave it out, or build one anew with from_backbones"
+            )
         kwargs = {name: value for name, value in kwargs.items() if name not in _FIELDS}
         subfolder = kwargs.pop("subfolder", "")
         parts = [AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)]

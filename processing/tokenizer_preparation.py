@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerBase
@@ -14,8 +15,15 @@ from .prompt_encoding import IMAGE_TOKEN, is_in_template
 logger = logging.get_logger(__name__)
 
 # Added tokens that a vocabulary keeps free: Llama 3's <|reserved_special_token_7|>, Gemma's <unused7>, Phi 3's
-# <|placeholder7|>, Falcon 3's >>UNUSED_7<<
-_RESERVED = re.compile(r"\W{1,2}(reserved(_special)?(_token)?|unused|placeholder|dummy)_?\d+\W{1,2}", re.IGNORECASE)
+# <|placeholder7|>, Falcon 3's >>UNUSED_7<<, Mistral's [control_8] and <SPECIAL_20>, InternLM's [UNUSED_TOKEN_141],
+# Qwen's <|extra_0|>, DeepSeek's place▁holder▁no▁7, [PAD151700] of tables that were converted. T5 uses its <extra_id_0>,
+# but it is no causal LM, and this is the tokenizer of one.
+_KINDS = (
+    "(reserved|unused)([_ ]special)?([_ ]token)?",
+    "place(holder|▁holder▁no)",
+    "dummy|special|control|pad|extra(_id)?",
+)
+_RESERVED = re.compile(rf"\W{{1,2}}({'|'.join(_KINDS)})[_ ▁]?\d+(_token)?\W{{1,2}}", re.IGNORECASE)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -34,6 +42,16 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
         tokenizer.pad_token = tokenizer.eos_token
         logger.warning_once(f"The tokenizer has no pad token: {tokenizer.eos_token} serves as one.")
     return tokenizer
+
+
+def refuse_own_class(what: str, part: Any) -> None:
+    """Raises a ValueError for a part of a processor that a saved folder would load as something else, or not at all."""
+    kind = type(part)
+    if part is not None and kind.__module__.split(".")[0] not in ("transformers", "tokenizers"):
+        raise ValueError(
+            f"The {what} is a {kind.__name__}, which is defined in {kind.__module__}: a saved model would not bring "
+            "its code along. Give one whose class is transformers' own"
+        )
 
 
 def has_image_token(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -200,9 +200,12 @@ class Eyes:
         try:
             if question.messages is None:
                 return dict(processor(images=[images], queries=question.prompt, return_tensors="pt"))
+            *before, last = question.messages
+            if last["role"] == "user" and {part["type"] for part in last["content"]} == {"image"}:
+                last = last | {"content": [{"type": "text", "text": processor.query}, *last["content"]]}
             return dict(
                 processor.apply_chat_template(
-                    question.messages,
+                    [*before, last],
                     add_generation_prompt=True,
                     tokenize=True,
                     return_dict=True,

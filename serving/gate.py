@@ -13,13 +13,16 @@ from .metrics import Metrics
 
 
 OPEN = ("/healthz", "/health")  # to all, without a key
+KEYLESS = "/load_model"  # `transformers chat` sends no key there; room, size and time hold as elsewhere
 
 
 class Gate:
-    """ASGI middleware around the worker. It puts `deadline`, by `time.monotonic`, into the scope of a question.
+    """ASGI middleware around the worker.
+
+    It puts `deadline`, by `time.monotonic`, and `has_key` into the scope of a question.
 
     Args:
-        api_key: what `Authorization: Bearer …` has to hold; None asks for none. [`OPEN`] needs none.
+        api_key: what `Authorization: Bearer …` has to hold; None asks for none. [`OPEN`] and [`KEYLESS`] need none.
         capacity: questions that are in the house at a time; the next is refused with 503.
         max_body: bytes.
         timeout: seconds from the arrival of a question's head to its answer's.
@@ -46,7 +49,9 @@ class Gate:
             return
         headers = dict(scope["headers"])
         try:
-            self._check_key(headers.get(b"authorization", b""))
+            scope["has_key"] = self._has_key(headers.get(b"authorization", b""))
+            if not scope["has_key"] and scope["path"] != KEYLESS:
+                raise RefusedError(401, "unauthorized", "Authorization: Bearer … is missing, or holds another key")
             if scope["method"] != "POST":
                 await self.app(scope, receive, send)
                 return
@@ -93,12 +98,11 @@ class Gate:
             self.inside -= 1
             self.metrics.answered(scope["path"], status, time.monotonic() - start)
 
-    def _check_key(self, authorization: bytes) -> None:
-        kind, _, key = authorization.partition(b" ")
+    def _has_key(self, authorization: bytes) -> bool:
         if self.api_key is None:
-            return
-        if kind.lower() != b"bearer" or not secrets.compare_digest(key.strip(), self.api_key.encode()):
-            raise RefusedError(401, "unauthorized", "Authorization: Bearer … is missing, or holds another key")
+            return True
+        kind, _, key = authorization.partition(b" ")
+        return kind.lower() == b"bearer" and secrets.compare_digest(key.strip(), self.api_key.encode())
 
     def _check_size(self, content_length: bytes) -> None:
         if content_length.isdigit() and int(content_length) > self.max_body:

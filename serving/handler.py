@@ -5,13 +5,15 @@
 The Endpoint asks for `inputs`; without that the fields may stand by themselves. `inputs` may also be a picture alone:
 what the runtime makes of a body of type `image/…`, base64, or a URL. Other fields stand in `parameters` then, or in its
 `generate_kwargs`, the processor's own query is what is asked without a `prompt`, and the answer has the form of the
-image-to-text task, `[{"generated_text": …}]`, which `huggingface_hub.InferenceClient.image_to_text` reads.
+image-to-text task, `[{"generated_text": …}]`, which `huggingface_hub.InferenceClient.image_to_text` reads. A `question`
+beside `inputs` is the prompt as well, as `InferenceClient.visual_question_answering` sends it, and reads `answer`.
 
 There is one adapter, called as the environment variable `ADAPTER_NAME` says, `default` otherwise. What is raised here
 its caller gets as `{"error": …}`.
 """
 
 import base64
+import io
 import os
 import re
 from contextlib import nullcontext
@@ -35,10 +37,10 @@ FIELDS = {
 }
 BOOLS = {"1": True, "true": True, "0": False, "false": False}
 URL = re.compile(r"(?i:https?)://|data:")
-PICTURE = (str, bytes, Image.Image)  # what `inputs` is where it is a picture alone
+PICTURE = (str, bytes, bytearray, io.BytesIO, Image.Image)  # what `inputs` is where it is a picture alone
 MAX_URL = 8192  # characters, of http and https
 # What may be said of how tokens are chosen: the likeliest is taken
-GREEDY = {"do_sample": False, "num_beams": 1}
+GREEDY = {"do_sample": False, "num_beams": 1, "top_k": 1}
 
 
 class EndpointHandler:
@@ -61,7 +63,7 @@ class EndpointHandler:
         Returns:
             `text`, `usage` (`prompt_tokens`, `completion_tokens`, `total_tokens`), `adapter` and `finish_reason`, which
             is `stop` or, where the limit of tokens ended the answer, `length`. Of a picture alone: a list of one such
-            object, whose text is called `generated_text`.
+            object, whose text is called `generated_text`, and with a `question` `answer` too.
 
         Raises:
             ValueError: a field that is missing, unknown, given twice or of another type, another adapter, no picture,
@@ -69,7 +71,8 @@ class EndpointHandler:
             OSError: a picture that cannot be fetched, or lies in a private network.
         """
         has_inputs = isinstance(data, dict) and "inputs" in data
-        asked = _checked(*((data["inputs"], data.get("parameters")) if has_inputs else (data, None)))
+        question = _question(data) if has_inputs else None
+        asked = _checked(*((data["inputs"], data.get("parameters"), question) if has_inputs else (data,)))
         if asked["adapter"] not in ("", self.adapter):
             raise ValueError(f"there is no adapter {asked['adapter'][:100]!r}; there is {self.adapter}")
         if not asked["use_lora"] and self.model.config.saved_form == "merged":
@@ -103,7 +106,9 @@ class EndpointHandler:
             "finish_reason": "stop" if ended else "length",
         }
         is_alone = has_inputs and isinstance(data["inputs"], PICTURE)
-        return [{"generated_text": text, **answer}] if is_alone else {"text": text, **answer}
+        if not is_alone:
+            return {"text": text, **answer}
+        return [{"generated_text": text, **answer, **({} if question is None else {"answer": text})}]
 
     def _load(self, picture: str | bytes | Image.Image) -> Image.Image:
         try:
@@ -114,10 +119,23 @@ class EndpointHandler:
             raise ValueError(str(error).partition("; it begins with ")[0]) from None  # the file is not quoted
 
 
-def _checked(inputs: Any, parameters: Any) -> dict[str, Any]:
+def _question(data: dict[str, Any]) -> Any:
+    """What is asked beside a picture alone; a ValueError for what else beside `inputs` would be passed over."""
+    is_alone = isinstance(data["inputs"], PICTURE)
+    known = {"inputs", "parameters", "options"} | ({"question", "image"} if is_alone else set())
+    if unknown := sorted(map(str, data.keys() - known)):
+        raise ValueError(f"there is no field {unknown[0][:100]!r} beside inputs; there are {', '.join(sorted(known))}")
+    if data.get("image") not in (None, data["inputs"]):
+        raise ValueError("image is another picture than inputs")
+    return data.get("question")
+
+
+def _checked(inputs: Any, parameters: Any = None, question: Any = None) -> dict[str, Any]:
     """All of [`FIELDS`], the prompt of a picture alone None where it is not given; or a ValueError."""
     is_alone = isinstance(inputs, PICTURE)
-    fields = _merged({"image_url": _decoded(inputs)} if is_alone else inputs, parameters)
+    if is_alone:
+        inputs = {"image_url": _decoded(inputs)} | ({} if question is None else {"prompt": question})
+    fields = _merged(inputs, parameters)
     checked = {}
     for name, (kind, default) in FIELDS.items():
         value = fields.get(name)
@@ -148,12 +166,15 @@ def _checked(inputs: Any, parameters: Any) -> dict[str, Any]:
     return checked
 
 
-def _decoded(picture: str | bytes | Image.Image) -> str | bytes | Image.Image:
-    """`inputs` that are a picture alone: bare base64 becomes bytes."""
+def _decoded(picture: Any) -> str | bytes | Image.Image:
+    """`inputs` that are a picture alone: bare base64, URL-safe or without its padding too, and files become bytes."""
+    if isinstance(picture, io.BytesIO):
+        return picture.getvalue()
     if not isinstance(picture, str) or URL.match(picture):
-        return picture
+        return bytes(picture) if isinstance(picture, bytearray) else picture
+    code = "".join(picture.split()).replace("-", "+").replace("_", "/").rstrip("=")
     try:
-        return base64.b64decode("".join(picture.split()), validate=True)
+        return base64.b64decode(code + "=" * (-len(code) % 4), validate=True)
     except ValueError as error:
         raise ValueError(f"inputs is neither an http, https or data URL nor base64: {error}") from None
 
@@ -167,10 +188,12 @@ def _merged(inputs: Any, parameters: Any) -> dict[str, Any]:
         if not isinstance(group, dict):
             raise ValueError(f"{where} is a {type(group).__name__}; an object is needed")
         for name, value in group.items():
+            if value is None:  # as clients send what nobody chose
+                continue
             if name in ("generate_kwargs", "generation_parameters") and where == "parameters":
                 groups.append((name, value))
             elif name in GREEDY:
-                if value is not None and value != GREEDY[name]:
+                if value != GREEDY[name]:
                     raise ValueError(f"{name} may be {GREEDY[name]} alone: the likeliest token is always taken here")
             elif name in fields:
                 raise ValueError(f"{name} is given twice")

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from .fields import FormBool, FormInt, Temperature, TopP, only
 
@@ -21,7 +21,7 @@ class Question:
 
     Args:
         messages: as `apply_chat_template` takes them, with `{"type": "image"}` for each picture; None for the prompt
-            that the processor writes.
+            that the processor writes. Where the last has pictures and no words, the processor's own query is asked.
         prompt: what is asked, without messages.
         images: the pictures' URLs, in order.
         adapter: the bridge's name; None for the first.
@@ -69,17 +69,23 @@ class VisionRequest(_Strict):
 
     image_url: str = Field(description="http, https, or base64 as data:image/…;base64,…")
     prompt: str = Field(description="What is asked, plain text.")
-    adapter: str | None = Field(None, description="A bridge's name; the model's own where it is left out.")
-    use_lora: FormBool = Field(True, description="false: the language model answers without LoRA.")
+    adapter: str | None = Field(None, description="A bridge's name; the model's own where it is left out, or empty.")
+    use_lora: FormBool | None = Field(True, description="false: the language model answers without LoRA.")
     max_new_tokens: FormInt | None = Field(None, ge=1, description="At most so many as the worker allows.")
-    stream: FormBool = Field(False, description="Server-sent events, piece by piece.")
+    stream: FormBool | None = Field(False, description="Server-sent events, piece by piece.")
 
     _url = field_validator("image_url")(_check_url)
     _words = field_validator("prompt")(_check_words)
 
     def question(self) -> Question:
         return Question(
-            None, self.prompt, [self.image_url], self.adapter, self.use_lora, self.max_new_tokens, self.stream
+            None,
+            self.prompt,
+            [self.image_url],
+            self.adapter or None,
+            self.use_lora is not False,
+            self.max_new_tokens,
+            bool(self.stream),
         )
 
 
@@ -102,7 +108,7 @@ class _TextPart(_Strict):
 
 class _Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[_ImagePart | _TextPart, Field(discriminator="type")]]
+    content: str | list[Annotated[_ImagePart | _TextPart, Field(discriminator="type")]] | None
     name: str | None = None  # nobody is told
     annotations: Annotated[Any, only([])] = None
     audio: Annotated[Any, only()] = None
@@ -110,8 +116,15 @@ class _Message(_Strict):
     refusal: Annotated[Any, only()] = None
     tool_calls: Annotated[Any, only([])] = None
 
+    @field_validator("content")
+    @classmethod
+    def _said(cls, content: Any, info: ValidationInfo) -> Any:
+        if content is None and info.data.get("role") != "assistant":
+            raise ValueError("it is null, which an assistant's alone may be")
+        return content
+
     def parts(self) -> list[_ImagePart | _TextPart]:
-        return [_TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
+        return [_TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content or []
 
 
 class _StreamOptions(_Strict):
@@ -150,7 +163,7 @@ class ChatRequest(_Strict):
     max_completion_tokens: FormInt | None = Field(None, ge=1)
     stream: FormBool | None = False
     stream_options: _StreamOptions | None = None
-    use_lora: FormBool = Field(True, description="Not OpenAI's: as in /v1/vision.")
+    use_lora: FormBool | None = Field(True, description="Not OpenAI's: as in /v1/vision.")
     temperature: Temperature | None = Field(None, description="0, and the default: the likeliest token is taken.")
     top_p: TopP | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same answer again, whoever else asks.")
@@ -204,8 +217,10 @@ class ChatRequest(_Strict):
     @classmethod
     def _bounded(cls, messages: list[_Message]) -> list[_Message]:
         parts = [part for message in messages for part in message.parts()]
-        _check_words("".join(part.text for part in parts if isinstance(part, _TextPart)))
         images = sum(isinstance(part, _ImagePart) for part in parts)
+        words = [part.text for part in parts if isinstance(part, _TextPart)]
+        if words or not images:  # a picture alone is asked the processor's own query
+            _check_words("".join(words))
         if images > MAX_IMAGES:
             raise ValueError(f"{images} pictures are more than the {MAX_IMAGES} that are allowed")
         return messages
@@ -227,7 +242,7 @@ class ChatRequest(_Strict):
             None,
             images,
             self.model,
-            self.use_lora,
+            self.use_lora is not False,
             self.max_completion_tokens or self.max_tokens,
             bool(self.stream),
             at_most=config.max_new_tokens,

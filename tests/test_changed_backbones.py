@@ -93,6 +93,69 @@ def test_what_changed_is_saved_in_full_and_refused_by_name_as_thin(change: Calla
     assert form_of(tmp_path / "again") == "full"
 
 
+def pruned(built: nn.Module) -> None:
+    built.language_model.model.layers = built.language_model.model.layers[:1]
+
+
+def pruned_vision_model(built: nn.Module) -> None:
+    del built.vision_model.layers[-1]
+
+
+def a_norm_taken_out(built: nn.Module) -> None:
+    built.language_model.model.norm = nn.Identity()
+
+
+def pruned_qformer(built: nn.Module) -> None:
+    built.qformer.encoder.layer = built.qformer.encoder.layer[:1]
+
+
+def head_tied_by_hand(built: nn.Module) -> None:
+    built.language_model.lm_head.weight = built.get_input_embeddings().weight
+
+
+def a_table_of_another_size(built: nn.Module) -> None:
+    built.set_input_embeddings(nn.Embedding(400, 32).requires_grad_(False))
+
+
+def a_table_below_the_pad_token(built: nn.Module) -> None:
+    built._processor = None  # which would be refused first
+    built.resize_token_embeddings(200)
+
+
+OTHER_MODELS = {
+    pruned: r"language_model.model.layers.1.\S+ is missing",
+    pruned_vision_model: r"vision_model.layers.1.\S+ is missing",
+    a_norm_taken_out: "language_model.model.norm.weight is missing",
+    pruned_qformer: r"qformer\S+1.\S+ is missing",
+    head_tied_by_hand: r"lm_head.weight is tied to \S+embed_tokens.weight, and by its config it is not",
+    a_table_of_another_size: r"embed_tokens.weight is \(400, 32\), and \(311, 32\) by its config",
+    a_table_below_the_pad_token: r"Padding_idx must be within num_embeddings \(.*size': 200, 'pad_token_id': 310",
+}
+
+
+@pytest.mark.parametrize("change", OTHER_MODELS, ids=lambda change: change.__name__)
+def test_what_no_config_describes_is_saved_in_no_form(change: Callable, hub, tmp_path):
+    built = joined()
+    change(built)
+    for form in (None, "thin", "full", "merged"):
+        match = OTHER_MODELS[change]
+        if form == "thin" and change is not pruned_qformer:
+            match = r"cannot be saved thin: \d+ weights of its backbones are no longer those that were loaded"
+        with pytest.raises(ValueError, match=match):
+            built.save_pretrained(tmp_path / "saved", form=form)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_head_that_was_untied_by_hand_is_not_saved(tmp_path):
+    built = model(text="gemma3_text")
+    head = built.language_model.lm_head
+    head.weight = nn.Parameter(head.weight.detach() + 1, requires_grad=False)
+    for form in (None, "merged"):
+        with pytest.raises(ValueError, match=r"weight is not tied to .*, and by its config it is"):
+            built.save_pretrained(tmp_path / "saved", form=form)
+    assert not (tmp_path / "saved").exists()
+
+
 def test_a_thin_model_that_was_loaded_is_watched_too(hub, tmp_path):
     joined().save_pretrained(tmp_path / "thin")
     loaded = load(tmp_path / "thin")

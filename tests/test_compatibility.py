@@ -1,11 +1,11 @@
-"""`python -m faults.compatibility`, on three language models and two ViTs; and what it does of one that fails."""
+"""`python -m faults.compatibility`, on a few language models and ViTs; and what it does of one that fails."""
 
 import os
 import signal
 import time
 
 import pytest
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, Emu3Config, LlamaConfig
 
 from faults import compatibility, compatibility_steps
 from faults.compatibility import LMS, VITS, Outcome, language_models, main, table, tried, vision_models
@@ -24,6 +24,26 @@ def test_the_table(tmp_path, capsys):
     assert "RwkvForCausalLM cannot be joined" in refused[0]
     assert "ViTMAEModel sees one picture differently each time" in refused[1]
     assert "3 works, 2 refused, 0 fails, 0 not tried" in capsys.readouterr().out
+
+
+IN_WORDS = {
+    "detr": "| refused | DetrModel is no ViT",
+    "emu3": "| refused |  | Emu3ForCausalLM cannot be joined: AutoModelForCausalLM",
+    "gemma4_assistant": "| not tried |  | drafts words for another model",
+    "gemma4_unified_text": "| works | yes |  |",
+    "musicgen": "| not tried |  | AutoModelForCausalLM cannot build it",
+    "youtu": "| works | yes |  |",
+    "zamba": "no: carries a state from token to token | lora has to name its target_modules, here in_proj, linear |",
+}
+
+
+def test_what_is_not_tried_or_needs_more_says_so_in_words(tmp_path):
+    output = tmp_path / "compatibility.md"
+    known = sorted(IN_WORDS.keys() & {model_type for _, model_type, _ in [*language_models(), *vision_models()]})
+    assert main(["--only", ",".join(known), "--output", str(output)]) == 0
+    lines = {line.split("`")[1]: line for line in output.read_text(encoding="utf-8").splitlines() if "| `" in line}
+    assert sorted(lines) == known
+    assert [line for model_type, line in lines.items() if IN_WORDS[model_type] not in line] == []
 
 
 def test_a_model_that_dies_or_hangs_or_answers_wrong_is_a_failure_and_the_others_go_on(tmp_path, monkeypatch):
@@ -66,8 +86,17 @@ def test_all_of_transformers_are_walked():
 def test_what_cannot_be_made_tiny_says_why():
     with pytest.raises(NotTinyError, match="as many as you like"):
         tiny_model(LlamaConfig, lambda config: (_ for _ in ()).throw(ValueError("as many as you like")))
+    missing = ImportError("A requires the timm library but it was not found. B requires the natten library but it")
+    with pytest.raises(NotTinyError, match=r"^needs the libraries natten and timm, which are not installed$"):
+        tiny_model(LlamaConfig, lambda config: (_ for _ in ()).throw(missing))
     model = tiny_model(LlamaConfig, AutoModelForCausalLM.from_config)
     assert sum(weight.numel() for weight in model.parameters()) < 100_000
+
+
+def test_fields_of_a_config_within_go_beside_the_small_ones():
+    model = tiny_model(Emu3Config, AutoModelForCausalLM.from_config, text_config={"num_hidden_layers": 3})
+    config = model.config
+    assert (config.num_hidden_layers, config.hidden_size, config.pad_token_id) == (3, 32, 0)
 
 
 def test_a_type_that_is_not_there(tmp_path, capsys):

@@ -316,7 +316,7 @@ def test_arguments_of_from_pretrained_reach_all_parts(hub, tmp_path, config):
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     parts = (loaded, loaded.language_model, loaded.vision_model, loaded.qformer)
     assert {part.config._attn_implementation for part in parts} == {"eager"}
-    assert load(tmp_path / "thin", vision_feature_layer=-2).config.vision_feature_layer == -2
+    assert load(tmp_path / "thin", qformer_backbone="tiny/bert").config.qformer_backbone == "tiny/bert"
     with pytest.raises(TypeError, match="unheard_of"):
         load(tmp_path / "thin", unheard_of=1)
 

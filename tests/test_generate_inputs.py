@@ -228,3 +228,16 @@ def test_stop_strings_take_the_tokenizer_of_the_models_processor(parts):
     assert torch.equal(built.generate(**asked, generation_config=settings), expected)
     with pytest.raises(ValueError, match=r"No processor is known .* stop_strings"):
         model().generate(**inputs(), stop_strings=["a"], **GREEDY)
+
+
+def test_what_is_given_in_another_place_is_named():
+    built, batch = model(), inputs()
+    pictures = batch["pixel_values"]
+    with pytest.raises(ValueError, match=r"float32 \(2, 3, 32, 32\) in the place of input_ids.*pixel_values="):
+        built.generate(pictures, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"attention_mask \(2, 15\) was given without the input_ids"):
+        built.generate(pixel_values=pictures, attention_mask=batch["attention_mask"], max_new_tokens=2)
+    one = {name: value[:1] for name, value in batch.items()} | {"pixel_values": pictures[0]}
+    for run in (built, built.generate):
+        with pytest.raises(ValueError, match=r"pixel_values is \(3, 32, 32\), and \(N, 3, H, W\) is needed"):
+            run(**one)

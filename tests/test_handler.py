@@ -157,6 +157,10 @@ PICTURES = {
     "raw bytes": png(picture()),
     "a data URL": data_url(),
     "base64": BARE,
+    "base64 without padding": BARE.rstrip("="),
+    "URL-safe base64": BARE.replace("+", "-").replace("/", "_"),
+    "a bytearray": bytearray(png(picture())),
+    "a file": io.BytesIO(png(picture())),
     "base64 in lines": "\n".join(BARE[start : start + 76] for start in range(0, len(BARE), 76)) + "\n",
 }
 
@@ -164,7 +168,11 @@ PICTURES = {
 @pytest.mark.parametrize("kind", PICTURES)
 def test_a_picture_alone(handler, caption, kind):
     image = PICTURES[kind]
-    for parameters in (LIMIT, {"generate_kwargs": LIMIT | {"do_sample": False}}, {"generation_parameters": LIMIT}):
+    for parameters in (
+        LIMIT,
+        {"generate_kwargs": LIMIT | {"do_sample": False}},
+        {"generation_parameters": LIMIT | {"temperature": None}},
+    ):
         (answer,) = handler({"inputs": image, "parameters": parameters})
         assert answer["generated_text"] == caption
         assert answer["usage"]["completion_tokens"] <= MAX_NEW_TOKENS
@@ -188,6 +196,45 @@ def test_huggingface_hubs_image_to_text(handler, caption, monkeypatch, tmp_path)
     with serving_app(Starlette(routes=[Route("/", endpoint, methods=["POST"])])) as (url, _):
         answer = InferenceClient(url).image_to_text(tmp_path / "cat.png")
     assert answer.generated_text.startswith(caption)
+
+
+def test_huggingface_hubs_visual_question_answering(handler, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    async def endpoint(request: Request) -> JSONResponse:
+        return JSONResponse(handler(await request.json()))
+
+    picture().save(tmp_path / "cat.png")
+    with serving_app(Starlette(routes=[Route("/", endpoint, methods=["POST"])])) as (url, _):
+        for top_k in (None, 1):
+            (answer,) = InferenceClient(url).visual_question_answering(
+                tmp_path / "cat.png", ASKED["prompt"], top_k=top_k
+            )
+            assert (
+                answer.answer
+                == handler({"inputs": BARE, "parameters": {"prompt": ASKED["prompt"]}})[0]["generated_text"]
+            )
+    assert answer.answer != handler({"inputs": BARE})[0]["generated_text"]
+
+
+@pytest.mark.parametrize(
+    ("beside", "message"),
+    [
+        (
+            {"prompt": "What?"},
+            "no field 'prompt' beside inputs; there are image, inputs, options, parameters, question",
+        ),
+        ({"use_lora": False}, "no field 'use_lora' beside inputs"),
+        ({"image": data_url()}, "image is another picture than inputs"),
+        ({"question": 5}, "prompt is a int"),
+        ({"question": "What?", "parameters": {"prompt": "Who?"}}, "prompt is given twice"),
+        ({"inputs": ASKED, "question": "What?"}, "no field 'question' beside inputs; there are inputs, options, par"),
+    ],
+)
+def test_what_stands_beside_inputs_is_not_passed_over(handler, beside, message):
+    with pytest.raises(ValueError, match=message):
+        handler({"inputs": BARE} | beside)
+    assert handler({"inputs": ASKED, "options": {"wait_for_model": True}})["text"]
 
 
 @pytest.mark.parametrize("image", [picture(), png(picture())])
@@ -231,7 +278,7 @@ def test_what_is_no_picture_is_not_repeated(handler, inputs, message):
         ({"max_new_tokens": 2, "generate_kwargs": {"max_new_tokens": 2}}, "max_new_tokens is given twice"),
         ({"image_url": data_url()}, "image_url is given twice"),
         ({"temperature": 0.7}, "no field 'temperature'"),
-        ({"generate_kwargs": {"top_k": 5}}, "no field 'top_k'"),
+        ({"generate_kwargs": {"top_k": 5}}, "top_k may be 1 alone"),
         ({"generate_kwargs": {"generate_kwargs": {}}}, "no field 'generate_kwargs'"),
         ({"do_sample": True}, "do_sample may be False alone"),
         ({"generate_kwargs": {"num_beams": 4}}, "num_beams may be 1 alone"),

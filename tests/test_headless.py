@@ -139,3 +139,14 @@ def test_lora_is_put_on_by_peft_alone(monkeypatch):
     assert language_model().state_dict().keys() < {
         name.replace(".base_layer.", ".") for name in built.language_model.state_dict()
     }
+
+
+def test_what_trains_stays_so_where_it_generates():
+    bare = model().base_model
+    for name, parameter in bare.named_parameters():
+        parameter.requires_grad_("projector" in name)
+    bare.generate(**inputs(), max_new_tokens=1)
+    assert {name for name, parameter in bare.named_parameters() if parameter.requires_grad} == {
+        "projector.weight",
+        "projector.bias",
+    }

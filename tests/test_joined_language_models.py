@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BertGenerationConfig,
+    CLIPTextConfig,
     CTRLConfig,
     FalconConfig,
     FalconH1Config,
@@ -190,6 +191,24 @@ def test_one_target_inside_another_is_refused():
         resolve_lora_config({"target_modules": ["q_proj", "inner"]}, text)
 
 
+def test_layers_that_share_a_weight_have_no_lora_each():
+    text = language_model()
+    first, second = (layer.self_attn for layer in text.model.layers[:2])
+    second.q_proj.weight = first.q_proj.weight
+    with pytest.raises(ValueError, match=r"targets 'model.layers.0.self_attn.q_proj', whose weight is another layer's"):
+        resolve_lora_config({}, text)
+    assert resolve_lora_config({"target_modules": ["k_proj"]}, text)["target_modules"] == ["k_proj"]
+
+
+def test_a_type_that_the_auto_class_does_not_know():
+    text = language_model()
+    text.config = CLIPTextConfig()
+    with pytest.raises(
+        ValueError, match=r"cannot be joined: AutoModelForCausalLM.*none of the type \"clip_text_model\""
+    ):
+        check_language_model(text)
+
+
 def test_a_class_that_the_auto_class_does_not_load():
     text = GPT2DoubleHeadsModel(language_model("gpt2").config)
     with pytest.raises(ValueError, match="GPT2DoubleHeadsModel would come back as GPT2LMHeadModel"):
@@ -205,3 +224,89 @@ def test_the_trial_leaves_everything_as_it_was():
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(module._forward_hooks for module in text.modules())
     assert all(weight.grad is None for weight in text.parameters())
+
+
+class Own(torch.nn.Module):
+    def __init__(self, inner=None):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * (x if self.inner is None else self.inner(x))
+
+
+def _mlp(text):
+    text.model.layers[0].mlp = Own(text.model.layers[0].mlp)
+
+
+def _activation(text):
+    text.model.layers[0].mlp.act_fn = Own()
+
+
+def _other_activation(text):
+    text.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+
+
+def _pruned(text):
+    text.model.layers = text.model.layers[:1]
+
+
+def _hook(text):
+    text.model.layers[0].register_forward_hook(lambda module, args, output: output * 2)
+
+
+def _pre_hook(text):
+    text.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def _forward(text):
+    norm = text.model.norm
+    norm.forward = lambda x, inner=norm.forward: 2 * inner(x)
+
+
+def _tied(text):
+    text.lm_head.weight = text.model.embed_tokens.weight
+
+
+def _wider(text):
+    text.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 60, bias=False)
+    text.model.layers[1].mlp.gate_proj = torch.nn.Linear(32, 60, bias=False)
+    text.model.layers[1].mlp.down_proj = torch.nn.Linear(60, 32, bias=False)
+
+
+CHANGED = {
+    _mlp: r"its module model.layers.0.mlp is \S+Own, and by its config \S+LlamaMLP",
+    _activation: r"its module model.layers.0.mlp.act_fn is \S+Own",
+    _other_activation: r"its module model.layers.0.mlp.act_fn is \S+ReLU, and by its config",
+    _pruned: "its module model.layers.1 is not there, and by its config",
+    _hook: r"its module model.layers.0 has a hook or a forward of its own, from \S*test_joined_language_models",
+    _pre_hook: "its module model.layers.0.mlp has a hook",
+    _forward: "its module model.norm has a hook or a forward of its own",
+    _tied: "lm_head.weight is tied to model.embed_tokens.weight, and by its config it is not",
+    _wider: r"model.layers.1.mlp.down_proj.weight is \(32, 60\), and \(32, 48\) by its config",
+}
+
+
+@pytest.mark.parametrize("change", CHANGED, ids=lambda change: change.__name__[1:])
+def test_a_model_that_its_config_does_not_describe_is_not_joined(change):
+    text = language_model()
+    change(text)
+    with pytest.raises(ValueError, match=f"LlamaForCausalLM is not what its config describes: .*{CHANGED[change]}"):
+        join(text, lora={"r": 2})
+    assert not any("lora" in name for name, _ in text.named_parameters())
+
+
+def test_a_head_that_was_untied_by_hand_is_not_joined():
+    text = language_model("gemma3_text")
+    text.lm_head.weight = torch.nn.Parameter(text.lm_head.weight.detach().clone())
+    with pytest.raises(ValueError, match=r"weight is not tied to .*, and by its config it is"):
+        join(text)
+
+
+def test_hooks_of_transformers_and_accelerate_are_none_of_ones_own():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    text = language_model()
+    text.enable_input_require_grads()
+    add_hook_to_module(text.model.layers[0], AlignDevicesHook())
+    assert join(text).language_model is text

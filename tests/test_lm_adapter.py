@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import QFORMER, inputs, language_model, model, vision_model
 
 from lorgnette import LorgnetteForConditionalGeneration
+from lorgnette.assembly import foreign_adapters
 from lorgnette.assembly.foreign_adapters import replace_lora
 
 
@@ -170,3 +171,20 @@ def test_a_trainer_checkpoint_has_it_and_resumes(tmp_path):
         resume_from_checkpoint=str(checkpoint)
     )
     assert result.global_step == 2
+
+
+def test_a_lora_that_fails_half_way_leaves_the_old_one(tmp_path, monkeypatch):
+    model(lora={"r": 4}).save_pretrained(tmp_path)
+    built, batch = model(), inputs()
+    expected, config = built(**batch).logits, built.config.lora_config
+
+    def fail(*_):
+        raise TypeError("as peft 0.19 does where LoRA is on experts")
+
+    monkeypatch.setattr(foreign_adapters, "load_lora_weights", fail)
+    before = list(built.state_dict())
+    with pytest.raises(TypeError, match="as peft"):
+        built.load_lm_adapter(tmp_path / "lm_adapter")
+    assert built.config.lora_config is config
+    assert list(built.state_dict()) == before
+    assert torch.equal(built(**batch).logits, expected)

@@ -176,3 +176,9 @@ def test_targets_that_are_not_there():
     with pytest.raises(ValueError, match="'target_modules'] is empty"):
         resolve_lora_config({"target_modules": []}, language_model())
     assert language_model().config.vocab_size == VOCAB_SIZE
+
+
+def test_a_context_shorter_than_the_trial_of_a_merge(tmp_path):
+    built = joined(language_model("gpt2", n_positions=24))
+    built.save_pretrained(tmp_path, form="merged")
+    torch.testing.assert_close(logits(load(tmp_path)), logits(built), atol=1e-4, rtol=1e-4)

@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 
 from lorgnette import LorgnetteCollator, LorgnetteProcessor
+from lorgnette.processing.conversations import conversations_of, parts_of
 from lorgnette.trainer.data import _length, _open_chat
 from lorgnette.trainer.generation import references_of
 
@@ -184,3 +185,18 @@ def test_errors_do_not_repeat_a_long_chat(processor):
         with pytest.raises((TypeError, ValueError)) as caught:
             LorgnetteCollator(processor)([{"image": tiny.picture(), "messages": chat}])
         assert len(str(caught.value)) < 500
+
+
+def test_parts_that_were_written_as_a_string_are_no_words():
+    parts = json.dumps([{"type": "image"}, {"type": "text", "text": "what is it?"}])
+    with pytest.raises(TypeError, match=r"the content of a message is JSON of parts.*json.loads"):
+        parts_of({"role": "user", "content": parts})
+    for words in ("[1, 2] is a list", "[1, 2]", "[]", '[{"kind": 1}]', "[half"):
+        assert parts_of({"role": "user", "content": words}) == [{"type": "text", "text": words}]
+    assert parts_of({"role": "user", "content": [{"type": "text", "text": parts}]})[0]["text"] == parts
+
+
+def test_the_conversation_of_a_batch_that_is_wrong_is_named():
+    right = [{"role": "user", "content": "what is it?"}]
+    with pytest.raises(ValueError, match=r"a message has no role.*\(message 1\) \(conversation 2\)"):
+        conversations_of([right, right, [*right, {"content": "a cat"}]])

@@ -8,6 +8,10 @@ from test_merging import joined, with_experts
 from tiny_forms import hub_with_backbones, inputs, load, logits
 from tiny_forms import joined as joined_from_hub
 from tiny_models import language_model, model
+from tiny_retrieval import retriever
+
+from lorgnette import LorgnetteForImageTextRetrieval
+from lorgnette.assembly.foreign_adapters import replace_lora
 
 
 SAVE_FORMATS = ("thin", "full", "merged")
@@ -83,6 +87,25 @@ def test_an_offloaded_model_is_neither_trained_nor_saved(saved):
     assert not (folder / "again").exists()
 
 
+@pytest.mark.parametrize("asked", ["a part on the disk", "all, by name"])
+def test_an_offloaded_model_is_given_no_other_lora(asked: str, saved):
+    folder, expected = saved
+    joined_from_hub({"r": 4}, seed=5).save_pretrained(folder / "other")
+    loaded = load(folder / "full", **MAPS[asked], offload_folder=folder / "off")
+    keys = list(loaded.state_dict())
+    for give in (
+        lambda: loaded.load_lm_adapter(folder / "other" / "lm_adapter"),
+        lambda: loaded.load_bridge(folder / "other", "other"),
+        lambda: loaded.set_bridge("default"),
+        lambda: replace_lora(loaded, None, {}),
+    ):
+        with pytest.raises(ValueError, match=r"\d+ weights are offloaded \(language_model.*nor given another LoRA"):
+            give()
+    assert list(loaded.state_dict()) == keys
+    assert loaded.bridges == ["default"]
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_what_cannot_be_offloaded_is_refused(tmp_path):
     joined(language_model(), use_dora=True).save_pretrained(tmp_path / "dora")
     experts = {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}
@@ -96,6 +119,34 @@ def test_what_cannot_be_offloaded_is_refused(tmp_path):
     parts = {"language_model": "cpu", "vision_model": "disk"}
     with pytest.raises(ValueError, match="only the language model can be offloaded to the disk"):
         load(tmp_path / "plain", device_map=parts, offload_folder=tmp_path / "off")
+    assert not (tmp_path / "off").exists()
+
+
+def test_names_that_are_no_modules_are_refused(saved):
+    folder, expected = saved
+    for name in ("language_model.model.layers.0", "projector", "model.layers.7"):
+        with pytest.raises(ValueError, match=f"device_map names '{name}', which is no module of the language model"):
+            load(folder / "full", device_map={name: "disk", "": "cpu"}, offload_folder=folder / "off")
+    loaded = load(folder / "full", offload_state_dict=True, **MAPS["a part on the disk"], offload_folder=folder / "off")
+    torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "placing",
+    [
+        {"device_map": "auto", "max_memory": {"cpu": "20KB"}},
+        {"device_map": "disk"},
+        {"device_map": {"": "disk"}},
+        {"device_map": {"vision_model": "disk"}},
+        {"device_map": {"embeddings": "disk", "": "cpu"}},
+    ],
+    ids=str,
+)
+def test_stage_1_has_nothing_that_can_be_offloaded(placing, tmp_path):
+    retriever().save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="only a language model can be offloaded, which a LorgnetteForImageTextRetrie"):
+        LorgnetteForImageTextRetrieval.from_pretrained(tmp_path / "saved", offload_folder=tmp_path / "off", **placing)
+    LorgnetteForImageTextRetrieval.from_pretrained(tmp_path / "saved", device_map="auto")
     assert not (tmp_path / "off").exists()
 
 

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tiny import picture
 from tiny_serving import data_url, held, load, metric, save_bridges, serving, wait_for
 
+from lorgnette import LorgnetteProcessor
 from lorgnette.serving.batching import Batcher, Ticket
 from lorgnette.serving.eyes import Eyes, Limits
 from lorgnette.serving.payloads import ChatRequest
@@ -25,6 +26,7 @@ from lorgnette.serving.sampling import Sampler
 
 
 MAX_NEW_TOKENS = 24
+KEY = "open sesame"
 
 
 @pytest.fixture(scope="module")
@@ -438,6 +440,35 @@ def test_huggingface_hubs_client(single, worker, greedy, monkeypatch):
         InferenceClient(base_url=worker).chat_completion(messages_about())
 
 
+def test_a_turn_without_words(worker):
+    (asked,) = messages_about()
+    call = {"role": "assistant", "content": None, "refusal": None, "tool_calls": []}
+    turns = [asked, call, {"role": "user", "content": "And now?"}]
+    assert said(worker, messages=turns) == said(worker, messages=[asked, call | {"content": ""}, turns[2]])
+    for role in ("user", "system"):
+        refused = chat(worker, messages=[{"role": role, "content": None}, asked])
+        assert refused.status_code == 422
+        assert "content: it is null, which an assistant's alone may be" in refused.text
+    assert "there are no words in it" in chat(worker, messages=[call]).text
+
+
+def test_a_picture_alone_is_asked_the_processors_query(worker, folder):
+    (asked,) = messages_about()
+    alone = asked | {"content": asked["content"][1:]}
+    query = {"type": "text", "text": LorgnetteProcessor.from_pretrained(folder / "one").query}
+    expected = said(worker, messages=[asked | {"content": [query, *alone["content"]]}])
+    assert said(worker, messages=[alone]) == expected
+    assert said(worker, messages=[{"role": "system", "content": "Be short."}, alone]) != expected
+
+
+def test_what_says_nothing_is_taken_as_if_it_were_left_out(worker):
+    body = {"image_url": data_url(), "prompt": "What is this?"}
+    plain = httpx2.post(f"{worker}/v1/vision", json=body, timeout=60).json()
+    said_nothing = {"use_lora": None, "adapter": "", "stream": None, "max_new_tokens": None}
+    assert httpx2.post(f"{worker}/v1/vision", json=body | said_nothing, timeout=60).json() == plain
+    assert said(worker, use_lora=None) == said(worker)
+
+
 # ------------------------------------------------------------------------------------------------ transformers chat
 
 
@@ -466,6 +497,46 @@ def test_transformers_chat_asks_for_the_model_first(worker, single):
     assert httpx2.post(f"{worker}/load_model", json={}, timeout=60).status_code == 422
 
 
+def test_the_model_is_asked_for_without_a_key(folder):
+    limits = {"max_new_tokens": MAX_NEW_TOKENS, "capacity": 1, "max_body": 2000}
+    with serving(load(folder, **limits), api_key=KEY) as (url, _):
+
+        def ready(asked: str, key: str | None = None) -> httpx2.Response:
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            return httpx2.post(f"{url}/load_model", json={"model": asked}, headers=headers, timeout=60)
+
+        for key in (None, "another"):  # the same for a name that is there and one that is not
+            for name in ("two", "three"):
+                event = json.loads(ready(name, key).text.removeprefix("data: "))
+                assert event == {"status": "ready", "model": name, "cached": True}
+        assert ready("three", KEY).status_code == 404
+        assert ready("two", KEY).status_code == 200
+        assert ready("a" * 3000).status_code == 413
+        assert httpx2.get(f"{url}/v1/models", timeout=60).status_code == 401
+        assert chat(url).status_code == 401
+
+
+def typed_into_chat(url: str, typed: list[str], **variables: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "transformers.cli.transformers", "chat", "one", url, "do_sample=False"],
+        input="".join(f"{line}\n" for line in typed),
+        env=os.environ | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "COLUMNS": "200"} | variables,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.slow
+def test_transformers_chat_sends_the_key(folder):
+    with serving(load(folder, max_new_tokens=MAX_NEW_TOKENS), api_key=KEY) as (url, _):
+        finished = typed_into_chat(url, ["Who are you?", "n", "!exit", "!exit"], HF_TOKEN=KEY)
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        assert "Generation stopped after reaching the token limit" in finished.stdout.split("<one>:")[1]
+        refused = typed_into_chat(url, ["Who are you?", "n", "!exit", "!exit"], HF_TOKEN="another")
+        assert "Generation stopped" not in refused.stdout
+
+
 @pytest.mark.slow
 def test_transformers_chat(single):
     """The command itself, as its user types: greedily, then sampled. It asks for 256 tokens unless told otherwise."""
@@ -473,14 +544,7 @@ def test_transformers_chat(single):
     before = metric(single, answered)
     # the last two: no, do not go on; or an end and nobody to hear it
     typed = ["Who are you?", "n", "!clear", "!set do_sample=True temperature=0.5", "And I?", "!exit", "!exit"]
-    finished = subprocess.run(
-        [sys.executable, "-m", "transformers.cli.transformers", "chat", "one", single, "do_sample=False"],
-        input="".join(f"{line}\n" for line in typed),
-        env=os.environ | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    finished = typed_into_chat(single, typed)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert metric(single, answered) == before + 2
     answer = said(single, messages=[{"role": "user", "content": "Who are you?"}])

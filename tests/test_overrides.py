@@ -1,16 +1,19 @@
 """Keywords and configs of `from_pretrained` that contradict what a folder's weights were trained with."""
 
 import pytest
+import tiny
 import tiny_models
 import tiny_retrieval
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor
 
 from lorgnette import (
     LorgnetteConfig,
     LorgnetteForConditionalGeneration,
     LorgnetteForImageTextRetrieval,
+    LorgnetteProcessor,
 )
+from lorgnette.assembly.guards import field_of
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +31,9 @@ def folder(built, tmp_path_factory):
 CONTRADICTIONS = [
     ({"num_query_tokens": 6}, r"num_query_tokens is 4 .* 6"),
     ({"num_query_tokens": 2}, r"num_query_tokens is 4 .* 2"),
+    ({"image_token_id": 5}, r"image_token_id is 320 .* 5"),
+    ({"vision_feature_layer": -2}, r"vision_feature_layer is None .* -2"),
+    ({"vision_feature_select_strategy": "default"}, r"vision_feature_select_strategy is 'full' .* 'default'"),
     ({"lora_config": None}, r"lora_config is .* None"),
     ({"lora_config": {"r": 4}}, r"lora_config\.r is 2 .* 4"),
     ({"qformer_config": {"num_hidden_layers": 1}}, r"qformer_config\.num_hidden_layers is 2 .* 1"),
@@ -73,17 +79,23 @@ def test_configs(folder, built):
 
 def test_what_changes_no_weight_may_be_said(folder, built):
     batch = tiny_models.inputs()
-    assert (
-        LorgnetteForConditionalGeneration.from_pretrained(folder, vision_feature_layer=-2).config.vision_feature_layer
-        == -2
-    )
     for override in (
-        {"num_query_tokens": 4},
+        {"num_query_tokens": 4, "image_token_id": 320, "vision_feature_layer": None},
         {"attn_implementation": "eager"},
         {"dtype": "float32"},
     ):
         loaded = LorgnetteForConditionalGeneration.from_pretrained(folder, **override)
         torch.testing.assert_close(loaded(**batch).logits, built(**batch).logits)
+
+
+def test_a_field_that_each_layer_has_for_itself():
+    config = tiny_models.language_model().config
+    assert field_of(config, "head_dim") == 8
+    assert field_of(config, "no_such_field") is None
+    by_layer = pytest.importorskip("transformers", minversion="5.24").Gemma4UnifiedTextConfig
+    layers = {"num_hidden_layers": 2, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    one, other = (by_layer(**layers, global_head_dim=size) for size in (16, 32))
+    assert (field_of(one, "head_dim"), field_of(other, "head_dim")) == ([8, 16], [8, 32])
 
 
 def test_stage_1(tmp_path):
@@ -95,3 +107,13 @@ def test_stage_1(tmp_path):
     with pytest.raises(ValueError, match=r"itc_weight is 0 .* 1\.0 was asked"):
         load(tmp_path / "without", itc_weight=1.0)
     assert load(tmp_path / "whole", itg_weight=3.0).config.itg_weight == 3.0
+
+
+def test_a_processor(tmp_path):
+    LorgnetteProcessor.from_backbones(
+        tiny.image_processor(), tiny.chat_tokenizer(), num_query_tokens=4
+    ).save_pretrained(tmp_path)
+    for cls, trust in ((LorgnetteProcessor, {}), (AutoProcessor, {"trust_remote_code": True})):
+        with pytest.raises(ValueError, match=r"num_query_tokens is 4 in its processor_config.json.* 6 was asked for"):
+            cls.from_pretrained(tmp_path, num_query_tokens=6, **trust)
+        assert cls.from_pretrained(tmp_path, num_query_tokens=4, query="What is it?", **trust).query == "What is it?"

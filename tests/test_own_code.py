@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import tiny_models
 from tiny_hub import TinyHub
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     LlamaConfig,
@@ -19,7 +22,7 @@ from transformers import (
     ViTModel,
 )
 
-from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval
+from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval, LorgnetteProcessor
 
 
 CODE = {
@@ -130,3 +133,48 @@ def test_a_vit_of_transformers_in_a_model_with_own_code_is_taken(tmp_path):
 
     classifier = Classifier(tiny_models.vision_model().config)
     assert join("vit", classifier).vision_model is classifier.vit
+
+
+TOKENIZER = "from transformers import PreTrainedTokenizerFast\n\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+IMAGES = (
+    "from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil\n\n\n"
+    "class Own(ViTImageProcessorPil):\n    pass\n"
+)
+AUTO_MAPS = {"tokenizer": {"AutoTokenizer": ["own.Own"] * 2}, "images": {"AutoImageProcessor": "own.Own"}}
+# kind -> what it is called, its file of settings, the field that names its class, its code
+READERS = {
+    "tokenizer": ("tokenizer", "tokenizer_config.json", "tokenizer_class", TOKENIZER),
+    "images": ("image processor", "preprocessor_config.json", "image_processor_type", IMAGES),
+}
+
+
+def reader_with_own_code(folder: Path, kind: str) -> Path:
+    (tiny.chat_tokenizer() if kind == "tokenizer" else tiny.image_processor()).save_pretrained(folder)
+    tiny_models.language_model().config.save_pretrained(folder)
+    _, file, field, code = READERS[kind]
+    fields = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(fields | {field: "Own", "auto_map": AUTO_MAPS[kind]}))
+    (folder / "own.py").write_text(code)
+    return folder
+
+
+@pytest.mark.parametrize("given", ["folder", "object"])
+@pytest.mark.parametrize("kind", READERS)
+def test_what_reads_pictures_and_words_is_transformers_own(kind: str, given: str, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    part = folder = reader_with_own_code(tmp_path, kind)
+    match = f"The {READERS[kind][0]} of .* has code of its own"
+    if given == "object":
+        auto = AutoTokenizer if kind == "tokenizer" else AutoImageProcessor
+        part, match = auto.from_pretrained(folder, trust_remote_code=True), f"{READERS[kind][0]} is a Own, "
+    parts = {"vision": tiny.image_processor(), "text": tiny.chat_tokenizer()}
+    with pytest.raises(ValueError, match=match) as caught:
+        LorgnetteProcessor.from_backbones(**parts | {"text" if kind == "tokenizer" else "vision": part})
+    assert "would not bring" in str(caught.value)
+    if kind == "tokenizer":
+        with pytest.raises(ValueError, match=match):
+            LorgnetteProcessor.from_backbones(**parts, qformer=part)
+        if given == "folder":  # whose tokenizer is asked for the placeholder's id
+            tiny_models.language_model(vocab_size=400).save_pretrained(folder)
+            with pytest.raises(ValueError, match=match):
+                join("llama", folder)

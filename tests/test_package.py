@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+
+from lorgnette.assembly.endpoint import REQUIREMENTS
 
 
 ROOT = Path(__file__).parents[1]
@@ -101,3 +104,20 @@ def test_the_wheel_trains_saves_and_its_model_loads_elsewhere(tmp_path):
         [python, "-c", TRAIN_AND_SAVE, ROOT / "tests"], cwd=empty, capture_output=True, text=True, timeout=900
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
+
+
+def test_the_readme_names_what_saved_models_ask_for():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    asked = readme.split("Saved models ask for ", 1)[1].split(", as the package does.", 1)[0]
+    assert set(asked.replace(" and ", ", ").split(", ")) == set(REQUIREMENTS)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize("given", [None, "torch==2.13.0 --index-url https://example.org/cpu"])
+def test_the_clients_torch_is_the_newest_unless_one_is_named(given):
+    named = [] if given is None else [f"TORCH={given}"]
+    variables = {name: value for name, value in os.environ.items() if name not in ("TORCH", "MAKEFLAGS")}
+    told = subprocess.run(
+        ["make", "--dry-run", "clients", *named], cwd=ROOT, env=variables, check=True, capture_output=True, text=True
+    ).stdout
+    assert f'TORCH="{given or "torch"}" ' in told

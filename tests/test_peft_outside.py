@@ -5,8 +5,13 @@ import copy
 import pytest
 import torch
 from peft import (
+    CPTConfig,
     IA3Config,
     LoraConfig,
+    MultitaskPromptTuningConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
     TaskType,
     get_peft_model,
     inject_adapter_in_model,
@@ -19,6 +24,7 @@ from transformers import Trainer, TrainingArguments
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteModel
 
 
+LEARNED = {"task_type": TaskType.CAUSAL_LM, "num_virtual_tokens": 4}
 LORA = LoraConfig(target_modules=["q_proj", "v_proj"])
 WAYS = {
     "get_peft_model": lambda whole: get_peft_model(whole, LORA),
@@ -31,6 +37,13 @@ WAYS = {
         whole, IA3Config(target_modules=["q_proj"], feedforward_modules=[])
     ),
     "add_adapter": lambda whole: whole.add_adapter(LORA),
+    "a prompt": lambda whole: get_peft_model(whole, PromptTuningConfig(**LEARNED)),
+    "a prefix": lambda whole: get_peft_model(whole, PrefixTuningConfig(**LEARNED)),
+    "an encoded prompt": lambda whole: get_peft_model(whole, PromptEncoderConfig(encoder_hidden_size=8, **LEARNED)),
+    "a prompt of tasks": lambda whole: get_peft_model(whole, MultitaskPromptTuningConfig(num_tasks=2, **LEARNED)),
+    "a context": lambda whole: get_peft_model(
+        whole, CPTConfig(**LEARNED, cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2])
+    ),
 }
 
 

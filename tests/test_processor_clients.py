@@ -17,6 +17,16 @@ def processor() -> LorgnetteProcessor:
     ("keywords", "message"),
     [
         ({"query": "What?"}, "knows no keyword 'query': was queries meant"),
+        ({"prompt": "What?"}, "knows no keyword 'prompt': was queries meant"),
+        ({"question": "What?"}, "knows no keyword 'question': was queries meant"),
+        ({"video": [picture()]}, "knows no keyword 'video': was videos meant"),
+        ({"text_kwargs": {"paddding": True}}, "knows no keyword 'paddding': was padding meant"),
+        ({"images_kwargs": {"do_rezise": True}}, "knows no keyword 'do_rezise': was do_resize meant"),
+        ({"common_kwargs": {"return_tensorz": "pt"}}, "knows no keyword 'return_tensorz': was return_tensors meant"),
+        ({"text_pair": "What?"}, "text_pair was given, and LorgnetteProcessor does not read it"),
+        ({"text_kwargs": {"text_target": "a cat"}}, "text_target was given"),
+        ({"return_offsets_mapping": True}, "return_offsets_mapping was given"),
+        ({"return_length": True}, "return_length was given"),
         ({"paddding": True}, "knows no keyword 'paddding': was padding meant"),
         ({"image": None}, "knows no keyword 'image': was images meant"),
         ({"xyzzy": 2}, "knows no keyword 'xyzzy'$"),
@@ -27,14 +37,17 @@ def processor() -> LorgnetteProcessor:
     ],
 )
 def test_a_keyword_that_nothing_reads_is_named(keywords, message):
-    with pytest.raises(TypeError, match=message):
-        processor()(images=picture(), **keywords)
+    for given in ({"images": picture()}, {}):
+        with pytest.raises(TypeError, match=message):
+            processor()(**given, **keywords)
 
 
 def test_keywords_that_say_nothing_are_taken():
     plain = processor()(images=picture())
     for videos in (None, [], [[], []]):
         given = processor()(images=picture(), videos=videos, audios=[], audio=None, fps=2)
+        assert given.keys() == plain.keys()
+        given = processor()(images=picture(), text_pair=None, return_length=False)
         assert given.keys() == plain.keys()
 
 
@@ -91,6 +104,79 @@ def test_a_token_that_is_kept_free_becomes_the_placeholder(tokenizer, special, t
     assert RESERVED[1] in base.get_vocab()  # the caller's is as it was
     written = "a cat on the road"
     assert made.tokenizer(written)["input_ids"] == base(written)["input_ids"]
+
+
+def placeholder_beside(name: str, **changed) -> tuple[int, int]:
+    """The placeholder's id in a tokenizer that has one added token more, and the id of that."""
+    base = chat_tokenizer()
+    base.add_tokens([AddedToken(name, special=True)], special_tokens=True)
+    for attribute, value in changed.items():
+        setattr(base, attribute, value)
+    return LorgnetteProcessor(image_processor(), base).image_token_id, base.convert_tokens_to_ids(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "<|reserved_special_token_7|>",
+        "<|RESERVED_SPECIAL_TOKEN_7|>",
+        "<|reserved_token_7|>",
+        "<|reserved token 7|>",
+        "<|reserved_200011|>",
+        "<reserved_106>",
+        "[RESERVED_7]",
+        "<unused7>",
+        "[unused7]",
+        "<|unused_7|>",
+        ">>UNUSED_7<<",
+        "[UNUSED_TOKEN_141]",
+        "<|unused_special_token_7|>",
+        "<|placeholder7|>",
+        "<\uff5cplace▁holder▁no▁7\uff5c>",
+        "<|dummy_7|>",
+        "[control_8]",
+        "<SPECIAL_20>",
+        "<EXTRA_0_TOKEN>",
+        "<|extra_0|>",
+        "<|extra_id_0|>",
+        "<extra_id_0>",
+        "[PAD151700]",
+    ],
+)
+def test_what_families_call_the_tokens_that_they_keep_free(name):
+    placeholder, free = placeholder_beside(name)
+    assert placeholder == free
+    placeholder, used = placeholder_beside(name, chat_template="{{ '" + name + "' }}{{ messages[0]['content'] }}")
+    assert placeholder == used + 1
+    placeholder, used = placeholder_beside(name, sep_token=name)
+    assert placeholder == used + 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "<|im_start|>",
+        "<|special|>",
+        "[control]",
+        "<pad>",
+        "[PAD]",
+        "<tool_7>",
+        "<|image_7|>",
+        "<loc_0007>",
+        "<|7|>",
+        "<|0.02|>",
+        "<unk_7>",
+        "<|vq_7|>",
+        "<|user_7|>",
+        "<extra_tool_7>",
+        "<control_point_7>",
+        "unused7",
+        "madeupword0007",
+    ],
+)
+def test_other_tokens_are_not_taken_for_free(name):
+    placeholder, used = placeholder_beside(name)
+    assert placeholder not in (used, None)
 
 
 def test_tokens_that_a_template_writes_are_not_free():

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_models import QFORMER
+from tiny_models import QFORMER, language_model
 from tiny_training import write_backbones
 from transformers import TrainingArguments, get_scheduler
 
+from lorgnette.assembly.lora_targets import resolve_lora_config
 from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, Stage2Arguments
 from lorgnette.trainer.recipe import parse_recipe
 from lorgnette.trainer.stage2 import build
@@ -59,6 +60,20 @@ def test_the_command_line_knows_them_too(tmp_path):
     )
     assert model_args.lora == {"lora_dropout": 0.05, "r": 2}
     assert training_args.lr_scheduler_kwargs == {"min_lr": 1e-6}
+
+
+@pytest.mark.parametrize("field", ["lr_scheduler_kwargs", "lora", "qformer_config"])
+def test_what_is_no_json_is_named(tmp_path, capsys, field):
+    with pytest.raises(SystemExit):
+        parse(tmp_path, "", f"--{field}", '{"min_lr": .5e-6}')
+    assert f"{field} is " in capsys.readouterr().err
+
+
+def test_a_rank_is_a_whole_number_however_it_is_written():
+    assert resolve_lora_config({"r": 8e0}, language_model())["r"] == 8
+    assert isinstance(resolve_lora_config({"r": 8e0}, language_model())["r"], int)
+    with pytest.raises(ValueError, match=r"lora\['r'\] is 8.5; it has to be a whole number"):
+        resolve_lora_config({"r": 8.5}, language_model())
 
 
 def test_a_model_and_a_schedule_are_built_of_them(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from tiny_retrieval import CAPTIONS, processor, retriever
 
 from lorgnette import LorgnetteProcessor
+from lorgnette.processing.conversations import parts_of
 from lorgnette.processing.image_loading import load_image
 
 
@@ -30,6 +31,26 @@ def test_base64_is_read(kind):
     large = encoded(kind, 300)  # longer than any path
     assert load_image(large).size == (300, 300)
     assert load_image({"path": large}).size == (300, 300)
+
+
+WRITTEN = {
+    "lines": lambda text: "\n".join(text[at : at + 76] for at in range(0, len(text), 76)),
+    "lines of Windows": lambda text: "\r\n".join(text[at : at + 76] for at in range(0, len(text), 76)),
+    "percent-encoded": lambda text: text.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D"),
+    "without padding": lambda text: text.rstrip("="),
+    "for URLs": lambda text: text.replace("+", "-").replace("/", "_"),
+}
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+def test_base64_is_read_however_it_is_written(how):
+    text = encoded("PNG", 41)
+    expected = load_image(base64.b64decode(text))
+    written = WRITTEN[how](text)
+    for source in (written, f"data:image/png;base64,{written}", f"DATA:image/png;BASE64,{written}"):
+        assert np.array_equal(load_image(source), expected)
+    part = parts_of({"role": "user", "content": [{"type": "image", "base64": written}]})[0]
+    assert np.array_equal(load_image(part["image"]), expected)
 
 
 def test_a_file_is_a_file_whatever_its_name(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import tiny_training
 import torch
 from tiny_forms import form_of, hub_with_backbones, load, logits, stirred
 from tiny_models import NUM_QUERY_TOKENS, QFORMER, language_model, vision_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
 
@@ -102,6 +102,36 @@ def test_a_whole_model_of_hub_backbones_that_is_resized_is_saved_in_full(size: i
         torch.testing.assert_close(logits(loaded), logits(made), atol=1e-4, rtol=1e-4)
     assert not made.language_model.lm_head.weight.requires_grad
     assert not made.get_input_embeddings().weight.requires_grad
+
+
+def test_tokens_that_are_added_after_the_join_are_neither_trained_nor_saved(tmp_path):
+    processor = processor_of(tiny.chat_tokenizer())
+    made = joined(language_model(vocab_size=len(tiny.chat_tokenizer())), processor)
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    processor.tokenizer.add_tokens(["<later>"])
+    with pytest.raises(ValueError, match=r"1 tokens .*\('<later>' has the id"):
+        tiny_training.trainer(made, processor, tmp_path / "out").train()
+    assert all(torch.equal(before[name], value) for name, value in made.state_dict().items())
+    with pytest.raises(ValueError, match=r"1 tokens .*\('<later>' has the id"):
+        made.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    made.resize_token_embeddings(len(processor.tokenizer))
+    made.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(load(tmp_path / "saved")), logits(made.eval()))
+
+
+def test_the_headless_model_resizes_the_head_too(tmp_path, monkeypatch):
+    hub_with_backbones(tmp_path / "hub", monkeypatch)
+    made = tiny_forms.joined()
+    made.base_model.resize_token_embeddings(330)
+    made.save_pretrained(tmp_path / "base")
+    loaded = load(tmp_path / "base")
+    assert table(loaded) == loaded.get_output_embeddings().weight.shape[0] == 330
+    assert torch.equal(logits(loaded), logits(made))
+    headless = AutoModel.from_pretrained(tmp_path / "base", trust_remote_code=True)
+    headless.resize_token_embeddings(340)
+    headless.save_pretrained(tmp_path / "headless")
+    assert logits(load(tmp_path / "headless")).shape[-1] == 340
 
 
 def test_a_hub_language_model_is_resized_before_it_is_joined(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from tiny import bert_tokenizer, image_processor
 from tiny_models import NUM_QUERY_TOKENS, bert, inputs, language_model, model, vision_model
 from tiny_training import joined, pairs, trainer, write_backbones
 from torch.nn.functional import cross_entropy
-from transformers import Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from lorgnette import LorgnetteCollator, LorgnetteForImageTextRetrieval, LorgnetteProcessor
 
@@ -48,6 +48,60 @@ def test_smoothed_labels_are_the_next_tokens(backbones, tmp_path, settings):
     run.data_collator = collator
     assert run.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert first_loss(run) == pytest.approx(expected.item(), rel=1e-5)
+
+
+class Wrapped(torch.nn.Module):
+    """A script's own, around the model."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def forward(self, **batch):
+        return self.model(**batch)
+
+
+@pytest.mark.parametrize("how", ["torch_compile", "compiled before", "wrapped"])
+def test_labels_that_would_not_be_shifted_are_not_smoothed(backbones, tmp_path, how):
+    built, processor = joined(backbones, dropout=0.0)
+    before = {name: value.clone() for name, value in built.state_dict().items()}
+    settings = {"torch_compile": True, "torch_compile_backend": "eager"} if how == "torch_compile" else {}
+    wrap = {"compiled before": lambda model: torch.compile(model, backend="eager"), "wrapped": Wrapped}
+    wrapped = wrap.get(how, lambda model: model)(built)
+    run = trainer(wrapped, processor, tmp_path, rows=pairs(4), label_smoothing_factor=0.2, max_steps=1, **settings)
+    with pytest.raises(ValueError, match=r"label_smoothing_factor is 0\.2, and Trainer would not shift the labels"):
+        run.train()
+    assert all(torch.equal(before[name], value) for name, value in built.state_dict().items())
+
+
+def test_seq2seq_trainer_would_not_shift_them_either(backbones, tmp_path):
+    built, processor = joined(backbones, dropout=0.0)
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path), label_smoothing_factor=0.2, predict_with_generate=True, generation_max_length=4, use_cpu=True,
+        report_to="none", disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+    run = Seq2SeqTrainer(built, arguments, data_collator=LorgnetteCollator(processor))
+    with pytest.raises(ValueError, match="Seq2SeqTrainer's predict_with_generate never does"):
+        run.predict(pairs(2), max_new_tokens=2)
+
+
+def test_smoothing_refuses_labels_past_the_vocabulary(backbones, tmp_path):
+    """As a collator of others gives them, which labels placeholders too; a GPU would fail without a name."""
+    built, processor = joined(backbones, dropout=0.0)
+    collator = LorgnetteCollator(processor)
+    assert processor.image_token_id >= built.config.text_config.vocab_size
+
+    def collate(rows):
+        batch = collator(rows)
+        placeholders = batch["input_ids"] == processor.image_token_id
+        return batch | {"labels": torch.where(placeholders, batch["input_ids"], batch["labels"])}
+
+    run = trainer(built, processor, tmp_path, rows=pairs(4), label_smoothing_factor=0.1, max_steps=1)
+    run.data_collator = collate
+    with pytest.raises(
+        ValueError, match=r"labels of the batch are on image placeholders \(id \d+, past the vocabulary"
+    ):
+        run.train()
 
 
 def test_smoothing_counts_labels_over_accumulated_batches(backbones, tmp_path):
@@ -122,6 +176,10 @@ READINGS = {
     "attribute": lambda outputs: outputs.logits,
     "key": lambda outputs: outputs["logits"],
     "get": lambda outputs: outputs.get("logits"),
+    "number": lambda outputs: outputs[1],
+    "slice": lambda outputs: outputs[:2][1],
+    "slice from 1": lambda outputs: outputs[1:][0],
+    "slice backwards": lambda outputs: outputs[::-1][-2],
 }
 
 
@@ -131,7 +189,7 @@ def test_logits_that_were_never_computed_say_how_to_get_them(backbones, tmp_path
     run = trainer(built, processor, tmp_path, rows=pairs(4), max_steps=1)
     run.__class__, run.read = OwnLoss, READINGS[how]
     before = {name: value.clone() for name, value in built.state_dict().items()}
-    with pytest.raises((AttributeError, KeyError), match="logits_to_keep=0"):
+    with pytest.raises((AttributeError, KeyError, IndexError), match="logits_to_keep=0"):
         run.train()
     assert all(torch.equal(before[name], value) for name, value in built.state_dict().items())
     assert run.evaluate()["eval_loss"] > 0  # in eval mode there are logits
@@ -150,7 +208,12 @@ def test_a_loss_without_logits_is_a_model_output_like_others():
     assert outputs.to_tuple()[0] is outputs[0] is outputs["loss"] is outputs.loss
     with pytest.raises(AttributeError, match="'LorgnetteLossOutput' object has no attribute 'logit'"):
         outputs.logit  # noqa: B018
-    assert built(**batch, labels=labels, return_dict=False)[0].shape == ()
+    assert outputs[:1] == (outputs.loss,)
+    assert outputs[2] is outputs.image_hidden_states
+    assert outputs[2:] == outputs.to_tuple()[2:] == (outputs.image_hidden_states,)
+    loss, logits, *_ = built(**batch, labels=labels, return_dict=False)
+    assert loss.shape == ()
+    assert logits is None
     assert built(**batch, labels=labels, output_hidden_states=True).hidden_states is not None
 
 

@@ -20,6 +20,9 @@ from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, Lorg
 
 
 pytest.importorskip("trl", minversion="1.16", reason="older ones score tokens on a GPU alone")
+from trl_script import rows
+
+
 SCRIPT = Path(__file__).with_name("trl_script.py")
 
 
@@ -78,6 +81,33 @@ def test_a_trainer_of_trls_trains_what_trains_and_its_save_loads(run, tmp_path, 
     saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").eval()
     with torch.no_grad():
         assert torch.isfinite(saved(**inputs(image_token_id=saved.config.image_token_id)).logits).all()
+
+
+def mean_of_states(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.logsumexp(-1).mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own_loss", ["label_smoothing_factor", "compute_loss_func"])
+def test_a_loss_outside_of_the_model_takes_no_labels_on_placeholders(tmp_path, own_loss):
+    from trl import SFTConfig, SFTTrainer
+
+    processor = LorgnetteProcessor(image_processor(), chat_tokenizer(), num_query_tokens=NUM_QUERY_TOKENS)
+    settings = {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": [], "bf16": False}
+    settings |= {"max_length": None, "gradient_checkpointing": False, "save_strategy": "no"}
+
+    def trainer(kind: str) -> SFTTrainer:
+        built = LorgnetteForConditionalGeneration.from_backbones(
+            vision_model(), language_model(), processor=processor, lora={"r": 2}, qformer_config=dict(QFORMER)
+        )
+        smoothing = {"label_smoothing_factor": 0.1} if own_loss == "label_smoothing_factor" else {}
+        own = {} if smoothing else {"compute_loss_func": mean_of_states}
+        arguments = SFTConfig(str(tmp_path), **settings, **smoothing)
+        return SFTTrainer(built, args=arguments, train_dataset=rows(kind), processing_class=processor, **own)
+
+    with pytest.raises(ValueError, match=rf"labels of the batch are on image placeholders.*{own_loss}.*completion"):
+        trainer("messages").train()
+    assert trainer("sft").train().global_step == 1
 
 
 @pytest.mark.slow

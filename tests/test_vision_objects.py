@@ -3,8 +3,10 @@
 import pytest
 import torch
 from tiny_hub import TinyHub
-from tiny_models import QFORMER, language_model
+from tiny_models import QFORMER, language_model, vision_model
 from transformers import (
+    Aimv2Config,
+    Aimv2Model,
     BeitConfig,
     BeitModel,
     CLIPConfig,
@@ -21,6 +23,8 @@ from transformers import (
     Siglip2VisionModel,
     SiglipConfig,
     SiglipModel,
+    SwinConfig,
+    SwinModel,
     ViTConfig,
     ViTForImageClassification,
     ViTMAEConfig,
@@ -30,6 +34,7 @@ from transformers import (
 )
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval
+from lorgnette.assembly.backbone_checks import check_vision_model
 
 
 VIT = {
@@ -52,6 +57,7 @@ MAKERS = {
     "beit": lambda: BeitModel(BeitConfig(**VIT)),
     "ijepa": lambda: IJepaModel(IJepaConfig(**VIT)),
     "clip": lambda: CLIPModel(CLIPConfig(vision_config=TOWER, text_config=WORDS)),
+    "aimv2": lambda: Aimv2Model(Aimv2Config(vision_config=TOWER, text_config=WORDS)),
     "siglip": lambda: SiglipModel(SiglipConfig(vision_config=TOWER, text_config=WORDS)),
     "llava": lambda: LlavaForConditionalGeneration(
         LlavaConfig(
@@ -79,7 +85,7 @@ def features(vision) -> tuple[type, torch.Tensor]:
     return type(built.vision_model), built.get_vision_features(pictures).last_hidden_state
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind != "llava"])
+@pytest.mark.parametrize("kind", MAKERS)
 def test_id_folder_and_object_are_one_model(kind: str, tmp_path, monkeypatch):
     hub = TinyHub(tmp_path / "hub", monkeypatch)
     hub.add("tiny/vision", made(kind))
@@ -112,6 +118,38 @@ def test_a_model_without_the_class_that_a_save_is_loaded_with():
     config = Dinov2Config(**{name: value for name, value in VIT.items() if name != "intermediate_size"})
     with pytest.raises(ValueError, match=r"Dinov2Backbone has no Dinov2Model in it.*Dinov2Model.from_pretrained"):
         join(Dinov2Backbone(config))
+
+
+def _pruned(vit):
+    del vit.layers[-1]
+
+
+def _hook(vit):
+    vit.register_forward_hook(lambda module, args, output: output)
+
+
+def _activation(vit):
+    vit.layers[0].mlp.activation_fn = torch.nn.ReLU()
+
+
+@pytest.mark.parametrize("model_class", [LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval])
+@pytest.mark.parametrize("change", [_pruned, _hook, _activation], ids=lambda change: change.__name__[1:])
+def test_a_vit_that_its_config_does_not_describe(change, model_class):
+    vit = vision_model()
+    change(vit)
+    with pytest.raises(ValueError, match="The ViT ViTModel is not what its config describes: its module"):
+        join(vit, model_class)
+
+
+def test_what_nothing_reads_may_be_there_or_not(tmp_path):
+    """A pooler, and what is put in the place of masked patches."""
+    torch.manual_seed(0)
+    built = join(ViTModel(ViTConfig(**VIT), add_pooling_layer=False, use_mask_token=True).eval())
+    pictures = torch.randn(1, 3, 32, 32)
+    built.save_pretrained(tmp_path)
+    loaded = LorgnetteForConditionalGeneration.from_pretrained(tmp_path)
+    expected = built.get_vision_features(pictures).last_hidden_state
+    assert torch.equal(loaded.get_vision_features(pictures).last_hidden_state, expected)
 
 
 # ------------------------------------------------------------------------------------------------ random numbers
@@ -149,7 +187,7 @@ def test_whatever_else_draws_random_numbers_in_eval_mode_is_refused():
     join(model)
     model.layernorm = torch.nn.Sequential(model.layernorm, Noisy())
     with pytest.raises(ValueError, match="sees one picture differently each time"):
-        join(model)
+        check_vision_model(model)
 
 
 def test_the_look_at_a_picture_leaves_everything_as_it_was():
@@ -170,4 +208,14 @@ def test_what_is_no_sequence_of_vectors_is_refused():
     model = ViTModel(ViTConfig(**VIT), add_pooling_layer=False).eval()
     model.layernorm = torch.nn.Linear(24, 12)
     with pytest.raises(ValueError, match=r"makes \(1, 17, 12\) of a picture.*\(1, L, 24\)"):
-        join(model)
+        check_vision_model(model)
+
+
+def test_a_layer_of_another_width_is_refused():
+    config = SwinConfig(image_size=32, patch_size=4, embed_dim=12, depths=[1, 1], num_heads=[2, 2], window_size=4)
+    config.num_hidden_layers = 2
+    swin = SwinModel(config).eval()
+    parts = {"qformer_config": QFORMER, "num_query_tokens": 4}
+    LorgnetteForConditionalGeneration.from_backbones(swin, language_model(), vision_feature_layer=-1, **parts)
+    with pytest.raises(ValueError, match=r"vision_feature_layer 0 of SwinModel is \(1, 64, 12\) .*\(1, L, 24\)"):
+        LorgnetteForConditionalGeneration.from_backbones(swin, language_model(), vision_feature_layer=0, **parts)

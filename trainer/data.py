@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, L
 
 from ..processing.conversations import messages_of, parts_of
 from ..processing.image_download import is_web
-from ..processing.image_loading import naming
+from ..processing.image_loading import is_data_url, naming
 from .arguments import DataArguments, RowArguments, SourceArguments
 from .augmentation import AugmentationSeeds
 from .feature_cache import COLUMN, feature_opener, is_cache, load_cache
@@ -252,7 +252,7 @@ def _open_picture(value: Any, number: int | None, base: Path | None) -> Any:
         return [_open_picture(item, number, base) for item in value]
     if isinstance(value, dict):  # datasets' own form of an image that is not decoded
         return value if value.get("bytes") is not None else _open_picture(value.get("path"), number, base)
-    if not isinstance(value, str) or is_web(value) or value.startswith("data:"):
+    if not isinstance(value, str) or is_web(value) or is_data_url(value):
         return value
     if "://" in value:  # on the Hub or inside an archive, where a dataset is streamed
         try:

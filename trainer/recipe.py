@@ -1,6 +1,7 @@
 """How a YAML recipe and the command line over it become argument dataclasses, by `HfArgumentParser`."""
 
 import difflib
+import json
 import re
 import types
 import typing
@@ -48,6 +49,9 @@ def parse_recipe(
     try:
         *filled, _config = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         check(*filled)
+    except json.JSONDecodeError as error:  # of a mapping that TrainingArguments reads, and does not name
+        names = [name for name, value in vars(command_line).items() if value == error.doc]
+        parser.error(f"{' or '.join(names) or 'a mapping'} is no JSON: {error.doc!r:.200} ({error})")
     except ValueError as error:
         parser.error(str(error))
     return tuple(filled)

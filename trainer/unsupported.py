@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers import trainer as transformers_trainer
 
 from ..modeling.modeling_retrieval import LorgnetteForImageTextRetrieval
+from ..processing.processing_lorgnette import LorgnetteProcessor
 
 
 class RefuseUnsupportedArguments(TrainerCallback):
@@ -23,6 +24,19 @@ class RefuseUnsupportedArguments(TrainerCallback):
                 f"label_smoothing_factor is {args.label_smoothing_factor}, and has to stay 0 in stage 1: it has no "
                 "labels that Trainer could smooth, and its losses ITC and ITG smooth theirs by 0.1, as BLIP-2's do"
             )
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        processing_class: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Raises ValueError for a processor that does not fit the model, or no longer: its tokenizer may have grown."""
+        if hasattr(model, "check_processor") and isinstance(processing_class, LorgnetteProcessor):
+            model.check_processor(processing_class)
 
 
 def refuse_unsupported_arguments() -> None:
