@@ -128,13 +128,6 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         self.post_init()
         self.freeze()
 
-    # transformers resizes the table and the head together, and asks whichever model it is called on for both
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.set_output_embeddings(new_embeddings)
-
     adjust_generation_fn = GenerationMixin.adjust_generation_fn  # reads generation_config.json
 
     @classmethod
@@ -169,11 +162,12 @@ class LorgnetteModel(LorgnettePreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
+    # transformers resizes the table and the head together, and asks whichever model it is called on for both
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_output_embeddings(value)
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
 
     def get_decoder(self) -> nn.Module:
         return self.language_model.get_decoder()

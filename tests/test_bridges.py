@@ -12,7 +12,7 @@ from lorgnette.assembly import foreign_adapters
 from lorgnette.assembly.foreign_adapters import replace_lora
 
 
-# What makes the adapter sets of these tests differ: LoRA of another rank and other targets, none, another width and layer.
+# What makes the adapter sets differ: LoRA of another rank and other targets, none, another width and layer.
 KINDS = {
     "lora": {"lora": {"r": 4, "target_modules": ["v_proj", "up_proj"], "lora_dropout": 0.5}},
     "shape": {"qformer_config": QFORMER | {"hidden_size": 8, "num_hidden_layers": 3}, "vision_feature_layer": -2},
