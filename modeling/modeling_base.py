@@ -34,7 +34,7 @@ _HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only")
 _PEFT_REFUSED = (
     "peft cannot put an adapter{name} on a whole lorgnette model: it would go to the ViT too, overwrite the trained "
     "LoRA, freeze the Q-Former and save neither of them. The language model has LoRA of its own: "
-    "from_backbones(lora=…) makes it, Trainer and TRL train it without a peft_config, and load_lm_adapter(…) replaces it"
+    "from_backbones(lora=…) makes it, Trainer and TRL train it without a peft_config, load_lm_adapter(…) replaces it"
 )
 
 
