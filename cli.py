@@ -140,7 +140,7 @@ def caption(
     """
     from tqdm.auto import tqdm
 
-    from .configuration.backbone_sources import from_pretrained_arguments
+    from .assembly.sources import from_pretrained_arguments
     from .modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
     from .processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
     from .processing.processing_lorgnette import LorgnetteProcessor

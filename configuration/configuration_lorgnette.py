@@ -1,6 +1,8 @@
 """How a model is described: `LorgnetteConfig` (ViT, Q-Former, causal LM), and of stage 1 `LorgnetteRetrievalConfig`."""
 
+import importlib
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -44,6 +46,20 @@ SIZES = {
     "intermediate_size": 2**24,
 }
 MAX_QUERY_TOKENS = 2**16  # a processor writes as many placeholders an image, before any model is asked
+
+
+def from_package(module: str, what: str) -> ModuleType:
+    """The module of the installed package to which code that travels with a model hands over.
+
+    Raises:
+        ImportError: lorgnette is not installed; the message names `what`.
+    """
+    try:
+        return importlib.import_module(f"lorgnette.{module}")  # by name: transformers' scanner must not ask for it
+    except ModuleNotFoundError as error:
+        if (error.name or "lorgnette").partition(".")[0] != "lorgnette":
+            raise
+        raise ImportError(f"{what} needs the package: pip install lorgnette") from error
 
 
 @strict
@@ -110,7 +126,7 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
     Args:
         vision_config: any ViT's config, or its dict with `model_type`.
         qformer_config: [`LorgnetteQFormerConfig`] or a dict of its fields.
-        num_query_tokens: learned queries, and so soft image tokens per picture; the one place where this count is kept.
+        num_query_tokens: learned queries, and so visual tokens per picture; the one place where this count is kept.
         vision_feature_layer: index into the ViT's `hidden_states` (-2 is the penultimate layer, which BLIP-2 and LLaVA
             train on). By default it is the ViT's `last_hidden_state`, which most pass through a final LayerNorm.
         vision_feature_select_strategy: `"full"` takes all tokens (CLS, registers, patches), `"default"` the patches
@@ -358,4 +374,5 @@ __all__ = [
     "LorgnetteConfig",
     "LorgnetteQFormerConfig",
     "LorgnetteRetrievalConfig",
+    "from_package",
 ]

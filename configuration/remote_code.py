@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from ..processing.pipeline_lorgnette import LorgnetteImageToTextPipeline  # noqa: F401
     from ..processing.processing_lorgnette import LorgnetteProcessor  # noqa: F401
     from ..serving.handler import EndpointHandler  # noqa: F401
+    from ..serving.web_images import read_web_image  # noqa: F401
 
-_SOURCES = ("configuration/*.py", "modeling/*.py", "processing/*.py", "serving/handler.py")
+_SOURCES = (
+    *("configuration/*.py", "modeling/*.py", "processing/*.py", "serving/handler.py", "serving/web_images.py"),
+    *("assembly/processors.py", "assembly/sources.py"),  # modeling/ still imports them
+)
 # As pyproject.toml says; torch is the Endpoint's own, built for its GPU
 REQUIREMENTS = ("transformers>=5.17,<5.25", "peft>=0.19.1", "pillow>=11.0", "safetensors>=0.6")
 _RELATIVE_IMPORT = re.compile(r"^(\s*)from \.+(?:\w+\.)*(\w+) import", flags=re.MULTILINE)

@@ -27,10 +27,10 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from ..configuration.backbone_sources import from_pretrained_arguments, load_tokenizer
+from ..assembly.processors import with_image_token
+from ..assembly.sources import from_pretrained_arguments, load_tokenizer
 from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig
 from ..processing.prompt_encoding import IMAGE_TOKEN
-from ..processing.tokenizer_preparation import with_image_token
 from .modeling_backbone_checks import check_language_model, check_vision_model, refuse_own_code
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..configuration.backbone_sources import from_pretrained_arguments, load_qformer_tokenizer
+from ..assembly.sources import from_pretrained_arguments, load_qformer_tokenizer
 from ..configuration.configuration_lorgnette import LorgnetteConfig, LorgnetteQFormerConfig, LorgnetteRetrievalConfig
 from .modeling_backbones import Backbone, from_source, load_language_model, next_free_token_id, parse_dtype
 from .modeling_lora import resolve_lora_config

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..configuration.backbone_sources import from_pretrained_arguments
+from ..assembly.sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from .modeling_backbones import is_unread
 from .modeling_lm_adapter import DetachedLora, lora_weights

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file, is_peft_available, requires_backends
 
-from ..configuration.backbone_sources import from_pretrained_arguments
+from ..assembly.sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from .modeling_lora import attach_lora, outermost_lora_layers, resolve_lora_config
 

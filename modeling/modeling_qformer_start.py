@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..configuration.backbone_sources import from_pretrained_arguments
+from ..assembly.sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteRetrievalConfig
 from .modeling_backbones import Backbone, is_unread, load_bert, qformer_fields
 from .modeling_qformer import LorgnetteQFormerModel

@@ -1,4 +1,4 @@
-"""`pipeline("image-to-text")`: pictures in, what the model says of them out."""
+"""`pipeline("image-to-text")`: pictures in, captions and answers out."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import BatchFeature, GenerationConfig, Pipeline
 
-from .image_loading import naming
+from .image_loading import error_context
 
 
 class LorgnetteImageToTextPipeline(Pipeline):
@@ -41,26 +41,22 @@ class LorgnetteImageToTextPipeline(Pipeline):
     def __call__(
         self, inputs: Any = None, *, images: Any = None, **kwargs: Any
     ) -> list[Any] | Iterator[list[dict[str, str]]]:
-        """Say something about each image. Its arguments are those of transformers 4's `ImageToTextPipeline.__call__`.
+        """Describe each image. Arguments are those of transformers 4's `ImageToTextPipeline.__call__`.
 
         Args:
             inputs: one ([`load_image`] says what counts as one), or a list, a column, a dataset (its rows are images or
                 have one under `image`) or a generator of them. A list in a list is several images in one prompt.
-            images: the same as `inputs`, by the name that scripts of old use.
-            prompt: what to ask about each, plain text.
-            generate_kwargs: for `generate`. `stop_strings` need no tokenizer here; of a `return_dict_in_generate` the
-                sequences are read.
-            max_new_tokens: the same as in `generate_kwargs`.
-            timeout: seconds for the download of an image.
-            batch_size, num_workers: as all pipelines have them.
+            images: the same as `inputs`, by the name that older scripts use.
+            kwargs: `prompt`, what to ask about each, plain text; `generate_kwargs`, where `stop_strings` need no
+                tokenizer; `max_new_tokens`; `timeout`, seconds for the download of an image; `batch_size` and
+                `num_workers` as all pipelines have them.
 
         Returns:
             `[{"generated_text": …}]` for one image, the continuation alone, an entry for each of
             `num_return_sequences`; a list of those for many; an iterator over them for a generator or a torch dataset.
 
         Raises:
-            ValueError: no images, an image that is none (with its position); for OSError and TypeError see
-                [`load_image`].
+            ValueError, OSError, TypeError: no images, or an image that is none (with its position), see [`load_image`].
         """
         if (inputs is None) == (images is None):
             raise ValueError("no images given" if inputs is None else "images are given twice: as inputs and as images")
@@ -83,25 +79,22 @@ class LorgnetteImageToTextPipeline(Pipeline):
         max_new_tokens: int | None = None,
         timeout: float | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        preprocess = {"prompt": prompt, "timeout": timeout}
+        preprocess = {name: value for name, value in (("prompt", prompt), ("timeout", timeout)) if value is not None}
         generate_kwargs = dict(generate_kwargs or {})
         if max_new_tokens is not None:
             if "max_new_tokens" in generate_kwargs:
                 raise ValueError("max_new_tokens is given twice: by itself and in generate_kwargs")
             generate_kwargs["max_new_tokens"] = max_new_tokens
-        forward = {"generate_kwargs": generate_kwargs} if generate_kwargs else {}
-        return {name: value for name, value in preprocess.items() if value is not None}, forward, {}
+        return preprocess, {"generate_kwargs": generate_kwargs} if generate_kwargs else {}, {}
 
     def preprocess(self, image: Any, prompt: str | None = None, timeout: float | None = None) -> BatchFeature:
-        where = "the image"
-        if isinstance(image, _Item):
-            where, image = f"image {image.position}", image.image
+        where, image = (f"image {image.position}", image.image) if isinstance(image, _Item) else ("the image", image)
         if isinstance(image, dict) and "image" in image:
             image = image["image"]
         sources = list(image) if isinstance(image, (list, tuple)) else [image]
         if not sources:
             raise ValueError(f"{where} is an empty list")
-        with naming(where):
+        with error_context(where):
             images = [self.processor.load_image(source, timeout) for source in sources]
         features = self.processor(images=[images], queries=prompt, return_tensors="pt")
         return features.to(dtype=self.dtype)
@@ -120,7 +113,7 @@ class LorgnetteImageToTextPipeline(Pipeline):
         if "stop_strings" in generate_kwargs or any(getattr(config, "stop_strings", None) for config in configs):
             generate_kwargs.setdefault("tokenizer", self.processor.tokenizer)
         ids = self.model.generate(**model_inputs, **generate_kwargs)
-        ids = getattr(ids, "sequences", ids)  # where return_dict_in_generate asks for all there is
+        ids = getattr(ids, "sequences", ids)  # of return_dict_in_generate
         rows, length = model_inputs["input_ids"].shape
         return {"answers": ids[:, length:].unflatten(0, (rows, -1))}  # (B, num_return_sequences, T)
 
@@ -135,18 +128,12 @@ class LorgnetteImageToTextPipeline(Pipeline):
 
 
 def missing_tokens(config: GenerationConfig, processor: Any) -> dict[str, Any]:
-    """What a model's generation config does not know: a base LM's has no pad token and no end of a turn.
-
-    Returns:
-        `pad_token_id` and `eos_token_id` (a list) for `generate`, each only where it has to be said.
-    """
-    missing: dict[str, Any] = {}
-    if config.pad_token_id is None:
-        missing["pad_token_id"] = processor.tokenizer.pad_token_id
-    known = config.eos_token_id
-    known = known if isinstance(known, list) else [] if known is None else [known]
-    if unknown := set(processor.stop_token_ids) - set(known):
-        missing["eos_token_id"] = [*known, *sorted(unknown)]
+    """`pad_token_id` and `eos_token_id` (a list) for `generate`, each where a base LM's generation config lacks it."""
+    missing = {"pad_token_id": processor.tokenizer.pad_token_id} if config.pad_token_id is None else {}
+    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    eos = [token for token in eos if token is not None]
+    if new := sorted(set(processor.stop_token_ids) - set(eos)):
+        missing["eos_token_id"] = [*eos, *new]
     return missing
 
 

@@ -5,88 +5,73 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import (
     AutoImageProcessor,
-)  # the top level's wants torchvision in 5.17
-from transformers.processing_utils import (
-    AudioKwargs,
-    ImagesKwargs,
-    MultiModalData,
-    ProcessingKwargs,
-    ProcessorMixin,
-    TextKwargs,
-    VideosKwargs,
-)
+)  # the top level's needs torchvision (5.17)
+from transformers.processing_utils import AudioKwargs, ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
+
+
+from transformers.processing_utils import TextKwargs, VideosKwargs  # isort: skip
 from transformers.utils import PROCESSOR_NAME
 
-from ..configuration.backbone_sources import from_pretrained_arguments, load_qformer_tokenizer, load_tokenizer
-from ..configuration.configuration_lorgnette import AUTO_PROCESSOR, MAX_QUERY_TOKENS
+from ..configuration.configuration_lorgnette import AUTO_PROCESSOR, MAX_QUERY_TOKENS, from_package
 from ..configuration.remote_code import save_remote_code
-from .blip2_prompts import BLIP2_TEMPLATE
-from .conversations import conversations_of, flatten, images_in, query_in
-from .image_loading import MAX_IMAGE_PIXELS, laid_out, load_image_for, naming, read_web_image, rescaling_of
-from .image_rows import match_images, rows_of, texts_of
+from .image_loading import MAX_IMAGE_PIXELS, error_context, load_image_for, rescaling_of, to_channels_last
 from .prompt_encoding import (
     IMAGE_TOKEN,
     answer_frame,
+    cached_per_tokenizer,
+    chat_templates,
     check_unicode,
+    conversations_of,
     encode,
+    flatten,
     image_positions,
-    remembered,
+    images_in,
+    is_prepared,
+    query_in,
     render,
     truncate,
     with_start,
-    writes_time,
 )
-from .tokenizer_preparation import prepare_tokenizer
 
 
 _TOKENIZERS = ("tokenizer", "qformer_tokenizer")
 _FIELDS = ("num_query_tokens", "system_prompt", "query", "chat_template", "max_image_pixels")
-_CALL_KWARGS = {
-    *TextKwargs.__annotations__,
-    *ImagesKwargs.__annotations__,
-    *ProcessingKwargs.__annotations__,
-    "common_kwargs",
-}
-_OPTIONS_OF_OTHERS = {*VideosKwargs.__annotations__, *AudioKwargs.__annotations__} - _CALL_KWARGS
+_KWARGS = {"common_kwargs"}.union(*(kind.__annotations__ for kind in (TextKwargs, ImagesKwargs, ProcessingKwargs)))
+_IGNORED_KWARGS = {*VideosKwargs.__annotations__, *AudioKwargs.__annotations__} - _KWARGS  # clients pass them always
 _OTHER_MODALITIES = ("videos", "audio", "audios", "videos_kwargs", "audio_kwargs")
-
-
-def _is_nothing(value: Any) -> bool:
-    """Whether there is nothing in it, as where a program gives each row's list of videos and no row has any."""
-    if isinstance(value, (list, tuple, dict)):
-        return all(map(_is_nothing, value))
-    return value is None
+_ASSEMBLY = "assembly.processors"
 
 
 class LorgnetteProcessor(ProcessorMixin):
-    """The ViT's image processor, the LM's tokenizer, and the prompt that both training and use are given.
+    """The ViT's image processor, the LM's tokenizer, and the prompt of both training and use.
 
     One `<image>` in a prompt stands for one image and becomes `num_query_tokens` placeholders. In `text=` it is markup;
     in a query, a system prompt, an output and the text parts of messages it is plain text, and so are the LM's special
-    tokens. Prompts carry BOS where the LM's tokenizer adds one, once, and never EOS. Batches are padded on the left,
-    for generation; [`LorgnetteCollator`] pads on the right.
+    tokens. Prompts have one BOS where the LM's tokenizer adds one, and no EOS. Batches are padded on the left, for
+    generation; [`LorgnetteCollator`] pads on the right.
 
     Args:
         image_processor: the ViT's own.
-        tokenizer: the LM's. It is copied before it is given `<image>` (the next free id) and, where it has no pad
-            token, its EOS as one. None in stage 1, where texts go to the Q-Former alone: `processor.tokenizer` is its
-            tokenizer then, since Trainer asks every processor for one.
+        tokenizer: the LM's. A copy gets `<image>`, and its EOS as pad token where it has none. None in stage 1, where
+            texts go to the Q-Former alone: `processor.tokenizer` is its tokenizer then.
         qformer_tokenizer: the Q-Former's, for stage 1 and for instructions as InstructBLIP has them.
-        num_query_tokens: soft tokens, and so placeholders, per image.
+        num_query_tokens: visual tokens, and so placeholders, per image.
         system_prompt: what a prompt's system message says; None leaves it to the chat template.
-        query: what a prompt asks, where nothing else is asked.
+        query: what a prompt asks by default.
         chat_template: Jinja; the tokenizer's own by default.
         max_image_pixels: a picture with more is refused before it is decoded. Pillow's own limits hold as well.
 
     Raises:
         ValueError: no tokenizer, one without both pad and EOS token, `num_query_tokens` or `max_image_pixels` below 1,
-            more queries than can be meant.
+            `num_query_tokens` above 65536.
+        ImportError: the tokenizer lacks `<image>`, a pad token or left padding, and lorgnette is not installed.
     """
 
     image_token = IMAGE_TOKEN
@@ -108,16 +93,14 @@ class LorgnetteProcessor(ProcessorMixin):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it has to be a whole number of at least 1")
         if num_query_tokens > MAX_QUERY_TOKENS:
-            raise ValueError(f"num_query_tokens is {num_query_tokens}; more than {MAX_QUERY_TOKENS} cannot be meant")
-        if tokenizer is not None:
-            tokenizer = prepare_tokenizer(tokenizer)
+            raise ValueError(f"num_query_tokens is {num_query_tokens}; at most {MAX_QUERY_TOKENS} are allowed")
+        if tokenizer is not None and not is_prepared(tokenizer):
+            tokenizer = from_package(_ASSEMBLY, "a tokenizer without <image>").prepare_tokenizer(tokenizer)
         super().__init__(image_processor, tokenizer or qformer_tokenizer, qformer_tokenizer)
         if chat_template is not None:
             self.chat_template = chat_template
-        self.num_query_tokens = num_query_tokens
-        self.system_prompt = system_prompt
-        self.query = query
-        self.max_image_pixels = max_image_pixels
+        self.num_query_tokens, self.max_image_pixels = num_query_tokens, max_image_pixels
+        self.system_prompt, self.query = system_prompt, query
 
     @classmethod
     def from_backbones(
@@ -133,50 +116,16 @@ class LorgnetteProcessor(ProcessorMixin):
         text_revision: str | None = None,
         qformer_revision: str | None = None,
     ) -> "LorgnetteProcessor":
-        """Make a processor of the backbones' own parts.
-
-        Args:
-            vision: the ViT: Hub id, local folder, or its image processor.
-            text: the LM: Hub id, local folder, `.gguf` file, or its tokenizer. None in stage 1.
-            qformer: where the Q-Former's tokenizer comes from: the same kinds.
-            num_query_tokens, system_prompt, query: see the class.
-            vision_revision, text_revision, qformer_revision: branch, tag or commit on the Hub.
-
-        Raises:
-            ValueError: see the class. `OSError` for a backbone that cannot be found, as transformers has it.
-        """
-        if isinstance(vision, (str, Path)):
-            name, keywords = from_pretrained_arguments(vision, vision_revision)
-            vision = AutoImageProcessor.from_pretrained(name, **keywords)
-        return cls(
-            vision,
-            load_tokenizer(text, text_revision),
-            load_qformer_tokenizer(qformer, qformer_revision),
-            num_query_tokens=num_query_tokens,
-            system_prompt=system_prompt,
-            query=query,
-        )
+        """Make a processor of the backbones' own parts; needs the package, see `lorgnette.assembly.processors`."""
+        assembly = from_package(_ASSEMBLY, "LorgnetteProcessor.from_backbones")
+        fields = {"num_query_tokens": num_query_tokens, "system_prompt": system_prompt, "query": query}
+        revisions = (vision_revision, text_revision, qformer_revision)
+        return assembly.from_backbones(cls, vision, text, qformer, revisions, **fields)
 
     @classmethod
     def from_blip2(cls, source: str | Path, *, query: str = "", revision: str | None = None) -> "LorgnetteProcessor":
-        """The processor of a `Blip2ForConditionalGeneration`, with prompts as BLIP-2 has them: pictures, BOS, words.
-
-        Args:
-            source: Hub id or local folder, with its image processor and tokenizer.
-            query: what is asked where nothing else is; BLIP-2 was trained on `"Question: … Answer:"`, and on no words
-                at all for a caption.
-            revision: branch, tag or commit on the Hub.
-        """
-        name, keywords = from_pretrained_arguments(source, revision)
-        return cls(
-            AutoImageProcessor.from_pretrained(name, **keywords),
-            load_tokenizer(source, revision),
-            num_query_tokens=AutoConfig.from_pretrained(name, **keywords).num_query_tokens,
-            query=query,
-            chat_template=BLIP2_TEMPLATE,
-        )
-
-    # ------------------------------------------------------------------------------------------------ prompts
+        """Make the processor of a `Blip2ForConditionalGeneration`; needs the package, see `assembly.processors`."""
+        return from_package(_ASSEMBLY, "LorgnetteProcessor.from_blip2").from_blip2(cls, source, query, revision)
 
     @property
     def is_stage1(self) -> bool:
@@ -191,12 +140,11 @@ class LorgnetteProcessor(ProcessorMixin):
     @property
     def chat_template(self) -> str | dict[str, str] | None:
         """The LM tokenizer's, saved with it; None where it has none and prompts are plain."""
-        tokenizer = self.__dict__.get("tokenizer")
-        return None if tokenizer is None else tokenizer.chat_template
+        return getattr(self.__dict__.get("tokenizer"), "chat_template", None)
 
     @chat_template.setter
     def chat_template(self, template: str | dict[str, str] | None) -> None:
-        if self.__dict__.get("tokenizer") is not None:
+        if "tokenizer" in self.__dict__:
             self.tokenizer.chat_template = template
 
     @property
@@ -205,40 +153,35 @@ class LorgnetteProcessor(ProcessorMixin):
         eos = self._lm_tokenizer().eos_token_id
         return sorted({answer_frame(self.tokenizer)[1][-1], *([] if eos is None else [eos])})
 
+    # ------------------------------------------------------------------------------------------------ prompts
+
     def build_prompt(
         self, query: str | None = None, system: str | None = None, output: str | None = None, num_images: int = 1
     ) -> str:
         """Write `<SYSTEM> <QUERY> <IMAGE> <OUTPUT>` in the LM's chat template, or plainly, a part a line, without one.
 
-        Where the words hold control tokens, the string marks them with Unicode noncharacters, which `processor(text=…)`
-        understands.
+        Unicode noncharacters mark control tokens in the words; `processor(text=…)` understands them.
 
         Args:
-            query: this processor's `query` by default; `""` for none.
-            system: this processor's `system_prompt` by default; `""` for none.
+            query, system: this processor's `query` and `system_prompt` by default; `""` for none.
             output: the answer; without one the prompt ends where the LM is to answer.
-            num_images: how many images are asked about.
+            num_images: how many images the query is about.
 
         Raises:
             ValueError: the template refuses it (some know no system message: put it in the query then).
             TypeError: a part that is no string.
         """
-        query, system = self._asked(query, system)
-        if output is not None and not isinstance(output, str):
-            raise TypeError(f"output is a {type(output).__name__}; a string is needed")
-        asked = [{"type": "text", "text": query}] if query else []
-        messages = [{"role": "user", "content": asked + [{"type": "image"}] * num_images}]
+        for name, value in (("query", query), ("system", system), ("output", output)):
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{name} is a {type(value).__name__}; a string is needed")
+        query, system = self.query if query is None else query, self.system_prompt if system is None else system
+        words = [{"type": "text", "text": query}] if query else []
+        messages = [{"role": "user", "content": words + [{"type": "image"}] * num_images}]
         if system:
             messages.insert(0, {"role": "system", "content": system})
         if output is not None:
             messages.append({"role": "assistant", "content": output})
         return self.apply_chat_template(messages, add_generation_prompt=output is None)
-
-    def _asked(self, query: str | None, system: str | None) -> tuple[str, str | None]:
-        for name, value in (("query", query), ("system", system)):
-            if value is not None and not isinstance(value, str):
-                raise TypeError(f"{name} is a {type(value).__name__}; a string is needed")
-        return self.query if query is None else query, self.system_prompt if system is None else system
 
     def apply_chat_template(
         self,
@@ -254,9 +197,8 @@ class LorgnetteProcessor(ProcessorMixin):
         """As `ProcessorMixin.apply_chat_template`, for the templates of text-only LMs, and for LMs without any.
 
         Args:
-            conversation: messages, or a list of such lists; [`messages_of`] says in what else they may be. Their
-                contents are strings or lists of `{"type": "text", "text": …}` and `{"type": "image"}`; a picture stands
-                under `image`, `url`, `path` or `base64`, or comes in `processor_kwargs["images"]`.
+            conversation: messages, or a list of such lists. Their contents are strings or lists of parts, see
+                [`parts_of`]; pictures stand in the parts, or in `processor_kwargs["images"]`.
             chat_template: Jinja, or the name of one of the tokenizer's; its default one by default.
             tokenize: give token ids, not a string, and process the images.
             return_dict: give all that the model reads (a `BatchFeature`), not only `input_ids`.
@@ -264,20 +206,18 @@ class LorgnetteProcessor(ProcessorMixin):
             kwargs: `add_generation_prompt`, `continue_final_message`, `tools` … for the template.
 
         Raises:
-            ValueError: an empty conversation, a part of another type, a template that refuses the conversation; for
-                TypeError see [`messages_of`].
+            ValueError: an empty conversation, a part of another type, a template that refuses the conversation.
+            TypeError: messages, contents or parts of another type.
         """
         batch, is_batch = conversations_of(conversation)
         if not all(batch):
             raise ValueError("the conversation is empty")
         if kwargs.pop("return_assistant_tokens_mask", False):
             raise ValueError("return_assistant_tokens_mask is not supported: LorgnetteCollator makes labels")
-        kwargs.pop("sanitize_control_tokens", None)  # it always does
-        call_kwargs = {name: kwargs.pop(name) for name in _CALL_KWARGS & kwargs.keys()} | (processor_kwargs or {})
+        kwargs.pop("sanitize_control_tokens", None)  # this processor always does
+        call_kwargs = {name: kwargs.pop(name) for name in _KWARGS & kwargs.keys()} | (processor_kwargs or {})
         tokenizer = self._lm_tokenizer()
-        prompts = [
-            render(tokenizer, flatten(tokenizer, messages), chat_template=chat_template, **kwargs) for messages in batch
-        ]
+        prompts = [render(tokenizer, flatten(tokenizer, messages), chat_template, **kwargs) for messages in batch]
         if not tokenize:
             return prompts if is_batch else prompts[0]
         images = [images_in(messages) for messages in batch]
@@ -297,49 +237,39 @@ class LorgnetteProcessor(ProcessorMixin):
         num_images: int = 1,
         messages: list[dict[str, Any]] | None = None,
     ) -> tuple[list[int], list[int]]:
-        """Token ids of a training example: of the prompt exactly as it is at inference, and of what is to be learnt.
+        """Token ids of a training example: of its prompt, as at inference, and of the answer that is learnt.
 
         Args:
-            output: the answer. The ids that end it follow it: the template's end of turn, or EOS. None: not known yet.
+            output: the answer, which the template's end of turn or EOS follows. None: no answer.
             query, system, num_images: as in [`build_prompt`].
             messages: the conversation before the answer, in place of the three.
-
-        Returns:
-            The prompt's ids, placeholders and all, and the answer's (none where it is not known).
 
         Raises:
             ValueError: the template refuses the conversation, or does not show where an answer ends.
         """
         tokenizer = self._lm_tokenizer()
-        if messages is None:
-            prompt = self._prompt_ids(*self._asked(query, system), num_images)
-        else:
+
+        def prompt_ids() -> list[int]:
+            return self._encode_prompt(self.build_prompt(query, system, num_images=num_images))
+
+        if messages is not None:
             prompt = self._encode_prompt(self.apply_chat_template(messages, add_generation_prompt=True))
+        elif "strftime_now" in chat_templates(tokenizer):  # the template writes the date (Llama 3)
+            prompt = prompt_ids()
+        else:  # mostly one and the same for all rows
+            key = (self.query if query is None else query, self.system_prompt if system is None else system)
+            prompt = list(cached_per_tokenizer(tokenizer, (*key, num_images, self.num_query_tokens), prompt_ids))
         if output is None:
             return prompt, []
         lead, end = answer_frame(tokenizer)
         answer = flatten(tokenizer, [{"content": output}])[0]["content"]
         return prompt, encode(tokenizer, lead + answer, continues=True) + end
 
-    def _prompt_ids(self, query: str, system: str | None, num_images: int) -> list[int]:
-        """Of a prompt that [`build_prompt`] writes: mostly one and the same for all rows."""
-
-        def made() -> list[int]:
-            return self._encode_prompt(self.build_prompt(query, system or "", num_images=num_images))
-
-        if writes_time(self.tokenizer):
-            return made()
-        words = (query, system, num_images, self.num_query_tokens)
-        return list(remembered(self.tokenizer, words, made))
-
     def _encode_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         ids = encode(self.tokenizer, prompt)
-        if add_special_tokens:
-            ids = with_start(self.tokenizer, ids)
-        image_token_id, expanded = self.image_token_id, []
-        for token in ids:
-            expanded += [token] * (self.num_query_tokens if token == image_token_id else 1)
-        return expanded
+        ids = with_start(self.tokenizer, ids) if add_special_tokens else ids
+        repeats = {self.image_token_id: self.num_query_tokens}
+        return [token for token in ids for _ in range(repeats.get(token, 1))]
 
     # ------------------------------------------------------------------------------------------------ calling
 
@@ -359,18 +289,17 @@ class LorgnetteProcessor(ProcessorMixin):
                 the texts, or a list of lists, one a text.
             text: a prompt or a list of B. Without it [`build_prompt`] writes one for each image, or list of images. In
                 stage 1 these are the Q-Former's texts and hold no placeholders.
-            queries: what is asked, or a list of B, where `text` is left out; and what the Q-Former is told, where it
-                takes instructions. This processor's `query` by default.
+            queries: what is asked, or a list of B, where `text` is left out, and for a Q-Former that reads
+                instructions. This processor's `query` by default.
             timeout: seconds for the download of an image.
             kwargs: as processors have them: `return_tensors`, `padding`, `padding_side`, `truncation`, `max_length`, …
-                Truncation takes from the words, see [`truncate`], never from an image's placeholders.
-                `return_text_replacement_offsets` says where in `text` each `<image>` stands, and what it stands for, as
-                `ProcessorMixin.get_text_with_replacements` does; `return_mm_token_type_ids` gives `(B, S)` with 1 at
-                placeholders and 0 elsewhere. vLLM asks for them.
+                Truncation takes words, never an image's placeholders. `return_text_replacement_offsets` says where in
+                `text` each `<image>` stands and what it stands for, as `ProcessorMixin.get_text_with_replacements`
+                does; `return_mm_token_type_ids` gives `(B, S)` with 1 at placeholders. vLLM asks for both.
 
         Returns:
             `input_ids` and `attention_mask` `(B, S)`; for images `pixel_values` `(N, 3, H, W)` and what else the image
-            processor gives (`pixel_attention_mask`, `spatial_shapes`); for a Q-Former that takes instructions
+            processor gives (`pixel_attention_mask`, `spatial_shapes`); for a Q-Former that reads instructions
             `qformer_input_ids` and `qformer_attention_mask` `(N, T)`.
 
         Raises:
@@ -386,9 +315,8 @@ class LorgnetteProcessor(ProcessorMixin):
         return_types = kwargs.pop("return_mm_token_type_ids", False)
         merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
-        rows, sorted_by_caller = ([], False) if images is None else rows_of(images)
-        texts = None if text is None else texts_of(text, "text")
-
+        rows, sorted_by_caller = ([], False) if images is None else _rows_of(images)
+        texts = None if text is None else _texts_of(text, "text")
         if texts is None and not all(rows):
             raise ValueError(f"row {rows.index([])} has an empty list of images, and no text")
 
@@ -399,28 +327,27 @@ class LorgnetteProcessor(ProcessorMixin):
             flat = [image for row in rows for image in row]
         else:
             if texts is None:
-                asked = self._queries(queries, len(rows))
-                texts = [self.build_prompt(query, num_images=len(row)) for query, row in zip(asked, rows, strict=True)]
+                asked = zip(self._queries(queries, len(rows)), rows, strict=True)
+                texts = [self.build_prompt(query, num_images=len(row)) for query, row in asked]
             ids = [self._encode_prompt(prompt, text_kwargs.get("add_special_tokens", True)) for prompt in texts]
             counts = [row.count(self.image_token_id) // self.num_query_tokens for row in ids]
-            flat = match_images(rows, sorted_by_caller, counts)
+            flat = _match_images(rows, sorted_by_caller, counts)
             features.update(self._pad(ids, **text_kwargs))
             if return_types:
-                features["mm_token_type_ids"] = [
-                    [int(token == self.image_token_id) for token in row] for row in features["input_ids"]
-                ]
+                is_image = [[int(token == self.image_token_id) for token in row] for row in features["input_ids"]]
+                features["mm_token_type_ids"] = is_image
             if flat and self.qformer_tokenizer is not None:
                 if text is not None and queries is None:
                     raise ValueError("the Q-Former reads the query too: say with queries= what is asked in text=")
                 asked = zip(self._queries(queries, len(texts)), counts, strict=True)
-                told = [query for query, count in asked for _ in range(count)]
-                instructions = self.encode_for_qformer(told, padding=True)
-                features.update({f"qformer_{name}": value for name, value in instructions.items()})
+                instructions = [query for query, count in asked for _ in range(count)]
+                encoded = self.encode_for_qformer(instructions, padding=True)
+                features.update({f"qformer_{name}": value for name, value in encoded.items()})
         if flat:
             loaded, layout = [], images_kwargs.pop("input_data_format", None)
             for position, image in enumerate(flat):
-                with naming(f"image {position}"):
-                    loaded.append(self.load_image(laid_out(image, layout), timeout))
+                with error_context(f"image {position}"):
+                    loaded.append(self.load_image(to_channels_last(image, layout), timeout))
             features.update(self.encode_images(loaded, **images_kwargs))
         features = BatchFeature(features, tensor_type=text_kwargs.get("return_tensors"))
         if return_offsets and not self.is_stage1:
@@ -428,42 +355,33 @@ class LorgnetteProcessor(ProcessorMixin):
         return features
 
     def _check_keywords(self, kwargs: dict[str, Any]) -> None:
-        """Raises a TypeError that names the first keyword which nothing here reads, and what may have been meant."""
-        known = _CALL_KWARGS | set(getattr(self.image_processor.valid_kwargs, "__annotations__", ()))
+        """Raises a TypeError for a keyword that nothing here reads, with the nearest that something reads."""
+        accepted = {*_KWARGS, *getattr(self.image_processor.valid_kwargs, "__annotations__", ())}
         for name, value in kwargs.items():
-            if name in _OPTIONS_OF_OTHERS:  # which programs pass on with pictures alone
-                continue
-            if name in _OTHER_MODALITIES:
-                if not _is_nothing(value):
-                    raise TypeError(f"{name} was given, and {type(self).__name__} takes images and text alone")
-            elif name not in known:
-                near = get_close_matches(name, {*known, "queries", "images", "text", "timeout"}, n=1)
-                meant = f": was {near[0]} meant?" if near else ""
-                raise TypeError(f"{type(self).__name__} knows no keyword {name!r}{meant}")
+            if name in _OTHER_MODALITIES and not _is_empty(value):
+                raise TypeError(f"{name} was given, and {type(self).__name__} takes images and text alone")
+            if name not in {*accepted, *_IGNORED_KWARGS, *_OTHER_MODALITIES}:
+                near = get_close_matches(name, {*accepted, "queries", "images", "text", "timeout"}, n=1)
+                hint = f": was {near[0]} meant?" if near else ""
+                raise TypeError(f"{type(self).__name__} knows no keyword {name!r}{hint}")
 
     def _replacement_offsets(self, prompt: str) -> list[dict[str, Any]]:
         """Where each `<image>` of a prompt stands, before and after it is expanded: characters."""
-        replacement, found, grown = IMAGE_TOKEN * self.num_query_tokens, [], 0
-        for start in image_positions(self.tokenizer, prompt):
-            end = start + len(IMAGE_TOKEN)
-            new_span = (start + grown, start + grown + len(replacement))
-            found.append({"type": "image", "span": (start, end), "new_span": new_span})
-            found[-1] |= {"text": IMAGE_TOKEN, "replacement": replacement}
-            grown += len(replacement) - len(IMAGE_TOKEN)
-        return found
+        replacement, offsets = IMAGE_TOKEN * self.num_query_tokens, []
+        for number, start in enumerate(image_positions(self.tokenizer, prompt)):
+            new_start = start + number * (len(replacement) - len(IMAGE_TOKEN))
+            spans = {"span": (start, start + len(IMAGE_TOKEN)), "new_span": (new_start, new_start + len(replacement))}
+            offsets.append({"type": "image", "text": IMAGE_TOKEN, "replacement": replacement, **spans})
+        return offsets
 
     def _get_num_multimodal_tokens(self, image_sizes: Sequence[Any] | None = None, **_: Any) -> MultiModalData:
         """How many placeholders images of these sizes take: each `num_query_tokens`. vLLM asks for it."""
-        count = 0 if image_sizes is None else len(image_sizes)
+        count = len(image_sizes or ())
         return MultiModalData(num_image_tokens=[self.num_query_tokens] * count, num_image_patches=[1] * count)
 
     def load_image(self, source: Any, timeout: float | None = None) -> Image.Image:
-        """[`load_image`], and see to it that the image processor can take it; raises what [`load_image_for`] does."""
+        """[`load_image`] within this processor's limit of pixels, before and after resizing; raises what it does."""
         return load_image_for(self.image_processor, source, timeout, self.max_image_pixels)
-
-    def load_web_image(self, url: str, timeout: float | None = None) -> Image.Image:
-        """[`load_image`] of a URL that somebody else names; raises what it and [`read_web_image`] do."""
-        return self.load_image(read_web_image(url, timeout))
 
     def encode_images(self, images: list[Image.Image], **images_kwargs: Any) -> BatchFeature:
         """`pixel_values` `(N, 3, H, W)`, and what else this image processor gives, for N loaded RGB images.
@@ -478,7 +396,7 @@ class LorgnetteProcessor(ProcessorMixin):
             return [self.query if queries is None else queries] * rows
         if len(queries) != rows:
             raise ValueError(f"{len(queries)} queries were given for {rows} rows")
-        return texts_of(queries, "queries")
+        return _texts_of(queries, "queries")
 
     def encode_for_qformer(self, texts: list[str], **text_kwargs: Any) -> dict[str, Any]:
         """`input_ids` and `attention_mask` of the Q-Former's texts, in which special tokens are plain text.
@@ -488,61 +406,36 @@ class LorgnetteProcessor(ProcessorMixin):
         """
         for text in texts:
             check_unicode(text)
-        tokenizer = self.qformer_tokenizer
         text_kwargs = {"return_token_type_ids": False, "split_special_tokens": True} | text_kwargs
-        encoded = tokenizer(texts, return_attention_mask=True, **text_kwargs)
-        longest = max(len(ids) for ids in encoded["input_ids"])
-        if longest > tokenizer.model_max_length:
-            raise ValueError(f"a text has {longest} tokens; the Q-Former takes {tokenizer.model_max_length}")
+        encoded = self.qformer_tokenizer(texts, return_attention_mask=True, **text_kwargs)
+        longest, limit = max(map(len, encoded["input_ids"])), self.qformer_tokenizer.model_max_length
+        if longest > limit:
+            raise ValueError(f"a text has {longest} tokens; the Q-Former takes {limit}")
         return dict(encoded)
 
-    def _pad(
-        self,
-        rows: list[list[int]],
-        padding: bool | str = False,
-        truncation: bool | str | None = False,
-        max_length: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        **_: Any,
-    ) -> dict[str, list[list[int]]]:
-        tokenizer = self.tokenizer
+    def _pad(self, rows: list[list[int]], **kwargs: Any) -> dict[str, list[list[int]]]:
+        """`tokenizer.pad`, after [`truncate`] where it is asked for."""
+        tokenizer, padding = self.tokenizer, kwargs.get("padding", False)
+        max_length = kwargs.get("max_length")
         if max_length is None and tokenizer.model_max_length < 10**9:  # transformers writes 1e30 for "not known"
             max_length = tokenizer.model_max_length
-        if truncation and truncation != "do_not_truncate" and max_length is not None:
+        if kwargs.get("truncation", False) not in (False, None, "do_not_truncate") and max_length is not None:
             for position, ids in enumerate(rows):
-                with naming(f"row {position}"):
-                    rows[position] = truncate(tokenizer, ids, max_length, self.image_token_id)
-        width = 0
-        if padding and padding != "do_not_pad":
-            width = max(map(len, rows))
-            if padding == "max_length":
-                if max_length is None:
-                    raise ValueError('padding="max_length" needs a max_length; the tokenizer knows of none')
-                width = max_length
-            width += -width % (pad_to_multiple_of or 1)
-        left = (padding_side or tokenizer.padding_side) == "left"
-        ids, mask = [], []
-        for row in rows:
-            pad = [tokenizer.pad_token_id] * (width - len(row))
-            ids.append(pad + row if left else row + pad)
-            mask.append([0] * len(pad) + [1] * len(row) if left else [1] * len(row) + [0] * len(pad))
-        return {"input_ids": ids, "attention_mask": mask}
+                with error_context(f"row {position}"):
+                    rows[position] = truncate(tokenizer, ids, max_length)
+        if padding == "max_length" and max_length is None:
+            raise ValueError('padding="max_length" needs a max_length; the tokenizer knows of none')
+        passed_on = {name: kwargs[name] for name in ("pad_to_multiple_of", "padding_side") if name in kwargs}
+        padded = tokenizer.pad(
+            {"input_ids": rows}, padding, max_length, return_attention_mask=True, verbose=False, **passed_on
+        )
+        return dict(padded)
 
     @property
     def model_input_names(self) -> list[str]:
         names = ["input_ids", "attention_mask", *self.image_processor.model_input_names]
-        if self.qformer_tokenizer is not None and not self.is_stage1:
-            names += ["qformer_input_ids", "qformer_attention_mask"]
-        return names
-
-    def decode(self, *args: Any, **kwargs: Any) -> str | list[str]:
-        """The tokenizer's `decode`."""
-        return self.tokenizer.decode(*args, **kwargs)
-
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """The tokenizer's `batch_decode`."""
-        return self.tokenizer.batch_decode(*args, **kwargs)
+        instructs = self.qformer_tokenizer is not None and not self.is_stage1
+        return names + (["qformer_input_ids", "qformer_attention_mask"] if instructs else [])
 
     def _lm_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.is_stage1:
@@ -559,7 +452,7 @@ class LorgnetteProcessor(ProcessorMixin):
         return {name: tokenizer for name, tokenizer in own.items() if tokenizer is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """What processor_config.json holds; a tokenizer that is not there is null in it."""
+        """What processor_config.json holds; null stands for a tokenizer that this processor lacks."""
         absent = {name: None for name in _TOKENIZERS if name not in self._own_tokenizers()}
         return {**super().to_dict(), **absent, "auto_map": {"AutoProcessor": AUTO_PROCESSOR}}
 
@@ -585,14 +478,79 @@ class LorgnetteProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: str | Path, processor_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[Any]:
         kwargs = {name: value for name, value in kwargs.items() if name not in _FIELDS}
-        subfolder = kwargs.pop("subfolder", "")
-        parts = [AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)]
+        source, subfolder = pretrained_model_name_or_path, kwargs.pop("subfolder", "")
+        parts: list[Any] = [AutoImageProcessor.from_pretrained(source, subfolder=subfolder, **kwargs)]
         for name in _TOKENIZERS:
-            own_folder = subfolder if name == "tokenizer" else f"{subfolder}/{name}".strip("/")
-            absent = (processor_dict or {}).get(name, "present") is None
-            parts.append(
-                None
-                if absent
-                else AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=own_folder, **kwargs)
-            )
+            is_lm = name == "tokenizer"
+            where = {"subfolder": subfolder if is_lm else f"{subfolder}/{name}".strip("/")}
+            where |= {"padding_side": "left"} if is_lm else {}  # older saves do not say so
+            is_absent = (processor_dict or {}).get(name, "present") is None
+            parts.append(None if is_absent else AutoTokenizer.from_pretrained(source, **where | kwargs))
         return parts
+
+
+# ------------------------------------------------------------------------------------------------ rows of a batch
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether there is nothing in it: None, or lists and dicts of nothing."""
+    return all(map(_is_empty, value)) if isinstance(value, (list, tuple, dict)) else value is None
+
+
+def _is_list(item: Any) -> bool:
+    if isinstance(item, (np.ndarray, torch.Tensor)):
+        return item.ndim == 4
+    return isinstance(item, Sequence) and not isinstance(item, (str, bytes, bytearray, memoryview))
+
+
+def _rows_of(images: Any) -> tuple[list[list[Any]], bool]:
+    """Images by row, and whether the caller has sorted them; where not, each image is a row of its own.
+
+    Raises:
+        ValueError: an empty list, or images mixed with lists of them.
+    """
+    items = list(images) if _is_list(images) else [images]
+    if not items:
+        raise ValueError("images is an empty list")
+    if not any(map(_is_list, items)):
+        return [[item] for item in items], False
+    for position, item in enumerate(items):
+        if item is not None and not _is_list(item):
+            raise ValueError(f"images mixes lists and single images: item {position} is a {type(item).__name__}")
+    return [[] if item is None else list(item) for item in items], True
+
+
+def _texts_of(texts: str | Sequence[str], name: str) -> list[str]:
+    """A string, or a list of them, as a list; raises ValueError for an empty list, TypeError for another item."""
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, Sequence):
+        raise TypeError(f"{name} is a {type(texts).__name__}; a string or a list of strings is needed")
+    if not texts:
+        raise ValueError(f"{name} is an empty list")
+    for position, item in enumerate(texts):
+        if not isinstance(item, str):
+            raise TypeError(f"{name} {position} is a {type(item).__name__}; a string is needed")
+    return list(texts)
+
+
+def _match_images(rows: list[list[Any]], sorted_by_caller: bool, wanted: list[int]) -> list[Any]:
+    """All images of a batch in the order of their placeholders, of which each text has so many as `wanted` says.
+
+    Raises:
+        ValueError: a text with more or fewer `<image>` than images; names the row and both counts.
+    """
+    flat, counts = [image for row in rows for image in row], [len(row) for row in rows]
+    if not sorted_by_caller:
+        if len(flat) == sum(wanted):
+            return flat
+        counts = [len(flat)] if len(wanted) == 1 else counts
+    if counts == wanted:
+        return flat
+    if len(counts) != len(wanted):
+        texts = f"the {len(wanted)} texts have {sum(wanted)} <image> in all ({', '.join(map(str, wanted))})"
+        lists = f" in {len(rows)} lists" if sorted_by_caller else ""
+        raise ValueError(f"{texts}, and {len(flat)} images were given{lists}")
+    row = next(row for row, count in enumerate(counts) if count != wanted[row])
+    hint = ": each image needs its <image> in the text" if wanted[row] < counts[row] else ""
+    raise ValueError(f"row {row}: {wanted[row]} <image> in the text, {counts[row]} images given{hint}")

@@ -7,11 +7,14 @@ what the runtime makes of a body of type `image/…`, base64, or a URL. Other fi
 `generate_kwargs`, the processor's own query is what is asked without a `prompt`, and the answer has the form of the
 image-to-text task, `[{"generated_text": …}]`, which `huggingface_hub.InferenceClient.image_to_text` reads.
 
+`web_images.py` lies beside this file; the runtime puts their folder first on the path.
+
 There is one adapter, called as the environment variable `ADAPTER_NAME` says, `default` otherwise. What is raised here
 its caller gets as `{"error": …}`.
 """
 
 import base64
+import importlib
 import os
 import re
 from contextlib import nullcontext
@@ -21,6 +24,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+
+# by name: transformers' scanner takes a plain import for a package that has to be installed
+read_web_image = importlib.import_module("web_images").read_web_image
 
 MAX_NEW_TOKENS = 128
 FETCH_SECONDS = 10.0
@@ -107,9 +113,8 @@ class EndpointHandler:
 
     def _load(self, picture: str | bytes | Image.Image) -> Image.Image:
         try:
-            if isinstance(picture, str):
-                return self.processor.load_web_image(picture, FETCH_SECONDS)
-            return self.processor.load_image(picture)
+            source = read_web_image(picture, FETCH_SECONDS) if isinstance(picture, str) else picture
+            return self.processor.load_image(source)
         except ValueError as error:
             raise ValueError(str(error).partition("; it begins with ")[0]) from None  # the file is not quoted
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..configuration.backbone_sources import from_pretrained_arguments
+from ..assembly.sources import from_pretrained_arguments
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.processing_lorgnette import LorgnetteProcessor
 

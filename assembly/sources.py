@@ -31,7 +31,7 @@ def from_pretrained_arguments(source: str | Path, revision: str | None = None) -
 def load_tokenizer(
     source: str | Path | PreTrainedTokenizerBase | None, revision: str | None = None
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model that is named; one that is loaded already, or None, is passed on."""
+    """The tokenizer of a model that is named; a loaded one, or None, is returned."""
     if not isinstance(source, (str, Path)):
         return source
     name, keywords = from_pretrained_arguments(source, revision)
@@ -48,6 +48,3 @@ def load_qformer_tokenizer(
         if cached_file(name, inside, _raise_exceptions_for_missing_entries=False, **keywords) is not None:
             return AutoTokenizer.from_pretrained(name, subfolder=QFORMER_TOKENIZER, **keywords)
     return load_tokenizer(source, revision)
-
-
-__all__ = ["QFORMER_TOKENIZER", "from_pretrained_arguments", "load_qformer_tokenizer", "load_tokenizer"]
