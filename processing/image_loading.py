@@ -1,8 +1,4 @@
-"""Images of all kinds become upright 8-bit RGB `PIL.Image`s, or an error says why not.
-
-`ValueError` is for content that is no usable picture, `OSError` (`FileNotFoundError` for a path) for what cannot be
-read or fetched, `TypeError` for an object that is no image at all.
-"""
+"""Images of all kinds become upright 8-bit RGB `PIL.Image`s, or an error says why not."""
 
 import asyncio
 import base64
@@ -11,8 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from typing import Any
 
@@ -28,6 +23,9 @@ DOWNLOAD_SECONDS, DOWNLOAD_BYTES = 20.0, 100 * 2**20
 # What files may hold. Of what else Pillow reads EPS starts Ghostscript, IPTC opens whatever is inside it, in any format
 # and of any size, ICO decodes before the size is known, and DDS is decoded in Python, a pixel after another.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+Image.init()
+_READABLE = tuple(kind for kind in FORMATS if kind in Image.OPEN)  # older versions of Pillow know no AVIF
+WEB = ("http://", "https://")
 _FLOAT_SLACK = 1e-3  # resizing overshoots 0 and 1 by a little
 _WERE_FLOATS = "lorgnette: floats from 0 to 1"  # in `info` of a loaded picture
 
@@ -46,17 +44,15 @@ def load_image(source: Any, timeout: float | None = None, max_pixels: int = MAX_
     """Read one image as RGB: upright by its EXIF, transparency over white, 16 bits scaled to 8, an animation's first.
 
     Args:
-        source: a PIL image; an array or tensor, `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1, 3 or 4 channels, of
-            integers (8 or 16 bits by their values) or of floats from 0 to 1 (where both layouts fit, numpy's is
-            channels-last and torch's channels-first); a path; an http(s) or data URL; base64; bytes; a binary file; a
-            dict with `bytes` or `path`, as `datasets.Image(decode=False)` gives it. Files are read in [`FORMATS`].
+        source: a PIL image; an array or tensor, `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1, 3 or 4 channels, of 8-bit
+            or 16-bit integers or floats from 0 to 1 (where both layouts fit, arrays are channels-last and tensors are
+            not); a path; an http(s) or data URL; base64; bytes; a binary file; a dict with `bytes` or `path`.
         timeout: seconds a download may take in all, 20 by default; it ends at 100 MiB too.
         max_pixels: a picture with more is refused before it is decoded; so it is above `PIL.Image.MAX_IMAGE_PIXELS`.
 
     Raises:
-        ValueError: `None`, no picture, a broken one, one with too many pixels, NaN or values out of range.
-        FileNotFoundError: no such path.
-        OSError: a file or URL that cannot be read.
+        ValueError: no usable picture: `None`, a broken one, one of too many pixels or of values out of range.
+        OSError: a file or URL that cannot be read; FileNotFoundError for a path.
         TypeError: an object of another kind.
     """
     if source is None:
@@ -71,7 +67,7 @@ def load_image(source: Any, timeout: float | None = None, max_pixels: int = MAX_
     if not data:
         raise ValueError(f"{name} is empty (0 bytes)")
     with _decoding(name, data):
-        image = Image.open(BytesIO(data), formats=_readable_formats())
+        image = Image.open(BytesIO(data), formats=_READABLE)
         _check_size(*image.size, max_pixels)
         if image.format == "TIFF":  # a tile may be far larger than the picture that is cut out of it
             _check_size(*(image.tag_v2.get(tag, 1) for tag in (TILEWIDTH, TILELENGTH)), max_pixels)
@@ -84,20 +80,15 @@ def load_image_for(
 ) -> Image.Image:
     """[`load_image`]; a ValueError also for a narrow picture that exceeds `max_pixels` once it is resized."""
     image = load_image(source, timeout, max_pixels)
-    (short, long), size = sorted(image.size), dict(getattr(image_processor, "size", None) or {})
-    edge = 0 if size.get("longest_edge") else size.get("shortest_edge") or 0
-    if (pixels := edge * edge * long // short) > (limit := _limit(max_pixels)):
-        what = f"a picture of {image.width} x {image.height}, its shorter side resized to {edge}"
-        raise ValueError(f"{what}, would have {pixels} pixels, more than the {limit} that are allowed")
+    size = dict(getattr(image_processor, "size", None) or {})
+    if (edge := size.get("shortest_edge")) and not size.get("longest_edge"):
+        with error_context(f"a picture of {image.width} x {image.height} with its shorter side resized to {edge}"):
+            _check_size(*(edge * side // min(image.size) for side in image.size), max_pixels)
     return image
 
 
 def to_channels_last(source: Any, layout: Any) -> Any:
-    """An array or tensor in the layout that `input_data_format` names, as an array with channels last.
-
-    Raises:
-        ValueError: there are not 1, 3 or 4 channels where the layout has them; or another layout.
-    """
+    """An array or tensor in the layout that `input_data_format` names, as an array with channels last."""
     layout = getattr(layout, "value", layout)
     if layout not in (None, "channels_first", "channels_last"):
         raise ValueError(f'input_data_format is {layout!r}; it takes "channels_first" or "channels_last"')
@@ -110,72 +101,58 @@ def to_channels_last(source: Any, layout: Any) -> Any:
 
 
 def rescaling_of(image_processor: Any, images: list[Image.Image], settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with which an image processor that does not rescale reads loaded pictures, which have 8 bits each.
+    """Settings that rescale loaded pictures that were floats, where the image processor and the caller's do not.
 
-    Pictures that were floats from 0 to 1 are divided by 255 again. The caller's `settings` override its own.
-
-    Raises:
-        ValueError: pictures of 8 bits that it would take for values from 0 to 1; names the first, with its values.
+    Raises a ValueError for a picture of 8 bits that would be taken for values from 0 to 1, with its values.
     """
     names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean")
     own = {name: getattr(image_processor, name, None) for name in names}
-    used = own | {name: settings[name] for name in names if settings.get(name) is not None}
-    mean, rescales = used["image_mean"], used["do_rescale"] is not False and used["rescale_factor"] != 1
-    if rescales or (used["do_normalize"] and mean is not None and np.max(mean) > 1):  # or a mean of 8-bit values
-        return {}
+    rescales, factor, normalizes, mean = (own[n] if settings.get(n) is None else settings[n] for n in names)
+    if (rescales is not False and factor != 1) or (normalizes and mean is not None and np.max(mean) > 1):
+        return {}  # the mean is one of 8-bit values
     of_8_bits = [position for position, image in enumerate(images) if not image.info.get(_WERE_FLOATS)]
     if not of_8_bits:
         return {"do_rescale": True, "rescale_factor": 1 / 255}
     if own["do_rescale"] is own["do_normalize"] is False and len(of_8_bits) == len(images):
         return {}  # a ViT that takes values as they come
     values = np.asarray(images[of_8_bits[0]])
-    what = "do_rescale is False" if used["do_rescale"] is False else f"rescale_factor is {used['rescale_factor']}"
+    what = "do_rescale is False" if rescales is False else f"rescale_factor is {factor}"
     raise ValueError(
         f"image {of_8_bits[0]}: {what}, which is for floats from 0 to 1, and its 8-bit values run from {values.min()} "
         f"to {values.max()} (image_mean is {mean}): give such floats, or have it rescaled"
     )
 
 
-def is_web(source: str) -> bool:
-    """Whether it begins with `http://` or `https://`, in letters of either case."""
-    return source[:8].lower().startswith(("http://", "https://"))
-
-
 def download(url: str, timeout: float | None = None) -> tuple[str, bytes]:
-    """Fetch a URL of http or https: its name for messages, with the content type, and its bytes.
+    """The name of a URL for messages, with its content type, and its bytes.
 
-    Raises:
-        OSError: the server cannot be reached, sends an error, too much or too slowly (TimeoutError), or redirects to
-            what is neither http nor https.
+    Raises an OSError where the server sends an error, too much or too slowly, or redirects to another scheme.
     """
     seconds = DOWNLOAD_SECONDS if timeout is None else timeout
+
+    async def fetch() -> tuple[str, bytes]:
+        data, headers = bytearray(), {"User-Agent": "lorgnette", "Accept-Encoding": "identity"}
+        async with asyncio.timeout(seconds), httpx.AsyncClient(timeout=seconds, headers=headers) as client:
+            request = client.build_request("GET", url)
+            for _ in range(10):
+                response = await client.send(request, stream=True)
+                if (request := response.next_request) is None:
+                    break
+            if response.status_code != 200:
+                raise OSError(f"HTTP Error {response.status_code}: {response.reason_phrase}")
+            async for chunk in response.aiter_raw():
+                data += chunk
+                if len(data) > DOWNLOAD_BYTES:
+                    raise OSError(f"larger than {DOWNLOAD_BYTES} bytes")
+            return f"{url[:200]} ({response.headers.get('Content-Type', '').partition(';')[0]})", bytes(data)
+
     try:
         with ThreadPoolExecutor(1) as thread:  # the caller's thread may run an event loop of its own
-            return thread.submit(asyncio.run, _download(url, seconds)).result()
-    except TimeoutError as error:
-        raise TimeoutError(f"cannot fetch {url[:200]}: not complete after {seconds:g} s") from error
+            return thread.submit(lambda: asyncio.run(fetch())).result()
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-        raise OSError(f"cannot fetch {url[:200]}: {str(error)[:300] or type(error).__name__}") from error
-
-
-async def _download(url: str, seconds: float) -> tuple[str, bytes]:
-    headers = {"User-Agent": "lorgnette", "Accept-Encoding": "identity"}
-    async with asyncio.timeout(seconds), httpx.AsyncClient(timeout=seconds) as client:
-        request, data = client.build_request("GET", url, headers=headers), bytearray()
-        for _ in range(10):
-            response = await client.send(request, stream=True)
-            if response.next_request is None:
-                break
-            await response.aclose()
-            request = response.next_request
-        if response.status_code != 200:
-            raise OSError(f"HTTP Error {response.status_code}: {response.reason_phrase}")
-        async for chunk in response.aiter_raw():
-            data += chunk
-            if len(data) > DOWNLOAD_BYTES:
-                raise OSError(f"larger than {DOWNLOAD_BYTES} bytes")
-        kind = response.headers.get("Content-Type", "text/plain").partition(";")[0]
-        return f"{url[:200]} ({kind})", bytes(data)
+        late = f"not complete after {seconds:g} s" if isinstance(error, TimeoutError) else ""
+        reason = late or str(error)[:300] or type(error).__name__
+        raise (TimeoutError if late else OSError)(f"cannot fetch {url[:200]}: {reason}") from error
 
 
 def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
@@ -188,23 +165,21 @@ def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
         source = source["path"]
     if isinstance(source, (bytes, bytearray, memoryview)):
         return "the picture", bytes(source)
-    if isinstance(source, str) and is_web(source):
+    if isinstance(source, str) and source[:8].lower().startswith(WEB):
         return download(source, timeout)
     if isinstance(source, str) and source.startswith("data:"):
-        try:
+        with error_context("the data URL is not valid base64"):
             return "the data URL", base64.b64decode(source.partition(",")[2], validate=True)
-        except ValueError as error:
-            raise ValueError(f"the data URL is not valid base64: {error}") from error
     if isinstance(source, (str, os.PathLike)):
         return _read_path(source)
-    if hasattr(source, "read"):
-        if hasattr(source, "seek") and source.seekable():
-            source.seek(0)
-        if isinstance(data := source.read(), bytes):
-            return str(getattr(source, "name", "the file")), data
+    if not hasattr(source, "read"):
+        kind = type(source).__name__
+        raise TypeError(f"{kind} is no image: a picture, an array, a path, a URL, bytes or a file is needed")
+    if hasattr(source, "seek") and source.seekable():
+        source.seek(0)
+    if not isinstance(data := source.read(), bytes):
         raise TypeError("the file is open for text; an image needs mode 'rb'")
-    kind = type(source).__name__
-    raise TypeError(f"{kind} is no image: a picture, an array, a path, a URL, bytes or a file is needed")
+    return str(getattr(source, "name", "the file")), data
 
 
 def _read_path(source: str | os.PathLike) -> tuple[str, bytes]:
@@ -215,26 +190,16 @@ def _read_path(source: str | os.PathLike) -> tuple[str, bytes]:
         with open(source, "rb") as file:
             return str(source), file.read()
     except (OSError, ValueError) as error:
-        absent = isinstance(error, (FileNotFoundError, ValueError)) or error.errno == errno.ENAMETOOLONG
-        if not absent:
+        if not isinstance(error, (FileNotFoundError, ValueError)) and error.errno != errno.ENAMETOOLONG:
             raise
-        if isinstance(source, str) and (data := _raw_base64(source)) is not None:
-            return "the base64 string", data
-        text = str(source)
-        rest = f"… ({len(text)} characters, and no base64 of a picture)" if len(text) > 200 else ""
-        raise FileNotFoundError(f"no such file: {text[:200]}{rest}") from None
-
-
-def _raw_base64(source: str) -> bytes | None:
-    """What a string says in base64, where it is long enough and Pillow finds a picture in it."""
-    try:
-        data = base64.b64decode("".join(source.split()), validate=True) if len(source) >= 64 else b""
-        Image.open(BytesIO(data), formats=_readable_formats()).close()
-    except (ValueError, Image.UnidentifiedImageError):
-        return None
-    except Exception:  # a picture, of which [`load_image`] says what is wrong with it
-        return data
-    return data
+    text = str(source)
+    if isinstance(source, str) and len(text) >= 64:
+        with suppress(ValueError):
+            data = base64.b64decode("".join(text.split()), validate=True)
+            if any(Image.OPEN[kind][1](data[:16]) for kind in _READABLE):  # the file begins as a picture does
+                return "the base64 string", data
+    rest = f"… ({len(text)} characters, and no base64 of a picture)" if len(text) > 200 else ""
+    raise FileNotFoundError(f"no such file: {text[:200]}{rest}")
 
 
 @contextmanager
@@ -245,27 +210,17 @@ def _decoding(name: str, data: bytes = b"") -> Iterator[None]:
     except MemoryError:  # says nothing of the picture: a smaller one may fail as well
         raise
     except Image.UnidentifiedImageError as error:
-        kinds = ", ".join(_readable_formats())
-        raise ValueError(f"{name} is no picture that is read here ({kinds}); it begins with {data[:24]!r}") from error
+        what = f"is no picture that is read here ({', '.join(_READABLE)}); it begins with {data[:24]!r}"
+        raise ValueError(f"{name} {what}") from error
     except Exception as error:
         raise ValueError(f"{name} cannot be read as a picture: {error or type(error).__name__}") from error
 
 
-@cache
-def _readable_formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(kind for kind in FORMATS if kind in Image.OPEN)  # older versions of Pillow know no AVIF
-
-
-def _limit(max_pixels: int) -> int:
-    return min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)  # Pillow only warns, up to twice its own
-
-
 def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if not width or not height:
-        raise ValueError(f"{width} x {height} pixels")
-    if width * height > _limit(max_pixels):
-        raise ValueError(f"{width} x {height} pixels are more than the {_limit(max_pixels)} that are allowed")
+    limit = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)  # Pillow only warns, up to twice its own
+    if not 0 < width * height <= limit:
+        more = f" are more than the {limit} that are allowed" if width * height else ""
+        raise ValueError(f"{width} x {height} pixels{more}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -285,10 +240,8 @@ def _from_array(pixels: np.ndarray, channels_first: bool, max_pixels: int) -> Im
     if not pixels.size or not (pixels.ndim == 2 or first or last):
         needed = "(H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels is needed"
         raise ValueError(f"an array of shape {pixels.shape} is no image: {needed}")
-    if first and (channels_first or not last):
-        pixels = np.moveaxis(pixels, 0, -1)
-    if pixels.ndim == 3 and pixels.shape[-1] == 1:
-        pixels = pixels[..., 0]
+    pixels = np.moveaxis(pixels, 0, -1) if first and (channels_first or not last) else pixels
+    pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
     _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
     image = Image.fromarray(np.ascontiguousarray(_to_uint8(pixels)))
     image.info[_WERE_FLOATS] = pixels.dtype.kind == "f"
@@ -298,16 +251,13 @@ def _from_array(pixels: np.ndarray, channels_first: bool, max_pixels: int) -> Im
 def _to_numpy(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
     if isinstance(pixels, np.ndarray):
         return pixels
-    pixels = pixels.detach().cpu()
-    return (pixels.float() if pixels.is_floating_point() else pixels).numpy()
+    return (pixels.float() if pixels.is_floating_point() else pixels).detach().cpu().numpy()
 
 
 def _to_uint8(values: np.ndarray) -> np.ndarray:
     kind = values.dtype.kind
-    if values.dtype == np.uint8:
-        return values
-    if kind == "b":
-        return values.astype(np.uint8) * 255
+    if values.dtype == np.uint8 or kind == "b":
+        return values if kind == "u" else values.astype(np.uint8) * 255
     if kind not in "iuf":
         raise ValueError(f"an array of {values.dtype} is no image: integers or floats are needed")
     if kind == "f" and not np.isfinite(values).all():
@@ -318,10 +268,10 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
             raise ValueError(f"its floats run from {low:g} to {high:g}; 0 to 1 is needed, or integers from 0 to 255")
         scaled = np.clip(values, 0, 1)
         scaled *= 255
-        return np.rint(scaled, out=scaled).astype(np.uint8)
-    if low < 0 or high > 65535:
+    elif low < 0 or high > 65535:
         raise ValueError(f"its integers run from {low} to {high}; 8 bits (0 to 255) or 16 (0 to 65535) are needed")
-    if values.dtype == np.uint16 or high > 255:
+    elif values.dtype == np.uint16 or high > 255:
         scaled = np.divide(values, np.float32(257), dtype=np.float32)  # 65535 / 255
-        return np.rint(scaled, out=scaled).astype(np.uint8)
-    return values.astype(np.uint8)
+    else:
+        return values.astype(np.uint8)
+    return np.rint(scaled, out=scaled).astype(np.uint8)

@@ -21,14 +21,10 @@ class LorgnetteImageToTextPipeline(Pipeline):
         pipe("cat.png")                            # [{"generated_text": "a cat on a mat"}]
         pipe(["cat.png", picture], prompt="What colour is it?", batch_size=2)   # a list of such lists
 
-    The processor's `query` asks where no `prompt` does. Up to 256 new tokens are generated, unless the model's
-    generation config or the caller says otherwise.
+    The processor's `query` asks where no `prompt` does. The default is 256 new tokens at most.
     """
 
-    _load_processor = True
-    _load_image_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    _load_processor, _load_image_processor, _load_feature_extractor, _load_tokenizer = True, False, False, False
     _pipeline_calls_generate = True
     _default_generation_config = GenerationConfig(max_new_tokens=256)
 
@@ -44,19 +40,18 @@ class LorgnetteImageToTextPipeline(Pipeline):
         """Describe each image. Arguments are those of transformers 4's `ImageToTextPipeline.__call__`.
 
         Args:
-            inputs: one ([`load_image`] says what counts as one), or a list, a column, a dataset (its rows are images or
-                have one under `image`) or a generator of them. A list in a list is several images in one prompt.
+            inputs: an image, see [`load_image`], or a list, a column, a dataset (its rows are images or have one under
+                `image`) or a generator of them. A list in a list is several images in one prompt.
             images: the same as `inputs`, by the name that older scripts use.
-            kwargs: `prompt`, what to ask about each, plain text; `generate_kwargs`, where `stop_strings` need no
-                tokenizer; `max_new_tokens`; `timeout`, seconds for the download of an image; `batch_size` and
-                `num_workers` as all pipelines have them.
+            kwargs: `prompt`, plain text; `generate_kwargs`; `max_new_tokens`; `timeout`, seconds for a download;
+                `batch_size` and `num_workers` as all pipelines have them.
 
         Returns:
-            `[{"generated_text": …}]` for one image, the continuation alone, an entry for each of
-            `num_return_sequences`; a list of those for many; an iterator over them for a generator or a torch dataset.
+            `[{"generated_text": …}]` for one image, an entry for each of `num_return_sequences`, without the prompt; a
+            list of those for many; an iterator over them for a generator or a torch dataset.
 
         Raises:
-            ValueError, OSError, TypeError: no images, or an image that is none (with its position), see [`load_image`].
+            ValueError, OSError, TypeError: no images, or one that is none (with its position), see [`load_image`].
         """
         if (inputs is None) == (images is None):
             raise ValueError("no images given" if inputs is None else "images are given twice: as inputs and as images")
@@ -73,13 +68,11 @@ class LorgnetteImageToTextPipeline(Pipeline):
         return super().__call__((_Item(*item) for item in enumerate(images)), **kwargs)
 
     def _sanitize_parameters(
-        self,
-        prompt: str | None = None,
-        generate_kwargs: dict[str, Any] | None = None,
-        max_new_tokens: int | None = None,
-        timeout: float | None = None,
+        self, generate_kwargs: dict[str, Any] | None = None, max_new_tokens: int | None = None, **preprocess: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        preprocess = {name: value for name, value in (("prompt", prompt), ("timeout", timeout)) if value is not None}
+        if unknown := preprocess.keys() - {"prompt", "timeout"}:
+            raise TypeError(f"{type(self).__name__} takes no argument {min(unknown)!r}")
+        preprocess = {name: value for name, value in preprocess.items() if value is not None}
         generate_kwargs = dict(generate_kwargs or {})
         if max_new_tokens is not None:
             if "max_new_tokens" in generate_kwargs:
@@ -102,9 +95,8 @@ class LorgnetteImageToTextPipeline(Pipeline):
     def _forward(
         self, model_inputs: BatchFeature, generate_kwargs: dict[str, Any] | None = None
     ) -> dict[str, torch.Tensor]:
-        generate_kwargs = dict(generate_kwargs or {})
-        if "generation_config" not in generate_kwargs:
-            generate_kwargs = missing_tokens(self.model.generation_config, self.processor) | generate_kwargs
+        defaults = missing_tokens(self.model.generation_config, self.processor)
+        generate_kwargs = ({} if "generation_config" in (generate_kwargs or {}) else defaults) | (generate_kwargs or {})
         if hasattr(self, "_prepare_generate_kwargs"):
             generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
         else:  # transformers 5.17

@@ -8,69 +8,47 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, processing_utils
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.models.auto.image_processing_auto import (
-    AutoImageProcessor,
-)  # the top level's needs torchvision (5.17)
-from transformers.processing_utils import AudioKwargs, ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
-
-
-from transformers.processing_utils import TextKwargs, VideosKwargs  # isort: skip
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # torchvision is optional here in 5.17
 from transformers.utils import PROCESSOR_NAME
 
 from ..configuration.configuration_lorgnette import AUTO_PROCESSOR, MAX_QUERY_TOKENS, from_package
 from ..configuration.remote_code import save_remote_code
+from . import prompt_encoding
 from .image_loading import MAX_IMAGE_PIXELS, error_context, load_image_for, rescaling_of, to_channels_last
-from .prompt_encoding import (
-    IMAGE_TOKEN,
-    answer_frame,
-    cached_per_tokenizer,
-    chat_templates,
-    check_unicode,
-    conversations_of,
-    encode,
-    flatten,
-    image_positions,
-    images_in,
-    is_prepared,
-    query_in,
-    render,
-    truncate,
-    with_start,
-)
+from .prompt_encoding import IMAGE_TOKEN
 
 
 _TOKENIZERS = ("tokenizer", "qformer_tokenizer")
 _FIELDS = ("num_query_tokens", "system_prompt", "query", "chat_template", "max_image_pixels")
-_KWARGS = {"common_kwargs"}.union(*(kind.__annotations__ for kind in (TextKwargs, ImagesKwargs, ProcessingKwargs)))
-_IGNORED_KWARGS = {*VideosKwargs.__annotations__, *AudioKwargs.__annotations__} - _KWARGS  # clients pass them always
+_PARTS = [vars(processing_utils)[f"{part}Kwargs"] for part in ("Text", "Images", "Processing", "Videos", "Audio")]
+_KWARGS = {"common_kwargs"}.union(*(part.__annotations__ for part in _PARTS[:3]))
+_IGNORED_KWARGS = {name for part in _PARTS[3:] for name in part.__annotations__}  # programs pass them with pictures
 _OTHER_MODALITIES = ("videos", "audio", "audios", "videos_kwargs", "audio_kwargs")
 _ASSEMBLY = "assembly.processors"
+Texts = str | Sequence[str] | None
 
 
-class LorgnetteProcessor(ProcessorMixin):
+class LorgnetteProcessor(processing_utils.ProcessorMixin):
     """The ViT's image processor, the LM's tokenizer, and the prompt of both training and use.
 
     One `<image>` in a prompt stands for one image and becomes `num_query_tokens` placeholders. In `text=` it is markup;
     in a query, a system prompt, an output and the text parts of messages it is plain text, and so are the LM's special
-    tokens. Prompts have one BOS where the LM's tokenizer adds one, and no EOS. Batches are padded on the left, for
-    generation; [`LorgnetteCollator`] pads on the right.
+    tokens. Prompts have one BOS where the LM's tokenizer adds one, and no EOS. Batches are padded on the left.
 
     Args:
-        image_processor: the ViT's own.
-        tokenizer: the LM's. A copy gets `<image>`, and its EOS as pad token where it has none. None in stage 1, where
-            texts go to the Q-Former alone: `processor.tokenizer` is its tokenizer then.
+        image_processor: the ViT's.
+        tokenizer: the LM's; a copy gets `<image>` and a pad token. None in stage 1, where this is the Q-Former's.
         qformer_tokenizer: the Q-Former's, for stage 1 and for instructions as InstructBLIP has them.
         num_query_tokens: visual tokens, and so placeholders, per image.
         system_prompt: what a prompt's system message says; None leaves it to the chat template.
         query: what a prompt asks by default.
         chat_template: Jinja; the tokenizer's own by default.
-        max_image_pixels: a picture with more is refused before it is decoded. Pillow's own limits hold as well.
+        max_image_pixels: a picture with more is refused before it is decoded; so it is by Pillow's own limit.
 
     Raises:
-        ValueError: no tokenizer, one without both pad and EOS token, `num_query_tokens` or `max_image_pixels` below 1,
-            `num_query_tokens` above 65536.
+        ValueError: no tokenizer, one without both pad and EOS token, a number out of range.
         ImportError: the tokenizer lacks `<image>`, a pad token or left padding, and lorgnette is not installed.
     """
 
@@ -94,7 +72,7 @@ class LorgnetteProcessor(ProcessorMixin):
                 raise ValueError(f"{name} is {value!r}; it has to be a whole number of at least 1")
         if num_query_tokens > MAX_QUERY_TOKENS:
             raise ValueError(f"num_query_tokens is {num_query_tokens}; at most {MAX_QUERY_TOKENS} are allowed")
-        if tokenizer is not None and not is_prepared(tokenizer):
+        if tokenizer is not None and not prompt_encoding.is_prepared(tokenizer):
             tokenizer = from_package(_ASSEMBLY, "a tokenizer without <image>").prepare_tokenizer(tokenizer)
         super().__init__(image_processor, tokenizer or qformer_tokenizer, qformer_tokenizer)
         if chat_template is not None:
@@ -119,8 +97,9 @@ class LorgnetteProcessor(ProcessorMixin):
         """Make a processor of the backbones' own parts; needs the package, see `lorgnette.assembly.processors`."""
         assembly = from_package(_ASSEMBLY, "LorgnetteProcessor.from_backbones")
         fields = {"num_query_tokens": num_query_tokens, "system_prompt": system_prompt, "query": query}
-        revisions = (vision_revision, text_revision, qformer_revision)
-        return assembly.from_backbones(cls, vision, text, qformer, revisions, **fields)
+        return assembly.from_backbones(
+            cls, vision, text, qformer, (vision_revision, text_revision, qformer_revision), **fields
+        )
 
     @classmethod
     def from_blip2(cls, source: str | Path, *, query: str = "", revision: str | None = None) -> "LorgnetteProcessor":
@@ -151,19 +130,16 @@ class LorgnetteProcessor(ProcessorMixin):
     def stop_token_ids(self) -> list[int]:
         """What ends an answer: the end of a turn in the chat template and the tokenizer's EOS."""
         eos = self._lm_tokenizer().eos_token_id
-        return sorted({answer_frame(self.tokenizer)[1][-1], *([] if eos is None else [eos])})
-
-    # ------------------------------------------------------------------------------------------------ prompts
+        return sorted({prompt_encoding.answer_frame(self.tokenizer)[1][-1], *([] if eos is None else [eos])})
 
     def build_prompt(
         self, query: str | None = None, system: str | None = None, output: str | None = None, num_images: int = 1
     ) -> str:
         """Write `<SYSTEM> <QUERY> <IMAGE> <OUTPUT>` in the LM's chat template, or plainly, a part a line, without one.
 
-        Unicode noncharacters mark control tokens in the words; `processor(text=…)` understands them.
-
         Args:
-            query, system: this processor's `query` and `system_prompt` by default; `""` for none.
+            query, system: this processor's `query` and `system_prompt` by default; `""` for none. Unicode noncharacters
+                mark control tokens in them, for `processor(text=…)`.
             output: the answer; without one the prompt ends where the LM is to answer.
             num_images: how many images the query is about.
 
@@ -197,19 +173,15 @@ class LorgnetteProcessor(ProcessorMixin):
         """As `ProcessorMixin.apply_chat_template`, for the templates of text-only LMs, and for LMs without any.
 
         Args:
-            conversation: messages, or a list of such lists. Their contents are strings or lists of parts, see
-                [`parts_of`]; pictures stand in the parts, or in `processor_kwargs["images"]`.
-            chat_template: Jinja, or the name of one of the tokenizer's; its default one by default.
-            tokenize: give token ids, not a string, and process the images.
-            return_dict: give all that the model reads (a `BatchFeature`), not only `input_ids`.
-            return_tensors, processor_kwargs: passed on to the processor's call.
-            kwargs: `add_generation_prompt`, `continue_final_message`, `tools` … for the template.
+            conversation: messages, or a list of such lists; their contents are strings or parts, see [`parts_of`].
+                Pictures stand in the parts, or in `processor_kwargs["images"]`.
+            chat_template, tokenize, return_dict, return_tensors, processor_kwargs, kwargs: as there.
 
         Raises:
             ValueError: an empty conversation, a part of another type, a template that refuses the conversation.
             TypeError: messages, contents or parts of another type.
         """
-        batch, is_batch = conversations_of(conversation)
+        batch, is_batch = prompt_encoding.conversations_of(conversation)
         if not all(batch):
             raise ValueError("the conversation is empty")
         if kwargs.pop("return_assistant_tokens_mask", False):
@@ -217,140 +189,102 @@ class LorgnetteProcessor(ProcessorMixin):
         kwargs.pop("sanitize_control_tokens", None)  # this processor always does
         call_kwargs = {name: kwargs.pop(name) for name in _KWARGS & kwargs.keys()} | (processor_kwargs or {})
         tokenizer = self._lm_tokenizer()
-        prompts = [render(tokenizer, flatten(tokenizer, messages), chat_template, **kwargs) for messages in batch]
+        flat = [prompt_encoding.flatten(tokenizer, messages) for messages in batch]
+        texts = [prompt_encoding.render(tokenizer, messages, chat_template, **kwargs) for messages in flat]
         if not tokenize:
-            return prompts if is_batch else prompts[0]
-        images = [images_in(messages) for messages in batch]
+            return texts if is_batch else texts[0]
+        images = [prompt_encoding.images_in(messages) for messages in batch]
         call_kwargs.setdefault("images", images if any(images) else None)
-        call_kwargs.setdefault("queries", [query_in(messages) for messages in batch])
+        call_kwargs.setdefault("queries", [prompt_encoding.query_in(messages) for messages in batch])
         if return_tensors not in (None, "auto"):
             call_kwargs["return_tensors"] = return_tensors
-        features = self(text=prompts, **call_kwargs)
+        features = self(text=texts, **call_kwargs)
         return features if return_dict else features["input_ids"]
 
-    def encode_example(
-        self,
-        output: str | None,
-        *,
-        query: str | None = None,
-        system: str | None = None,
-        num_images: int = 1,
-        messages: list[dict[str, Any]] | None = None,
-    ) -> tuple[list[int], list[int]]:
-        """Token ids of a training example: of its prompt, as at inference, and of the answer that is learnt.
+    def encode_example(self, output: str | None, **prompt: Any) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt, as at inference, and of the answer `output` with what ends it.
 
-        Args:
-            output: the answer, which the template's end of turn or EOS follows. None: no answer.
-            query, system, num_images: as in [`build_prompt`].
-            messages: the conversation before the answer, in place of the three.
-
-        Raises:
-            ValueError: the template refuses the conversation, or does not show where an answer ends.
+        `query`, `system` and `num_images`, or `messages`, make the prompt. Needs the package, see `assembly.examples`.
         """
         tokenizer = self._lm_tokenizer()
+        return from_package("assembly.examples", "encode_example").encode_example(self, tokenizer, output, **prompt)
 
-        def prompt_ids() -> list[int]:
-            return self._encode_prompt(self.build_prompt(query, system, num_images=num_images))
-
-        if messages is not None:
-            prompt = self._encode_prompt(self.apply_chat_template(messages, add_generation_prompt=True))
-        elif "strftime_now" in chat_templates(tokenizer):  # the template writes the date (Llama 3)
-            prompt = prompt_ids()
-        else:  # mostly one and the same for all rows
-            key = (self.query if query is None else query, self.system_prompt if system is None else system)
-            prompt = list(cached_per_tokenizer(tokenizer, (*key, num_images, self.num_query_tokens), prompt_ids))
-        if output is None:
-            return prompt, []
-        lead, end = answer_frame(tokenizer)
-        answer = flatten(tokenizer, [{"content": output}])[0]["content"]
-        return prompt, encode(tokenizer, lead + answer, continues=True) + end
-
-    def _encode_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
-        ids = encode(self.tokenizer, prompt)
-        ids = with_start(self.tokenizer, ids) if add_special_tokens else ids
+    def encode_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt, with `num_query_tokens` placeholders for each `<image>` that is markup."""
+        ids = prompt_encoding.encode(self.tokenizer, prompt)
+        ids = prompt_encoding.with_start(self.tokenizer, ids) if add_special_tokens else ids
         repeats = {self.image_token_id: self.num_query_tokens}
         return [token for token in ids for _ in range(repeats.get(token, 1))]
 
-    # ------------------------------------------------------------------------------------------------ calling
-
     def __call__(
-        self,
-        images: Any = None,
-        text: str | Sequence[str] | None = None,
-        *,
-        queries: str | Sequence[str] | None = None,
-        timeout: float | None = None,
-        **kwargs: Any,
+        self, images: Any = None, text: Texts = None, *, queries: Texts = None, timeout: Any = None, **kwargs: Any
     ) -> BatchFeature:
         """Make what the model reads of B prompts and the N images in them.
 
         Args:
-            images: an image ([`load_image`] says what counts as one), a list of them in the order of their `<image>` in
-                the texts, or a list of lists, one a text.
-            text: a prompt or a list of B. Without it [`build_prompt`] writes one for each image, or list of images. In
-                stage 1 these are the Q-Former's texts and hold no placeholders.
-            queries: what is asked, or a list of B, where `text` is left out, and for a Q-Former that reads
-                instructions. This processor's `query` by default.
+            images: an image, see [`load_image`], a list in the order of the `<image>` in the texts, or a list a text.
+            text: a prompt or B of them; by default [`build_prompt`]'s for each image, or list of images. In stage 1
+                these are the Q-Former's texts.
+            queries: what is asked, or B of them, where `text` is left out, and for a Q-Former that reads instructions.
             timeout: seconds for the download of an image.
-            kwargs: as processors have them: `return_tensors`, `padding`, `padding_side`, `truncation`, `max_length`, …
-                Truncation takes words, never an image's placeholders. `return_text_replacement_offsets` says where in
-                `text` each `<image>` stands and what it stands for, as `ProcessorMixin.get_text_with_replacements`
-                does; `return_mm_token_type_ids` gives `(B, S)` with 1 at placeholders. vLLM asks for both.
+            kwargs: as processors have them; truncation takes words, never placeholders. For vLLM,
+                `return_text_replacement_offsets` says where in `text` each `<image>` stands, and
+                `return_mm_token_type_ids` gives `(B, S)` with 1 at placeholders.
 
         Returns:
-            `input_ids` and `attention_mask` `(B, S)`; for images `pixel_values` `(N, 3, H, W)` and what else the image
-            processor gives (`pixel_attention_mask`, `spatial_shapes`); for a Q-Former that reads instructions
-            `qformer_input_ids` and `qformer_attention_mask` `(N, T)`.
+            `input_ids`, `attention_mask` `(B, S)`; for images `pixel_values` `(N, 3, H, W)` and what else the image
+            processor gives; for a Q-Former with instructions `qformer_input_ids`, `qformer_attention_mask` `(N, T)`.
 
         Raises:
-            ValueError: nothing given, an empty list, `text` without `queries` where the Q-Former reads those, images
-                and `<image>` that do not match (with the row and both counts), too little room for the images, an
-                image that is none; for OSError and TypeError see [`load_image`].
+            ValueError: nothing given, images and `<image>` that do not match (with the row and both counts), too little
+                room for the images, an image that is none; for OSError and TypeError see [`load_image`].
             TypeError: a keyword that no processor of these parts has, `videos` and `audio` among them.
         """
         if images is None and text is None:
             raise ValueError("neither images nor text given")
         self._check_keywords(kwargs)
-        return_offsets = kwargs.pop("return_text_replacement_offsets", False)
-        return_types = kwargs.pop("return_mm_token_type_ids", False)
-        merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        with_offsets = kwargs.pop("return_text_replacement_offsets", False)
+        with_types = kwargs.pop("return_mm_token_type_ids", False)
+        merged = self._merge_kwargs(_PARTS[2], tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         rows, sorted_by_caller = ([], False) if images is None else _rows_of(images)
-        texts = None if text is None else _texts_of(text, "text")
-        if texts is None and not all(rows):
+        if text is None and not all(rows):
             raise ValueError(f"row {rows.index([])} has an empty list of images, and no text")
-
         features: dict[str, Any] = {}
         if self.is_stage1:
-            if texts is not None:
-                features.update(self.encode_for_qformer(texts, **text_kwargs))
+            if text is not None:
+                features |= self.encode_for_qformer(_texts_of(text, "text"), **text_kwargs)
             flat = [image for row in rows for image in row]
         else:
-            if texts is None:
+            if text is None:
                 asked = zip(self._queries(queries, len(rows)), rows, strict=True)
                 texts = [self.build_prompt(query, num_images=len(row)) for query, row in asked]
-            ids = [self._encode_prompt(prompt, text_kwargs.get("add_special_tokens", True)) for prompt in texts]
-            counts = [row.count(self.image_token_id) // self.num_query_tokens for row in ids]
+            else:
+                texts = _texts_of(text, "text")
+            ids, image_token_id = [], self.image_token_id
+            for prompt in texts:
+                ids.append(self.encode_prompt(prompt, text_kwargs.get("add_special_tokens", True)))
+            counts = [row.count(image_token_id) // self.num_query_tokens for row in ids]
             flat = _match_images(rows, sorted_by_caller, counts)
-            features.update(self._pad(ids, **text_kwargs))
-            if return_types:
-                is_image = [[int(token == self.image_token_id) for token in row] for row in features["input_ids"]]
-                features["mm_token_type_ids"] = is_image
+            features |= self._pad(ids, **text_kwargs)
+            if with_types:
+                types = [[int(token == image_token_id) for token in row] for row in features["input_ids"]]
+                features["mm_token_type_ids"] = types
             if flat and self.qformer_tokenizer is not None:
                 if text is not None and queries is None:
                     raise ValueError("the Q-Former reads the query too: say with queries= what is asked in text=")
                 asked = zip(self._queries(queries, len(texts)), counts, strict=True)
-                instructions = [query for query, count in asked for _ in range(count)]
-                encoded = self.encode_for_qformer(instructions, padding=True)
-                features.update({f"qformer_{name}": value for name, value in encoded.items()})
+                repeated = [query for query, count in asked for _ in range(count)]
+                encoded = self.encode_for_qformer(repeated, padding=True)
+                features |= {f"qformer_{name}": value for name, value in encoded.items()}
         if flat:
             loaded, layout = [], images_kwargs.pop("input_data_format", None)
             for position, image in enumerate(flat):
                 with error_context(f"image {position}"):
                     loaded.append(self.load_image(to_channels_last(image, layout), timeout))
-            features.update(self.encode_images(loaded, **images_kwargs))
+            features |= self.encode_images(loaded, **images_kwargs)
         features = BatchFeature(features, tensor_type=text_kwargs.get("return_tensors"))
-        if return_offsets and not self.is_stage1:
+        if with_offsets and not self.is_stage1:
             features["text_replacement_offsets"] = [self._replacement_offsets(prompt) for prompt in texts]
         return features
 
@@ -368,16 +302,19 @@ class LorgnetteProcessor(ProcessorMixin):
     def _replacement_offsets(self, prompt: str) -> list[dict[str, Any]]:
         """Where each `<image>` of a prompt stands, before and after it is expanded: characters."""
         replacement, offsets = IMAGE_TOKEN * self.num_query_tokens, []
-        for number, start in enumerate(image_positions(self.tokenizer, prompt)):
+        for number, start in enumerate(prompt_encoding.image_positions(self.tokenizer, prompt)):
             new_start = start + number * (len(replacement) - len(IMAGE_TOKEN))
             spans = {"span": (start, start + len(IMAGE_TOKEN)), "new_span": (new_start, new_start + len(replacement))}
             offsets.append({"type": "image", "text": IMAGE_TOKEN, "replacement": replacement, **spans})
         return offsets
 
-    def _get_num_multimodal_tokens(self, image_sizes: Sequence[Any] | None = None, **_: Any) -> MultiModalData:
+    def _get_num_multimodal_tokens(
+        self, image_sizes: Sequence[Any] | None = None, **_: Any
+    ) -> processing_utils.MultiModalData:
         """How many placeholders images of these sizes take: each `num_query_tokens`. vLLM asks for it."""
-        count = len(image_sizes or ())
-        return MultiModalData(num_image_tokens=[self.num_query_tokens] * count, num_image_patches=[1] * count)
+        count = 0 if image_sizes is None else len(image_sizes)
+        ones = [1] * count
+        return processing_utils.MultiModalData([self.num_query_tokens] * count, num_image_patches=ones)
 
     def load_image(self, source: Any, timeout: float | None = None) -> Image.Image:
         """[`load_image`] within this processor's limit of pixels, before and after resizing; raises what it does."""
@@ -386,8 +323,7 @@ class LorgnetteProcessor(ProcessorMixin):
     def encode_images(self, images: list[Image.Image], **images_kwargs: Any) -> BatchFeature:
         """`pixel_values` `(N, 3, H, W)`, and what else this image processor gives, for N loaded RGB images.
 
-        Raises:
-            ValueError: pictures of 8 bits, and `do_rescale=False`, see [`rescaling_of`].
+        Raises a ValueError for pictures of 8 bits that are not rescaled, see [`rescaling_of`].
         """
         return self.image_processor(images, **images_kwargs | rescaling_of(self.image_processor, images, images_kwargs))
 
@@ -401,11 +337,10 @@ class LorgnetteProcessor(ProcessorMixin):
     def encode_for_qformer(self, texts: list[str], **text_kwargs: Any) -> dict[str, Any]:
         """`input_ids` and `attention_mask` of the Q-Former's texts, in which special tokens are plain text.
 
-        Raises:
-            ValueError: a text longer than the Q-Former's tokenizer allows, or with half of a character in it.
+        Raises a ValueError for a text longer than its tokenizer allows, or with half of a character in it.
         """
         for text in texts:
-            check_unicode(text)
+            prompt_encoding.check_unicode(text)
         text_kwargs = {"return_token_type_ids": False, "split_special_tokens": True} | text_kwargs
         encoded = self.qformer_tokenizer(texts, return_attention_mask=True, **text_kwargs)
         longest, limit = max(map(len, encoded["input_ids"])), self.qformer_tokenizer.model_max_length
@@ -414,22 +349,19 @@ class LorgnetteProcessor(ProcessorMixin):
         return dict(encoded)
 
     def _pad(self, rows: list[list[int]], **kwargs: Any) -> dict[str, list[list[int]]]:
-        """`tokenizer.pad`, after [`truncate`] where it is asked for."""
-        tokenizer, padding = self.tokenizer, kwargs.get("padding", False)
+        tokenizer, padding, truncation = self.tokenizer, kwargs.get("padding", False), kwargs.get("truncation", False)
         max_length = kwargs.get("max_length")
-        if max_length is None and tokenizer.model_max_length < 10**9:  # transformers writes 1e30 for "not known"
+        if max_length is None and tokenizer.model_max_length < 10**9:  # 1e30 stands for "not known"
             max_length = tokenizer.model_max_length
-        if kwargs.get("truncation", False) not in (False, None, "do_not_truncate") and max_length is not None:
+        if truncation not in (False, None, "do_not_truncate") and max_length is not None:
             for position, ids in enumerate(rows):
                 with error_context(f"row {position}"):
-                    rows[position] = truncate(tokenizer, ids, max_length)
+                    rows[position] = prompt_encoding.truncate(tokenizer, ids, max_length)
         if padding == "max_length" and max_length is None:
             raise ValueError('padding="max_length" needs a max_length; the tokenizer knows of none')
-        passed_on = {name: kwargs[name] for name in ("pad_to_multiple_of", "padding_side") if name in kwargs}
-        padded = tokenizer.pad(
-            {"input_ids": rows}, padding, max_length, return_attention_mask=True, verbose=False, **passed_on
-        )
-        return dict(padded)
+        kwargs = {name: kwargs[name] for name in ("pad_to_multiple_of", "padding_side") if name in kwargs}
+        kwargs |= {"return_attention_mask": True, "verbose": False}
+        return dict(tokenizer.pad({"input_ids": rows}, padding, max_length, **kwargs))
 
     @property
     def model_input_names(self) -> list[str]:
@@ -441,8 +373,6 @@ class LorgnetteProcessor(ProcessorMixin):
         if self.is_stage1:
             raise ValueError("this is a stage-1 processor: without the LM's tokenizer there are no prompts")
         return self.tokenizer
-
-    # ------------------------------------------------------------------------------------------------ saving
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
@@ -457,12 +387,7 @@ class LorgnetteProcessor(ProcessorMixin):
         return {**super().to_dict(), **absent, "auto_map": {"AutoProcessor": AUTO_PROCESSOR}}
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Save into a folder from which `AutoProcessor` loads where lorgnette is not installed, with the code for it.
-
-        Args:
-            save_directory: made where it does not exist.
-            push_to_hub: upload it as well, to `repo_id` (the folder's name by default); `kwargs` are `push_to_hub`'s.
-        """
+        """Save into a folder, with the code with which `AutoProcessor` loads it; arguments as `ProcessorMixin`'s."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         for name, tokenizer in self._own_tokenizers().items():
@@ -489,9 +414,6 @@ class LorgnetteProcessor(ProcessorMixin):
         return parts
 
 
-# ------------------------------------------------------------------------------------------------ rows of a batch
-
-
 def _is_empty(value: Any) -> bool:
     """Whether there is nothing in it: None, or lists and dicts of nothing."""
     return all(map(_is_empty, value)) if isinstance(value, (list, tuple, dict)) else value is None
@@ -504,11 +426,7 @@ def _is_list(item: Any) -> bool:
 
 
 def _rows_of(images: Any) -> tuple[list[list[Any]], bool]:
-    """Images by row, and whether the caller has sorted them; where not, each image is a row of its own.
-
-    Raises:
-        ValueError: an empty list, or images mixed with lists of them.
-    """
+    """Images by row, and whether the caller has sorted them; where not, each image is a row of its own."""
     items = list(images) if _is_list(images) else [images]
     if not items:
         raise ValueError("images is an empty list")
@@ -521,9 +439,7 @@ def _rows_of(images: Any) -> tuple[list[list[Any]], bool]:
 
 
 def _texts_of(texts: str | Sequence[str], name: str) -> list[str]:
-    """A string, or a list of them, as a list; raises ValueError for an empty list, TypeError for another item."""
-    if isinstance(texts, str):
-        return [texts]
+    texts = [texts] if isinstance(texts, str) else texts
     if not isinstance(texts, Sequence):
         raise TypeError(f"{name} is a {type(texts).__name__}; a string or a list of strings is needed")
     if not texts:
@@ -535,22 +451,16 @@ def _texts_of(texts: str | Sequence[str], name: str) -> list[str]:
 
 
 def _match_images(rows: list[list[Any]], sorted_by_caller: bool, wanted: list[int]) -> list[Any]:
-    """All images of a batch in the order of their placeholders, of which each text has so many as `wanted` says.
-
-    Raises:
-        ValueError: a text with more or fewer `<image>` than images; names the row and both counts.
-    """
+    """All images in the order of their placeholders; each text has as many as `wanted` says, or a ValueError tells."""
     flat, counts = [image for row in rows for image in row], [len(row) for row in rows]
     if not sorted_by_caller:
-        if len(flat) == sum(wanted):
-            return flat
-        counts = [len(flat)] if len(wanted) == 1 else counts
-    if counts == wanted:
-        return flat
+        counts = wanted if len(flat) == sum(wanted) else [len(flat)] if len(wanted) == 1 else counts
     if len(counts) != len(wanted):
         texts = f"the {len(wanted)} texts have {sum(wanted)} <image> in all ({', '.join(map(str, wanted))})"
         lists = f" in {len(rows)} lists" if sorted_by_caller else ""
         raise ValueError(f"{texts}, and {len(flat)} images were given{lists}")
-    row = next(row for row, count in enumerate(counts) if count != wanted[row])
-    hint = ": each image needs its <image> in the text" if wanted[row] < counts[row] else ""
-    raise ValueError(f"row {row}: {wanted[row]} <image> in the text, {counts[row]} images given{hint}")
+    for row, (has, wants) in enumerate(zip(counts, wanted, strict=True)):
+        if has != wants:
+            hint = ": each image needs its <image> in the text" if wants < has else ""
+            raise ValueError(f"row {row}: {wants} <image> in the text, {has} images given{hint}")
+    return flat

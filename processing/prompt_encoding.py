@@ -1,7 +1,7 @@
 """Conversations to prompts, and prompts to token ids.
 
-A chat template writes users' words and its own markup into one string. [`escape_special_tokens`] puts every control
-token of a user between two Unicode noncharacters, and [`encode`] tokenizes what stands there as plain text.
+A chat template writes users' words and its own markup into one string. [`escape_special_tokens`] puts a user's control
+tokens between two Unicode noncharacters, and [`encode`] tokenizes what stands there as plain text.
 """
 
 import base64
@@ -92,11 +92,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, continues: bool = Fals
     """Token ids of a text, without those that the tokenizer adds around it; an `<image>` is one id.
 
     Args:
-        text: may hold what [`escape_special_tokens`] has marked.
+        text: may hold what [`escape_special_tokens`] has marked; raises what [`check_unicode`] does.
         continues: other text precedes it, so SentencePiece puts no space in front of the first word.
-
-    Raises:
-        ValueError: see [`check_unicode`].
     """
     check_unicode(text)
     _, escaped = _patterns(control_tokens(tokenizer))
@@ -143,18 +140,18 @@ def with_start(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
         bare, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
         return next((full[:n] for n in range(len(full)) if full[n : n + len(bare)] == bare), [])
 
-    start, image_token_id = cached_per_tokenizer(tokenizer, with_start, compute), _image_token_id(tokenizer)
+    start = cached_per_tokenizer(tokenizer, with_start, compute)
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     first = next((n for n, token in enumerate(ids) if token != image_token_id), len(ids))
     return ids if ids[first : first + len(start)] == start else start + ids
 
 
 def truncate(tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int) -> list[int]:
-    """Shorten a prompt: drop words from the ends of the longest runs, then markup from the left; never an image.
+    """Shorten a prompt: drop words from the ends of the longest runs, then markup from the left.
 
-    Raises:
-        ValueError: the images alone take more than `length`.
+    Raises a ValueError where the images, which stay, take more than `length`.
     """
-    image_token_id = _image_token_id(tokenizer)
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if ids.count(image_token_id) > length:
         raise ValueError(f"max_length is {length}, but the images alone take {ids.count(image_token_id)} tokens")
     markup = {image_token_id, *tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer)))}
@@ -175,8 +172,7 @@ def render(
 ) -> str:
     """Write messages whose contents are strings in the LM's chat template, or one a line where it has none.
 
-    Raises:
-        ValueError: the template refuses the conversation (a system message, where it knows no such role).
+    Raises a ValueError where the template refuses the conversation (a system message, where it knows no such role).
     """
     if chat_template is None and tokenizer.chat_template is None:
         return "\n".join(message["content"] for message in messages if message["content"])
@@ -190,35 +186,28 @@ def render(
 def answer_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
     """The white space between a prompt and its answer, and the ids that end an answer, up to the first special token.
 
-    The chat template shows both. A thought that it puts in front of finished answers (Qwen3) is left out, since the
-    prompt does not hold it.
-
-    Raises:
-        ValueError: the template does not write the assistant's message once, or nothing ends an answer.
+    The chat template shows both; a thought that it puts in front of finished answers (Qwen3) is left out. Raises a
+    ValueError where it does not write the assistant's message once, or nothing ends an answer.
     """
-    return cached_per_tokenizer(tokenizer, answer_frame, partial(_answer_frame, tokenizer))
 
+    def compute() -> tuple[str, list[int]]:
+        lead, end = "\n", []
+        if tokenizer.chat_template is not None:
+            question = [{"role": "user", "content": "question"}]
+            prompt = render(tokenizer, question, add_generation_prompt=True)
+            conversation = render(tokenizer, [*question, {"role": "assistant", "content": _ANSWER}])
+            if (count := conversation.count(_ANSWER)) != 1:
+                raise ValueError(f"the LM's chat template writes an answer {count} times, not once")
+            before, _, after = conversation.partition(_ANSWER)
+            lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
+            lead, end = "" if lead.strip() else lead, encode(tokenizer, after, continues=True)
+        stops = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer)))}
+        stop = next((position for position, token in enumerate(end) if token in stops), None)
+        if stop is None and tokenizer.eos_token_id is None:
+            raise ValueError("neither the chat template nor the tokenizer (eos_token) has a token that ends an answer")
+        return lead, [tokenizer.eos_token_id] if stop is None else end[: stop + 1]
 
-def _answer_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
-    lead, end = "\n", []
-    if tokenizer.chat_template is not None:
-        question = [{"role": "user", "content": "question"}]
-        prompt = render(tokenizer, question, add_generation_prompt=True)
-        conversation = render(tokenizer, [*question, {"role": "assistant", "content": _ANSWER}])
-        if (count := conversation.count(_ANSWER)) != 1:
-            raise ValueError(f"the LM's chat template writes an answer {count} times, not once")
-        before, _, after = conversation.partition(_ANSWER)
-        lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
-        lead, end = "" if lead.strip() else lead, encode(tokenizer, after, continues=True)
-    stops = {tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer)))}
-    stop = next((position for position, token in enumerate(end) if token in stops), None)
-    if stop is None and tokenizer.eos_token_id is None:
-        raise ValueError("neither the chat template nor the tokenizer (eos_token) has a token that ends an answer")
-    return lead, [tokenizer.eos_token_id] if stop is None else end[: stop + 1]
-
-
-def _image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return cached_per_tokenizer(tokenizer, answer_frame, compute)
 
 
 def _in_context(tokenize: Callable[..., list[int]], tokenizer: Any, text: str, continues: bool) -> list[int]:
@@ -247,11 +236,9 @@ def _encode_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def conversations_of(value: Any) -> tuple[list[list[dict[str, Any]]], bool]:
-    """Conversations as lists of messages, and whether there are several; `lorgnette.assembly.conversations` reads more.
+    """Conversations as lists of messages, and whether there are several.
 
-    Raises:
-        ValueError, TypeError: what is no conversation, see there.
-        ImportError: another form than lists of messages, and lorgnette is not installed.
+    `lorgnette.assembly.conversations` reads other forms than lists of dicts; an ImportError where it is not installed.
     """
     several = isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (list, tuple))
     batch = list(value) if several else [value]
@@ -262,28 +249,24 @@ def conversations_of(value: Any) -> tuple[list[list[dict[str, Any]]], bool]:
 
 
 def _is_plain(messages: Any) -> bool:
-    def is_content(content: Any) -> bool:
-        is_parts = isinstance(content, (list, tuple)) and all(isinstance(part, (str, dict)) for part in content)
-        return content is None or isinstance(content, str) or is_parts
+    def is_message(message: Any) -> bool:
+        content = message.get("content") if isinstance(message, dict) else 0
+        is_content = content is None or isinstance(content, (str, list, tuple))
+        return (
+            is_content
+            and isinstance(message.get("role"), str)
+            and all(isinstance(p, (str, dict)) for p in content or ())
+        )
 
-    return isinstance(messages, (list, tuple)) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and is_content(message.get("content"))
-        for message in messages
-    )
+    return isinstance(messages, (list, tuple)) and all(map(is_message, messages))
 
 
 def parts_of(message: dict[str, Any], decode: bool = True) -> list[dict[str, Any]]:
     """The parts of a message: `{"type": "text", "text": …}` and `{"type": "image"}`, with its picture under `"image"`.
 
-    A picture may also stand under `url`, `path`, `base64`, or as OpenAI's `image_url`. Keys with None count as absent,
-    since a dataset fills its rows with them.
-
-    Args:
-        decode: base64; without it, a part's picture is its base64.
-
-    Raises:
-        ValueError: a part of another type, a text part without text, base64 that is not valid.
-        TypeError: the content or a part of it is something else.
+    A picture may also stand under `url`, `path`, `base64` (which `decode` decodes), or as OpenAI's `image_url`. Keys
+    with None count as absent. Raises a ValueError for a part of another type or without text, or invalid base64; a
+    TypeError for another content or part.
     """
     content = message.get("content")
     if content is None or isinstance(content, str):

@@ -234,9 +234,7 @@ def test_a_narrow_picture_that_would_become_huge(monkeypatch):
     monkeypatch.setattr(LorgnetteProcessor, "encode_images", None)
     processor = LorgnetteProcessor(CLIPImageProcessor(size={"shortest_edge": 224}), tiny.chat_tokenizer())
     narrow = Image.new("1", (20_000, 5))
-    with pytest.raises(
-        ValueError, match="image 0: a picture of 20000 x 5, its shorter side resized to 224, would have"
-    ):
+    with pytest.raises(ValueError, match=r"image 0: a picture of 20000 x 5 .*: 896000 x 224 pixels are more than"):
         processor(images=narrow)
 
 

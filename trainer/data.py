@@ -14,7 +14,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, List, load_dataset, load_from_disk
 
 from ..assembly.conversations import messages_of
-from ..processing.image_loading import error_context, is_web
+from ..processing.image_loading import WEB, error_context
 from ..processing.prompt_encoding import parts_of
 from .arguments import DataArguments, RowArguments, SourceArguments
 from .augmentation import AugmentationSeeds
@@ -252,7 +252,7 @@ def _open_picture(value: Any, number: int | None, base: Path | None) -> Any:
         return [_open_picture(item, number, base) for item in value]
     if isinstance(value, dict):  # datasets' own form of an image that is not decoded
         return value if value.get("bytes") is not None else _open_picture(value.get("path"), number, base)
-    if not isinstance(value, str) or is_web(value) or value.startswith("data:"):
+    if not isinstance(value, str) or value[:8].lower().startswith((*WEB, "data:")):
         return value
     if "://" in value:  # on the Hub or inside an archive, where a dataset is streamed
         try:
