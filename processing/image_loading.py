@@ -40,7 +40,9 @@ def error_context(where: str) -> Iterator[None]:
         raise next(kind for kind in kinds if isinstance(error, kind))(f"{where}: {error}") from error
 
 
-def load_image(source: Any, timeout: float | None = None, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def load_image(
+    source: Any, timeout: float | None = None, max_pixels: int = MAX_IMAGE_PIXELS, layout: Any = None
+) -> Image.Image:
     """Read one image as RGB: upright by its EXIF, transparency over white, 16 bits scaled to 8, an animation's first.
 
     Args:
@@ -49,12 +51,16 @@ def load_image(source: Any, timeout: float | None = None, max_pixels: int = MAX_
             not); a path; an http(s) or data URL; base64; bytes; a binary file; a dict with `bytes` or `path`.
         timeout: seconds a download may take in all, 20 by default; it ends at 100 MiB too.
         max_pixels: a picture with more is refused before it is decoded; so it is above `PIL.Image.MAX_IMAGE_PIXELS`.
+        layout: `"channels_first"` or `"channels_last"`, of arrays and tensors alone.
 
     Raises:
         ValueError: no usable picture: `None`, a broken one, one of too many pixels or of values out of range.
         OSError: a file or URL that cannot be read; FileNotFoundError for a path.
         TypeError: an object of another kind.
     """
+    layout = getattr(layout, "value", layout)
+    if layout not in (None, "channels_first", "channels_last"):
+        raise ValueError(f'input_data_format is {layout!r}; it takes "channels_first" or "channels_last"')
     if source is None:
         raise ValueError("the image is None")
     if isinstance(source, Image.Image):
@@ -62,7 +68,7 @@ def load_image(source: Any, timeout: float | None = None, max_pixels: int = MAX_
             _check_size(*source.size, max_pixels)
             return _to_rgb(ImageOps.exif_transpose(source))
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        return _from_array(_to_numpy(source), isinstance(source, torch.Tensor), max_pixels)
+        return _from_array(source, layout, max_pixels)
     name, data = _read(source, timeout)
     if not data:
         raise ValueError(f"{name} is empty (0 bytes)")
@@ -76,28 +82,15 @@ def load_image(source: Any, timeout: float | None = None, max_pixels: int = MAX_
 
 
 def load_image_for(
-    image_processor: Any, source: Any, timeout: float | None = None, max_pixels: int = MAX_IMAGE_PIXELS
+    image_processor: Any, source: Any, timeout: Any = None, max_pixels: int = MAX_IMAGE_PIXELS, layout: Any = None
 ) -> Image.Image:
     """[`load_image`]; a ValueError also for a narrow picture that exceeds `max_pixels` once it is resized."""
-    image = load_image(source, timeout, max_pixels)
+    image = load_image(source, timeout, max_pixels, layout)
     size = dict(getattr(image_processor, "size", None) or {})
     if (edge := size.get("shortest_edge")) and not size.get("longest_edge"):
         with error_context(f"a picture of {image.width} x {image.height} with its shorter side resized to {edge}"):
             _check_size(*(edge * side // min(image.size) for side in image.size), max_pixels)
     return image
-
-
-def to_channels_last(source: Any, layout: Any) -> Any:
-    """An array or tensor in the layout that `input_data_format` names, as an array with channels last."""
-    layout = getattr(layout, "value", layout)
-    if layout not in (None, "channels_first", "channels_last"):
-        raise ValueError(f'input_data_format is {layout!r}; it takes "channels_first" or "channels_last"')
-    if layout is None or getattr(source, "ndim", None) != 3:
-        return source
-    pixels = np.moveaxis(_to_numpy(source), 0, -1) if layout == "channels_first" else _to_numpy(source)
-    if pixels.shape[-1] not in (1, 3, 4):
-        raise ValueError(f"input_data_format is {layout!r}, and the image has the shape {tuple(source.shape)}")
-    return pixels
 
 
 def rescaling_of(image_processor: Any, images: list[Image.Image], settings: dict[str, Any]) -> dict[str, Any]:
@@ -235,23 +228,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image
 
 
-def _from_array(pixels: np.ndarray, channels_first: bool, max_pixels: int) -> Image.Image:
+def _from_array(source: np.ndarray | torch.Tensor, layout: str | None, max_pixels: int) -> Image.Image:
+    prefers_first, pixels = isinstance(source, torch.Tensor), source
+    if prefers_first:
+        pixels = (source.float() if source.is_floating_point() else source).detach().cpu().numpy()
     first, last = (pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4) for axis in (0, -1))
     if not pixels.size or not (pixels.ndim == 2 or first or last):
         needed = "(H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels is needed"
         raise ValueError(f"an array of shape {pixels.shape} is no image: {needed}")
-    pixels = np.moveaxis(pixels, 0, -1) if first and (channels_first or not last) else pixels
+    if pixels.ndim == 3 and layout is not None:
+        if not (first if layout == "channels_first" else last):
+            raise ValueError(f"input_data_format is {layout!r}, and the image has the shape {pixels.shape}")
+        first, last = layout == "channels_first", layout == "channels_last"
+    pixels = np.moveaxis(pixels, 0, -1) if first and (prefers_first or not last) else pixels
     pixels = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
     _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
     image = Image.fromarray(np.ascontiguousarray(_to_uint8(pixels)))
     image.info[_WERE_FLOATS] = pixels.dtype.kind == "f"
     return _to_rgb(image)
-
-
-def _to_numpy(pixels: np.ndarray | torch.Tensor) -> np.ndarray:
-    if isinstance(pixels, np.ndarray):
-        return pixels
-    return (pixels.float() if pixels.is_floating_point() else pixels).detach().cpu().numpy()
 
 
 def _to_uint8(values: np.ndarray) -> np.ndarray:

@@ -3,15 +3,18 @@
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, StackDataset
 from transformers import BatchFeature, GenerationConfig, Pipeline
 
 from .image_loading import error_context
+
+
+_POSITION = "lorgnette: position"  # of an image among several, for error messages
 
 
 class LorgnetteImageToTextPipeline(Pipeline):
@@ -61,11 +64,11 @@ class LorgnetteImageToTextPipeline(Pipeline):
         if hasattr(images, "__len__") and hasattr(images, "__getitem__"):
             if not len(images):
                 raise ValueError("images is an empty list")
-            answers = super().__call__(_Numbered(images), **kwargs)
+            answers = super().__call__(StackDataset(**{_POSITION: range(len(images)), "item": images}), **kwargs)
             return answers if isinstance(images, Dataset) else list(answers)
         if not isinstance(images, Iterable):
             raise TypeError(f"{type(images).__name__} is neither an image nor a collection of images")
-        return super().__call__((_Item(*item) for item in enumerate(images)), **kwargs)
+        return super().__call__(({_POSITION: position, "item": item} for position, item in enumerate(images)), **kwargs)
 
     def _sanitize_parameters(
         self, generate_kwargs: dict[str, Any] | None = None, max_new_tokens: int | None = None, **preprocess: Any
@@ -81,7 +84,9 @@ class LorgnetteImageToTextPipeline(Pipeline):
         return preprocess, {"generate_kwargs": generate_kwargs} if generate_kwargs else {}, {}
 
     def preprocess(self, image: Any, prompt: str | None = None, timeout: float | None = None) -> BatchFeature:
-        where, image = (f"image {image.position}", image.image) if isinstance(image, _Item) else ("the image", image)
+        where = "the image"
+        if isinstance(image, dict) and _POSITION in image:
+            where, image = f"image {image[_POSITION]}", image["item"]
         if isinstance(image, dict) and "image" in image:
             image = image["image"]
         sources = list(image) if isinstance(image, (list, tuple)) else [image]
@@ -127,24 +132,6 @@ def missing_tokens(config: GenerationConfig, processor: Any) -> dict[str, Any]:
     if new := sorted(set(processor.stop_token_ids) - set(eos)):
         missing["eos_token_id"] = [*eos, *new]
     return missing
-
-
-class _Item(NamedTuple):
-    position: int
-    image: Any
-
-
-class _Numbered(Dataset):
-    """Any collection as a torch `Dataset`, which pipelines read item by item, with positions for error messages."""
-
-    def __init__(self, images: Any):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, position: int) -> _Item:
-        return _Item(position, self.images[position])
 
 
 def _is_one(images: Any) -> bool:

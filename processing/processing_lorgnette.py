@@ -16,7 +16,7 @@ from transformers.utils import PROCESSOR_NAME
 from ..configuration.configuration_lorgnette import AUTO_PROCESSOR, MAX_QUERY_TOKENS, from_package
 from ..configuration.remote_code import save_remote_code
 from . import prompt_encoding
-from .image_loading import MAX_IMAGE_PIXELS, error_context, load_image_for, rescaling_of, to_channels_last
+from .image_loading import MAX_IMAGE_PIXELS, error_context, load_image_for, rescaling_of
 from .prompt_encoding import IMAGE_TOKEN
 
 
@@ -75,10 +75,9 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         if tokenizer is not None and not prompt_encoding.is_prepared(tokenizer):
             tokenizer = from_package(_ASSEMBLY, "a tokenizer without <image>").prepare_tokenizer(tokenizer)
         super().__init__(image_processor, tokenizer or qformer_tokenizer, qformer_tokenizer)
-        if chat_template is not None:
-            self.chat_template = chat_template
-        self.num_query_tokens, self.max_image_pixels = num_query_tokens, max_image_pixels
-        self.system_prompt, self.query = system_prompt, query
+        self.chat_template = self.chat_template if chat_template is None else chat_template
+        self.num_query_tokens, self.system_prompt, self.query = num_query_tokens, system_prompt, query
+        self.max_image_pixels = max_image_pixels
 
     @classmethod
     def from_backbones(
@@ -118,7 +117,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
-        """The LM tokenizer's, saved with it; None where it has none and prompts are plain."""
+        """The tokenizer's, saved with it; None where prompts are plain."""
         return getattr(self.__dict__.get("tokenizer"), "chat_template", None)
 
     @chat_template.setter
@@ -160,26 +159,17 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         return self.apply_chat_template(messages, add_generation_prompt=output is None)
 
     def apply_chat_template(
-        self,
-        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
-        chat_template: str | None = None,
-        *,
-        tokenize: bool = False,
-        return_dict: bool = False,
-        return_tensors: str | None = None,
-        processor_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, conversation: Any, chat_template: str | None = None, **kwargs: Any
     ) -> str | list[str] | list[list[int]] | torch.Tensor | BatchFeature:
         """As `ProcessorMixin.apply_chat_template`, for the templates of text-only LMs, and for LMs without any.
 
         Args:
             conversation: messages, or a list of such lists; their contents are strings or parts, see [`parts_of`].
                 Pictures stand in the parts, or in `processor_kwargs["images"]`.
-            chat_template, tokenize, return_dict, return_tensors, processor_kwargs, kwargs: as there.
+            chat_template, kwargs: as there; `tokenize` and `return_dict` are False by default.
 
         Raises:
-            ValueError: an empty conversation, a part of another type, a template that refuses the conversation.
-            TypeError: messages, contents or parts of another type.
+            ValueError, TypeError: no conversation, see [`parts_of`], or one that the template refuses.
         """
         batch, is_batch = prompt_encoding.conversations_of(conversation)
         if not all(batch):
@@ -187,7 +177,11 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         if kwargs.pop("return_assistant_tokens_mask", False):
             raise ValueError("return_assistant_tokens_mask is not supported: LorgnetteCollator makes labels")
         kwargs.pop("sanitize_control_tokens", None)  # this processor always does
-        call_kwargs = {name: kwargs.pop(name) for name in _KWARGS & kwargs.keys()} | (processor_kwargs or {})
+        tokenize, return_dict = kwargs.pop("tokenize", False), kwargs.pop("return_dict", False)
+        processor_kwargs = kwargs.pop("processor_kwargs", None) or {}
+        call_kwargs = {name: kwargs.pop(name) for name in _KWARGS & kwargs.keys()} | processor_kwargs
+        if call_kwargs.get("return_tensors") == "auto":
+            del call_kwargs["return_tensors"]
         tokenizer = self._lm_tokenizer()
         flat = [prompt_encoding.flatten(tokenizer, messages) for messages in batch]
         texts = [prompt_encoding.render(tokenizer, messages, chat_template, **kwargs) for messages in flat]
@@ -196,8 +190,6 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         images = [prompt_encoding.images_in(messages) for messages in batch]
         call_kwargs.setdefault("images", images if any(images) else None)
         call_kwargs.setdefault("queries", [prompt_encoding.query_in(messages) for messages in batch])
-        if return_tensors not in (None, "auto"):
-            call_kwargs["return_tensors"] = return_tensors
         features = self(text=texts, **call_kwargs)
         return features if return_dict else features["input_ids"]
 
@@ -223,8 +215,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
 
         Args:
             images: an image, see [`load_image`], a list in the order of the `<image>` in the texts, or a list a text.
-            text: a prompt or B of them; by default [`build_prompt`]'s for each image, or list of images. In stage 1
-                these are the Q-Former's texts.
+            text: a prompt or B of them, in stage 1 the Q-Former's texts; by default [`build_prompt`]'s, one an image.
             queries: what is asked, or B of them, where `text` is left out, and for a Q-Former that reads instructions.
             timeout: seconds for the download of an image.
             kwargs: as processors have them; truncation takes words, never placeholders. For vLLM,
@@ -237,8 +228,8 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
 
         Raises:
             ValueError: nothing given, images and `<image>` that do not match (with the row and both counts), too little
-                room for the images, an image that is none; for OSError and TypeError see [`load_image`].
-            TypeError: a keyword that no processor of these parts has, `videos` and `audio` among them.
+                room for the images; for an image that is none, and for OSError, see [`load_image`].
+            TypeError: a keyword that nothing here reads, `videos` and `audio` among them.
         """
         if images is None and text is None:
             raise ValueError("neither images nor text given")
@@ -261,9 +252,8 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
                 texts = [self.build_prompt(query, num_images=len(row)) for query, row in asked]
             else:
                 texts = _texts_of(text, "text")
-            ids, image_token_id = [], self.image_token_id
-            for prompt in texts:
-                ids.append(self.encode_prompt(prompt, text_kwargs.get("add_special_tokens", True)))
+            image_token_id, special = self.image_token_id, text_kwargs.get("add_special_tokens", True)
+            ids = [self.encode_prompt(prompt, special) for prompt in texts]
             counts = [row.count(image_token_id) // self.num_query_tokens for row in ids]
             flat = _match_images(rows, sorted_by_caller, counts)
             features |= self._pad(ids, **text_kwargs)
@@ -281,7 +271,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
             loaded, layout = [], images_kwargs.pop("input_data_format", None)
             for position, image in enumerate(flat):
                 with error_context(f"image {position}"):
-                    loaded.append(self.load_image(to_channels_last(image, layout), timeout))
+                    loaded.append(self.load_image(image, timeout, layout))
             features |= self.encode_images(loaded, **images_kwargs)
         features = BatchFeature(features, tensor_type=text_kwargs.get("return_tensors"))
         if with_offsets and not self.is_stage1:
@@ -316,9 +306,9 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         ones = [1] * count
         return processing_utils.MultiModalData([self.num_query_tokens] * count, num_image_patches=ones)
 
-    def load_image(self, source: Any, timeout: float | None = None) -> Image.Image:
+    def load_image(self, source: Any, timeout: float | None = None, layout: Any = None) -> Image.Image:
         """[`load_image`] within this processor's limit of pixels, before and after resizing; raises what it does."""
-        return load_image_for(self.image_processor, source, timeout, self.max_image_pixels)
+        return load_image_for(self.image_processor, source, timeout, self.max_image_pixels, layout)
 
     def encode_images(self, images: list[Image.Image], **images_kwargs: Any) -> BatchFeature:
         """`pixel_values` `(N, 3, H, W)`, and what else this image processor gives, for N loaded RGB images.
@@ -365,9 +355,8 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        names = ["input_ids", "attention_mask", *self.image_processor.model_input_names]
-        instructs = self.qformer_tokenizer is not None and not self.is_stage1
-        return names + (["qformer_input_ids", "qformer_attention_mask"] if instructs else [])
+        words, instructs = ["input_ids", "attention_mask"], not (self.qformer_tokenizer is None or self.is_stage1)
+        return words + self.image_processor.model_input_names + [f"qformer_{name}" for name in words if instructs]
 
     def _lm_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.is_stage1:
@@ -405,12 +394,11 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         kwargs = {name: value for name, value in kwargs.items() if name not in _FIELDS}
         source, subfolder = pretrained_model_name_or_path, kwargs.pop("subfolder", "")
         parts: list[Any] = [AutoImageProcessor.from_pretrained(source, subfolder=subfolder, **kwargs)]
-        for name in _TOKENIZERS:
-            is_lm = name == "tokenizer"
-            where = {"subfolder": subfolder if is_lm else f"{subfolder}/{name}".strip("/")}
-            where |= {"padding_side": "left"} if is_lm else {}  # older saves do not say so
+        folders = (subfolder, f"{subfolder}/{_TOKENIZERS[1]}".strip("/"))
+        for name, folder, side in zip(_TOKENIZERS, folders, ({"padding_side": "left"}, {}), strict=True):
             is_absent = (processor_dict or {}).get(name, "present") is None
-            parts.append(None if is_absent else AutoTokenizer.from_pretrained(source, **where | kwargs))
+            settings = {"subfolder": folder, **side, **kwargs}
+            parts.append(None if is_absent else AutoTokenizer.from_pretrained(source, **settings))
         return parts
 
 

@@ -9,6 +9,7 @@ import binascii
 import re
 from collections.abc import Callable, Hashable
 from functools import lru_cache, partial
+from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,17 +28,15 @@ _caches: WeakKeyDictionary[PreTrainedTokenizerBase, Any] = WeakKeyDictionary()
 
 
 def cached_per_tokenizer(tokenizer: PreTrainedTokenizerBase, key: Hashable, compute: Callable[[], Any]) -> Any:
-    """The value of `compute` for this key; a change of the tokenizer or of its chat template empties the cache."""
+    """The value of `compute` for this key, while the tokenizer and its chat template stay the same."""
     settings = (getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token"))
-    state = (len(tokenizer), chat_templates(tokenizer), *settings, *tokenizer.all_special_tokens)
-    cached_state, cache = _caches.get(tokenizer, (None, {}))
-    if state != cached_state:
-        cache = {}
-        _caches[tokenizer] = state, cache
+    key = (key, len(tokenizer), chat_templates(tokenizer), *settings, *tokenizer.all_special_tokens)
+    cache = _caches.setdefault(tokenizer, {})
     if key not in cache:
+        value = compute()
         if len(cache) >= _CACHE_SIZE:
             cache.clear()
-        cache[key] = compute()
+        cache[key] = value
     return cache[key]
 
 
@@ -155,12 +154,7 @@ def truncate(tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int) ->
     if ids.count(image_token_id) > length:
         raise ValueError(f"max_length is {length}, but the images alone take {ids.count(image_token_id)} tokens")
     markup = {image_token_id, *tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer)))}
-    runs: list[list[int]] = [[]]
-    for position, token in enumerate(ids):
-        if token not in markup:
-            runs[-1].append(position)
-        elif runs[-1]:
-            runs.append([])
+    runs = [list(run) for is_word, run in groupby(range(len(ids)), lambda n: ids[n] not in markup) if is_word]
     order = [position for run in sorted(runs, key=len, reverse=True) for position in reversed(run)]
     order += [position for position, token in enumerate(ids) if token in markup and token != image_token_id]
     dropped = set(order[: max(0, len(ids) - length)])
