@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -86,7 +87,7 @@ def load_image_for(
 ) -> Image.Image:
     """[`load_image`]; a ValueError also for a narrow picture that exceeds `max_pixels` once it is resized."""
     image = load_image(source, timeout, max_pixels, layout)
-    size = dict(getattr(image_processor, "size", None) or {})
+    size = dict((getattr(image_processor, "do_resize", True) and getattr(image_processor, "size", None)) or {})
     if (edge := size.get("shortest_edge")) and not size.get("longest_edge"):
         with error_context(f"a picture of {image.width} x {image.height} with its shorter side resized to {edge}"):
             _check_size(*(edge * side // min(image.size) for side in image.size), max_pixels)
@@ -164,7 +165,22 @@ def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
         with error_context("the data URL is not valid base64"):
             return "the data URL", base64.b64decode(source.partition(",")[2], validate=True)
     if isinstance(source, (str, os.PathLike)):
-        return _read_path(source)
+        text = str(source)
+        try:
+            mode = os.stat(source).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise OSError(f"no regular file: {text[:200]}")  # a pipe may never end; a folder cannot be opened
+            return text, Path(source).read_bytes()
+        except (OSError, ValueError) as error:
+            if not isinstance(error, (FileNotFoundError, ValueError)) and error.errno != errno.ENAMETOOLONG:
+                raise
+        if isinstance(source, str) and len(text) >= 64:
+            with suppress(ValueError):
+                data = base64.b64decode("".join(text.split()), validate=True)
+                if any(Image.OPEN[kind][1](data[:16]) for kind in _READABLE):  # the file begins as a picture does
+                    return "the base64 string", data
+        rest = f"… ({len(text)} characters, and no base64 of a picture)" if len(text) > 200 else ""
+        raise FileNotFoundError(f"no such file: {text[:200]}{rest}")
     if not hasattr(source, "read"):
         kind = type(source).__name__
         raise TypeError(f"{kind} is no image: a picture, an array, a path, a URL, bytes or a file is needed")
@@ -173,26 +189,6 @@ def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
     if not isinstance(data := source.read(), bytes):
         raise TypeError("the file is open for text; an image needs mode 'rb'")
     return str(getattr(source, "name", "the file")), data
-
-
-def _read_path(source: str | os.PathLike) -> tuple[str, bytes]:
-    try:
-        mode = os.stat(source).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # open says what a folder is; a pipe may never end
-            raise OSError(f"no regular file: {str(source)[:200]}")
-        with open(source, "rb") as file:
-            return str(source), file.read()
-    except (OSError, ValueError) as error:
-        if not isinstance(error, (FileNotFoundError, ValueError)) and error.errno != errno.ENAMETOOLONG:
-            raise
-    text = str(source)
-    if isinstance(source, str) and len(text) >= 64:
-        with suppress(ValueError):
-            data = base64.b64decode("".join(text.split()), validate=True)
-            if any(Image.OPEN[kind][1](data[:16]) for kind in _READABLE):  # the file begins as a picture does
-                return "the base64 string", data
-    rest = f"… ({len(text)} characters, and no base64 of a picture)" if len(text) > 200 else ""
-    raise FileNotFoundError(f"no such file: {text[:200]}{rest}")
 
 
 @contextmanager

@@ -33,17 +33,16 @@ Texts = str | Sequence[str] | None
 class LorgnetteProcessor(processing_utils.ProcessorMixin):
     """The ViT's image processor, the LM's tokenizer, and the prompt of both training and use.
 
-    One `<image>` in a prompt stands for one image and becomes `num_query_tokens` placeholders. In `text=` it is markup;
-    in a query, a system prompt, an output and the text parts of messages it is plain text, and so are the LM's special
-    tokens. Prompts have one BOS where the LM's tokenizer adds one, and no EOS. Batches are padded on the left.
+    One `<image>` in a prompt becomes `num_query_tokens` placeholders. It is markup in `text=`; in a query, a system
+    prompt, an output and the text parts of messages it is plain text, and so are the LM's special tokens. Prompts have
+    one BOS where the LM's tokenizer adds one, and no EOS. Batches are padded on the left.
 
     Args:
         image_processor: the ViT's.
         tokenizer: the LM's; a copy gets `<image>` and a pad token. None in stage 1, where this is the Q-Former's.
         qformer_tokenizer: the Q-Former's, for stage 1 and for instructions as InstructBLIP has them.
         num_query_tokens: visual tokens, and so placeholders, per image.
-        system_prompt: what a prompt's system message says; None leaves it to the chat template.
-        query: what a prompt asks by default.
+        system_prompt, query: what prompts say by default; without a system prompt the chat template decides.
         chat_template: Jinja; the tokenizer's own by default.
         max_image_pixels: a picture with more is refused before it is decoded; so it is by Pillow's own limit.
 
@@ -137,14 +136,12 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         """Write `<SYSTEM> <QUERY> <IMAGE> <OUTPUT>` in the LM's chat template, or plainly, a part a line, without one.
 
         Args:
-            query, system: this processor's `query` and `system_prompt` by default; `""` for none. Unicode noncharacters
-                mark control tokens in them, for `processor(text=…)`.
+            query, system: this processor's by default; `""` for none. Noncharacters mark control tokens in them.
             output: the answer; without one the prompt ends where the LM is to answer.
             num_images: how many images the query is about.
 
         Raises:
-            ValueError: the template refuses it (some know no system message: put it in the query then).
-            TypeError: a part that is no string.
+            ValueError, TypeError: the template refuses it (put the system message in the query); a part is no string.
         """
         for name, value in (("query", query), ("system", system), ("output", output)):
             if value is not None and not isinstance(value, str):

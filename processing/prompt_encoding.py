@@ -98,18 +98,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, continues: bool = Fals
     _, escaped = _patterns(control_tokens(tokenizer))
     ids: list[int] = []
     for position, piece in enumerate(escaped.split(text)):  # markup, escaped, markup, …; None for a mark left alone
+        is_markup, follows = position % 2 == 0, continues or bool(ids)
         if not piece:
             continue
-        follows = continues or bool(ids)
-        if position % 2 == 0:
-            ids += _in_context(_encode_markup, tokenizer, piece, follows)
-            continue
-        piece = next((mark for mark, escape in _ESCAPES.items() if escape == piece), piece)
-        words = _in_context(_encode_words, tokenizer, piece, follows)
-        if len(piece) > 1 and tokenizer.convert_tokens_to_ids(piece) in words:  # the vocabulary has no half of it
-            words = _in_context(_encode_words, tokenizer, piece[:1], follows)
-            words += _in_context(_encode_words, tokenizer, piece[1:], continues=True)
-        ids += words
+        piece = piece if is_markup else next((mark for mark, escape in _ESCAPES.items() if escape == piece), piece)
+        found = _in_context(tokenizer, piece, is_markup, follows)
+        if not is_markup and len(piece) > 1 and tokenizer.convert_tokens_to_ids(piece) in found:
+            found = _in_context(tokenizer, piece[:1], False, follows)  # the vocabulary has the token, and no half of it
+            found += _in_context(tokenizer, piece[1:], False, True)
+        ids += found
     return ids
 
 
@@ -204,25 +201,21 @@ def answer_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
     return cached_per_tokenizer(tokenizer, answer_frame, compute)
 
 
-def _in_context(tokenize: Callable[..., list[int]], tokenizer: Any, text: str, continues: bool) -> list[int]:
+def _in_context(tokenizer: PreTrainedTokenizerBase, text: str, is_markup: bool, continues: bool) -> list[int]:
     """Token ids of a text; one that continues is tokenized behind a line break, where no space precedes a word."""
     if continues:
-        line = cached_per_tokenizer(tokenizer, tokenize, partial(tokenize, tokenizer, "\n"))
-        ids = tokenize(tokenizer, "\n" + text)
+        line = cached_per_tokenizer(tokenizer, is_markup, partial(_tokenize, tokenizer, "\n", is_markup))
+        ids = _tokenize(tokenizer, "\n" + text, is_markup)
         if ids[: len(line)] == line:
             return ids[len(line) :]
-    return tokenize(tokenizer, text)
+    return _tokenize(tokenizer, text, is_markup)
 
 
-def _encode_markup(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _encode_words(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text in which no added token is looked for, the ones that are not special included."""
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, is_markup: bool) -> list[int]:
+    """Token ids of a text; added tokens, the ones that are not special too, count as such in markup alone."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if is_markup or backend is None:
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=not is_markup)["input_ids"]
     text = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
     pre = backend.pre_tokenizer
     words = [text] if pre is None else [word for word, _ in pre.pre_tokenize_str(text)]
