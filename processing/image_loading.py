@@ -4,7 +4,6 @@ import asyncio
 import base64
 import errno
 import os
-import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -18,68 +17,48 @@ import torch
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 
+from .prompt_encoding import error_context
+
 
 MAX_IMAGE_PIXELS = 50_000_000  # a pixel takes up to 20 bytes while it is decoded (JPEG 2000): 1 GB
 DOWNLOAD_SECONDS, DOWNLOAD_BYTES = 20.0, 100 * 2**20
-# What files may hold. Of what else Pillow reads EPS starts Ghostscript, IPTC opens whatever is inside it, in any format
-# and of any size, ICO decodes before the size is known, and DDS is decoded in Python, a pixel after another.
+# Of what else Pillow reads EPS starts Ghostscript, IPTC opens any format, ICO decodes before its size is known
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 Image.init()
 _READABLE = tuple(kind for kind in FORMATS if kind in Image.OPEN)  # older versions of Pillow know no AVIF
 WEB = ("http://", "https://")
-_FLOAT_SLACK = 1e-3  # resizing overshoots 0 and 1 by a little
 _WERE_FLOATS = "lorgnette: floats from 0 to 1"  # in `info` of a loaded picture
 
 
-@contextmanager
-def error_context(where: str) -> Iterator[None]:
-    """Put the item's name in front of the message of an error about it."""
-    try:
-        yield
-    except (OSError, TypeError, ValueError) as error:
-        kinds = (FileNotFoundError, OSError, TypeError, ValueError)
-        raise next(kind for kind in kinds if isinstance(error, kind))(f"{where}: {error}") from error
-
-
-def load_image(
-    source: Any, timeout: float | None = None, max_pixels: int = MAX_IMAGE_PIXELS, layout: Any = None
-) -> Image.Image:
+def load_image(source: Any, timeout: Any = None, max_pixels: int = MAX_IMAGE_PIXELS, layout: Any = None) -> Image.Image:
     """Read one image as RGB: upright by its EXIF, transparency over white, 16 bits scaled to 8, an animation's first.
 
     Args:
         source: a PIL image; an array or tensor, `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1, 3 or 4 channels, of 8-bit
-            or 16-bit integers or floats from 0 to 1 (where both layouts fit, arrays are channels-last and tensors are
-            not); a path; an http(s) or data URL; base64; bytes; a binary file; a dict with `bytes` or `path`.
+            or 16-bit integers or floats from 0 to 1 (where both fit and `layout` is None, arrays are channels-last and
+            tensors are not); a path; an http(s) or data URL; base64; bytes; a file; a dict with `bytes` or `path`.
         timeout: seconds a download may take in all, 20 by default; it ends at 100 MiB too.
         max_pixels: a picture with more is refused before it is decoded; so it is above `PIL.Image.MAX_IMAGE_PIXELS`.
-        layout: `"channels_first"` or `"channels_last"`, of arrays and tensors alone.
 
-    Raises:
-        ValueError: no usable picture: `None`, a broken one, one of too many pixels or of values out of range.
-        OSError: a file or URL that cannot be read; FileNotFoundError for a path.
-        TypeError: an object of another kind.
+    Raises a ValueError for no usable picture, an OSError for what cannot be read or fetched, a TypeError for the rest.
     """
     layout = getattr(layout, "value", layout)
     if layout not in (None, "channels_first", "channels_last"):
         raise ValueError(f'input_data_format is {layout!r}; it takes "channels_first" or "channels_last"')
     if source is None:
         raise ValueError("the image is None")
-    if isinstance(source, Image.Image):
-        with _decoding("the picture"):
-            _check_size(*source.size, max_pixels)
-            return _to_rgb(ImageOps.exif_transpose(source))
     if isinstance(source, (np.ndarray, torch.Tensor)):
         return _from_array(source, layout, max_pixels)
-    name, data = _read(source, timeout)
-    if not data:
+    is_open = isinstance(source, Image.Image)
+    name, data = ("the picture", b"") if is_open else _read(source, timeout)
+    if not data and not is_open:
         raise ValueError(f"{name} is empty (0 bytes)")
     with _decoding(name, data):
-        image = Image.open(BytesIO(data), formats=_READABLE)
+        image = source if is_open else Image.open(BytesIO(data), formats=_READABLE)
         _check_size(*image.size, max_pixels)
         if image.format == "TIFF":  # a tile may be far larger than the picture that is cut out of it
             _check_size(*(image.tag_v2.get(tag, 1) for tag in (TILEWIDTH, TILELENGTH)), max_pixels)
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        return _to_rgb(ImageOps.exif_transpose(image, in_place=not is_open) or image)
 
 
 def load_image_for(
@@ -95,16 +74,13 @@ def load_image_for(
 
 
 def rescaling_of(image_processor: Any, images: list[Image.Image], settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that rescale loaded pictures that were floats, where the image processor and the caller's do not.
-
-    Raises a ValueError for a picture of 8 bits that would be taken for values from 0 to 1, with its values.
-    """
+    """Settings that rescale pictures that were floats, where none do; a ValueError for 8-bit ones that none rescale."""
     names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean")
     own = {name: getattr(image_processor, name, None) for name in names}
     rescales, factor, normalizes, mean = (own[n] if settings.get(n) is None else settings[n] for n in names)
+    of_8_bits = [position for position, image in enumerate(images) if not image.info.get(_WERE_FLOATS)]
     if (rescales is not False and factor != 1) or (normalizes and mean is not None and np.max(mean) > 1):
         return {}  # the mean is one of 8-bit values
-    of_8_bits = [position for position, image in enumerate(images) if not image.info.get(_WERE_FLOATS)]
     if not of_8_bits:
         return {"do_rescale": True, "rescale_factor": 1 / 255}
     if own["do_rescale"] is own["do_normalize"] is False and len(of_8_bits) == len(images):
@@ -118,10 +94,7 @@ def rescaling_of(image_processor: Any, images: list[Image.Image], settings: dict
 
 
 def download(url: str, timeout: float | None = None) -> tuple[str, bytes]:
-    """The name of a URL for messages, with its content type, and its bytes.
-
-    Raises an OSError where the server sends an error, too much or too slowly, or redirects to another scheme.
-    """
+    """The name of a URL for messages, with its content type, and its bytes; an OSError where it cannot be fetched."""
     seconds = DOWNLOAD_SECONDS if timeout is None else timeout
 
     async def fetch() -> tuple[str, bytes]:
@@ -167,10 +140,9 @@ def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
     if isinstance(source, (str, os.PathLike)):
         text = str(source)
         try:
-            mode = os.stat(source).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise OSError(f"no regular file: {text[:200]}")  # a pipe may never end; a folder cannot be opened
-            return text, Path(source).read_bytes()
+            if (path := Path(source)).exists() and not (path.is_file() or path.is_dir()):  # a pipe may never end
+                raise OSError(f"no regular file: {text[:200]}")
+            return text, path.read_bytes()
         except (OSError, ValueError) as error:
             if not isinstance(error, (FileNotFoundError, ValueError)) and error.errno != errno.ENAMETOOLONG:
                 raise
@@ -182,8 +154,9 @@ def _read(source: Any, timeout: float | None) -> tuple[str, bytes]:
         rest = f"… ({len(text)} characters, and no base64 of a picture)" if len(text) > 200 else ""
         raise FileNotFoundError(f"no such file: {text[:200]}{rest}")
     if not hasattr(source, "read"):
-        kind = type(source).__name__
-        raise TypeError(f"{kind} is no image: a picture, an array, a path, a URL, bytes or a file is needed")
+        raise TypeError(
+            f"{type(source).__name__} is no image: give a picture, an array, a path, a URL, bytes or a file"
+        )
     if hasattr(source, "seek") and source.seekable():
         source.seek(0)
     if not isinstance(data := source.read(), bytes):
@@ -198,11 +171,11 @@ def _decoding(name: str, data: bytes = b"") -> Iterator[None]:
         yield
     except MemoryError:  # says nothing of the picture: a smaller one may fail as well
         raise
-    except Image.UnidentifiedImageError as error:
-        what = f"is no picture that is read here ({', '.join(_READABLE)}); it begins with {data[:24]!r}"
-        raise ValueError(f"{name} {what}") from error
     except Exception as error:
-        raise ValueError(f"{name} cannot be read as a picture: {error or type(error).__name__}") from error
+        what = f"cannot be read as a picture: {error or type(error).__name__}"
+        if isinstance(error, Image.UnidentifiedImageError):
+            what = f"is no picture that is read here ({', '.join(_READABLE)}); it begins with {data[:24]!r}"
+        raise ValueError(f"{name} {what}") from error
 
 
 def _check_size(width: int, height: int, max_pixels: int) -> None:
@@ -254,7 +227,7 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
         raise ValueError(f"{np.count_nonzero(~np.isfinite(values))} of its {values.size} values are NaN or infinite")
     low, high = values.min(), values.max()
     if kind == "f":
-        if low < -_FLOAT_SLACK or high > 1 + _FLOAT_SLACK:
+        if low < -1e-3 or high > 1.001:  # resizing overshoots 0 and 1 by a little
             raise ValueError(f"its floats run from {low:g} to {high:g}; 0 to 1 is needed, or integers from 0 to 255")
         scaled = np.clip(values, 0, 1)
         scaled *= 255

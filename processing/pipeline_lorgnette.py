@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset, StackDataset
 from transformers import BatchFeature, GenerationConfig, Pipeline
 
-from .image_loading import error_context
+from .prompt_encoding import error_context
 
 
 _POSITION = "lorgnette: position"  # of an image among several, for error messages
@@ -71,11 +71,9 @@ class LorgnetteImageToTextPipeline(Pipeline):
         return super().__call__(({_POSITION: position, "item": item} for position, item in enumerate(images)), **kwargs)
 
     def _sanitize_parameters(
-        self, generate_kwargs: dict[str, Any] | None = None, max_new_tokens: int | None = None, **preprocess: Any
+        self, prompt: Any = None, timeout: Any = None, generate_kwargs: Any = None, max_new_tokens: Any = None
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        if unknown := preprocess.keys() - {"prompt", "timeout"}:
-            raise TypeError(f"{type(self).__name__} takes no argument {min(unknown)!r}")
-        preprocess = {name: value for name, value in preprocess.items() if value is not None}
+        preprocess = {name: value for name, value in (("prompt", prompt), ("timeout", timeout)) if value is not None}
         generate_kwargs = dict(generate_kwargs or {})
         if max_new_tokens is not None:
             if "max_new_tokens" in generate_kwargs:
@@ -87,15 +85,13 @@ class LorgnetteImageToTextPipeline(Pipeline):
         where = "the image"
         if isinstance(image, dict) and _POSITION in image:
             where, image = f"image {image[_POSITION]}", image["item"]
-        if isinstance(image, dict) and "image" in image:
-            image = image["image"]
+        image = image["image"] if isinstance(image, dict) and "image" in image else image
         sources = list(image) if isinstance(image, (list, tuple)) else [image]
         if not sources:
             raise ValueError(f"{where} is an empty list")
         with error_context(where):
             images = [self.processor.load_image(source, timeout) for source in sources]
-        features = self.processor(images=[images], queries=prompt, return_tensors="pt")
-        return features.to(dtype=self.dtype)
+        return self.processor(images=[images], queries=prompt, return_tensors="pt").to(dtype=self.dtype)
 
     def _forward(
         self, model_inputs: BatchFeature, generate_kwargs: dict[str, Any] | None = None

@@ -16,8 +16,8 @@ from transformers.utils import PROCESSOR_NAME
 from ..configuration.configuration_lorgnette import AUTO_PROCESSOR, MAX_QUERY_TOKENS, from_package
 from ..configuration.remote_code import save_remote_code
 from . import prompt_encoding
-from .image_loading import MAX_IMAGE_PIXELS, error_context, load_image_for, rescaling_of
-from .prompt_encoding import IMAGE_TOKEN
+from .image_loading import MAX_IMAGE_PIXELS, load_image_for, rescaling_of
+from .prompt_encoding import IMAGE_TOKEN, error_context
 
 
 _TOKENIZERS = ("tokenizer", "qformer_tokenizer")
@@ -93,11 +93,12 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         qformer_revision: str | None = None,
     ) -> "LorgnetteProcessor":
         """Make a processor of the backbones' own parts; needs the package, see `lorgnette.assembly.processors`."""
-        assembly = from_package(_ASSEMBLY, "LorgnetteProcessor.from_backbones")
         fields = {"num_query_tokens": num_query_tokens, "system_prompt": system_prompt, "query": query}
-        return assembly.from_backbones(
-            cls, vision, text, qformer, (vision_revision, text_revision, qformer_revision), **fields
+        revisions, assembly = (
+            (vision_revision, text_revision, qformer_revision),
+            from_package(_ASSEMBLY, "from_backbones"),
         )
+        return assembly.from_backbones(cls, vision, text, qformer, revisions, **fields)
 
     @classmethod
     def from_blip2(cls, source: str | Path, *, query: str = "", revision: str | None = None) -> "LorgnetteProcessor":
@@ -140,8 +141,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
             output: the answer; without one the prompt ends where the LM is to answer.
             num_images: how many images the query is about.
 
-        Raises:
-            ValueError, TypeError: the template refuses it (put the system message in the query); a part is no string.
+        Raises a ValueError where the template refuses it (put `system` in the query), a TypeError for no string.
         """
         for name, value in (("query", query), ("system", system), ("output", output)):
             if value is not None and not isinstance(value, str):
@@ -165,8 +165,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
                 Pictures stand in the parts, or in `processor_kwargs["images"]`.
             chat_template, kwargs: as there; `tokenize` and `return_dict` are False by default.
 
-        Raises:
-            ValueError, TypeError: no conversation, see [`parts_of`], or one that the template refuses.
+        Raises a ValueError or TypeError for no conversation, see [`parts_of`], or one that the template refuses.
         """
         batch, is_batch = prompt_encoding.conversations_of(conversation)
         if not all(batch):
@@ -191,10 +190,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         return features if return_dict else features["input_ids"]
 
     def encode_example(self, output: str | None, **prompt: Any) -> tuple[list[int], list[int]]:
-        """Token ids of a prompt, as at inference, and of the answer `output` with what ends it.
-
-        `query`, `system` and `num_images`, or `messages`, make the prompt. Needs the package, see `assembly.examples`.
-        """
+        """Token ids of a prompt, as at inference, and of its answer; needs the package, see `assembly.examples`."""
         tokenizer = self._lm_tokenizer()
         return from_package("assembly.examples", "encode_example").encode_example(self, tokenizer, output, **prompt)
 
@@ -241,22 +237,23 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         features: dict[str, Any] = {}
         if self.is_stage1:
             if text is not None:
-                features |= self.encode_for_qformer(_texts_of(text, "text"), **text_kwargs)
+                features |= self.encode_for_qformer(prompt_encoding.texts_of(text, "text"), **text_kwargs)
             flat = [image for row in rows for image in row]
         else:
             if text is None:
                 asked = zip(self._queries(queries, len(rows)), rows, strict=True)
                 texts = [self.build_prompt(query, num_images=len(row)) for query, row in asked]
             else:
-                texts = _texts_of(text, "text")
+                texts = prompt_encoding.texts_of(text, "text")
             image_token_id, special = self.image_token_id, text_kwargs.get("add_special_tokens", True)
             ids = [self.encode_prompt(prompt, special) for prompt in texts]
             counts = [row.count(image_token_id) // self.num_query_tokens for row in ids]
             flat = _match_images(rows, sorted_by_caller, counts)
             features |= self._pad(ids, **text_kwargs)
             if with_types:
-                types = [[int(token == image_token_id) for token in row] for row in features["input_ids"]]
-                features["mm_token_type_ids"] = types
+                features["mm_token_type_ids"] = [
+                    [int(n == image_token_id) for n in row] for row in features["input_ids"]
+                ]
             if flat and self.qformer_tokenizer is not None:
                 if text is not None and queries is None:
                     raise ValueError("the Q-Former reads the query too: say with queries= what is asked in text=")
@@ -295,23 +292,18 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
             offsets.append({"type": "image", "text": IMAGE_TOKEN, "replacement": replacement, **spans})
         return offsets
 
-    def _get_num_multimodal_tokens(
-        self, image_sizes: Sequence[Any] | None = None, **_: Any
-    ) -> processing_utils.MultiModalData:
+    def _get_num_multimodal_tokens(self, image_sizes: Sequence[Any] | None = None, **_: Any) -> Any:
         """How many placeholders images of these sizes take: each `num_query_tokens`. vLLM asks for it."""
-        count = 0 if image_sizes is None else len(image_sizes)
-        ones = [1] * count
-        return processing_utils.MultiModalData([self.num_query_tokens] * count, num_image_patches=ones)
+        ones = [1] * (0 if image_sizes is None else len(image_sizes))
+        counts = [self.num_query_tokens for _ in ones]
+        return processing_utils.MultiModalData(num_image_tokens=counts, num_image_patches=ones)
 
     def load_image(self, source: Any, timeout: float | None = None, layout: Any = None) -> Image.Image:
         """[`load_image`] within this processor's limit of pixels, before and after resizing; raises what it does."""
         return load_image_for(self.image_processor, source, timeout, self.max_image_pixels, layout)
 
     def encode_images(self, images: list[Image.Image], **images_kwargs: Any) -> BatchFeature:
-        """`pixel_values` `(N, 3, H, W)`, and what else this image processor gives, for N loaded RGB images.
-
-        Raises a ValueError for pictures of 8 bits that are not rescaled, see [`rescaling_of`].
-        """
+        """`pixel_values` `(N, 3, H, W)` and what else the image processor gives; raises what [`rescaling_of`] does."""
         return self.image_processor(images, **images_kwargs | rescaling_of(self.image_processor, images, images_kwargs))
 
     def _queries(self, queries: str | Sequence[str] | None, rows: int) -> list[str]:
@@ -319,13 +311,10 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
             return [self.query if queries is None else queries] * rows
         if len(queries) != rows:
             raise ValueError(f"{len(queries)} queries were given for {rows} rows")
-        return _texts_of(queries, "queries")
+        return prompt_encoding.texts_of(queries, "queries")
 
     def encode_for_qformer(self, texts: list[str], **text_kwargs: Any) -> dict[str, Any]:
-        """`input_ids` and `attention_mask` of the Q-Former's texts, in which special tokens are plain text.
-
-        Raises a ValueError for a text longer than its tokenizer allows, or with half of a character in it.
-        """
+        """`input_ids` and `attention_mask` of the Q-Former's texts; a ValueError for one that is too long for it."""
         for text in texts:
             prompt_encoding.check_unicode(text)
         text_kwargs = {"return_token_type_ids": False, "split_special_tokens": True} | text_kwargs
@@ -374,8 +363,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
         """Save into a folder, with the code with which `AutoProcessor` loads it; arguments as `ProcessorMixin`'s."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder := Path(save_directory)).mkdir(parents=True, exist_ok=True)
         for name, tokenizer in self._own_tokenizers().items():
             tokenizer.save_pretrained(folder if name == "tokenizer" else folder / name)
         self.to_json_file(folder / PROCESSOR_NAME)
@@ -394,7 +382,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         folders = (subfolder, f"{subfolder}/{_TOKENIZERS[1]}".strip("/"))
         for name, folder, side in zip(_TOKENIZERS, folders, ({"padding_side": "left"}, {}), strict=True):
             is_absent = (processor_dict or {}).get(name, "present") is None
-            settings = {"subfolder": folder, **side, **kwargs}
+            settings = {"subfolder": folder, **side, **kwargs}  # older saves do not say on which side they pad
             parts.append(None if is_absent else AutoTokenizer.from_pretrained(source, **settings))
         return parts
 
@@ -421,18 +409,6 @@ def _rows_of(images: Any) -> tuple[list[list[Any]], bool]:
         if item is not None and not _is_list(item):
             raise ValueError(f"images mixes lists and single images: item {position} is a {type(item).__name__}")
     return [[] if item is None else list(item) for item in items], True
-
-
-def _texts_of(texts: str | Sequence[str], name: str) -> list[str]:
-    texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, Sequence):
-        raise TypeError(f"{name} is a {type(texts).__name__}; a string or a list of strings is needed")
-    if not texts:
-        raise ValueError(f"{name} is an empty list")
-    for position, item in enumerate(texts):
-        if not isinstance(item, str):
-            raise TypeError(f"{name} {position} is a {type(item).__name__}; a string is needed")
-    return list(texts)
 
 
 def _match_images(rows: list[list[Any]], sorted_by_caller: bool, wanted: list[int]) -> list[Any]:

@@ -5,9 +5,9 @@ tokens between two Unicode noncharacters, and [`encode`] tokenizes what stands t
 """
 
 import base64
-import binascii
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import groupby
 from typing import Any
@@ -25,6 +25,16 @@ _ESCAPES = {_OPEN: "\ufdd2", _CLOSE: "\ufdd3"}  # for the two themselves, where 
 _ANSWER = "THE-ANSWER"
 _CACHE_SIZE = 1024  # values per tokenizer
 _caches: WeakKeyDictionary[PreTrainedTokenizerBase, Any] = WeakKeyDictionary()
+
+
+@contextmanager
+def error_context(where: str) -> Iterator[None]:
+    """Put the item's name in front of the message of an error about it."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError) as error:
+        kinds = (FileNotFoundError, OSError, TypeError, ValueError)
+        raise next(kind for kind in kinds if isinstance(error, kind))(f"{where}: {error}") from error
 
 
 def cached_per_tokenizer(tokenizer: PreTrainedTokenizerBase, key: Hashable, compute: Callable[[], Any]) -> Any:
@@ -122,8 +132,8 @@ def check_unicode(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        half = f"position {error.start}: U+{ord(text[error.start]):04X}, a lone surrogate"
-        raise ValueError(f"the text has half of a character at {half}") from None
+        half = f"U+{ord(text[error.start]):04X}, a lone surrogate"
+        raise ValueError(f"the text has half of a character at position {error.start}: {half}") from None
 
 
 def with_start(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
@@ -237,13 +247,10 @@ def conversations_of(value: Any) -> tuple[list[list[dict[str, Any]]], bool]:
 
 def _is_plain(messages: Any) -> bool:
     def is_message(message: Any) -> bool:
-        content = message.get("content") if isinstance(message, dict) else 0
-        is_content = content is None or isinstance(content, (str, list, tuple))
-        return (
-            is_content
-            and isinstance(message.get("role"), str)
-            and all(isinstance(p, (str, dict)) for p in content or ())
-        )
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return False
+        content = () if message.get("content") is None else message["content"]
+        return isinstance(content, (str, list, tuple)) and all(isinstance(part, (str, dict)) for part in content)
 
     return isinstance(messages, (list, tuple)) and all(map(is_message, messages))
 
@@ -278,10 +285,8 @@ def _part(part: Any, position: int, decode: bool) -> dict[str, Any]:
     if kind != "image":
         raise ValueError(f'a part is {{"type": "text", "text": …}} or {{"type": "image", …}}, not {str(part)[:100]}')
     if "base64" in part and decode:
-        try:
+        with error_context("an image part's base64 is not valid"):
             return {"type": "image", "image": base64.b64decode(part["base64"], validate=True)}
-        except binascii.Error as error:
-            raise ValueError(f"an image part's base64 is not valid: {error}") from error
     source = next((part[key] for key in ("base64", "image", "url", "path") if key in part), None)
     return {"type": "image"} if source is None else {"type": "image", "image": source}
 
@@ -295,6 +300,19 @@ def flatten(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) 
         lines = [IMAGE_TOKEN if text is None else escape_special_tokens(tokenizer, text) for text in texts]
         flat.append({**escape_special_tokens(tokenizer, rest), "content": "\n".join(lines)})
     return flat
+
+
+def texts_of(texts: str | Sequence[str], name: str) -> list[str]:
+    """A string, or a list of them, as a list; raises a ValueError for an empty list, a TypeError for another item."""
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, Sequence):
+        raise TypeError(f"{name} is a {type(texts).__name__}; a string or a list of strings is needed")
+    if not texts:
+        raise ValueError(f"{name} is an empty list")
+    for position, item in enumerate(texts):
+        if not isinstance(item, str):
+            raise TypeError(f"{name} {position} is a {type(item).__name__}; a string is needed")
+    return list(texts)
 
 
 def images_in(messages: list[dict[str, Any]]) -> list[Any]:

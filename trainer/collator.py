@@ -18,9 +18,8 @@ from ..assembly.conversations import messages_of
 from ..assembly.picture_sizes import check_image_processor
 from ..modeling.modeling_checks import IGNORED
 from ..modeling.modeling_packing import PADDING
-from ..processing.image_loading import error_context
 from ..processing.processing_lorgnette import LorgnetteProcessor
-from ..processing.prompt_encoding import images_in, parts_of, query_in
+from ..processing.prompt_encoding import error_context, images_in, parts_of, query_in
 from .augmentation import augment
 from .unsupported import Batch, refuse_unsupported_arguments
 

@@ -14,8 +14,8 @@ import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, List, load_dataset, load_from_disk
 
 from ..assembly.conversations import messages_of
-from ..processing.image_loading import WEB, error_context
-from ..processing.prompt_encoding import parts_of
+from ..processing.image_loading import WEB
+from ..processing.prompt_encoding import error_context, parts_of
 from .arguments import DataArguments, RowArguments, SourceArguments
 from .augmentation import AugmentationSeeds
 from .feature_cache import COLUMN, feature_opener, is_cache, load_cache

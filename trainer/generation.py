@@ -6,9 +6,8 @@ from typing import Any
 
 from ..assembly.conversations import messages_of
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
-from ..processing.image_loading import error_context
 from ..processing.pipeline_lorgnette import missing_tokens
-from ..processing.prompt_encoding import parts_of
+from ..processing.prompt_encoding import error_context, parts_of
 from .collator import LorgnetteCollator
 
 

@@ -18,7 +18,8 @@ from ..assembly.sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig, LorgnetteConfig, LorgnetteRetrievalConfig
 from ..modeling.modeling_backbones import load_vision_model, new_vision_model
 from ..modeling.modeling_base import LorgnettePreTrainedModel
-from ..processing.image_loading import error_context, load_image_for
+from ..processing.image_loading import load_image_for
+from ..processing.prompt_encoding import error_context
 from .arguments import VisionArguments
 
 
