@@ -14,7 +14,6 @@ import anyio.to_thread
 import torch
 from anyio import CapacityLimiter
 
-from ..assembly.picture_sizes import check_image_processor
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .batching import Batcher, Ticket
@@ -84,7 +83,7 @@ class Eyes:
         hosts: where pictures may come from.
 
     Raises:
-        ValueError: a processor that does not fit the model, or makes huge pictures.
+        ValueError: a processor that does not fit the model.
     """
 
     def __init__(
@@ -98,7 +97,6 @@ class Eyes:
         self.metrics = Metrics()
         for processor in self.processors.values():
             model.check_processor(processor)
-            check_image_processor(processor.image_processor, processor.max_image_pixels)
         self.first = next(iter(self.processors))
         self.bridges = {name: model.active_bridge if name == self.first else name for name in self.processors}
         self._is_merged = model.config.saved_form == "merged"
