@@ -2,20 +2,11 @@
 
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from ..processing.prompt_encoding import (
-    answer_frame,
-    cached_per_tokenizer,
-    chat_templates,
-    encode,
-    escape_special_tokens,
-)
+from ..processing.prompt_encoding import cached_per_tokenizer, chat_templates
 
 
 def encode_example(
     processor: Any,
-    tokenizer: PreTrainedTokenizerBase,
     output: str | None,
     *,
     query: str | None = None,
@@ -27,7 +18,6 @@ def encode_example(
 
     Args:
         processor: for stage 2.
-        tokenizer: its LM's.
         output: the answer. The ids that end it follow it: the template's end of turn, or EOS. None: no answer.
         query, system, num_images: as in [`LorgnetteProcessor.build_prompt`].
         messages: the conversation before the answer, in place of the three.
@@ -44,12 +34,12 @@ def encode_example(
             return processor.encode_prompt(processor.apply_chat_template(messages, add_generation_prompt=True))
         return processor.encode_prompt(processor.build_prompt(query, system, num_images=num_images))
 
-    if messages is not None or "strftime_now" in chat_templates(tokenizer):  # Llama 3's template writes the date
+    changes = "strftime_now" in chat_templates(processor.tokenizer)  # Llama 3's template writes the date
+    if messages is not None or changes:
         ids = prompt_ids()
     else:  # mostly one and the same for all rows
         settings = (processor.query, processor.system_prompt, processor.num_query_tokens)
-        ids = list(cached_per_tokenizer(tokenizer, (query, system, num_images, *settings), prompt_ids))
+        ids = list(cached_per_tokenizer(processor.tokenizer, (query, system, num_images, *settings), prompt_ids))
     if output is None:
         return ids, []
-    lead, end = answer_frame(tokenizer)
-    return ids, encode(tokenizer, lead + escape_special_tokens(tokenizer, output), continues=True) + end
+    return ids, processor.encode_answer(output)

@@ -191,8 +191,13 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
 
     def encode_example(self, output: str | None, **prompt: Any) -> tuple[list[int], list[int]]:
         """Token ids of a prompt, as at inference, and of its answer; needs the package, see `assembly.examples`."""
-        tokenizer = self._lm_tokenizer()
-        return from_package("assembly.examples", "encode_example").encode_example(self, tokenizer, output, **prompt)
+        return from_package("assembly.examples", "encode_example").encode_example(self, output, **prompt)
+
+    def encode_answer(self, output: str) -> list[int]:
+        """Token ids of an answer behind its prompt, with those that end it: the template's end of turn, or EOS."""
+        lead, end = prompt_encoding.answer_frame(self._lm_tokenizer())
+        words = lead + prompt_encoding.escape_special_tokens(self.tokenizer, output)
+        return prompt_encoding.encode(self.tokenizer, words, continues=True) + end
 
     def encode_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with `num_query_tokens` placeholders for each `<image>` that is markup."""
@@ -227,8 +232,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         if images is None and text is None:
             raise ValueError("neither images nor text given")
         self._check_keywords(kwargs)
-        with_offsets = kwargs.pop("return_text_replacement_offsets", False)
-        with_types = kwargs.pop("return_mm_token_type_ids", False)
+        offsets, types = (kwargs.pop(f"return_{n}", False) for n in ("text_replacement_offsets", "mm_token_type_ids"))
         merged = self._merge_kwargs(_PARTS[2], tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         rows, sorted_by_caller = ([], False) if images is None else _rows_of(images)
@@ -250,7 +254,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
             counts = [row.count(image_token_id) // self.num_query_tokens for row in ids]
             flat = _match_images(rows, sorted_by_caller, counts)
             features |= self._pad(ids, **text_kwargs)
-            if with_types:
+            if types:
                 features["mm_token_type_ids"] = [
                     [int(n == image_token_id) for n in row] for row in features["input_ids"]
                 ]
@@ -258,8 +262,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
                 if text is not None and queries is None:
                     raise ValueError("the Q-Former reads the query too: say with queries= what is asked in text=")
                 asked = zip(self._queries(queries, len(texts)), counts, strict=True)
-                repeated = [query for query, count in asked for _ in range(count)]
-                encoded = self.encode_for_qformer(repeated, padding=True)
+                encoded = self.encode_for_qformer([query for query, n in asked for _ in range(n)], padding=True)
                 features |= {f"qformer_{name}": value for name, value in encoded.items()}
         if flat:
             loaded, layout = [], images_kwargs.pop("input_data_format", None)
@@ -268,7 +271,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
                     loaded.append(self.load_image(image, timeout, layout))
             features |= self.encode_images(loaded, **images_kwargs)
         features = BatchFeature(features, tensor_type=text_kwargs.get("return_tensors"))
-        if with_offsets and not self.is_stage1:
+        if offsets and not self.is_stage1:
             features["text_replacement_offsets"] = [self._replacement_offsets(prompt) for prompt in texts]
         return features
 
@@ -294,9 +297,9 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
 
     def _get_num_multimodal_tokens(self, image_sizes: Sequence[Any] | None = None, **_: Any) -> Any:
         """How many placeholders images of these sizes take: each `num_query_tokens`. vLLM asks for it."""
-        ones = [1] * (0 if image_sizes is None else len(image_sizes))
-        counts = [self.num_query_tokens for _ in ones]
-        return processing_utils.MultiModalData(num_image_tokens=counts, num_image_patches=ones)
+        count = 0 if image_sizes is None else len(image_sizes)
+        patches = [1] * count
+        return processing_utils.MultiModalData([self.num_query_tokens] * count, num_image_patches=patches)
 
     def load_image(self, source: Any, timeout: float | None = None, layout: Any = None) -> Image.Image:
         """[`load_image`] within this processor's limit of pixels, before and after resizing; raises what it does."""

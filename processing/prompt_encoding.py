@@ -233,10 +233,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, is_markup: bool) ->
 
 
 def conversations_of(value: Any) -> tuple[list[list[dict[str, Any]]], bool]:
-    """Conversations as lists of messages, and whether there are several.
-
-    `lorgnette.assembly.conversations` reads other forms than lists of dicts; an ImportError where it is not installed.
-    """
+    """Conversations as lists of messages, and whether there are several; the package reads more than lists of dicts."""
     several = isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (list, tuple))
     batch = list(value) if several else [value]
     if all(map(_is_plain, batch)):

@@ -31,7 +31,7 @@ def load(
         the model, in eval mode, and each bridge's processor, the model's own first.
 
     Raises:
-        ValueError: a name twice; models that do not belong together; a processor that does not fit, or makes huge pictures.
+        ValueError: a name twice; models that do not belong together; a processor that does not fit or makes huge ones.
         OSError: there is no such model.
     """
     if name in bridges:
