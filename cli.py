@@ -140,7 +140,8 @@ def caption(
     """
     from tqdm.auto import tqdm
 
-    from .configuration.backbone_sources import from_pretrained_arguments
+    from .assembly.picture_sizes import check_image_processor
+    from .assembly.sources import from_pretrained_arguments
     from .modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
     from .processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
     from .processing.processing_lorgnette import LorgnetteProcessor
@@ -149,6 +150,7 @@ def caption(
     processor = LorgnetteProcessor.from_pretrained(place, **keywords)
     loaded = LorgnetteForConditionalGeneration.from_pretrained(place, dtype="auto", **keywords).eval()
     loaded.check_processor(processor)
+    check_image_processor(processor.image_processor, processor.max_image_pixels)
     say = LorgnetteImageToTextPipeline(model=loaded, processor=processor)
     given = {"prompt": prompt, "max_new_tokens": max_new_tokens}
     settings = {name: value for name, value in given.items() if value is not None}

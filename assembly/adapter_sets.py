@@ -13,12 +13,12 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..configuration.backbone_sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from ..modeling.modeling_loading import is_unread
 from ..modeling.modeling_lora import lora_weights
 from ..modeling.modeling_saving import refuse_offloaded, without_lora
 from .foreign_adapters import DetachedLora, replace_lora
+from .sources import from_pretrained_arguments
 
 
 # The config's fields about an adapter set; the others are of the backbones, or have to be the same for all.

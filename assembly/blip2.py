@@ -15,12 +15,12 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..configuration.backbone_sources import from_pretrained_arguments, load_qformer_tokenizer
 from ..configuration.configuration_lorgnette import LorgnetteConfig, LorgnetteQFormerConfig
 from ..configuration.configuration_retrieval import LorgnetteRetrievalConfig
 from ..modeling.modeling_loading import parse_dtype
 from .backbones import Backbone, cast_parameters, from_source, load_language_model, next_free_token_id
 from .lora_targets import resolve_lora_config
+from .sources import from_pretrained_arguments, load_qformer_tokenizer
 
 
 logger = logging.get_logger(__name__)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
-from ..configuration.backbone_sources import from_pretrained_arguments
+from ..assembly.sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from ..modeling.modeling_lora import (
     LM_ADAPTER,

@@ -10,13 +10,13 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..configuration.backbone_sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig
 from ..configuration.configuration_retrieval import LorgnetteRetrievalConfig
 from ..modeling.modeling_loading import is_unread
 from ..modeling.modeling_qformer import LorgnetteQFormerModel
 from ..modeling.modeling_retrieval import LorgnetteForImageTextRetrieval
 from .backbones import Backbone, load_bert
+from .sources import from_pretrained_arguments
 
 
 logger = logging.get_logger(__name__)

@@ -4,7 +4,6 @@ Also which source files are saved with a model, and how they ask for the package
 """
 
 import importlib
-import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
@@ -72,19 +71,17 @@ def save_code(folder: str | Path, model_type: str) -> None:
 
 
 def from_package(module: str, what: str) -> ModuleType:
-    """A module of the installed package, for what does not travel with a saved model.
-
-    Args:
-        module: its name below `lorgnette`.
-        what: the subject of the error's sentence.
+    """The module of the installed package to which code that travels with a model hands over.
 
     Raises:
-        ImportError: lorgnette is not installed.
+        ImportError: lorgnette is not installed; the message names `what`.
     """
-    package = "lorgnette"  # by name: transformers asks for every package that it reads in an import statement
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(f"{what} needs the package lorgnette, which is not installed: pip install lorgnette")
-    return importlib.import_module(f"{package}.{module}")
+    try:
+        return importlib.import_module(f"lorgnette.{module}")  # by name: transformers' scanner must not ask for it
+    except ModuleNotFoundError as error:
+        if (error.name or "lorgnette").partition(".")[0] != "lorgnette":
+            raise
+        raise ImportError(f"{what} needs the package: pip install lorgnette") from error
 
 
 @strict

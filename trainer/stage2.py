@@ -5,7 +5,7 @@ from itertools import islice
 
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
-from ..configuration.backbone_sources import from_pretrained_arguments
+from ..assembly.sources import from_pretrained_arguments
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..modeling.modeling_saving import resolve_save_format
 from ..processing.processing_lorgnette import LorgnetteProcessor

@@ -48,7 +48,7 @@ def load_part(auto_class: Any, what: str, name: str | Path, **keywords: Any) -> 
 def load_tokenizer(
     source: str | Path | PreTrainedTokenizerBase | None, revision: str | None = None
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model that is named; one that is loaded already, or None, is passed on."""
+    """The tokenizer of a model that is named; a loaded one, or None, is returned."""
     if not isinstance(source, (str, Path)):
         return source
     name, keywords = from_pretrained_arguments(source, revision)
@@ -65,6 +65,3 @@ def load_qformer_tokenizer(
         if cached_file(name, inside, _raise_exceptions_for_missing_entries=False, **keywords) is not None:
             return load_part(AutoTokenizer, "tokenizer", name, subfolder=QFORMER_TOKENIZER, **keywords)
     return load_tokenizer(source, revision)
-
-
-__all__ = ["QFORMER_TOKENIZER", "from_pretrained_arguments", "load_part", "load_qformer_tokenizer", "load_tokenizer"]

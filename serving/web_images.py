@@ -1,10 +1,14 @@
-"""A picture from the web: over http and https alone, in so much time and no more bytes than that.
+"""Pictures by URLs of callers: from the public internet alone, over http and https, within a time and a size.
 
-`urlopen` by itself follows redirects to ftp, reads the page that redirects to its end, however long that is, and starts
-its timeout anew with every packet. What a server sends is therefore counted where it arrives.
+This file needs the standard library alone: it lies beside `handler.py` in an exported folder. `urlopen` by itself
+follows redirects to ftp, reads a page that redirects to its end, and restarts its timeout with every packet; so this
+module counts what a server sends where it arrives, and checks an address where the socket connects to it.
 """
 
+import base64
+import binascii
 import io
+import ipaddress
 import socket
 import string
 import time
@@ -13,14 +17,58 @@ from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
 from urllib.error import URLError
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, ProxyHandler, Request, build_opener
 
 
 DOWNLOAD_SECONDS = 20.0
 DOWNLOAD_BYTES = 100 * 2**20
-# (host as in the URL, address that it resolves to) -> raises PermissionError where that is not to be visited
+# (host as in the URL, address that it resolves to) -> raises PermissionError where pictures must not come from there
 Guard = Callable[[str, str], None]
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# What Python takes for public all the same: Azure's metadata and DNS; protocol assignments, with Oracle's metadata
+_SURROUNDINGS = [ipaddress.ip_network(name) for name in ("168.63.129.16/32", "192.0.0.0/24")]
+
+
+_OF_URLS = str.maketrans("-_", "+/", "\r\n\t")
+
+
+def read_web_image(
+    url: str, timeout: float | None = None, max_bytes: int | None = None, guard: Guard | None = None
+) -> bytes:
+    """The file behind a URL that a caller names, and that must not lead into this machine or its network.
+
+    Args:
+        url: http, https or base64 data.
+        timeout, max_bytes: see [`download`].
+        guard: see [`download`]; [`refuse_private`] by default.
+
+    Raises:
+        ValueError: a URL of another kind or without a host, base64 that is not valid.
+        OSError: see [`download`].
+    """
+    if is_web(url):
+        _check_url(url)
+        return download(url, timeout, max_bytes, refuse_private if guard is None else guard)[1]
+    if url[:5].lower() != "data:":
+        raise ValueError(f"an image's URL begins with http://, https:// or data:, not with {url[:20]!r}")
+    try:
+        return decode_base64(url.partition(",")[2])
+    except binascii.Error as error:
+        raise ValueError(f"the data URL is not valid base64: {error}") from error
+
+
+def decode_base64(text: str) -> bytes:
+    """Base64 as programs write it: in lines, percent-encoded, without padding, in either alphabet.
+
+    Raises:
+        binascii.Error: it is none.
+    """
+    digits = unquote(text).strip().translate(_OF_URLS).rstrip("=")
+    return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
 
 
 def is_web(source: str) -> bool:
@@ -34,18 +82,18 @@ def download(
     """Fetch a URL of http or https.
 
     Args:
-        timeout: seconds for all of it, 20 by default; to look a name up, and a connection that is not made yet, may
-            take as long again.
+        timeout: seconds for all of it, 20 by default; looking up a name, and connecting, may take as long again.
         max_bytes: how many may come in, 100 MiB by default.
-        guard: asked about every address before it is connected to, those of redirects too. The address that it was
-            asked about is the one that is connected to, and no proxy is used, which would look names up by itself.
+        guard: called with every address before the socket connects to it, those of redirects too. The socket connects
+            to that address; no proxy is used, since a proxy looks names up by itself.
 
     Returns:
         its name for messages, with the content type that the server says; its bytes.
 
     Raises:
-        OSError: it cannot be fetched within that, or the server redirects to what is not http or https: a TimeoutError
-            where time was too short, a PermissionError where `guard` says no.
+        OSError: it cannot be fetched within that, or the server redirects to what is neither http nor https.
+        TimeoutError: the time is up.
+        PermissionError: `guard` refuses an address.
     """
     allowance, data = _Allowance(DOWNLOAD_SECONDS if timeout is None else timeout, max_bytes, guard), bytearray()
     opener = build_opener(_Http(allowance), _Https(allowance), _Redirects(allowance), *allowance.proxies)
@@ -162,3 +210,50 @@ class _Redirects(HTTPRedirectHandler):
         if not is_web(url):
             raise OSError(f"redirected to {url[:200]}, which is neither http nor https")
         return super().redirect_request(request, file, code, message, headers, url)
+
+
+def _check_url(url: str) -> None:
+    """Raises a ValueError for what is wrong with the URL itself, before its host is asked."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port  # both may raise
+    except ValueError as error:
+        raise ValueError(f"{url[:200]} is no URL: {error}") from error
+    if not host or parts.username is not None:
+        raise ValueError("an image's URL names a host after http:// or https://, and no user before it")
+
+
+def is_public(address: str) -> bool:
+    """Whether a numeric address is one that anybody on the internet could reach.
+
+    Private, loopback, link-local (with it the metadata services of clouds), shared, reserved and multicast addresses
+    are not, nor is an IPv6 address that stands for such an IPv4 one (mapped, 6to4, Teredo, NAT64).
+    """
+    found = ipaddress.ip_address(address.partition("%")[0])
+    return all(
+        each.is_global
+        and not (each.is_multicast or each.is_reserved or getattr(each, "is_site_local", False))
+        and not any(each in network for network in _SURROUNDINGS)
+        for each in _ipv4_of(found)
+    )
+
+
+def refuse_private(host: str, address: str) -> None:
+    """A guard for [`download`]: raises PermissionError, without the address, unless it [`is_public`]."""
+    if not is_public(address):
+        raise PermissionError(f"{host} is not on the public internet")
+
+
+def _ipv4_of(address: _Address) -> list[_Address]:
+    """The IPv4 addresses that an IPv6 one stands for, or itself."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return [address]
+    if address.ipv4_mapped is not None:
+        return [address.ipv4_mapped]
+    if address.sixtofour is not None:
+        return [address.sixtofour]
+    if address.teredo is not None:
+        return list(address.teredo)
+    if address in _NAT64:
+        return [ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)]
+    return [address]
