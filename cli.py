@@ -110,9 +110,9 @@ def export(
 ) -> None:
     """Fill a clean folder with what `push` would send, tried by a process without lorgnette.
 
-    After the two folders come options of `lorgnette push`: --repo-id, which the card names, --form, --license …
+    After the two folders come options of `lorgnette push`: --repo-id, which the card names, --save-format, --license …
 
-    Example: lorgnette export out/stage2 out/export --repo-id me/my-eyes --form merged
+    Example: lorgnette export out/stage2 out/export --repo-id me/my-eyes --save-format merged
     """
     arguments = [source, "--dry-run", "--export-dir", folder, *context.args]
     _hand_on(context, "lorgnette.hub_upload", arguments, "run", prog="lorgnette push")

@@ -22,29 +22,29 @@ _TASKS = {
 NO_LICENSE = (None, "", "unknown")
 
 
-def card_metadata(config: PreTrainedConfig, form: str) -> dict[str, Any]:
+def card_metadata(config: PreTrainedConfig, save_format: str) -> dict[str, Any]:
     """Task, library, backbones and tags, as the Hub's cards have them.
 
     Args:
-        form: what the folder holds that the card is for.
+        save_format: what the folder holds that the card is for.
     """
     backbones = list(dict.fromkeys(name for name, _ in backbones_of(config)))
     return {
         "library_name": "transformers",
         "pipeline_tag": _TASKS[config.model_type],
         "base_model": backbones or None,
-        "base_model_relation": ("adapter" if form == "thin" else "finetune") if backbones else None,
+        "base_model_relation": ("adapter" if save_format == "thin" else "finetune") if backbones else None,
         "tags": ["lorgnette", "q-former"],
     }
 
 
-def complete_card(card: ModelCard, config: PreTrainedConfig, form: str) -> None:
+def complete_card(card: ModelCard, config: PreTrainedConfig, save_format: str) -> None:
     """Let a card that transformers has made, or found on the Hub, say what is known of the model.
 
     The licence that it names stays; where it names none it is the one that the backbones agree on, if they do. Figures
     go, since they are of older weights or without their data.
     """
-    known = card_metadata(config, form)
+    known = card_metadata(config, save_format)
     known["tags"] = list(dict.fromkeys([*(card.data.tags or ()), *known["tags"]]))
     if card.data.license in NO_LICENSE:
         try:

@@ -72,7 +72,7 @@ def measure(options: Options, scratch: Path) -> dict:
         )
         setattr(model.config, f"{prefix}_backbone_revision", COMMIT)
     for form in SAVE_FORMATS:
-        model.save_pretrained(scratch / form, form=form)
+        model.save_pretrained(scratch / form, save_format=form)
         processor.save_pretrained(scratch / form)
     picture = str(draw(scratch / "picture.png"))
     expected = look(model, processor, picture)["logits"]

@@ -220,7 +220,7 @@ def packs(built: LorgnetteForConditionalGeneration) -> str:
 
 def comes_back(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.Tensor], form: str, folder: Path):
     """Saved in a form, and loaded to the same logits."""
-    built.save_pretrained(folder, form=form)
+    built.save_pretrained(folder, save_format=form)
     loaded = LorgnetteForConditionalGeneration.from_pretrained(folder).eval()
     with torch.no_grad():
         ours, theirs = built(**batch).logits, loaded(**batch).logits

@@ -20,9 +20,25 @@ from ..configuration.configuration_lorgnette import (
     from_package,
     save_code,
 )
-from . import prompt_encoding
 from .image_loading import MAX_IMAGE_PIXELS, load_image_for, rescaling_of
-from .prompt_encoding import IMAGE_TOKEN, error_context
+from .prompt_encoding import (
+    IMAGE_TOKEN,
+    answer_frame,
+    check_unicode,
+    conversations_of,
+    encode,
+    error_context,
+    escape_special_tokens,
+    flatten,
+    image_positions,
+    images_in,
+    is_prepared,
+    query_in,
+    render,
+    texts_of,
+    truncate,
+    with_start,
+)
 
 
 _TOKENIZERS = ("tokenizer", "qformer_tokenizer")
@@ -84,7 +100,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
             raise ValueError(f"num_query_tokens is {num_query_tokens}; at most {MAX_QUERY_TOKENS} are allowed")
         if IN_PACKAGE:
             from_package(_ASSEMBLY, "").refuse_own_classes(image_processor, tokenizer, qformer_tokenizer)
-        if tokenizer is not None and not prompt_encoding.is_prepared(tokenizer):
+        if tokenizer is not None and not is_prepared(tokenizer):
             tokenizer = from_package(_ASSEMBLY, "a tokenizer without <image>").prepare_tokenizer(tokenizer)
         super().__init__(image_processor, tokenizer or qformer_tokenizer, qformer_tokenizer)
         self.chat_template = self.chat_template if chat_template is None else chat_template
@@ -142,7 +158,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
     def stop_token_ids(self) -> list[int]:
         """What ends an answer: the end of a turn in the chat template and the tokenizer's EOS."""
         eos = self._lm_tokenizer().eos_token_id
-        return sorted({prompt_encoding.answer_frame(self.tokenizer)[1][-1], *([] if eos is None else [eos])})
+        return sorted({answer_frame(self.tokenizer)[1][-1], *([] if eos is None else [eos])})
 
     def build_prompt(
         self, query: str | None = None, system: str | None = None, output: str | None = None, num_images: int = 1
@@ -180,7 +196,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
 
         Raises a ValueError or TypeError for no conversation, see [`parts_of`], or one that the template refuses.
         """
-        batch, is_batch = prompt_encoding.conversations_of(conversation)
+        batch, is_batch = conversations_of(conversation)
         if not all(batch):
             raise ValueError("the conversation is empty")
         if kwargs.pop("return_assistant_tokens_mask", False):
@@ -192,13 +208,13 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         if call_kwargs.get("return_tensors") == "auto":
             del call_kwargs["return_tensors"]
         tokenizer = self._lm_tokenizer()
-        flat = [prompt_encoding.flatten(tokenizer, messages) for messages in batch]
-        texts = [prompt_encoding.render(tokenizer, messages, chat_template, **kwargs) for messages in flat]
+        flat = [flatten(tokenizer, messages) for messages in batch]
+        texts = [render(tokenizer, messages, chat_template, **kwargs) for messages in flat]
         if not tokenize:
             return texts if is_batch else texts[0]
-        images = [prompt_encoding.images_in(messages) for messages in batch]
+        images = [images_in(messages) for messages in batch]
         call_kwargs.setdefault("images", images if any(images) else None)
-        call_kwargs.setdefault("queries", [prompt_encoding.query_in(messages) for messages in batch])
+        call_kwargs.setdefault("queries", [query_in(messages) for messages in batch])
         features = self(text=texts, **call_kwargs)
         return features if return_dict else features["input_ids"]
 
@@ -208,14 +224,14 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
 
     def encode_answer(self, output: str) -> list[int]:
         """Token ids of an answer behind its prompt, with those that end it: the template's end of turn, or EOS."""
-        lead, end = prompt_encoding.answer_frame(self._lm_tokenizer())
-        words = lead + prompt_encoding.escape_special_tokens(self.tokenizer, output)
-        return prompt_encoding.encode(self.tokenizer, words, continues=True) + end
+        lead, end = answer_frame(self._lm_tokenizer())
+        words = lead + escape_special_tokens(self.tokenizer, output)
+        return encode(self.tokenizer, words, continues=True) + end
 
     def encode_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with `num_query_tokens` placeholders for each `<image>` that is markup."""
-        ids = prompt_encoding.encode(self.tokenizer, prompt)
-        ids = prompt_encoding.with_start(self.tokenizer, ids) if add_special_tokens else ids
+        ids = encode(self.tokenizer, prompt)
+        ids = with_start(self.tokenizer, ids) if add_special_tokens else ids
         repeats = {self.image_token_id: self.num_query_tokens}
         return [token for token in ids for _ in range(repeats.get(token, 1))]
 
@@ -254,14 +270,14 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         features: dict[str, Any] = {}
         if self.is_stage1:
             if text is not None:
-                features |= self.encode_for_qformer(prompt_encoding.texts_of(text, "text"), **text_kwargs)
+                features |= self.encode_for_qformer(texts_of(text, "text"), **text_kwargs)
             flat = [image for row in rows for image in row]
         else:
             if text is None:
                 asked = zip(self._queries(queries, len(rows)), rows, strict=True)
                 texts = [self.build_prompt(query, num_images=len(row)) for query, row in asked]
             else:
-                texts = prompt_encoding.texts_of(text, "text")
+                texts = texts_of(text, "text")
             image_token_id, special = self.image_token_id, text_kwargs.get("add_special_tokens", True)
             ids = [self.encode_prompt(prompt, special) for prompt in texts]
             counts = [row.count(image_token_id) // self.num_query_tokens for row in ids]
@@ -307,7 +323,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
     def _replacement_offsets(self, prompt: str) -> list[dict[str, Any]]:
         """Where each `<image>` of a prompt stands, before and after it is expanded: characters."""
         replacement, offsets = IMAGE_TOKEN * self.num_query_tokens, []
-        for number, start in enumerate(prompt_encoding.image_positions(self.tokenizer, prompt)):
+        for number, start in enumerate(image_positions(self.tokenizer, prompt)):
             new_start = start + number * (len(replacement) - len(IMAGE_TOKEN))
             spans = {"span": (start, start + len(IMAGE_TOKEN)), "new_span": (new_start, new_start + len(replacement))}
             offsets.append({"type": "image", "text": IMAGE_TOKEN, "replacement": replacement, **spans})
@@ -332,12 +348,12 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
             return [self.query if queries is None else queries] * rows
         if len(queries) != rows:
             raise ValueError(f"{len(queries)} queries were given for {rows} rows")
-        return prompt_encoding.texts_of(queries, "queries")
+        return texts_of(queries, "queries")
 
     def encode_for_qformer(self, texts: list[str], **text_kwargs: Any) -> dict[str, Any]:
         """`input_ids` and `attention_mask` of the Q-Former's texts; a ValueError for one that is too long for it."""
         for text in texts:
-            prompt_encoding.check_unicode(text)
+            check_unicode(text)
         text_kwargs = {"return_token_type_ids": False, "split_special_tokens": True} | text_kwargs
         encoded = self.qformer_tokenizer(texts, return_attention_mask=True, **text_kwargs)
         longest, limit = max(map(len, encoded["input_ids"])), self.qformer_tokenizer.model_max_length
@@ -353,7 +369,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         if truncation not in (False, None, "do_not_truncate") and max_length is not None:
             for position, ids in enumerate(rows):
                 with error_context(f"row {position}"):
-                    rows[position] = prompt_encoding.truncate(tokenizer, ids, max_length)
+                    rows[position] = truncate(tokenizer, ids, max_length)
         if padding == "max_length" and max_length is None:
             raise ValueError('padding="max_length" needs a max_length; the tokenizer knows of none')
         kwargs = {name: kwargs[name] for name in ("pad_to_multiple_of", "padding_side") if name in kwargs}

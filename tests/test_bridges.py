@@ -199,7 +199,7 @@ def test_from_thin_folders(tmp_path, monkeypatch):
 
 
 def test_a_merged_model_has_no_bridge(tmp_path):
-    built("lora").save_pretrained(tmp_path, form="merged")
+    built("lora").save_pretrained(tmp_path, save_format="merged")
     with pytest.raises(ValueError, match=r"another language model.*saved merged, its LoRA merged into the language"):
         built().load_bridge(tmp_path, "merged")
 

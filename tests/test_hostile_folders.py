@@ -51,7 +51,7 @@ def saved(tmp_path_factory):
         hub = hub_with_backbones(place / "hub", patch)
         built = joined()
         for form in ("thin", "full"):
-            built.save_pretrained(place / form, form=form)
+            built.save_pretrained(place / form, save_format=form)
         words = tiny.bert_tokenizer()
         processor = LorgnetteProcessor.from_backbones(
             tiny.image_processor(), None, qformer=words, num_query_tokens=NUM_QUERY_TOKENS
@@ -242,7 +242,7 @@ class TestShapes:
     def test_by_whatever_name_it_has_in_the_file(self, tmp_path):
         """transformers keeps older names in files without LoRA, so that this one is found as it is loaded."""
         spoilt = tmp_path / "merged"
-        tiny_models.model().save_pretrained(spoilt, form="merged")
+        tiny_models.model().save_pretrained(spoilt, save_format="merged")
         weights = load_file(spoilt / "model.safetensors")
         (key,) = (
             key

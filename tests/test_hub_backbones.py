@@ -114,7 +114,7 @@ def test_a_thin_model_is_published_and_read_by_name(hub, backbones, tmp_path):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    model.eval().save_pretrained(tmp_path / "full", form="full")
+    model.eval().save_pretrained(tmp_path / "full", save_format="full")
     done = run_client(hub, tmp_path / "me", UPLOAD, tmp_path / "full", "--repo-id", "me/thin", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "token-of-me" not in done.stdout + done.stderr

@@ -154,7 +154,7 @@ def test_it_works_in_every_step(kind: str, tmp_path):
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     continued = built.generate(**batch, **settings)
     for form in ("full", "merged"):
-        built.save_pretrained(tmp_path / form, form=form)
+        built.save_pretrained(tmp_path / form, save_format=form)
         loaded = LorgnetteForConditionalGeneration.from_pretrained(tmp_path / form).eval()
         with torch.no_grad():
             torch.testing.assert_close(loaded(**batch).logits, built(**batch).logits, rtol=0, atol=1e-5)

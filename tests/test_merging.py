@@ -72,7 +72,7 @@ def joined(text: PreTrainedModel, **lora) -> LorgnetteForConditionalGeneration:
 def assert_all_forms(made: LorgnetteForConditionalGeneration, folder: Path) -> None:
     before = logits(made)
     for form in ("full", "merged"):
-        made.save_pretrained(folder / form, form=form)
+        made.save_pretrained(folder / form, save_format=form)
         torch.testing.assert_close(logits(load(folder / form)), before, **MERGED)
         torch.testing.assert_close(logits(load(folder / form, device_map="cpu")), before, **MERGED)
     assert torch.equal(logits(made), before)
@@ -141,7 +141,7 @@ def test_other_kinds_of_lora(text: str, lora: dict, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_no_fault(dtype: torch.dtype, tmp_path):
     made = joined(with_experts("qwen3_moe"), **TARGETS["all of both"]).to(dtype)
-    made.save_pretrained(tmp_path, form="merged")
+    made.save_pretrained(tmp_path, save_format="merged")
     error = (logits(load(tmp_path)) - logits(made)).float().abs().mean() / logits(made).float().std()
     assert error < 0.05
 
@@ -156,7 +156,7 @@ def test_a_merge_that_answers_otherwise_is_not_saved(off: bool, monkeypatch, tmp
     real = merging.outermost_lora_layers
     monkeypatch.setattr(merging, "outermost_lora_layers", lambda lm: dict(list(real(lm).items())[1:]))
     with pytest.raises(ValueError, match=r"other logits: they differ by .* and rounding explains 0.001\. Save it with"):
-        made.save_pretrained(tmp_path / "saved", form="merged")
+        made.save_pretrained(tmp_path / "saved", save_format="merged")
     assert not (tmp_path / "saved").exists()
     assert made.language_model.training
     assert not made.vision_model.training
@@ -180,5 +180,5 @@ def test_targets_that_are_not_there():
 
 def test_a_context_shorter_than_the_trial_of_a_merge(tmp_path):
     built = joined(language_model("gpt2", n_positions=24))
-    built.save_pretrained(tmp_path, form="merged")
+    built.save_pretrained(tmp_path, save_format="merged")
     torch.testing.assert_close(logits(load(tmp_path)), logits(built), atol=1e-4, rtol=1e-4)

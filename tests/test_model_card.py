@@ -104,7 +104,7 @@ def test_a_card_tells_what_is_known(trained, tmp_path, monkeypatch):
 
 def test_what_was_not_recorded_is_absent(trained, tmp_path):
     model, processor, _ = trained
-    card = make_card(model, processor, "me/eyes", tmp_path, license="mit", form="thin")
+    card = make_card(model, processor, "me/eyes", tmp_path, license="mit", save_format="thin")
     data = card.data.to_dict()
     assert not {"datasets", "metrics", "model-index", "model_name"} & set(data)
     assert data["base_model_relation"] == "adapter"
@@ -123,7 +123,8 @@ def test_the_examples_hold_the_prompt_as_python_writes_it(trained, tmp_path, mon
 def test_a_merged_card_has_no_lora(trained, tmp_path):
     model, processor, _ = trained
     cards = {
-        form: make_card(model, processor, "a/b", tmp_path, license="mit", form=form) for form in ("full", "merged")
+        form: make_card(model, processor, "a/b", tmp_path, license="mit", save_format=form)
+        for form in ("full", "merged")
     }
     assert "with LoRA" in cards["full"].text
     assert "`peft>=" in cards["full"].text

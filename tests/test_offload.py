@@ -38,7 +38,7 @@ def saved(tmp_path, monkeypatch) -> tuple[Path, torch.Tensor]:
     hub_with_backbones(tmp_path / "hub", monkeypatch)
     built = joined_from_hub(LORA)
     for form in SAVE_FORMATS:
-        built.save_pretrained(tmp_path / form, form=form)
+        built.save_pretrained(tmp_path / form, save_format=form)
     return tmp_path, logits(built)
 
 
@@ -83,7 +83,7 @@ def test_an_offloaded_model_is_neither_trained_nor_saved(saved):
         loaded.train()(**batch, labels=batch["input_ids"].clone())
     for form in (None, *SAVE_FORMATS):
         with pytest.raises(ValueError, match=match):
-            loaded.save_pretrained(folder / "again", form=form)
+            loaded.save_pretrained(folder / "again", save_format=form)
     assert not (folder / "again").exists()
 
 

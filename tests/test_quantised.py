@@ -78,7 +78,7 @@ def test_what_cannot_be_quantised_is_refused(tmp_path):
 def test_a_saved_model_is_quantised_while_it_is_loaded(form: str, tmp_path):
     """Its language model's base weights are, which lie beside all others in the folder."""
     made = model()
-    made.save_pretrained(tmp_path, form=form, max_shard_size="50KB")
+    made.save_pretrained(tmp_path, save_format=form, max_shard_size="50KB")
     settings = BitsAndBytesConfig(load_in_8bit=True)
     loaded, info = LorgnetteForConditionalGeneration.from_pretrained(
         tmp_path, quantization_config=settings, output_loading_info=True
