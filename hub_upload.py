@@ -59,8 +59,8 @@ def prepare(
     Raises:
         FileNotFoundError: no model, no processor, no such metrics or picture.
         FileExistsError: `folder` is not empty.
-        ValueError: a name that the Hub forbids, a model of another kind, no such save format, no licence, metrics of another
-            model, a file that must not be published.
+        ValueError: a name that the Hub forbids, a model of another kind, no such save format, no licence, metrics of
+            another model, a file that must not be published.
         RuntimeError: a stranger gets something else from the folder than the model gives here, or nothing.
     """
     check_name(repo_id)
