@@ -5,6 +5,7 @@ Also which source files are saved with a model, and how they ask for the package
 
 import importlib
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -76,6 +77,9 @@ def from_package(module: str, what: str) -> ModuleType:
     Raises:
         ImportError: lorgnette is not installed; the message names `what`.
     """
+    loaded = sys.modules.get(f"lorgnette.{module}")  # `torch.compile` traces no import
+    if loaded is not None:
+        return loaded
     try:
         return importlib.import_module(f"lorgnette.{module}")  # by name: transformers' scanner must not ask for it
     except ModuleNotFoundError as error:

@@ -215,8 +215,14 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         elif is_in_parts(name, **kwargs):
             model, info = load_in_parts(cls, name, *args, **kwargs)
         else:
-            told = {"output_loading_info": True, "use_safetensors": True}
-            model, info = super().from_pretrained(name, *args, **kwargs | told)
+            forced = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
+            model, info = super().from_pretrained(name, *args, **kwargs | forced)
+            if info["mismatched_keys"] and not kwargs.get("ignore_mismatched_sizes"):
+                key, found, described = min(info["mismatched_keys"])
+                raise ValueError(
+                    f"{name}: {key} is {tuple(found)} in the files, and {tuple(described)} by the config; "
+                    f"{len(info['mismatched_keys'])} weights do not fit"
+                )
         if name is not None:
             hub = {key: kwargs[key] for key in _HUB_KWARGS if key in kwargs}
             model._processor = BundledProcessor(name, cls.config_class.model_type, **hub)

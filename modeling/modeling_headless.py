@@ -279,7 +279,8 @@ class LorgnetteModel(LorgnettePreTrainedModel):
             images: of [`IMAGE_INPUTS`].
         """
         pictures = images["pixel_values"] if images["vision_features"] is None else images["vision_features"]
-        if images["pixel_values"] is not None and images.get("spatial_shapes") is None and pictures.ndim != 4:
+        is_pixels = images["vision_features"] is None and pictures is not None
+        if is_pixels and images["spatial_shapes"] is None and pictures.ndim != 4:
             raise ValueError(
                 f"pixel_values is {tuple(pictures.shape)}, and (N, 3, H, W) is needed: for one picture (1, 3, H, W)"
             )

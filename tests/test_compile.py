@@ -152,7 +152,7 @@ def test_what_is_wrong_is_told_by_a_compiled_model_too(stage):
         ids[2, (ids[2] == own.config.image_token_id).nonzero()[0]] = 5
         with pytest.raises(ValueError, match="Row 2 of the data set has 3 image placeholders"):
             compiled(**batch | {"input_ids": ids})
-        with pytest.raises(ValueError, match="supervised_positions names 1 places, and labels has"):
+        with pytest.raises(ValueError, match="supervised_positions names 1 positions, and labels has"):
             compiled(
                 **batch
                 | {"supervised_positions": batch["supervised_positions"].clone().index_fill_(0, torch.arange(1, 16), 0)}

@@ -57,7 +57,7 @@ def test_what_came_from_the_hub_is_saved_thin(hub, tmp_path):
     assert not loaded.training
     assert loaded.generation_config.eos_token_id == built.generation_config.eos_token_id
     kinds = {path.suffix for path in (tmp_path / "saved").iterdir()}
-    assert kinds == {".json", ".jinja", ".py", ".safetensors", ".txt", ""}
+    assert kinds == {".json", ".jinja", ".py", ".safetensors", ""}
 
 
 @pytest.mark.slow
@@ -261,7 +261,7 @@ def test_no_folder_of_a_save_has_a_pickle_or_a_path_of_ours(tmp_path):
     for folder in (tmp_path / "first", tmp_path / "saved"):
         files = [path for path in folder.rglob("*") if path.is_file()]
         assert {path.parent.name for path in files} == {folder.name, "lm_adapter", "qformer_tokenizer"}
-        assert {path.suffix for path in files} <= {".json", ".jinja", ".md", ".py", ".safetensors", ".txt"}
+        assert {path.suffix for path in files} <= {".json", ".jinja", ".md", ".py", ".safetensors"}
         assert [path for path in files if str(tmp_path).encode() in path.read_bytes()] == []
 
 

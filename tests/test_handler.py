@@ -131,6 +131,7 @@ def test_bad_requests(handler, changed, kind, message):
 
 def test_lora_that_was_merged_cannot_be_left_out(folder, expected, tmp_path):
     save_merged(folder, tmp_path)
+    write_endpoint(tmp_path)
     handler = load(tmp_path).EndpointHandler(str(tmp_path))
     assert handler(ASKED)["text"] == expected[True]
     with pytest.raises(ValueError, match="saved merged: LoRA is part of the LM"):

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from lorgnette import LorgnetteCollator, LorgnetteProcessor
-from lorgnette.processing.conversations import conversations_of, parts_of
+from lorgnette.assembly.conversations import conversations_of, parts_of
 from lorgnette.trainer.data import _length, _open_chat
 from lorgnette.trainer.generation import references_of
 

@@ -64,7 +64,7 @@ def hub_cards(monkeypatch, folder: Path, **licenses: str | None) -> None:
         card.write_text(f"---\n{f'license: {said}' if said else 'tags: [x]'}\n---\nA card.")
         return str(card)
 
-    monkeypatch.setattr("lorgnette.modeling.modeling_card.hf_hub_download", download)
+    monkeypatch.setattr("lorgnette.assembly.card_metadata.hf_hub_download", download)
 
 
 def test_a_card_tells_what_is_known(trained, tmp_path, monkeypatch):

@@ -160,13 +160,13 @@ def test_what_cannot_be_kept_apart_is_refused():
     with pytest.raises(ValueError, match="sequence_ids and position_ids"):
         built(**batch, position_ids=batch["input_ids"])
     built.language_model.config._attn_implementation = "paged|eager"
-    with pytest.raises(ValueError, match=r"'paged\|eager' cannot mask documents: take eager, sdpa"):
+    with pytest.raises(ValueError, match=r"'paged\|eager' cannot mask sequences: take eager, sdpa"):
         built(**batch)
     mamba = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1))
     with pytest.raises(ValueError, match="MambaForCausalLM carries a state"):
         check_sequences(batch["sequence_ids"], mamba, {})
     convolved = AutoModelForCausalLM.from_config(Lfm2Config(layer_types=["conv", "full_attention"], **SMALL))
-    with pytest.raises(ValueError, match="Lfm2ForCausalLM has layers of conv, in which documents would see each other"):
+    with pytest.raises(ValueError, match="Lfm2ForCausalLM has layers of conv, in which sequences would see each other"):
         check_sequences(batch["sequence_ids"], convolved, {})
     sizes = {"vocab_size": 20, "d_model": 8, "decoder_layers": 1, "decoder_ffn_dim": 8, "decoder_attention_heads": 2}
     bart = AutoModelForCausalLM.from_config(BartConfig(**sizes))

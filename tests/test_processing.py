@@ -1,5 +1,7 @@
 """`LorgnetteProcessor`: prompts, placeholders, words that look like markup, and a save that loads again."""
 
+import sys
+
 import numpy as np
 import pytest
 import tiny
@@ -7,6 +9,7 @@ import torch
 from transformers import AutoProcessor, PreTrainedTokenizerBase, Siglip2ImageProcessor
 
 from lorgnette import LorgnetteProcessor
+from lorgnette.processing import processing_lorgnette
 
 
 QUERIES = 4
@@ -443,6 +446,9 @@ def test_what_needs_the_package_says_so_where_it_is_not_installed(monkeypatch):
 
     prepared = make().tokenizer
     monkeypatch.setattr("importlib.import_module", missing)
+    monkeypatch.setattr(processing_lorgnette, "IN_PACKAGE", False)
+    for name in [name for name in sys.modules if name.startswith("lorgnette.assembly")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match="from_backbones needs the package: pip install lorgnette"):
         LorgnetteProcessor.from_backbones("vit", "lm")
     with pytest.raises(ImportError, match="a tokenizer without <image> needs the package"):

@@ -60,7 +60,9 @@ def test_what_could_not_be_saved_is_not_trained(tmp_path):
     vit, llama = tiny_training.write_backbones(tmp_path)
     settings = BitsAndBytesConfig(load_in_8bit=True)
     AutoModelForCausalLM.from_pretrained(llama, quantization_config=settings).save_pretrained(llama)
-    with pytest.raises(ValueError, match=r"quantised .*only the thin form can be saved, and its language model comes"):
+    with pytest.raises(
+        ValueError, match=r"quantised .*only the thin format can be saved, and its language model comes"
+    ):
         build(Stage2Arguments(vision=vit, text=llama, num_query_tokens=NUM_QUERY_TOKENS))
 
 
