@@ -1,5 +1,5 @@
 # make demo   real backbones, real photographs, training, and a stranger who captions: about ten minutes on two CPU cores
-# make quality-cifar, quality-emoji, …   what examples/quality measures, a row each; into results/quality and README.md
+# make quality-cifar, quality-emoji, …   what examples/quality measures, a row each; into results/quality and docs/quality.md
 # make test   the test suite without those tests that start many processes; make test-all: with them; make lint: the linter
 # make bench   transformers' BLIP-2 and ours on the same weights, in turn: the table of results/benchmarks
 # make growth   speed and memory over batch, image tokens, caption length and rows in the cache: plots beside it;
@@ -8,14 +8,15 @@
 # make faults   commands that are killed at random moments and begun again, bad pictures, bf16 beside fp32, memory
 # make compatibility   every LM and every ViT of the installed transformers, tiny, through all steps: docs/compatibility.md
 # make load   64 callers of a worker on this machine: right answers, memory, requests a second; three minutes
+# make docs   the pages of docs/ and the reference, from docstrings, into site/; a dead link is an error
 # make clients   vLLM's inspection, lmms-eval, and README's "Use" section, each in an environment of its own: gigabytes;
-#               with the newest torch, as a stranger has it, or what TORCH= names
+#               with the newest torch, or what TORCH= names
 # make matrix   the tests with the lowest and the newest transformers, peft and accelerate, and a smoke test on later Pythons
 #
 # All work in a fresh clone: the virtual environment is made first.
 
 PYTHON ?= python3
-# The one place that says which torch is installed; it goes to pip as it stands, options included (see the README).
+# The one place that says which torch is installed; it goes to pip as it stands, options included (see docs/training.md).
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 # Where the demo keeps its downloads, and its results
@@ -37,7 +38,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo bench growth test test-all test-gpu clients conformance faults compatibility load matrix lint
+.PHONY: demo bench growth test test-all test-gpu clients conformance faults compatibility load matrix lint docs
 .PHONY: prerequisites prerequisites-demo
 
 demo: prerequisites-demo $(VENV)/installed
@@ -89,6 +90,9 @@ test-gpu: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 prerequisites prerequisites-demo:
 	@command -v "$(PYTHON)" >/dev/null || { echo "missing: $(PYTHON), a Python 3.11 or newer; name one with PYTHON=" >&2; exit 1; }

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "LorgnetteConfig": "configuration.configuration_lorgnette",
     "LorgnetteQFormerConfig": "configuration.configuration_lorgnette",
-    "LorgnetteRetrievalConfig": "configuration.configuration_lorgnette",
+    "LorgnetteRetrievalConfig": "configuration.configuration_retrieval",
     "LorgnettePreTrainedModel": "modeling.modeling_base",
     "LorgnetteQFormerModel": "modeling.modeling_qformer",
     "LorgnetteModel": "modeling.modeling_headless",

@@ -110,9 +110,9 @@ def export(
 ) -> None:
     """Fill a clean folder with what `push` would send, tried by a process without lorgnette.
 
-    After the two folders come options of `lorgnette push`: --repo-id, which the card names, --form, --license …
+    After the two folders come options of `lorgnette push`: --repo-id, which the card names, --save-format, --license …
 
-    Example: lorgnette export out/stage2 out/export --repo-id me/my-eyes --form merged
+    Example: lorgnette export out/stage2 out/export --repo-id me/my-eyes --save-format merged
     """
     arguments = [source, "--dry-run", "--export-dir", folder, *context.args]
     _hand_on(context, "lorgnette.hub_upload", arguments, "run", prog="lorgnette push")
@@ -140,7 +140,8 @@ def caption(
     """
     from tqdm.auto import tqdm
 
-    from .configuration.backbone_sources import from_pretrained_arguments
+    from .assembly.picture_sizes import check_image_processor
+    from .assembly.sources import from_pretrained_arguments
     from .modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
     from .processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
     from .processing.processing_lorgnette import LorgnetteProcessor
@@ -149,6 +150,7 @@ def caption(
     processor = LorgnetteProcessor.from_pretrained(place, **keywords)
     loaded = LorgnetteForConditionalGeneration.from_pretrained(place, dtype="auto", **keywords).eval()
     loaded.check_processor(processor)
+    check_image_processor(processor.image_processor, processor.max_image_pixels)
     say = LorgnetteImageToTextPipeline(model=loaded, processor=processor)
     given = {"prompt": prompt, "max_new_tokens": max_new_tokens}
     settings = {name: value for name, value in given.items() if value is not None}

@@ -16,8 +16,9 @@ from typing import NoReturn
 
 from huggingface_hub import CommitInfo, HfApi
 
-from lorgnette.configuration.configuration_lorgnette import FORMS
-from lorgnette.modeling.modeling_forms import resolve_form
+from lorgnette.assembly.endpoint import write_endpoint
+from lorgnette.configuration.configuration_lorgnette import SAVE_FORMATS
+from lorgnette.modeling.modeling_saving import resolve_save_format
 from lorgnette.publishing.card import make_card
 from lorgnette.publishing.export import appearing_whole, check, load
 from lorgnette.publishing.guards import check_card, check_folder
@@ -34,7 +35,7 @@ def prepare(
     repo_id: str,
     folder: str | Path,
     *,
-    form: str | None = None,
+    save_format: str | None = None,
     license: str | None = None,
     metrics: tuple[str | Path, ...] = (),
     picture: str | Path | None = None,
@@ -47,7 +48,7 @@ def prepare(
         source: a saved model of either stage, or what Trainer left: a run's folder or a checkpoint.
         repo_id: `owner/name`, which the card's examples name.
         folder: where it goes; made where it is not there.
-        form: `"thin"`, `"full"` or `"merged"`, as `save_pretrained` takes it; None leaves it to the model.
+        save_format: `"thin"`, `"full"` or `"merged"`, as `save_pretrained` takes it; None leaves it to the model.
         license: one of the Hub's identifiers; by default the one that the backbones' cards agree on.
         metrics: `metrics.json` files of `lorgnette.trainer evaluate` or `retrieval`, of this model.
         picture: the file that the model is tried on; a drawn one by default.
@@ -58,29 +59,32 @@ def prepare(
     Raises:
         FileNotFoundError: no model, no processor, no such metrics or picture.
         FileExistsError: `folder` is not empty.
-        ValueError: a name that the Hub forbids, a model of another kind, no such form, no licence, metrics of another
-            model, a file that must not be published.
+        ValueError: a name that the Hub forbids, a model of another kind, no such save format, no licence, metrics of
+            another model, a file that must not be published.
         RuntimeError: a stranger gets something else from the folder than the model gives here, or nothing.
     """
     check_name(repo_id)
     with appearing_whole(folder) as unfinished:
         model, processor = load(source)
-        form = resolve_form(model, form)
+        save_format = resolve_save_format(model, save_format)
         # what may be missing or wrong is found before gigabytes are written
-        card = make_card(model, processor, repo_id, source, license=license, metrics=metrics, form=form)
+        card = make_card(model, processor, repo_id, source, license=license, metrics=metrics, save_format=save_format)
         if picture is not None:
             processor.load_image(str(picture))
         card.save(unfinished / "README.md")
         check_card(unfinished / "README.md")
-        model.save_pretrained(unfinished, form=form)
+        model.save_pretrained(unfinished, save_format=save_format)
         processor.save_pretrained(unfinished)
         if not processor.is_stage1:
+            write_endpoint(unfinished)
             write_space(unfinished, repo_id)
         files = check_folder(unfinished, private_paths=(source, folder))
-        if form == "thin" != model.config.saved_form:
+        if save_format == "thin" != model.config.saved_form:
             type(model).from_pretrained(unfinished)  # brings the backbones into the cache: the stranger asks no Hub
-        logger.info("%s: %d files of the %s form, tried by a stranger now", source, len(files), form)
-        check(model, processor, unfinished, picture, exact=form != "merged")
+        logger.info(
+            "%s: %d files in the %s format; a process without lorgnette tries them now", source, len(files), save_format
+        )
+        check(model, processor, unfinished, picture, exact=save_format != "merged")
     return files
 
 
@@ -89,7 +93,7 @@ def upload(
     repo_id: str,
     *,
     private: bool = False,
-    form: str | None = None,
+    save_format: str | None = None,
     revision: str | None = None,
     license: str | None = None,
     metrics: tuple[str | Path, ...] = (),
@@ -106,7 +110,7 @@ def upload(
         HfApi().whoami()  # before minutes of work
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "export")
-        prepare(source, repo_id, folder, form=form, license=license, metrics=metrics, picture=picture)
+        prepare(source, repo_id, folder, save_format=save_format, license=license, metrics=metrics, picture=picture)
         return push(folder, repo_id, private=private, revision=revision, replace=replace)
 
 
@@ -131,7 +135,12 @@ def run(argv: list[str], prog: str = "hub_upload.py") -> None:
         "--repo-id", required=True, metavar="OWNER/NAME", help="the repository; made where it is not there"
     )
     parser.add_argument("--private", action="store_true", help="make it private, if it is made")
-    parser.add_argument("--form", choices=FORMS, help="as save_pretrained takes it; by default the model decides")
+    parser.add_argument(
+        "--save-format",
+        "--form",
+        choices=SAVE_FORMATS,
+        help="as save_pretrained takes it; by default the model decides",
+    )
     parser.add_argument("--revision", help="a branch in place of main; made where it is not there")
     parser.add_argument("--license", help="the Hub's identifier; by default what the backbones' cards agree on")
     parser.add_argument(
@@ -147,7 +156,9 @@ def run(argv: list[str], prog: str = "hub_upload.py") -> None:
     if args.export_dir and not args.dry_run:
         parser.error("--export-dir goes with --dry-run")
     set_up_logging(True)
-    shared = {name: getattr(args, name) for name in ("form", "license", "picture")} | {"metrics": tuple(args.metrics)}
+    shared = {name: getattr(args, name) for name in ("save_format", "license", "picture")} | {
+        "metrics": tuple(args.metrics)
+    }
     if args.dry_run:
         with nullcontext() if args.export_dir else tempfile.TemporaryDirectory() as scratch:
             folder = Path(args.export_dir or Path(scratch, "export"))

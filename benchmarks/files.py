@@ -30,7 +30,7 @@ def name_backbones(ours: Side, theirs: Side, folder: Path) -> None:
         part.save_pretrained(folder / name)
         setattr(ours.model.config, f"{name}_backbone", stand_in(folder / "hub", f"benchmark/{name}", folder / name))
         setattr(ours.model.config, f"{name}_backbone_revision", COMMIT)
-    ours.model.say_backbones_are_loaded()
+    ours.model.mark_backbones_loaded()
 
 
 def without_lora(model: PreTrainedModel) -> PreTrainedModel:
@@ -52,7 +52,7 @@ def merge(theirs: Side) -> None:
 def checkpoint_bytes(theirs: Side, ours: Side, folder: Path) -> dict[str, int]:
     """Of the weights: theirs whole, since nothing less comes back by itself, ours without its backbones."""
     theirs.model.save_pretrained(folder / "theirs")
-    ours.model.save_pretrained(folder / "thin", form="thin")
+    ours.model.save_pretrained(folder / "thin", save_format="thin")
     return {"theirs": weights_in(folder / "theirs"), "ours": weights_in(folder / "thin")}
 
 
@@ -85,7 +85,7 @@ def first_caption(
 
     for name, allowed in {"theirs": TOLERANCE["merged"], **TOLERANCE}.items():
         if name not in ("theirs", "thin"):  # which are there already
-            ours.model.save_pretrained(folder / name, form=name)
+            ours.model.save_pretrained(folder / name, save_format=name)
         own = expected["theirs" if name == "theirs" else "ours"]
         if name in ("theirs", "merged") and ours.model.dtype != torch.float32:  # LoRA and weight are rounded together
             allowed = 2**-4 * own.abs().max().item()

@@ -20,8 +20,8 @@ from transformers import AutoModelForImageTextToText, HfArgumentParser
 
 from examples.demo.report import machine
 from examples.quality.steps import say
-from lorgnette.configuration.configuration_lorgnette import FORMS
-from lorgnette.modeling.modeling_forms import BACKBONES
+from lorgnette.configuration.configuration_lorgnette import SAVE_FORMATS
+from lorgnette.modeling.modeling_saving import BACKBONES
 from lorgnette.publishing.export import draw, load
 from lorgnette.publishing.stranger import look
 
@@ -71,17 +71,17 @@ def measure(options: Options, scratch: Path) -> dict:
             model.config, f"{prefix}_backbone", stand_in(scratch / "hub", f"demo/{prefix}", getattr(options, prefix))
         )
         setattr(model.config, f"{prefix}_backbone_revision", COMMIT)
-    for form in FORMS:
-        model.save_pretrained(scratch / form, form=form)
+    for form in SAVE_FORMATS:
+        model.save_pretrained(scratch / form, save_format=form)
         processor.save_pretrained(scratch / form)
     picture = str(draw(scratch / "picture.png"))
     expected = look(model, processor, picture)["logits"]
     del model
 
-    seconds: dict[str, list[float]] = {form: [] for form in FORMS}
+    seconds: dict[str, list[float]] = {form: [] for form in SAVE_FORMATS}
     apart = {}
     for number in range(options.repeats + 1):  # the first finds files that nobody has read yet
-        for form in FORMS:
+        for form in SAVE_FORMATS:
             start = time.perf_counter()
             loaded = AutoModelForImageTextToText.from_pretrained(
                 scratch / form, cache_dir=scratch / "hub", local_files_only=True
@@ -100,7 +100,7 @@ def measure(options: Options, scratch: Path) -> dict:
                 "seconds": seconds[form],
                 "logits_apart": apart[form],
             }
-            for form in FORMS
+            for form in SAVE_FORMATS
         },
         "machine": machine(),
         "torch": torch.__version__,

@@ -17,7 +17,7 @@ from benchmarks.shapes import PRESETS, Preset
 from benchmarks.sides import LORA
 from lorgnette import LorgnetteCollator
 from lorgnette.modeling.modeling_checks import IGNORED
-from lorgnette.modeling.modeling_supervision import PLACES_MULTIPLE
+from lorgnette.modeling.modeling_loss import POSITIONS_MULTIPLE
 
 
 Parts = dict[str, dict[str, float]]  # a way of doing it: operations of a batch by part
@@ -89,7 +89,7 @@ def stage1(preset: Preset, rows: list[dict[str, Any]]) -> Parts:
 
 def filled_up(places: int) -> int:
     """So many places a head sees where a loss asks for fewer."""
-    return places + -places % PLACES_MULTIPLE
+    return places + -places % POSITIONS_MULTIPLE
 
 
 def vision(preset: Preset) -> float:

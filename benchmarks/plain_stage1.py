@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Blip2ForImageTextRetrieval
 
 from lorgnette import LorgnetteForImageTextRetrieval
-from lorgnette.modeling.modeling_losses import (
+from lorgnette.modeling.modeling_contrastive import (
     contrastive_loss,
     draw_negatives,
     generation_loss,

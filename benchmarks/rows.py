@@ -11,7 +11,7 @@ from transformers.models.bert.tokenization_bert import BertTokenizer
 
 from benchmarks.shapes import Preset
 from lorgnette import LorgnetteProcessor
-from lorgnette.processing.blip2_prompts import BLIP2_TEMPLATE
+from lorgnette.assembly.processors import BLIP2_TEMPLATE
 
 
 WORDS_MEAN, WORDS_SD = 10.5, 2.4  # of COCO's captions

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
 from benchmarks import compiled, fast_paths, files, floor, generation, memory, sides, stage1, training
-from benchmarks.forms import FORMS
+from benchmarks.forms import SAVE_FORMATS
 from benchmarks.goals import GOALS
 from benchmarks.rows import rows as make_rows
 from benchmarks.shapes import PRESETS
@@ -249,7 +249,7 @@ def keeping(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
     bench.add(cost("checkpoint weights, MB", [found["ours"] / 1e6], [found["theirs"] / 1e6]), bytes=found)
     taken = files.first_caption(ours, expected, inputs, options.tokens, bench.scratch, options.rounds, bench.device)
     in_ms = {name: [1000 * time for time in times] for name, times in taken.items()}
-    for form in FORMS:
+    for form in SAVE_FORMATS:
         row = cost(f"from_pretrained to first caption, {form}, ms", in_ms[form], in_ms["theirs"])
         bench.add(row, seconds=taken)
 

@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, 
 
 from examples.quality.steps import say
 from lorgnette import LorgnetteCollator
-from lorgnette.modeling.modeling_forms import BACKBONES
+from lorgnette.modeling.modeling_saving import BACKBONES
 from lorgnette.trainer.arguments import DataArguments
 from lorgnette.trainer.data import load_pairs
 from lorgnette.trainer.feature_cache import read_metadata
@@ -127,7 +127,7 @@ def saved(options: Options, scratch: Path) -> list[tuple[str, str, int, int]]:
         setattr(model.config, f"{prefix}_backbone", f"some/{prefix}")
         setattr(model.config, f"{prefix}_backbone_revision", "0" * 40)
     for form in ("thin", "full"):
-        model.save_pretrained(scratch / form, form=form)
+        model.save_pretrained(scratch / form, save_format=form)
     sizes = {form: (scratch / form / "model.safetensors").stat().st_size for form in ("thin", "full")}
     return [
         ("weights, thin", "4 P", 4 * count, sizes["thin"]),

@@ -97,7 +97,7 @@ def folders(tmp_path_factory, hub) -> dict[str, Path]:
         setattr(model.config, f"{part}_backbone", f"them/{name}")
         setattr(model.config, f"{part}_backbone_revision", commits[name])
     for form in ("thin", "full", "merged"):
-        model.eval().save_pretrained(place / form, form=form)
+        model.eval().save_pretrained(place / form, save_format=form)
     picture(1).save(place / "cat.jpg")
     picture(2).save(place / "dog.png")
     return {name: place / name for name in ("thin", "full", "merged", "cat.jpg", "dog.png")}

@@ -1,8 +1,9 @@
-"""The configuration of every model here, and which source files travel with a saved one."""
+"""The configs of the models."""
 
 from transformers import AutoConfig
 
-from .configuration_lorgnette import LorgnetteConfig, LorgnetteQFormerConfig, LorgnetteRetrievalConfig
+from .configuration_lorgnette import LorgnetteConfig, LorgnetteQFormerConfig
+from .configuration_retrieval import LorgnetteRetrievalConfig
 
 
 # Where lorgnette is imported, saved folders load through its classes, and nobody is asked about remote code.

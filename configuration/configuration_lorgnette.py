@@ -1,12 +1,17 @@
-"""How a model is described: `LorgnetteConfig` (ViT, Q-Former, causal LM), and of stage 1 `LorgnetteRetrievalConfig`."""
+"""`LorgnetteConfig`: a ViT, a Q-Former and a causal LM; and what the configs of both stages share.
 
+Also which source files are saved with a model, and how they ask for the package where they need it.
+"""
+
+import importlib
+import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-
-from .remote_code import save_remote_code
 
 
 # How the Auto classes and `pipeline` find our classes in a saved folder.
@@ -18,24 +23,31 @@ AUTO_MAP = {
     "AutoModelForMultimodalLM": "modeling_lorgnette.LorgnetteForConditionalGeneration",
     "AutoProcessor": AUTO_PROCESSOR,
 }
-RETRIEVAL_AUTO_MAP = {
-    "AutoConfig": "configuration_lorgnette.LorgnetteRetrievalConfig",
-    "AutoModel": "modeling_retrieval.LorgnetteForImageTextRetrieval",
-    "AutoProcessor": AUTO_PROCESSOR,
-}
 CUSTOM_PIPELINES = {
     "image-to-text": {
         "impl": "pipeline_lorgnette.LorgnetteImageToTextPipeline",
         "pt": ["AutoModelForImageTextToText"],
     }
 }
+# False in a copy of this file that transformers has loaded as remote code from a saved folder
+IN_PACKAGE = __name__.startswith("lorgnette.")
+SAVE_FORMATS = ("thin", "full", "merged")  # what a saved folder holds, see `modeling_saving.py`
 
+_COMMON_CODE = (
+    *("configuration_lorgnette", "modeling_base", "modeling_checks", "modeling_loading", "modeling_loss"),
+    *("modeling_qformer", "modeling_saving", "processing_lorgnette", "prompt_encoding", "image_loading"),
+)
+# model type -> the modules that are saved with such a model
+CODE = {
+    "lorgnette": (*_COMMON_CODE, "modeling_headless", "modeling_lorgnette", "modeling_lora", "pipeline_lorgnette"),
+    "lorgnette_retrieval": (
+        *(*_COMMON_CODE, "configuration_retrieval", "modeling_contrastive", "modeling_ranking"),
+        "modeling_retrieval",
+    ),
+}
+_RELATIVE_IMPORT = re.compile(r"^(\s*)from \.+(?:\w+\.)*(\w+) import", flags=re.MULTILINE)
 
-# What a saved folder holds, see `modeling_forms.py`.
-FORMS = ("thin", "full", "merged")
-
-# What gives a transformer its size, and far more than any has: a config may come from a stranger, and a million layers
-# take hours to be built, before anybody looks whether there are weights for them.
+# Upper limits of what gives a transformer its size. A model of a million layers takes hours to build.
 SIZES = {
     "vocab_size": 2**24,
     "hidden_size": 2**24,
@@ -43,7 +55,37 @@ SIZES = {
     "num_attention_heads": 2**16,
     "intermediate_size": 2**24,
 }
-MAX_QUERY_TOKENS = 2**16  # a processor writes as many placeholders an image, before any model is asked
+MAX_QUERY_TOKENS = 2**16  # the processor writes as many placeholders per image
+
+
+def save_code(folder: str | Path, model_type: str) -> None:
+    """Write the source files of a kind of model into `folder`.
+
+    transformers loads remote code from one flat folder (`transformers/dynamic_module_utils.py`), so relative imports
+    are flattened. Remote code writes the files that transformers has copied beside it; a model's save adds the rest.
+    """
+    here = Path(__file__).parent
+    for name in CODE[model_type]:
+        for source in here.parent.glob(f"*/{name}.py") if IN_PACKAGE else here.glob(f"{name}.py"):
+            text = _RELATIVE_IMPORT.sub(r"\1from .\2 import", source.read_text(encoding="utf-8"))
+            Path(folder, source.name).write_text(text, encoding="utf-8")
+
+
+def from_package(module: str, what: str) -> ModuleType:
+    """The module of the installed package to which code that travels with a model hands over.
+
+    Raises:
+        ImportError: lorgnette is not installed; the message names `what`.
+    """
+    loaded = sys.modules.get(f"lorgnette.{module}")  # `torch.compile` traces no import
+    if loaded is not None:
+        return loaded
+    try:
+        return importlib.import_module(f"lorgnette.{module}")  # by name: transformers' scanner must not ask for it
+    except ModuleNotFoundError as error:
+        if (error.name or "lorgnette").partition(".")[0] != "lorgnette":
+            raise
+        raise ImportError(f"{what} needs the package: pip install lorgnette") from error
 
 
 @strict
@@ -87,13 +129,13 @@ class LorgnetteQFormerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
         for field in (*SIZES, "max_position_embeddings", "cross_attention_frequency"):
-            _require_size(self, field)
+            require_size(self, field)
         for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it is a share, at least 0 and below 1")
         for field in ("encoder_hidden_size", "num_query_tokens"):
             if getattr(self, field) is not None:
-                _require_size(self, field)
+                require_size(self, field)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) is not a multiple of "
@@ -105,20 +147,20 @@ class LorgnetteQFormerConfig(PreTrainedConfig):
 
 @strict
 class LorgnetteBridgeConfig(PreTrainedConfig):
-    """A frozen ViT and the Q-Former that reads it: what the configs of both stages have in common.
+    """A frozen ViT and the Q-Former that reads it: the fields that the configs of both stages share.
 
     Args:
         vision_config: any ViT's config, or its dict with `model_type`.
         qformer_config: [`LorgnetteQFormerConfig`] or a dict of its fields.
-        num_query_tokens: learned queries, and so soft image tokens per picture; the one place where this count is kept.
+        num_query_tokens: learned queries, which is the number of visual tokens per picture.
         vision_feature_layer: index into the ViT's `hidden_states` (-2 is the penultimate layer, which BLIP-2 and LLaVA
             train on). By default it is the ViT's `last_hidden_state`, which most pass through a final LayerNorm.
-        vision_feature_select_strategy: `"full"` takes all tokens (CLS, registers, patches), `"default"` the patches
-            alone. The two words are transformers' own (`LlavaConfig`).
-        vision_backbone, qformer_backbone: Hub ids the weights came from, where they came from the Hub.
+        vision_feature_select_strategy: as in `LlavaConfig`: `"full"` for all tokens (CLS, registers, patches),
+            `"default"` for the patches alone.
+        vision_backbone, qformer_backbone: Hub ids of the weights, where they came from the Hub.
         vision_backbone_revision, qformer_backbone_revision: their commits.
-        saved_form: what the folder holds that this config was saved in: `"thin"` is all but the backbones, `"full"`
-            everything, `"merged"` everything with LoRA folded into the language model; None before the first save.
+        saved_form: the save format of the folder: `"thin"` is without the backbones, `"full"` is everything,
+            `"merged"` is everything with LoRA merged into the language model; None before the first save.
 
     Raises:
         ValueError: two fields contradict each other, or one is out of its range.
@@ -152,8 +194,8 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
         for name in self.sub_configs:
             for field in SIZES:
                 if isinstance(getattr(getattr(self, name), field, None), int):  # some have one for each layer
-                    _require_size(getattr(self, name), field, f"{name}.")
-        _require_size(self, "num_query_tokens")
+                    require_size(getattr(self, name), field, f"{name}.")
+        require_size(self, "num_query_tokens")
         self._follow("encoder_hidden_size", self.vision_config.hidden_size, "vision_config.hidden_size")
         self._follow("num_query_tokens", self.num_query_tokens, "num_query_tokens")
 
@@ -168,8 +210,8 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
                 f'vision_feature_select_strategy is "{self.vision_feature_select_strategy}"; it takes "full" (all '
                 'tokens) or "default" (patches alone)'
             )
-        if self.saved_form not in (None, *FORMS):
-            raise ValueError(f"saved_form is {self.saved_form!r}; it takes {', '.join(FORMS)}")
+        if self.saved_form not in (None, *SAVE_FORMATS):
+            raise ValueError(f"saved_form is {self.saved_form!r}; it takes {', '.join(SAVE_FORMATS)}")
         if self.saved_form == "thin":
             for name in ("vision_backbone", "text_backbone"):
                 for field in (name, f"{name}_revision"):
@@ -200,28 +242,27 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As `PreTrainedConfig.save_pretrained`, with the source files that load the folder as remote code."""
+        """As `PreTrainedConfig.save_pretrained`, with the source files that transformers loads as remote code."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         self.auto_map = dict(self._auto_map)
-        save_remote_code(save_directory)
+        save_code(save_directory, self.model_type)
         super().save_pretrained(save_directory, **kwargs)
 
 
 @strict
 class LorgnetteConfig(LorgnetteBridgeConfig):
-    """Everything that is needed to build the model again: three sub-configs and the joints between them.
+    """ViT, Q-Former and causal LM, as the composite configs of transformers (`models/blip_2/configuration_blip_2.py`).
 
-    Follows the composite configs of transformers 5 (`models/blip_2/configuration_blip_2.py`). It has the fields of
-    [`LorgnetteBridgeConfig`] besides its own.
+    It has the fields of [`LorgnetteBridgeConfig`] besides its own.
 
     Args:
         text_config: any causal LM's config, or its dict with `model_type`.
-        image_token_id: id of the `<image>` placeholder: of a token that the tokenizer keeps free, or the next free one.
-            The table of embeddings is never resized, since placeholders are swapped out before the look-up.
-        image_token_in_table: whether that id is inside the language model's table. It follows from the id; vLLM, say,
-            serves no model where it is not.
+        image_token_id: id of the `<image>` placeholder: of a token that the tokenizer reserves, or the next free one.
+            The embedding table is never resized: placeholders are replaced before the look-up.
+        image_token_in_table: whether that id is inside the language model's embedding table, which vLLM requires. It
+            follows from the id.
         lora_config: fields of `peft.LoraConfig`, or `None` for a language model without LoRA.
-        text_backbone, text_backbone_revision: Hub id and commit the LM came from, where it came from the Hub.
+        text_backbone, text_backbone_revision: Hub id and commit of the LM, where it came from the Hub.
 
     Raises:
         ValueError: two fields contradict each other, or one is out of its range.
@@ -275,54 +316,6 @@ class LorgnetteConfig(LorgnetteBridgeConfig):
                 raise ValueError(f"image_token_id ({self.image_token_id}) is also text_config.{name}")
 
 
-@strict
-class LorgnetteRetrievalConfig(LorgnetteBridgeConfig):
-    """Stage 1: a ViT and a Q-Former with a text half, and the losses that align picture and text (BLIP-2, section 3.1).
-
-    It has the fields of [`LorgnetteBridgeConfig`] besides its own.
-
-    Args:
-        itc_weight, itm_weight, itg_weight: of image-text contrast, matching and image-grounded generation in the loss.
-            What serves only losses of weight 0 is not built.
-        image_text_hidden_size: width of the space in which pictures and texts are compared (`Blip2Config` has it).
-
-    Raises:
-        ValueError: a weight below 0, no weight above 0, a Q-Former without a text half, `[DEC]` missing.
-    """
-
-    model_type = "lorgnette_retrieval"
-    sub_configs = {  # noqa: RUF012 (transformers' own class attribute)
-        "vision_config": AutoConfig,
-        "qformer_config": LorgnetteQFormerConfig,
-    }
-    _auto_map = RETRIEVAL_AUTO_MAP
-
-    itc_weight: float | int = 1.0
-    itm_weight: float | int = 1.0
-    itg_weight: float | int = 1.0
-    image_text_hidden_size: int = 256
-
-    def __post_init__(self, **kwargs: Any):
-        if self.qformer_config is None:
-            self.qformer_config = LorgnetteQFormerConfig(use_qformer_text_input=True)
-            self.qformer_config.dec_token_id = self.qformer_config.vocab_size - 1
-        super().__post_init__(**kwargs)
-        self.pad_token_id = self.qformer_config.pad_token_id  # where Trainer looks for it, and would otherwise warn
-        _require_size(self, "image_text_hidden_size")
-        weights = {name: getattr(self, name) for name in ("itc_weight", "itm_weight", "itg_weight")}
-        for name, weight in weights.items():
-            if weight < 0:
-                raise ValueError(f"{name} is {weight}; it has to be at least 0")
-        if not any(weights.values()):
-            raise ValueError("itc_weight, itm_weight and itg_weight are all 0: there is no loss left")
-        if not self.qformer_config.use_qformer_text_input:
-            raise ValueError("qformer_config.use_qformer_text_input is False: stage 1 needs the text half")
-        if self.itg_weight and self.qformer_config.dec_token_id is None:
-            raise ValueError(
-                "itg_weight is above 0 and qformer_config.dec_token_id is not set: generation starts there"
-            )
-
-
 def _sub_config(config: dict | PreTrainedConfig | None, name: str, default: str) -> PreTrainedConfig:
     if config is None:
         return AutoConfig.for_model(default)
@@ -338,7 +331,7 @@ def _sub_config(config: dict | PreTrainedConfig | None, name: str, default: str)
         raise ValueError(f'{name} is no config of the model_type "{model_type}": {error}') from error
 
 
-def _require_size(config: PreTrainedConfig, field: str, where: str = "") -> None:
+def require_size(config: PreTrainedConfig, field: str, where: str = "") -> None:
     limits = SIZES | {"num_query_tokens": MAX_QUERY_TOKENS}
     value, largest = getattr(config, field), limits.get(field, 2**24)
     if value < 1:
@@ -350,12 +343,16 @@ def _require_size(config: PreTrainedConfig, field: str, where: str = "") -> None
 __all__ = [
     "AUTO_MAP",
     "AUTO_PROCESSOR",
+    "CODE",
     "CUSTOM_PIPELINES",
-    "FORMS",
+    "IN_PACKAGE",
     "MAX_QUERY_TOKENS",
+    "SAVE_FORMATS",
     "SIZES",
     "LorgnetteBridgeConfig",
     "LorgnetteConfig",
     "LorgnetteQFormerConfig",
-    "LorgnetteRetrievalConfig",
+    "from_package",
+    "require_size",
+    "save_code",
 ]

@@ -12,12 +12,7 @@ from tiny_models import NUM_QUERY_TOKENS, QFORMER, language_model, vision_model
 from transformers import MODEL_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lorgnette import LorgnetteForConditionalGeneration
-from lorgnette.modeling.modeling_lora import (
-    layers_of_one_weight,
-    linear_layers,
-    read_layers,
-    resolve_lora_config,
-)
+from lorgnette.assembly.lora_targets import layers_of_one_weight, linear_layers, read_layers, resolve_lora_config
 
 from .tiny_configs import VOCABULARY, NotTinyError, tiny_model
 
@@ -213,7 +208,7 @@ def packs(built: LorgnetteForConditionalGeneration) -> str:
     documents = torch.tensor([[0] * 5 + [1] * 7])
     with torch.no_grad():
         try:
-            together = built(words, document_ids=documents).logits
+            together = built(words, sequence_ids=documents).logits
         except ValueError as error:
             if "cannot be packed" not in str(error):
                 raise
@@ -225,7 +220,7 @@ def packs(built: LorgnetteForConditionalGeneration) -> str:
 
 def comes_back(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.Tensor], form: str, folder: Path):
     """Saved in a form, and loaded to the same logits."""
-    built.save_pretrained(folder, form=form)
+    built.save_pretrained(folder, save_format=form)
     loaded = LorgnetteForConditionalGeneration.from_pretrained(folder).eval()
     with torch.no_grad():
         ours, theirs = built(**batch).logits, loaded(**batch).logits

@@ -25,6 +25,7 @@ from tiny_training import joined, pairs, write_backbones
 
 from examples.quality.steps import say
 from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor
+from lorgnette.assembly.backbones import cast_parameters
 from lorgnette.trainer.arguments import DataArguments
 from lorgnette.trainer.data import load_pairs
 
@@ -99,7 +100,7 @@ def compare(
         batches: with `labels`, as the collator makes them.
     """
     whole = copy.deepcopy(model)
-    whole.cast_parameters(torch.bfloat16)
+    cast_parameters(whole, torch.bfloat16)
     ways = {"fp32": (model, nullcontext()), "all": (whole, nullcontext())}
     ways["mixed"] = (model, torch.autocast(model.device.type, torch.bfloat16))
     seen: dict[str, list[torch.Tensor]] = {way: [] for way in ways}

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..modeling.modeling_backbones import is_unread, load_language_model, load_vision_model
+from ..assembly.backbones import load_language_model, load_vision_model
+from ..modeling.modeling_loading import is_unread
 from ..modeling.modeling_lora import lora_layers
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.processing_lorgnette import LorgnetteProcessor

@@ -40,7 +40,7 @@ def inspect(
 
     import torch
 
-    from ..configuration.backbone_sources import from_pretrained_arguments
+    from ..assembly.sources import from_pretrained_arguments
     from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
     from ..processing.processing_lorgnette import LorgnetteProcessor
     from ..trainer.arguments import RowArguments

@@ -87,7 +87,7 @@ def maps_of(
         max_words: of the answer that are followed back.
         name: of the picture.
     """
-    answer_ids = processor.encode_example(answer)[1] if answer else []
+    answer_ids = processor.encode_answer(answer) if answer else []
     with plain_attention(model), torch.enable_grad(), followed(model):
         return _look(model, processor, name, prompt, answer, answer_ids, max_words)
 

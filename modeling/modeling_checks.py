@@ -1,8 +1,8 @@
-"""Checks that look at values, as operators of torch: `torch.compile` breaks no graph at them, and they raise as ever.
+"""Checks of a batch: placeholders, labels, pictures, the length of rows, and how a prompt may be continued.
 
-A branch on a tensor's values would end the compiled graph. An operator is called from within it, at each step, before
-what comes after it; its Python is not traced. Each returns a copy of what it has checked: nothing that is used in place
-of the original can be left out of the graph.
+Those that a compiled model runs are operators of torch: a branch on a tensor's values would end the compiled graph. An
+operator is called from within it, at each step, and its Python is not traced. It returns a copy of what it has checked,
+so that nothing can be left out of the graph.
 
 An exported program has no checks: it is loaded where these operators are not, and ONNX has none such.
 """
@@ -13,18 +13,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from .modeling_placeholders import check_finite, check_placeholders, row_name
 
+# keywords and fields of a generation config with which token ids alone are read, or the prompt is rewritten
+_READS_IDS_ALONE = (
+    *("assistant_early_exit", "assistant_model", "prefill_chunk_size", "prompt_lookup_num_tokens"),
+    *("speculation_type", "token_healing", "use_mtp"),
+)
 
-IGNORED = -100  # the label of what is not to be learned, as transformers' losses have it
+IGNORED = -100  # the label of what is not to be learned, as in transformers' losses
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # added in torch 2.7
-_NAMESPACE = re.sub(r"\W", "_", __name__)  # of its own in each copy of this file that is loaded as remote code
 
 
-def _operator(check: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Register a function that returns a tensor of its first argument's shape and dtype."""
-    operator = torch.library.custom_op(f"{_NAMESPACE}::{check.__name__}", check, mutates_args=())
+def value_check(check: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Register a function that returns a tensor of its first argument's shape and dtype as an operator."""
+    namespace = re.sub(r"\W", "_", check.__module__)  # of its own in each copy that is loaded as remote code
+    operator = torch.library.custom_op(f"{namespace}::{check.__name__}", check, mutates_args=())
     operator.register_fake(lambda checked, *_: torch.empty_like(checked))
 
     @functools.wraps(check)
@@ -34,7 +39,7 @@ def _operator(check: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return checked_unless_exporting
 
 
-@_operator
+@value_check
 def checked_placeholders(
     mask: torch.Tensor,
     pictures: torch.Tensor | None,
@@ -42,11 +47,11 @@ def checked_placeholders(
     row_index: torch.Tensor | None,
     labels: torch.Tensor | None,
     supervised_positions: torch.Tensor | None,
-    document_ids: torch.Tensor | None,
+    sequence_ids: torch.Tensor | None,
     num_query_tokens: int,
     image_token_id: int,
 ) -> torch.Tensor:
-    """The mask `(B, S)` of placeholders, that go with the pictures `(N, …)`.
+    """The mask `(B, S)` of placeholders, that belong to the pictures `(N, …)`.
 
     Args:
         supervised_positions: `(K,)`, where in `labels` `(B, S)`, flat, the labels are; 0 for padding.
@@ -57,108 +62,213 @@ def checked_placeholders(
     shown = pictures if image_rows is None else image_rows
     num_images = None if shown is None else len(shown)
     images_per_row = check_placeholders(
-        mask, num_query_tokens, image_token_id, num_images, row_index, labels, document_ids
+        mask, num_query_tokens, image_token_id, num_images, row_index, labels, sequence_ids
     )
     if pictures is not None:
         check_finite(pictures, images_per_row, row_index, image_rows)
-    if supervised_positions is not None and labels is not None:  # which Trainer may have kept for a loss of its own
-        there = (labels.flatten() != IGNORED).nonzero().squeeze(1)
-        told, there = supervised_positions[supervised_positions > 0], there[there > 0]
-        if not torch.equal(told, there):
+    if supervised_positions is not None and labels is not None:  # Trainer removes labels where it computes the loss
+        expected = (labels.flatten() != IGNORED).nonzero().squeeze(1)
+        given, expected = supervised_positions[supervised_positions > 0], expected[expected > 0]
+        if not torch.equal(given, expected):
             raise ValueError(
-                f"supervised_positions names {len(told)} places, and labels has {len(there)} labels, or others: it "
-                "lists all that are not -100, in order"
+                f"supervised_positions names {len(given)} positions, and labels has {len(expected)} labels, or others: "
+                "it lists all that are not -100, in order"
             )
     return mask.clone()
 
 
-@_operator
-def checked_shared(
-    labels: torch.Tensor,
-    shared_input_ids: torch.Tensor,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    row_index: torch.Tensor | None,
+def check_placeholders(
+    mask: torch.Tensor,
+    num_query_tokens: int,
     image_token_id: int,
-) -> torch.Tensor:
-    """The labels `(B, S)` of rows that all begin with `shared_input_ids` `(B, P)`.
-
-    Raises:
-        ValueError: names the row that does not, or has padding, a placeholder or a label among them or next.
-    """
-    num_shared = shared_input_ids.shape[1]
-    first = input_ids[:, :num_shared]
-    taken = (first == image_token_id).any(dim=1) | (labels[:, : num_shared + 1] != IGNORED).any(dim=1)
-    if attention_mask is not None:
-        taken = taken | ~attention_mask[:, :num_shared].bool().all(dim=1)
-    for wrong, why in (
-        ((first != shared_input_ids[:1]).any(dim=1), "are not those of the batch's shared_input_ids"),
-        (taken, "cannot be shared: padding, a picture or what is to be learned is among them or next"),
-    ):
-        if wrong.any():
-            raise ValueError(f"{row_name(int(wrong.nonzero()[0]), row_index)}: its first {num_shared} tokens {why}")
-    return labels.clone()
-
-
-@_operator
-def checked_texts(
-    attention_mask: torch.Tensor,
-    pictures: torch.Tensor,
-    image_rows: torch.Tensor | None,
+    num_images: int | None,
     row_index: torch.Tensor | None,
+    labels: torch.Tensor | None = None,
+    sequence_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The mask `(B, T)` of texts that are padded on the right alone, beside pictures `(N, …)` that are finite.
+    """Check that each image has its `num_query_tokens` placeholders.
+
+    Args:
+        mask: `(B, S)`, True at placeholders.
+        num_query_tokens, image_token_id: the config's.
+        num_images: images of the whole batch, or None where there are none.
+        row_index: `(B,)` names of the rows in messages; `(D,)` of D packed sequences. Their positions by default.
+        labels: `(B, S)`; a label on a placeholder is an error.
+        sequence_ids: `(B, S)` of sequences that are packed into rows.
+
+    Returns:
+        the number of images of each row, `(B,)` or `(D,)`.
 
     Raises:
-        ValueError: names the row.
+        ValueError: names the row and both counts.
     """
-    check_finite(pictures, None, row_index, image_rows)
-    left = attention_mask[:, 0] == 0
-    if left.any():
+    in_rows = count_in_rows(mask, sequence_ids)
+    per_image, counts = num_query_tokens, in_rows.tolist()
+    wanted = (num_images or 0) * per_image
+    if sum(counts) != wanted or any(count % per_image for count in counts):
+        one_each = num_images == len(counts)
+        wrong = [row for row, count in enumerate(counts) if count % per_image or (one_each and count != per_image)]
+        row = wrong[0] if wrong else max(range(len(counts)), key=counts.__getitem__)
         raise ValueError(
-            f"{row_name(int(left.nonzero()[0]), row_index)} is padded on the left: a text begins with its [CLS]"
+            f"{row_name(row, row_index)} has {counts[row]} image placeholders (id {image_token_id}); the batch "
+            f"has {sum(counts)} for {num_images or 0} image(s), and each image takes {per_image}"
         )
-    return attention_mask.clone()
+    if labels is not None and labels.shape == mask.shape:
+        labelled = count_in_rows(mask & (labels != IGNORED), sequence_ids)
+        if labelled.any():
+            row = int(labelled.nonzero()[0])
+            raise ValueError(f"{row_name(row, row_index)} has labels on image placeholders: they have to be -100 there")
+    return in_rows // per_image
 
 
-@_operator
-def checked_candidates(candidates: torch.Tensor, row_index: torch.Tensor | None) -> torch.Tensor:
-    """`(N, N)` bool, which texts are negatives of which pairs: some are.
+def count_in_rows(mask: torch.Tensor, sequence_ids: torch.Tensor | None) -> torch.Tensor:
+    """How often a mask `(B, S)` is True in each row of the data set: `(B,)`, or `(D,)` of packed sequences."""
+    if sequence_ids is None:
+        return mask.sum(dim=1)
+    tokens = sequence_ids >= 0
+    return torch.bincount(sequence_ids[tokens], weights=mask[tokens]).long()
+
+
+def check_finite(
+    pictures: torch.Tensor,
+    images_per_row: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+    image_rows: torch.Tensor | None = None,
+) -> None:
+    """Refuse pictures (or features) `(N, …)` with NaN or inf in them.
+
+    Args:
+        pictures: of all rows, in their order.
+        images_per_row: `(B,)`; None for one each.
+        row_index: as in [`check_placeholders`].
+        image_rows: `(N,)`, which of the pictures each image is; each its own by default.
 
     Raises:
-        ValueError: none is.
+        ValueError: names the image and its row.
     """
-    if len(candidates) == 1:
+    broken = ~torch.isfinite(pictures.flatten(1)).all(dim=1)
+    if image_rows is not None:
+        broken = broken[image_rows]
+    if broken.any():
+        image = int(broken.nonzero()[0])
+        row = image if images_per_row is None else int((images_per_row.cumsum(0) <= image).sum())
         raise ValueError(
-            f"{row_name(0, row_index)} is alone in its batch: there are no negatives to tell it from. "
-            "dataloader_drop_last leaves out such a last batch"
+            f"{row_name(row, row_index)}: image {image} of the batch has values that are not finite (NaN or inf)"
         )
-    if not candidates.any():
-        raise ValueError(
-            f"{row_name(0, row_index)} and the {len(candidates) - 1} others of its batch have the same "
-            "caption: there are no negatives to tell them from. Larger batches may help"
-        )
-    return candidates.clone()
 
 
-@_operator
-def checked_documents(document_ids: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """`(B, S)` int64 numbers of documents, which begin where `starts` `(B, S)` is True; below 0 is padding.
+def check_context(
+    width: int,
+    attention_mask: torch.Tensor | None,
+    config: PreTrainedConfig,
+    row_index: torch.Tensor | None,
+    sequence_ids: torch.Tensor | None = None,
+) -> None:
+    """Refuse a row that is longer than the language model's context.
+
+    Args:
+        width: tokens of the longest row.
+        attention_mask: `(B, width)`.
+        config: for the language model's `max_position_embeddings`, where it has any.
+        row_index, sequence_ids: as in [`check_placeholders`].
 
     Raises:
-        ValueError: they are not in order.
+        ValueError: names the row and both numbers.
     """
-    numbers = document_ids[starts & (document_ids >= 0)]
-    if not torch.equal(numbers, torch.arange(len(numbers), device=numbers.device)):
-        raise ValueError(f"the documents of a batch are numbered in their order, from 0; these are {numbers.tolist()}")
-    return document_ids.clone()
+    context = getattr(config.text_config, "max_position_embeddings", None)
+    if context is None or width <= context:
+        return
+    row = 0 if attention_mask is None else int(attention_mask.sum(dim=1).argmax())
+    if sequence_ids is not None:
+        lengths = count_in_rows(sequence_ids >= 0, sequence_ids)
+        row, width = int(lengths.argmax()), int(lengths.max())
+    if width > context:
+        raise ValueError(f"{row_name(row, row_index)} has {width} tokens; the language model's context is {context}")
+
+
+def row_name(row: int, row_index: torch.Tensor | None) -> str:
+    """A row's name in messages: its index in the data set where that is known."""
+    return f"Row {row} of the batch" if row_index is None else f"Row {int(row_index[row])} of the data set"
+
+
+def check_token_ids(tokenizer: PreTrainedTokenizerBase, image_token_id: int, num_embeddings: int) -> None:
+    """Check that the language model has an embedding for every token but the placeholder.
+
+    Raises:
+        ValueError: names the first token without one, and what to do.
+    """
+    ids = {id_: token for token, id_ in tokenizer.get_vocab().items() if id_ != image_token_id}
+    past = sorted(id_ for id_ in ids if id_ >= num_embeddings)
+    if past:
+        raise ValueError(
+            f"{len(past)} tokens of the tokenizer are past the language model's table of {num_embeddings} embeddings "
+            f"({ids[past[0]]!r} has the id {past[0]}): load the language model, call resize_token_embeddings("
+            f"{past[-1] + 1}) on it, and give from_backbones the resized model"
+        )
+
+
+def setting_of(name: str, kwargs: dict[str, Any], *configs: GenerationConfig | None) -> Any:
+    """A setting of `generate`, as transformers resolves it: a keyword, else the first config that has it, else None."""
+    if name in kwargs:
+        return kwargs[name]
+    found = (getattr(config, name, None) for config in configs)
+    return next((value for value in found if value is not None), None)
+
+
+def check_decoding(embedded: bool, kwargs: dict[str, Any], *configs: GenerationConfig | None) -> None:
+    """Refuse, for a prompt with images, ways of decoding that do not read its embeddings.
+
+    Args:
+        embedded: whether the prompt has images, or is given as embeddings.
+        kwargs: of `generate`.
+        configs: the caller's generation config, and the model's.
+
+    Raises:
+        ValueError: names the settings.
+    """
+    if not embedded:
+        if setting_of("assistant_early_exit", kwargs, *configs) is not None:
+            raise ValueError(
+                "assistant_early_exit ends in the midst of a language model, which is a part of this model: call "
+                "model.language_model.generate(…), which reads the same words"
+            )
+        return
+    blind = [name for name in _READS_IDS_ALONE if setting_of(name, kwargs, *configs) not in (None, False)]
+    if setting_of("cache_implementation", kwargs, *configs) == "paged":
+        blind.append('cache_implementation="paged"')
+    if blind:
+        raise ValueError(f"{', '.join(blind)}: this way of decoding sees token ids alone, not the images")
+
+
+def check_prompts(kwargs: dict[str, Any]) -> None:
+    """Refuse batches that `generate` cannot go on from.
+
+    Raises:
+        ValueError: packed rows; what training alone reads, without labels; prompts padded on the right.
+    """
+    if names := [name for name in ("shared_input_ids", "supervised_positions") if kwargs.get(name) is not None]:
+        raise ValueError(f"{', '.join(names)} without labels: nothing says where the prompts of this batch end")
+    if kwargs.get("sequence_ids") is not None:
+        raise ValueError("sequence_ids: the rows of this batch are packed; generate takes one prompt a row")
+    mask = kwargs.get("attention_mask")
+    padded = mask[:, -1] == 0 if mask is not None and mask.ndim == 2 else torch.zeros(0)
+    if padded.any():
+        raise ValueError(
+            f"{row_name(int(padded.nonzero()[0]), kwargs.get('row_index'))} is padded on the right: generate goes on "
+            "behind the last column, so prompts are padded on the left (padding_side='left')"
+        )
 
 
 __all__ = [
     "IGNORED",
-    "checked_candidates",
-    "checked_documents",
+    "check_context",
+    "check_decoding",
+    "check_finite",
+    "check_placeholders",
+    "check_prompts",
+    "check_token_ids",
     "checked_placeholders",
-    "checked_shared",
-    "checked_texts",
+    "row_name",
+    "setting_of",
+    "value_check",
 ]

@@ -1,6 +1,6 @@
-"""`LorgnetteModel`: pictures and words to the states of a language model's decoder, without its head.
+"""`LorgnetteModel`: pictures and text to the hidden states of a language model's decoder, without its head.
 
-The way of the data (BLIP-2, Li et al. 2023, figure 3, decoder-only):
+The data flow (BLIP-2, Li et al. 2023, figure 3, decoder-only):
 
     pixel_values (N, 3, H, W) ─ vision_model, frozen ─▶ vision features (N, L, E) ─ qformer ─▶ (N, Q, D) ─ projector ─▶
     visual tokens (N, Q, M), which replace the `<image>` placeholders among token embeddings (B, S, M) ─ language_model
@@ -8,34 +8,91 @@ The way of the data (BLIP-2, Li et al. 2023, figure 3, decoder-only):
 Shapes: B rows, N images of the whole batch in the order of their placeholders, S tokens, Q queries, M the LM's width.
 """
 
-from typing import Any, ClassVar, Unpack
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, Unpack
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    BaseModelOutputWithPoolingAndCrossAttentions,
+)
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration.configuration_lorgnette import LorgnetteConfig
-from .modeling_adapters import LanguageModelAdapters
-from .modeling_backbones import new_vision_model
-from .modeling_base import LorgnettePreTrainedModel
-from .modeling_checks import checked_placeholders
-from .modeling_losses import in_process_group
-from .modeling_outputs_lorgnette import KV_CACHE, LorgnetteImageFeatures, LorgnetteModelOutputWithPast, one_cache
-from .modeling_packing import check_documents, packed
-from .modeling_placeholders import check_context
+from ..configuration.configuration_lorgnette import LorgnetteConfig, from_package
+from .modeling_base import KV_CACHE, LorgnettePreTrainedModel
+from .modeling_checks import check_context, checked_placeholders
+from .modeling_loading import new_vision_model
+from .modeling_lora import LM_ADAPTER, attach_lora, check_loaded_lora, disabled_lora, save_lm_adapter, switch_lora
+from .modeling_loss import in_process_group
 from .modeling_qformer import LorgnetteQFormerModel
 
 
-class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
-    """The bare model: what [`LorgnetteForConditionalGeneration`] is without its head, as `LlavaModel` is to LLaVA.
+# What [`~LorgnetteModel.get_image_features`] makes visual tokens of
+IMAGE_INPUTS = (
+    *("pixel_values", "vision_features", "pixel_attention_mask", "spatial_shapes", "image_rows"),
+    *("qformer_input_ids", "qformer_attention_mask"),
+)
+
+
+@dataclass
+class LorgnetteImageFeatures(BaseModelOutputWithPooling):
+    """What [`~LorgnetteForConditionalGeneration.get_image_features`] returns.
+
+    Args:
+        last_hidden_state: `(N, L, E)` vision features, as the Q-Former reads them.
+        pooler_output: `(N, Q, M)` visual tokens, as the language model reads them.
+        hidden_states, attentions: the ViT's, on request and where it was run.
+        qformer_outputs: the Q-Former's, with its own hidden states and attention maps, on request.
+    """
+
+    qformer_outputs: BaseModelOutputWithPoolingAndCrossAttentions | None = None
+
+
+@dataclass
+class LorgnetteModelOutputWithPast(BaseModelOutputWithPast):
+    """What [`LorgnetteModel`] returns.
+
+    Args:
+        last_hidden_state: `(B, S, M)` hidden states of the language model's decoder, before its head.
+        cache: the language model's; `past_key_values` before transformers 5.24.
+        hidden_states, attentions: the language model's, on request.
+        image_hidden_states: `(N, Q, M)` visual tokens, where there were images.
+        image_outputs: outputs of ViT and Q-Former, as [`~LorgnetteModel.get_image_features`] returns them.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    image_outputs: LorgnetteImageFeatures | None = None
+
+
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache that was given, by either name.
+
+    Raises:
+        ValueError: by both.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("past_key_values and cache are two names of one thing, and both were given")
+    if past_key_values is not None and KV_CACHE == "cache":
+        warnings.warn("`past_key_values` is deprecated in transformers 5.24: it is `cache` there", FutureWarning, 3)
+    return past_key_values if cache is None else cache
+
+
+class LorgnetteModel(LorgnettePreTrainedModel):
+    """[`LorgnetteForConditionalGeneration`] without its head, as `LlavaModel` is to LLaVA.
 
     `AutoModel` loads it from the folder of a saved [`LorgnetteForConditionalGeneration`]: the parts and their keys are
     the same. Its `language_model` is the whole causal LM, of which `forward` runs the decoder; so it can `generate`,
-    which programs that know models by `AutoModel` alone expect (lmms-eval).
+    which lmms-eval, say, expects of what `AutoModel` loads.
 
     Args:
         config: [`LorgnetteConfig`].
@@ -49,8 +106,7 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
     config_class = LorgnetteConfig
     main_input_name = "input_ids"
     backbones = ("language_model", "vision_model")
-    # `modeling_lorgnette.py` sets it: [`LorgnetteForConditionalGeneration`], which is built on this class
-    head_class: ClassVar[type[PreTrainedModel]]
+    head_class: ClassVar[type[PreTrainedModel]]  # set by `modeling_lorgnette.py`, which builds on this class
 
     def __init__(
         self,
@@ -67,17 +123,10 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
         self.language_model = language_model
         self.projector = nn.Linear(config.qformer_config.hidden_size, self.get_input_embeddings().embedding_dim)
         if config.lora_config is not None:
-            self._attach_lora()
+            attach_lora(self.language_model, config.lora_config)
         self.generation_config = self.language_model.generation_config
         self.post_init()
         self.freeze()
-
-    # transformers resizes the table and the head together, and asks whichever model it is called on for both
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.set_output_embeddings(new_embeddings)
 
     adjust_generation_fn = GenerationMixin.adjust_generation_fn  # reads generation_config.json
 
@@ -91,6 +140,57 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
         with_head = self.head_class(self.config, headless=self)
         with_head.generation_config, with_head._processor = self.generation_config, self._processor
         return with_head.generate(*args, **kwargs)
+
+    def _finish_loading(self, missing: set[str], unexpected: set[str]) -> None:
+        check_loaded_lora(self, missing, unexpected)
+        LorgnettePreTrainedModel._finish_loading(self, missing, unexpected)  # by name: the class with a head borrows it
+
+    def _save_beside(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+        if self.config.lora_config is not None:
+            save_lm_adapter(Path(folder, LM_ADAPTER), self.language_model, self.config, state_dict)
+
+    # ------------------------------------------------------------------------------------------------ parts
+
+    @property
+    def max_text_length(self) -> int | None:
+        """Tokens the LM has positions for, the placeholders' included; None where its config does not say."""
+        return getattr(self.config.text_config, "max_position_embeddings", None)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    # transformers resizes the table and the head together, and asks whichever model it is called on for both
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def enable_adapters(self) -> None:
+        """Answer with LoRA again. Raises a ValueError where the model has none."""
+        switch_lora(self.language_model, True)
+
+    def disable_adapters(self) -> None:
+        """Answer as the original language model does. Raises a ValueError where there is no LoRA."""
+        switch_lora(self.language_model, False)
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Within the block the language model is the original one; after it, what it was before."""
+        return disabled_lora(self.language_model)
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: transformers would freeze the Q-Former, and save the adapter alone."""
+        raise ValueError("An adapter on the whole model is saved without the Q-Former: give from_backbones(lora=…)")
+
+    load_adapter = add_adapter
+
+    # ------------------------------------------------------------------------------------------------ forward
 
     @can_return_tuple
     def get_image_features(
@@ -123,11 +223,11 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
             raise ValueError("Give either pixel_values or vision_features")
         if self.config.qformer_config.use_qformer_text_input and qformer_input_ids is None:
             raise ValueError("This Q-Former reads the instruction as well: give qformer_input_ids (and its mask)")
-        seen = BaseModelOutput(vision_features)
+        vision = BaseModelOutput(vision_features)
         if vision_features is None:
-            seen = self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
+            vision = self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
         outputs = self.qformer(
-            seen.last_hidden_state,
+            vision.last_hidden_state,
             encoder_attention_mask=pixel_attention_mask,
             input_ids=qformer_input_ids,
             attention_mask=qformer_attention_mask,
@@ -136,10 +236,10 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
         )
         queries = outputs.last_hidden_state[:, : self.config.num_query_tokens]  # (N, Q, D)
         return LorgnetteImageFeatures(
-            last_hidden_state=seen.last_hidden_state,
+            last_hidden_state=vision.last_hidden_state,
             pooler_output=self.projector(queries),
-            hidden_states=seen.hidden_states,
-            attentions=seen.attentions,
+            hidden_states=vision.hidden_states,
+            attentions=vision.attentions,
             qformer_outputs=outputs,
         )
 
@@ -164,28 +264,39 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
         return (inputs_embeds == placeholder).all(-1)
 
     def embed(
-        self, input_ids, inputs_embeds, row_index, labels=None, supervised_positions=None, document_ids=None, **images
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        images: Mapping[str, torch.Tensor | None],
+        row_index: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        supervised_positions: torch.Tensor | None = None,
+        sequence_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, LorgnetteImageFeatures | None]:
-        """Token embeddings `(B, S, M)`, with visual tokens at the placeholders; and the features of the images."""
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        """Token embeddings `(B, S, M)` with visual tokens at the placeholders, and the images' features.
+
+        Args:
+            images: of [`IMAGE_INPUTS`].
+        """
         pictures = images["pixel_values"] if images["vision_features"] is None else images["vision_features"]
-        if images["pixel_values"] is not None and images.get("spatial_shapes") is None and pictures.ndim != 4:
+        is_pixels = images["vision_features"] is None and pictures is not None
+        if is_pixels and images["spatial_shapes"] is None and pictures.ndim != 4:
             raise ValueError(
                 f"pixel_values is {tuple(pictures.shape)}, and (N, 3, H, W) is needed: for one picture (1, 3, H, W)"
             )
         mask = checked_placeholders(
-            mask,
+            self.get_placeholder_mask(input_ids, inputs_embeds),
             None if pictures is None else pictures.detach(),
             images["image_rows"],
             row_index,
             labels,
             supervised_positions,
-            document_ids,
+            sequence_ids,
             self.config.num_query_tokens,
             self.config.image_token_id,
         )
         if inputs_embeds is None:
-            # swapped out before the look-up: the placeholder's id may lie past the end of the table
+            # replaced before the look-up: the placeholder's id may be past the end of the table
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
         if pictures is None:
             return inputs_embeds, None
@@ -193,41 +304,41 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
         visual_tokens = features.pooler_output.to(inputs_embeds)  # (N, Q, M)
         return inputs_embeds.masked_scatter(mask.unsqueeze(-1), visual_tokens), features
 
-    def _unused_bridge(self) -> torch.Tensor:
-        """A sum over visual tokens of nothing: a batch without images has to reach every trainable tensor under DDP."""
-        nothing = torch.zeros(1, 1, self.config.qformer_config.encoder_hidden_size, device=self.projector.weight.device)
-        words = None
+    def _zero_visual_tokens(self) -> torch.Tensor:
+        """The sum of visual tokens of zeros: under DDP a batch without images has to reach every trainable tensor."""
+        zeros = torch.zeros(1, 1, self.config.qformer_config.encoder_hidden_size, device=self.projector.weight.device)
+        text = None
         if self.config.qformer_config.use_qformer_text_input:
-            words = torch.zeros(1, 1, dtype=torch.long, device=nothing.device)
-        return self.get_image_features(vision_features=nothing, qformer_input_ids=words).pooler_output.sum()
+            text = torch.zeros(1, 1, dtype=torch.long, device=zeros.device)
+        return self.get_image_features(vision_features=zeros, qformer_input_ids=text).pooler_output.sum()
 
     def lm_inputs(
         self,
         input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: Cache | None,
-        document_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        images: Mapping[str, torch.Tensor | None],
         row_index: torch.Tensor | None,
+        sequence_ids: torch.Tensor | None,
         labels: torch.Tensor | None = None,
         supervised_positions: torch.Tensor | None = None,
-        **images: torch.Tensor | None,
     ) -> tuple[dict[str, Any], LorgnetteImageFeatures | None]:
-        """What the language model is given, and the features of the images in it; see [`forward`]."""
+        """The language model's inputs, and the features of the images in them; see [`forward`]."""
         features = None
         has_images = images["pixel_values"] is not None or images["vision_features"] is not None
         decoding = cache is not None and input_ids is not None and input_ids.shape[1] == 1
         if has_images or (inputs_embeds is None and not decoding):
             inputs_embeds, features = self.embed(
-                input_ids, inputs_embeds, row_index, labels, supervised_positions, document_ids, **images
+                input_ids, inputs_embeds, images, row_index, labels, supervised_positions, sequence_ids
             )
         elif inputs_embeds is None:  # one more generated token, which is no placeholder
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if self.training and features is None and in_process_group():
-            inputs_embeds = inputs_embeds + 0 * self._unused_bridge()
+            inputs_embeds = inputs_embeds + 0 * self._zero_visual_tokens()
         if labels is not None or self.training:
-            check_context(inputs_embeds.shape[1], attention_mask, self.config, row_index, document_ids)
+            check_context(inputs_embeds.shape[1], attention_mask, self.config, row_index, sequence_ids)
         inputs = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
@@ -235,9 +346,9 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
             "labels": labels,
             KV_CACHE: cache,
         }
-        if document_ids is not None:
-            document_ids = check_documents(document_ids, self.language_model, inputs)
-            inputs |= packed(self.language_model, document_ids, inputs_embeds, labels) | {"use_cache": False}
+        if sequence_ids is not None:
+            packing = from_package("assembly.packing", "A batch with sequence_ids")
+            inputs |= packing.pack(self.language_model, sequence_ids, inputs) | {"use_cache": False}
         if self.training:
             inputs["use_cache"] = False  # Trainer turns it off in this config, not in the language model's
         return inputs, features
@@ -248,31 +359,23 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        vision_features: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        pixel_attention_mask: torch.Tensor | None = None,
-        spatial_shapes: torch.Tensor | None = None,
-        image_rows: torch.Tensor | None = None,
-        qformer_input_ids: torch.Tensor | None = None,
-        qformer_attention_mask: torch.Tensor | None = None,
-        document_ids: torch.Tensor | None = None,
+        sequence_ids: torch.Tensor | None = None,
         supervised_positions: torch.Tensor | None = None,
         shared_input_ids: torch.Tensor | None = None,
         row_index: torch.Tensor | None = None,
         cache: Cache | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> LorgnetteModelOutputWithPast:
-        """The decoder's states, `(B, S, M)`, for a head of the caller's.
+        """The decoder's hidden states, `(B, S, M)`.
 
         Args:
-            input_ids, attention_mask, pixel_values, vision_features, inputs_embeds, document_ids, row_index: see
+            input_ids, attention_mask, pixel_values, inputs_embeds, sequence_ids, row_index: see
                 [`~LorgnetteForConditionalGeneration.forward`].
-            pixel_attention_mask, spatial_shapes, image_rows, qformer_input_ids, qformer_attention_mask: see
-                [`get_image_features`].
-            supervised_positions, shared_input_ids: of a batch of [`LorgnetteCollator`]'s; all states are computed.
-            kwargs: for the decoder.
+            supervised_positions, shared_input_ids: of [`LorgnetteCollator`]'s batches; all states are computed.
+            kwargs: [`IMAGE_INPUTS`], see [`get_image_features`]; and keywords of the decoder.
 
         Returns:
             [`LorgnetteModelOutputWithPast`].
@@ -286,21 +389,16 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
             raise ValueError(f"{type(decoder).__name__} has no decoder apart from its head, and so no states to return")
         if self.training:
             self.check_trainable()
+        images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS} | {"pixel_values": pixel_values}
         inputs, features = self.lm_inputs(
             input_ids,
-            inputs_embeds,
             attention_mask,
             position_ids,
             one_cache(past_key_values, cache),
-            document_ids,
+            inputs_embeds,
+            images,
             row_index,
-            pixel_values=pixel_values,
-            vision_features=vision_features,
-            pixel_attention_mask=pixel_attention_mask,
-            spatial_shapes=spatial_shapes,
-            image_rows=image_rows,
-            qformer_input_ids=qformer_input_ids,
-            qformer_attention_mask=qformer_attention_mask,
+            sequence_ids,
         )
         del inputs["labels"]
         outputs = decoder(return_dict=True, **inputs | kwargs)
@@ -314,4 +412,4 @@ class LorgnetteModel(LanguageModelAdapters, LorgnettePreTrainedModel):
         )
 
 
-__all__ = ["LorgnetteModel"]
+__all__ = ["IMAGE_INPUTS", "LorgnetteImageFeatures", "LorgnetteModel", "LorgnetteModelOutputWithPast", "one_cache"]

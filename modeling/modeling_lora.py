@@ -1,189 +1,52 @@
-"""LoRA inside a language model: which layers get it, whether a config leaves the base weights alone, on and off.
+"""LoRA inside the language model: attached, switched on and off, and saved as peft reads it.
 
 peft's own functions are called. transformers' (`add_adapter`, `enable_adapters`, …) do the same and refuse, in each of
 its releases, other versions of peft.
 """
 
-import json
-import re
-from dataclasses import fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_peft_available, requires_backends
 
-
-ADAPTER = "default"  # how peft calls the one that a model is loaded and saved with
-# What a `LoraConfig` and an adapter_config.json say about an adapter's origin and use, and not about LoRA itself.
-_NO_SETTINGS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_type",
-    "peft_version",
-    "revision",
-    "runtime_config",
-}
-# Fields of `peft.LoraConfig` that are known to leave the base weights alone and to read no files. Of the others, and
-# each version of peft has more, some truncate base weights (`kasa_config`), load what was pickled (`corda_config`) or
-# import a module by its name (`megatron_core`).
-_HARMLESS = {
-    "alpha_pattern",
-    "bias",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "init_lora_weights",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_bias",
-    "lora_dropout",
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "target_parameters",
-    "task_type",
-    "use_dora",
-    "use_rslora",
-}
-# Ways to initialise LoRA that do not rewrite base weights.
-_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+from ..configuration.configuration_lorgnette import IN_PACKAGE, LorgnetteConfig, from_package
+from .modeling_saving import ADAPTER, keys_to_ignore_on_save, without_lora
 
 
-def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str, Any]:
-    """A complete, checked dict of `peft.LoraConfig` fields for this language model.
-
-    Args:
-        lora: a dict of `peft.LoraConfig` fields, as an adapter_config.json holds them too, or a `LoraConfig`. Without
-            `target_modules`, LoRA goes to the attention projections of the architecture.
-        language_model: the LM, before LoRA is attached.
-
-    Returns:
-        a dict that JSON can hold: the fields that were given, and `target_modules` as a list of names or one regex.
-
-    Raises:
-        TypeError: `lora` is neither a dict nor a `LoraConfig`.
-        ValueError: an unknown field, one that would train or change base weights, or targets that match nothing.
-    """
-    requires_backends(resolve_lora_config, "peft")
-    if is_peft_available():  # said so that transformers asks for peft only where there is LoRA
-        from peft import LoraConfig
-
-    known = {field.name for field in fields(LoraConfig)}
-    if isinstance(lora, LoraConfig):
-        defaults = LoraConfig()
-        lora = {
-            name: value for name, value in lora.to_dict().items() if name in known and value != getattr(defaults, name)
-        }
-    if not isinstance(lora, dict):
-        raise TypeError(f"lora has to be a dict of peft.LoraConfig fields or a LoraConfig, not {type(lora).__name__}")
-    if lora.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"lora describes an adapter of the type {lora['peft_type']}; LoRA is needed")
-    lora = {name: value for name, value in lora.items() if name not in _NO_SETTINGS}
-    unknown = sorted(lora.keys() - known)
-    if unknown:
-        raise ValueError(f"lora has fields that peft.LoraConfig does not know: {unknown}; it knows {sorted(known)}")
-
-    layers = linear_layers(language_model)
-    resolved = {name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in lora.items()}
-    for name, value in resolved.items():
-        try:
-            json.dumps(value)
-        except TypeError as error:
-            raise ValueError(f"lora[{name!r}] cannot be saved in config.json: {error}") from error
-    if isinstance(rank := resolved.get("r"), float):  # as YAML reads 8e0
-        if not rank.is_integer():
-            raise ValueError(f"lora['r'] is {rank}; it has to be a whole number")
-        resolved["r"] = int(rank)
-    targets = resolved.get("target_modules")
-    if targets is None:
-        resolved["target_modules"] = attention_projections(language_model)
-    elif not targets and not resolved.get("target_parameters"):
-        raise ValueError("lora['target_modules'] is empty: name some layers, or leave it out for the attention layers")
-    elif not isinstance(targets, str):
-        resolved["target_modules"] = sorted(targets)
-    targeted = _match_targets(resolved["target_modules"], layers)
-    for target in resolved.get("target_parameters") or ():
-        hits = {name for name, _ in language_model.named_parameters() if f".{name}".endswith(f".{target}")}
-        if not hits:
-            raise ValueError(f"lora['target_parameters'] names {target!r}, which no parameter of the LM is called")
-        tables = (language_model.get_input_embeddings(), language_model.get_output_embeddings())
-        if any(language_model.get_parameter(name) is table.weight for name in hits for table in tables):
-            raise ValueError(
-                f"lora['target_parameters'] names {target!r}, an embedding table of the LM: it may be tied"
-            )
-    if targets is None:  # an encoder of the LM's own may have layers of the same names
-        read = read_layers(language_model)
-        if unread := [name for name in targeted if layers[name] not in read]:
-            resolved.setdefault("exclude_modules", unread)
-    if nested := [name for name in targeted for other in targeted if name.startswith(f"{other}.")]:
-        raise ValueError(
-            f"LoRA targets {nested[0]!r}, and the layer that it is a part of: a save would have no name for its "
-            "weights. Name the one or the other in lora['target_modules']"
-        )
-    of_one_weight = layers_of_one_weight(layers)
-    if shared := [name for name in targeted if layers[name] in of_one_weight]:
-        raise ValueError(
-            f"LoRA targets {shared[0]!r}, whose weight is another layer's too: merged, it would have to be two. Name "
-            "other layers in lora['target_modules']"
-        )
-    if targeted and all(isinstance(layers[name], Conv1D) for name in targeted):
-        resolved.setdefault("fan_in_fan_out", True)  # GPT-2 keeps its matrices transposed
-    resolved.setdefault("task_type", "CAUSAL_LM")
-    check_lora_config(resolved)
-    return resolved
+LM_ADAPTER = "lm_adapter"  # the sub-folder of a saved model: at the top transformers would put it on the whole model
+PEFT_PREFIX = "base_model.model."  # what peft's own wrapper puts before the names of an LM's weights
 
 
-def check_lora_config(lora_config: dict[str, Any]) -> None:
-    """Refuse what would train or rewrite the base weights, which stay bit-identical here, or reach beyond the model.
-
-    A config may come from a stranger. Fields at peft's defaults may be there.
-
-    Raises:
-        ValueError: names the field and its value.
-    """
-    if is_peft_available():  # said so that transformers asks for peft only where there is LoRA
-        from peft import LoraConfig
-
-    if lora_config.get("modules_to_save") or lora_config.get("trainable_token_indices"):
-        raise ValueError("lora_config.modules_to_save and trainable_token_indices would train base weights of the LM")
-    if lora_config.get("layer_replication"):
-        raise ValueError("lora_config.layer_replication makes layers share weights, which cannot be saved apart")
-    if lora_config.get("bias", "none") != "none":
-        raise ValueError(
-            f'lora_config.bias is "{lora_config["bias"]}" and would train biases of the LM; it has to be "none"'
-        )
-    init = lora_config.get("init_lora_weights", True)
-    if init not in _INITIALISATIONS:
-        raise ValueError(
-            f'lora_config.init_lora_weights "{init}" rewrites base weights of the LM, or may; those that do not are '
-            f"{', '.join(map(repr, _INITIALISATIONS))}"
-        )
-    defaults = LoraConfig()
-    for name in sorted(lora_config.keys() - _HARMLESS):
-        if lora_config[name] != getattr(defaults, name, None):
-            raise ValueError(
-                f"lora_config.{name} is {str(lora_config[name])[:100]}; peft's fields that are known to concern LoRA "
-                f"alone are {', '.join(sorted(_HARMLESS))}"
-            )
+def lora_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
+    """peft's layers, by their names in the LM: each holds a `base_layer` and LoRA's matrices. Needs no peft."""
+    return {name: layer for name, layer in language_model.named_modules() if hasattr(layer, "lora_A")}
 
 
 def attach_lora(language_model: PreTrainedModel, lora_config: dict[str, Any]) -> None:
     """Put LoRA, switched on, on the layers that a complete `lora_config` names.
 
+    It goes into the LM, where the config describes it: a plain reload finds every key, and targets cannot match the
+    ViT's layers.
+
     Raises:
-        ValueError: see [`check_lora_config`].
+        ValueError: where the package is installed, what [`~lorgnette.assembly.lora_targets.check_lora_config`] refuses.
     """
     requires_backends(attach_lora, "peft")
-    if is_peft_available():  # said so that transformers asks for peft only where there is LoRA
+    if is_peft_available():  # so that transformers asks for peft only where there is LoRA
         from peft import LoraConfig, inject_adapter_in_model
 
-    check_lora_config(lora_config)
+    if IN_PACKAGE:
+        from_package("assembly.lora_targets", "").check_lora_config(lora_config)
     inject_adapter_in_model(LoraConfig(**lora_config), language_model, ADAPTER)
-    language_model._hf_peft_config_loaded = True  # what transformers asks whether a model has LoRA
+    language_model._hf_peft_config_loaded = True  # where transformers looks whether a model has LoRA
+    for name, module in language_model.named_modules():
+        if "lora_" in name:
+            module._is_hf_initialized = True  # transformers would overwrite the zeros of lora_B
 
 
 def switch_lora(language_model: PreTrainedModel, enabled: bool) -> None:
@@ -197,130 +60,106 @@ def switch_lora(language_model: PreTrainedModel, enabled: bool) -> None:
         raise ValueError("No adapter loaded: this language model has no LoRA")
     for layer in layers.values():
         layer.enable_adapters(enabled)
+    # kept here: the adapter set in use may have no LoRA to be off, and the next one has
+    language_model._lora_is_off = not enabled
 
 
-def attention_projections(language_model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers inside the attention modules, with their parent's: `["self_attn.k_proj", …]`.
+@contextmanager
+def disabled_lora(language_model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the language model is the original one; after it, what it was before."""
+    was_off = lora_is_off(language_model)
+    switch_lora(language_model, False)
+    try:
+        yield
+    finally:
+        language_model._lora_is_off = was_off
+        if not was_off and lora_layers(language_model):
+            switch_lora(language_model, True)
 
-    The parent's name keeps out a feed-forward layer of the same name (GPT-2 has two `c_proj`). Layers that read no text
-    (cross-attention, an encoder of the LM's own) and those that have no gradient (an index of keys) are left out.
+
+def lora_is_off(language_model: PreTrainedModel) -> bool:
+    """Whether LoRA was switched off, also where there is none now."""
+    return getattr(language_model, "_lora_is_off", False)
+
+
+def check_loaded_lora(model: PreTrainedModel, missing: set[str], unexpected: set[str]) -> None:
+    """Initialise LoRA that a checkpoint does not hold, as peft does.
 
     Raises:
-        ValueError: the architecture has no module whose class is called an attention; lists its linear layers.
+        ValueError: the base weights under it have the names of a model without LoRA.
     """
-    found, read = set(), read_layers(language_model)
-    fused = any(name.endswith("gate_up_proj") for name, _ in language_model.named_parameters())
-    for name, module in language_model.named_modules():
-        if re.search(r"Attention\d*$", type(module).__name__):  # and no DecoderLayer whose name holds the word
-            parent = name.rsplit(".", 1)[-1]
-            for child, layer in module.named_modules():
-                inside = any(child.startswith(f"{other}.") for other, one in module.named_modules() if _is_linear(one))
-                # what makes a convolution's kernel has another name in files; peft takes a gate_proj for an expert's
-                inside = inside or "conv" in child or (fused and child.split(".")[-1] == "gate_proj")
-                if _is_linear(layer) and layer in read and not inside:
-                    found.add(f"{parent}.{child}")
-    if not found:
+    unfilled = sorted(key for key in missing if without_lora(key) in unexpected)
+    if unfilled:
         raise ValueError(
-            f"No attention layers were found in {type(language_model).__name__}: name lora['target_modules']. "
-            f"Its linear layers: {_kinds(linear_layers(language_model))}"
+            f"{len(unfilled)} weights under LoRA are not in the checkpoint ({unfilled[0]}, …): it was saved "
+            "without the LoRA that lora_config describes. from_backbones(lora=…) is where a model gets its LoRA"
         )
-    return sorted(found)
+    for name, layer in model.language_model.named_modules():
+        if f"language_model.{name}.lora_A.{ADAPTER}.weight" in missing:
+            layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
 
 
-def linear_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Every layer that LoRA can adapt, by its name in the LM; not the output embedding, which may be tied."""
-    head = language_model.get_output_embeddings()
-    return {name: layer for name, layer in language_model.named_modules() if _is_linear(layer) and layer is not head}
+def lora_weights(language_model: PreTrainedModel, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of LoRA by their names in the LM, without the adapter's: `model.layers.0.….lora_A.weight`."""
+    if is_peft_available():
+        from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(language_model, state_dict, save_embedding_layers=False)
 
 
-def read_layers(language_model: PreTrainedModel) -> set[nn.Module]:
-    """The linear layers through which a text has a gradient; all, where the LM has no numbers yet or is quantised."""
-    layers, outputs = linear_layers(language_model), {}
-    table = language_model.get_input_embeddings().weight
-    if table.is_meta or getattr(language_model, "hf_quantizer", None) is not None:
-        return set(layers.values())
+def save_lm_adapter(
+    folder: str | Path, language_model: PreTrainedModel, config: LorgnetteConfig, state_dict: dict | None = None
+) -> None:
+    """Write a folder that `peft.PeftModel.from_pretrained(lm, folder)` loads.
 
-    def keep(layer: nn.Module, _: Any, output: torch.Tensor) -> None:
-        if output.requires_grad:
-            outputs[layer] = output
+    Args:
+        folder: made where it does not exist.
+        language_model: with LoRA attached.
+        config: the whole model's; the LM is named by its Hub id, or not at all.
+        state_dict: the whole model's weights, where they were gathered from several devices.
+    """
+    if is_peft_available():  # so that transformers asks for peft only where there is LoRA
+        from peft import LoraConfig
+    from safetensors.torch import save_file
 
-    hooks, was_training = [layer.register_forward_hook(keep) for layer in layers.values()], language_model.training
-    try:
-        with torch.enable_grad():
-            ids = torch.arange(3, device=table.device)[None] + language_model.config.vocab_size // 2
-            embeds = language_model.get_input_embeddings()(ids).detach().requires_grad_()
-            logits = language_model.eval()(inputs_embeds=embeds.clone(), use_cache=False, return_dict=True).logits
-            gradients = torch.autograd.grad(logits.float().sum(), list(outputs.values()), allow_unused=True)
-    finally:
-        language_model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return {layer for layer, gradient in zip(outputs, gradients, strict=True) if gradient is not None}
-
-
-def layers_of_one_weight(layers: dict[str, nn.Module]) -> set[nn.Module]:
-    """Those that share their weight with another, as Zamba's repeated block does."""
-    by_weight: dict[int, list[nn.Module]] = {}
-    for layer in layers.values():
-        by_weight.setdefault(id(layer.weight), []).append(layer)
-    return {layer for sharing in by_weight.values() if len(sharing) > 1 for layer in sharing}
-
-
-def lora_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
-    """peft's layers, by their names in the LM: each holds a `base_layer` and LoRA's matrices. Needs no peft to ask."""
-    return {name: layer for name, layer in language_model.named_modules() if hasattr(layer, "lora_A")}
-
-
-def outermost_lora_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Those of [`lora_layers`] in no other: over two parameters of one module peft puts one layer around another."""
-    layers = lora_layers(language_model)
-    inner = {f"{name}.base_layer" for name in layers}
-    return {name: layer for name, layer in layers.items() if name not in inner}
+    if state_dict is not None:
+        prefix = "language_model."
+        state_dict = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+    weights = lora_weights(language_model, state_dict)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(
+        {PEFT_PREFIX + name: tensor.contiguous() for name, tensor in weights.items()},
+        Path(folder, "adapter_model.safetensors"),
+        metadata={"format": "pt"},
+    )
+    adapter = LoraConfig(
+        **config.lora_config,
+        base_model_name_or_path=config.text_backbone,
+        revision=config.text_backbone_revision,
+        inference_mode=True,
+    )
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(value := getattr(adapter, name), set):  # peft's own, in another order in each process
+            setattr(adapter, name, sorted(value))
+    adapter.save_pretrained(str(folder))
 
 
-def without_lora(key: str) -> str:
-    """The name that a base weight under LoRA has in the language model alone."""
-    return key.replace(".base_layer", "")
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, (nn.Linear, Conv1D))
-
-
-def _match_targets(targets: str | list[str], layers: dict[str, nn.Module]) -> list[str]:
-    """The layers named by peft's rules: a string is a regex for the whole name, a list holds name endings."""
-    if targets == "all-linear":
-        return list(layers)
-    matched = []
-    for target in [targets] if isinstance(targets, str) else targets:
-        if isinstance(targets, str):
-            hits = [name for name in layers if re.fullmatch(target, name)]
-        else:
-            hits = [name for name in layers if name == target or name.endswith(f".{target}")]
-        if not hits:
-            raise ValueError(
-                f"LoRA target {target!r} matches no linear layer of the language model, which has: {_kinds(layers)}"
-            )
-        matched += hits
-    return matched
-
-
-def _kinds(layers: dict[str, nn.Module]) -> list[str]:
-    """Layer names without what repeats: `model.layers.0.self_attn.q_proj` and its like become `self_attn.q_proj`."""
-    return sorted({".".join(name.split(".")[-2:]) for name in layers})
+def refresh_ignored_keys(model: PreTrainedModel) -> None:
+    """Called where LoRA was replaced: the weights under it have other names then."""
+    if model.has_loaded_backbones:
+        model._keys_to_ignore_on_save = keys_to_ignore_on_save(model)
 
 
 __all__ = [
-    "ADAPTER",
+    "LM_ADAPTER",
+    "PEFT_PREFIX",
     "attach_lora",
-    "attention_projections",
-    "check_lora_config",
-    "layers_of_one_weight",
-    "linear_layers",
+    "check_loaded_lora",
+    "disabled_lora",
+    "lora_is_off",
     "lora_layers",
-    "outermost_lora_layers",
-    "read_layers",
-    "resolve_lora_config",
+    "lora_weights",
+    "refresh_ignored_keys",
+    "save_lm_adapter",
     "switch_lora",
-    "without_lora",
 ]

@@ -1,63 +1,88 @@
 """`LorgnetteForConditionalGeneration`: a frozen ViT, a Q-Former, a linear projector and a causal LM with LoRA.
 
-`modeling_headless.py` shows the way of the data up to the language model's states. Here are the joint, the loss and
+`modeling_headless.py` has the data flow up to the language model's hidden states. Here are the head, the loss and
 `generate`.
 
 Shapes: B rows, N images of the whole batch in the order of their placeholders, S tokens, Q queries, M the LM's width.
 """
 
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Unpack
 
 import torch
-from torch import nn
-from transformers import (
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration.configuration_lorgnette import LorgnetteConfig
-from .modeling_adapters import LanguageModelAdapters
-from .modeling_backbones import (
-    check_token_ids,
-    load_language_model,
-    load_vision_model,
-    next_free_token_id,
-    parse_dtype,
-)
-from .modeling_base import LorgnettePreTrainedModel
-from .modeling_blip2 import Blip2Generation
-from .modeling_bridges import Bridges
-from .modeling_checks import IGNORED, checked_shared
-from .modeling_decoding import asked_for, check_decoding, prompts_of
-from .modeling_headless import LorgnetteModel
-from .modeling_lora import resolve_lora_config
-from .modeling_outputs_lorgnette import (
-    KV_CACHE,
-    LorgnetteCausalLMOutputWithPast,
-    LorgnetteImageFeatures,
-    LorgnetteLossOutput,
-    one_cache,
-)
-from .modeling_placeholders import PlaceholderBlind
-from .modeling_qformer_start import QFormerStart
-from .modeling_shared_prefix import can_share
-from .modeling_supervision import can_supervise, supervised_loss
+from ..configuration.configuration_lorgnette import LorgnetteConfig, from_package
+from .modeling_base import KV_CACHE, LorgnettePreTrainedModel
+from .modeling_checks import IGNORED, check_decoding, check_prompts, check_token_ids, setting_of
+from .modeling_headless import IMAGE_INPUTS, LorgnetteImageFeatures, LorgnetteModel, one_cache
+from .modeling_loss import LorgnetteLossOutput, can_supervise, supervised_loss
 
 
 logger = logging.get_logger(__name__)
 
 
-class LorgnetteForConditionalGeneration(
-    LanguageModelAdapters, Bridges, Blip2Generation, LorgnettePreTrainedModel, GenerationMixin
-):
-    """A language model that is shown pictures: stage 2, and use.
+@dataclass
+class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` of the language model, and the visual tokens it was given.
+
+    Args:
+        loss: the language model's own loss, where `labels` were given.
+        logits: `(B, S, vocabulary)`.
+        cache: the language model's; `past_key_values` before transformers 5.24.
+        hidden_states, attentions: the language model's, on request.
+        image_hidden_states: `(N, Q, M)` visual tokens, where there were images.
+        image_outputs: outputs of ViT and Q-Former, as [`~LorgnetteModel.get_image_features`] returns them.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    image_outputs: LorgnetteImageFeatures | None = None
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == "logits" and not torch.compiler.is_compiling():
+            _check_label_smoother(sys._getframe(1).f_locals, super().__getitem__(key).shape[-1])
+        return super().__getitem__(key)
+
+
+def _check_label_smoother(reader: dict[str, Any], vocab_size: int) -> None:
+    """Refuse what Trainer's `LabelSmoother` would get wrong: the model sees no labels where it computes the loss.
+
+    Args:
+        reader: the local variables of the function that reads the logits.
+
+    Raises:
+        ValueError: it is that one, and would compare each token's logits with that token; or has labels past the
+            vocabulary.
+    """
+    if type(reader.get("self")).__name__ != "LabelSmoother":
+        return
+    labels = reader.get("labels")
+    if isinstance(labels, torch.Tensor) and (labels >= vocab_size).any():
+        raise ValueError(
+            f"label_smoothing_factor is {reader['self'].epsilon}, and labels of the batch are on image placeholders "
+            f"(id {labels.max()}, past the vocabulary of {vocab_size}): TRL labels them in rows of messages. Give rows "
+            "of prompt and completion, LorgnetteCollator as data_collator, or no label smoothing"
+        )
+    if reader.get("shift_labels") is False:
+        raise ValueError(
+            f"label_smoothing_factor is {reader['self'].epsilon}, and Trainer would not shift the labels: it would "
+            "teach each token to predict itself, and not the next. It shifts them for models whose class it knows by "
+            "name, which torch_compile and other wrappers hide, and Seq2SeqTrainer's predict_with_generate never does: "
+            "set label_smoothing_factor to 0, or leave that out"
+        )
+
+
+class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixin):
+    """A causal LM that reads pictures: stage 2, and use.
 
     Build it with [`from_backbones`] or [`from_blip2`], load it with `from_pretrained`. Only the Q-Former, the projector
     and LoRA train.
@@ -75,6 +100,8 @@ class LorgnetteForConditionalGeneration(
     config_class = LorgnetteConfig
     main_input_name = "input_ids"
     backbones = ("language_model", "vision_model")
+    active_bridge: str = "default"  # the adapter set in use
+    _idle_bridges: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -90,10 +117,24 @@ class LorgnetteForConditionalGeneration(
         self.__dict__["_headless"] = headless  # and no submodule: the parts and their keys are this model's own
         self._modules, self.training = headless._modules, headless.training
         self.generation_config = headless.generation_config
-        self.register_forward_pre_hook(_leave_out_placeholders, with_kwargs=True)
+        self.register_forward_pre_hook(_ignore_placeholder_labels, with_kwargs=True)
         self.post_init()
-        if is_new:  # what trains of another's parts is its own affair
+        if is_new:  # the owner of a given model has frozen what is to be frozen
             self.freeze()
+
+    @classmethod
+    def from_backbones(
+        cls, vision: str | Path | PreTrainedModel, text: str | Path | PreTrainedModel, **kwargs: Any
+    ) -> "LorgnetteForConditionalGeneration":
+        """Join pretrained parts: see [`~lorgnette.assembly.assemble.assemble`] for the keywords."""
+        return from_package("assembly.assemble", "from_backbones").assemble(cls, vision, text, **kwargs)
+
+    @classmethod
+    def from_blip2(cls, source: str | Path | PreTrainedModel, **kwargs: Any) -> "LorgnetteForConditionalGeneration":
+        """A `transformers.Blip2ForConditionalGeneration`: see [`~lorgnette.assembly.blip2.convert_generation`]."""
+        return from_package("assembly.blip2", "from_blip2").convert_generation(cls, source, **kwargs)
+
+    # ------------------------------------------------------------------------------------------------ parts
 
     @property
     def base_model(self) -> LorgnetteModel:
@@ -104,103 +145,47 @@ class LorgnetteForConditionalGeneration(
         self._headless.training = mode
         return super().train(mode)
 
-    @classmethod
-    def from_backbones(
-        cls,
-        vision: str | Path | PreTrainedModel,
-        text: str | Path | PreTrainedModel,
-        *,
-        qformer: str | Path | PreTrainedModel | None = None,
-        qformer_config: dict[str, Any] | None = None,
-        num_query_tokens: int | None = None,
-        lora: Any = None,
-        processor: Any = None,
-        vision_feature_layer: int | None = None,
-        vision_feature_select_strategy: str = "full",
-        vision_revision: str | None = None,
-        text_revision: str | None = None,
-        qformer_revision: str | None = None,
-        dtype: torch.dtype | str | None = None,
-        attn_implementation: str | None = None,
-        quantization_config: Any = None,
-    ) -> "LorgnetteForConditionalGeneration":
-        """Join pretrained parts.
+    # the functions of the model without its head, for the same parts
+    get_input_embeddings, set_input_embeddings = (
+        LorgnetteModel.get_input_embeddings,
+        LorgnetteModel.set_input_embeddings,
+    )
+    get_output_embeddings, set_output_embeddings = (
+        LorgnetteModel.get_output_embeddings,
+        LorgnetteModel.set_output_embeddings,
+    )
+    get_decoder, max_text_length = LorgnetteModel.get_decoder, LorgnetteModel.max_text_length
+    enable_adapters, disable_adapters = LorgnetteModel.enable_adapters, LorgnetteModel.disable_adapters
+    disable_adapter, add_adapter, load_adapter = (LorgnetteModel.disable_adapter, *[LorgnetteModel.add_adapter] * 2)
+    _finish_loading, _save_beside = LorgnetteModel._finish_loading, LorgnetteModel._save_beside
 
-        Args:
-            vision: a ViT (ViT, DeiT, CLIP, SigLIP, SigLIP2, DINOv2 …): Hub id, local folder or loaded model.
-            text: any causal LM: Hub id, local folder, `.gguf` file or loaded model.
-            qformer: what the Q-Former starts from: a BERT, or a stage-1 model ([`LorgnetteForImageTextRetrieval`] or
-                its folder), whose text half is left out unless `use_qformer_text_input`. Without it: random numbers.
-            qformer_config: fields of [`LorgnetteQFormerConfig`]; they win over the BERT's.
-            num_query_tokens: soft tokens per image; by default stage 1's, as many as `processor` makes room for, or 32.
-            lora: fields of `peft.LoraConfig`, or one; `{}` for peft's defaults on all attention projections; `None` for
-                no LoRA.
-            processor: the [`LorgnetteProcessor`] to be used. It decides the placeholder's id and what ends an answer,
-                and is saved with the model. Without it the id is read from the tokenizer beside `text`, and without
-                that it is the first past the LM's vocabulary.
-            vision_feature_layer, vision_feature_select_strategy: see [`LorgnetteConfig`].
-            vision_revision, text_revision, qformer_revision: branch, tag or commit on the Hub.
-            dtype: of all parts; float32 by default, `"auto"` is that of the checkpoints. Loaded models keep theirs
-                unless it is given. Those of ViT and LM have to agree.
-            attn_implementation: `"eager"`, `"sdpa"`, `"flash_attention_2"`; transformers chooses by default.
-            quantization_config: of the LM's base weights, `transformers.BitsAndBytesConfig` for one; all else keeps
-                `dtype`. The LM has to be a Hub id or a folder.
+    def get_image_features(self, *args: Any, **kwargs: Any) -> LorgnetteImageFeatures:
+        """See [`LorgnetteModel.get_image_features`]."""
+        return self._headless.get_image_features(*args, **kwargs)
 
-        Raises:
-            ValueError: a backbone of the wrong kind or with code of its own, a ViT that draws random numbers, an LM
-                that does not go on from embeddings with a cache, backbones of two dtypes, LoRA targets that match
-                nothing, a BERT of another shape, tokens that the LM has no embeddings for.
-            OSError: a backbone cannot be found.
-        """
-        dtype = parse_dtype(dtype)
-        seen = load_vision_model(vision, vision_revision, dtype, attn_implementation, vision_feature_layer)
-        spoken = load_language_model(text, text_revision, dtype, attn_implementation, quantization_config)
-        started = QFormerStart.load(qformer, qformer_revision)
-        started.check_vision(seen.model)
-        if dtype in (None, "auto") and seen.model.dtype != spoken.model.dtype:
-            raise ValueError(
-                f"The ViT is {seen.model.dtype}, the LM {spoken.model.dtype}: pass dtype= to join them in one"
-            )
+    def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """See [`LorgnetteModel.get_placeholder_mask`]."""
+        return self._headless.get_placeholder_mask(*args, **kwargs)
 
-        num_embeddings = spoken.model.get_input_embeddings().num_embeddings
-        if processor is not None:
-            image_token_id = processor.image_token_id
-            check_token_ids(processor.tokenizer, image_token_id, num_embeddings)
-        else:
-            image_token_id = next_free_token_id(text, text_revision, num_embeddings)
-        config = LorgnetteConfig(
-            vision_config=seen.model.config,
-            qformer_config=started.fields(qformer_config),
-            text_config=spoken.model.config,
-            image_token_id=image_token_id,
-            **started.settle(
-                processor,
-                num_query_tokens=num_query_tokens,
-                vision_feature_layer=vision_feature_layer,
-                vision_feature_select_strategy=vision_feature_select_strategy,
-            ),
-            lora_config=resolve_lora_config(lora, spoken.model) if lora is not None else None,
-            vision_backbone=seen.name,
-            vision_backbone_revision=seen.revision,
-            text_backbone=spoken.name,
-            text_backbone_revision=spoken.revision,
-            qformer_backbone=started.name,
-            qformer_backbone_revision=started.revision,
-            attn_implementation=attn_implementation,
-        )
-        model = cls(config, vision_model=seen.model, language_model=spoken.model)
-        if quantization_config is not None:  # transformers puts a quantised LM on the GPU, where there is one
-            for part in (model.vision_model, model.qformer, model.projector):
-                part.to(spoken.model.device)
-        started.load_into(model.qformer)
-        model.cast_parameters(spoken.model.dtype if dtype in (None, "auto") else dtype)
-        model.say_backbones_are_loaded()
-        if processor is not None:
-            model.adopt_processor(processor)
-        return model
+    def load_lm_adapter(self, source: str | Path, **kwargs: Any) -> None:
+        """Replace LoRA by one of peft's: see [`~lorgnette.assembly.foreign_adapters.load_lm_adapter`]."""
+        from_package("assembly.foreign_adapters", "load_lm_adapter").load_lm_adapter(self, source, **kwargs)
+
+    @property
+    def bridges(self) -> list[str]:
+        """The names of all adapter sets, the one in use (`active_bridge`) among them."""
+        return sorted([self.active_bridge, *self._idle_bridges])
+
+    def load_bridge(self, source: str | Path, name: str, **kwargs: Any) -> None:
+        """Add an adapter set of another saved model: see [`~lorgnette.assembly.adapter_sets.load_bridge`]."""
+        from_package("assembly.adapter_sets", "load_bridge").load_bridge(self, source, name, **kwargs)
+
+    def set_bridge(self, name: str) -> None:
+        """Use another adapter set: see [`~lorgnette.assembly.adapter_sets.set_bridge`]."""
+        from_package("assembly.adapter_sets", "set_bridge").set_bridge(self, name)
 
     def adopt_processor(self, processor: Any) -> None:
-        """Make a processor this model's own: it is saved along with it, and what ends an answer there ends it here.
+        """Save this processor with the model, and end answers where it says.
 
         Raises:
             ValueError: it does not fit, see [`check_processor`].
@@ -214,7 +199,7 @@ class LorgnetteForConditionalGeneration(
         self.generation_config.pad_token_id = processor.tokenizer.pad_token_id
 
     def check_processor(self, processor: Any) -> None:
-        """See to it that a processor makes what this model reads.
+        """Check that a processor makes this model's inputs.
 
         Raises:
             ValueError: another placeholder or another number of them, with both; tokens past the language model's table
@@ -227,33 +212,17 @@ class LorgnetteForConditionalGeneration(
                     f"The model's {field} is {ours}, the processor's {theirs}: they do not belong together"
                 )
         check_token_ids(processor.tokenizer, processor.image_token_id, self.get_input_embeddings().num_embeddings)
-        takes_text = self.config.qformer_config.use_qformer_text_input
-        if takes_text != (processor.qformer_tokenizer is not None):
+        config, tokenizer = self.config.qformer_config, processor.qformer_tokenizer
+        if config.use_qformer_text_input != (tokenizer is not None):
             raise ValueError(
-                f"qformer_config.use_qformer_text_input is {takes_text}, and the processor has "
-                f"{'no' if takes_text else 'a'} qformer_tokenizer: instructions need both"
+                f"qformer_config.use_qformer_text_input is {config.use_qformer_text_input}, and the processor has "
+                f"{'no' if tokenizer is None else 'a'} qformer_tokenizer: instructions need both"
             )
-        if takes_text and len(processor.qformer_tokenizer) > self.config.qformer_config.vocab_size:
+        if tokenizer is not None and len(tokenizer) > config.vocab_size:
             raise ValueError(
-                f"qformer_config.vocab_size is {self.config.qformer_config.vocab_size}, and the processor's "
-                f"qformer_tokenizer has {len(processor.qformer_tokenizer)} tokens"
+                f"qformer_config.vocab_size is {config.vocab_size}, and the processor's qformer_tokenizer has "
+                f"{len(tokenizer)} tokens"
             )
-
-    # ------------------------------------------------------------------------------------------------ parts
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.language_model.set_output_embeddings(new_embeddings)
-
-    def get_image_features(self, *args: Any, **kwargs: Any) -> LorgnetteImageFeatures:
-        """See [`LorgnetteModel.get_image_features`]."""
-        return self.base_model.get_image_features(*args, **kwargs)
-
-    def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """See [`LorgnetteModel.get_placeholder_mask`]."""
-        return self.base_model.get_placeholder_mask(*args, **kwargs)
 
     def _get_name(self) -> str:
         """A causal LM's: where Trainer smooths labels, it shifts them for models of these names alone."""
@@ -262,7 +231,7 @@ class LorgnetteForConditionalGeneration(
     def __repr__(self) -> str:
         return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
 
-    # ------------------------------------------------------------------------------------------------ speaking
+    # ------------------------------------------------------------------------------------------------ forward
 
     @can_return_tuple
     def forward(
@@ -280,7 +249,7 @@ class LorgnetteForConditionalGeneration(
         image_rows: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
-        document_ids: torch.Tensor | None = None,
+        sequence_ids: torch.Tensor | None = None,
         supervised_positions: torch.Tensor | None = None,
         shared_input_ids: torch.Tensor | None = None,
         row_index: torch.Tensor | None = None,
@@ -298,13 +267,13 @@ class LorgnetteForConditionalGeneration(
             labels: `(B, S)`, -100 where nothing is to be learned.
             pixel_attention_mask, spatial_shapes, image_rows, qformer_input_ids, qformer_attention_mask: see
                 [`get_image_features`].
-            document_ids: `(B, S)` int64: where several documents share a row, which one each token is of, numbered from
-                0 through the batch, and -1 for padding; in place of `attention_mask` and `position_ids`.
+            sequence_ids: `(B, S)` int64, of several sequences packed into a row: the one that each token belongs to,
+                numbered from 0 through the batch, and -1 for padding; in place of `attention_mask` and `position_ids`.
             supervised_positions: `(K,)` int64, where in `labels`, flat, those are that are not -100; 0 for padding.
-                Without them the head of a compiled model sees all positions in training.
+                Without them the head of a compiled model computes all positions in training.
             shared_input_ids: `(B, P)`, the first tokens of `input_ids` where they are the same in all rows: in training
                 the language model runs them once. The loss is the same without.
-            row_index: `(B,)` rows of the data set, or `(D,)` of D documents, for error messages alone.
+            row_index: `(B,)` rows of the data set, or `(D,)` of D packed sequences, for error messages alone.
             kwargs: for the language model (`use_cache`, `num_items_in_batch`, `output_attentions` …).
 
         Returns:
@@ -313,57 +282,56 @@ class LorgnetteForConditionalGeneration(
 
         Raises:
             ValueError: placeholders and images that do not match, labels on placeholders, pictures that are not finite;
-                each names the row. Documents that the language model cannot be kept from mixing, or weights in float16
-                that train.
+                each names the row. Sequences that the language model cannot separate, or weights in float16 that train.
+            ImportError: `sequence_ids` or `shared_input_ids`, and the package is not installed.
         """
         # Trainer keeps the labels, and counts them, where it computes the loss itself
         if self.training and (labels is not None or kwargs.get("num_items_in_batch") is not None):
             self.check_trainable()
-        inputs, features = self.base_model.lm_inputs(
+        images = {
+            "pixel_values": pixel_values,
+            "vision_features": vision_features,
+            "pixel_attention_mask": pixel_attention_mask,
+            "spatial_shapes": spatial_shapes,
+            "image_rows": image_rows,
+            "qformer_input_ids": qformer_input_ids,
+            "qformer_attention_mask": qformer_attention_mask,
+        }
+        inputs, features = self._headless.lm_inputs(
             input_ids,
-            inputs_embeds,
             attention_mask,
             position_ids,
             one_cache(past_key_values, cache),
-            document_ids,
+            inputs_embeds,
+            images,
             row_index,
+            sequence_ids,
             labels,
             supervised_positions,
-            pixel_values=pixel_values,
-            vision_features=vision_features,
-            pixel_attention_mask=pixel_attention_mask,
-            spatial_shapes=spatial_shapes,
-            image_rows=image_rows,
-            qformer_input_ids=qformer_input_ids,
-            qformer_attention_mask=qformer_attention_mask,
         )
         lm_forward = self.language_model
         if self.training and labels is not None and can_supervise(self.language_model, kwargs):
             if inputs["labels"].shape != labels.shape:  # FlashAttention's packed rows are one
                 supervised_positions = None
             lm_forward = partial(supervised_loss, self.language_model, supervised_positions=supervised_positions)
-            if shared_input_ids is not None and can_share(self.language_model, inputs | kwargs):
-                inputs["num_shared_tokens"] = shared_input_ids.shape[1]
-                inputs["labels"] = checked_shared(
-                    labels, shared_input_ids, input_ids, attention_mask, row_index, self.config.image_token_id
-                )
+            if shared_input_ids is not None:
+                prefix = from_package("assembly.shared_prefix", "A batch with shared_input_ids")
+                rows = (shared_input_ids, input_ids, attention_mask, row_index, self.config.image_token_id)
+                inputs |= prefix.shared_inputs(self.language_model, inputs | kwargs, labels, *rows)
         outputs = lm_forward(return_dict=True, **inputs | kwargs)
+        states = {
+            "hidden_states": getattr(outputs, "hidden_states", None),
+            "attentions": getattr(outputs, "attentions", None),  # Mamba has none
+            "image_hidden_states": None if features is None else features.pooler_output,
+        }
         if outputs.logits is None:
-            return LorgnetteLossOutput(
-                loss=outputs.loss,
-                hidden_states=outputs.hidden_states,
-                attentions=outputs.attentions,
-                image_hidden_states=None if features is None else features.pooler_output,
-            )
+            return LorgnetteLossOutput(loss=outputs.loss, **states)
+        past = {KV_CACHE: getattr(outputs, KV_CACHE, None)}
         return LorgnetteCausalLMOutputWithPast(
-            loss=outputs.loss,
-            logits=outputs.logits,
-            hidden_states=getattr(outputs, "hidden_states", None),
-            attentions=getattr(outputs, "attentions", None),  # Mamba has none
-            image_hidden_states=None if features is None else features.pooler_output,
-            image_outputs=features,
-            **{KV_CACHE: getattr(outputs, KV_CACHE, None)},
+            loss=outputs.loss, logits=outputs.logits, image_outputs=features, **states, **past
         )
+
+    # ------------------------------------------------------------------------------------------------ generation
 
     @torch.no_grad()
     def generate(
@@ -372,13 +340,6 @@ class LorgnetteForConditionalGeneration(
         generation_config: GenerationConfig | None = None,
         *,
         input_ids: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        vision_features: torch.Tensor | None = None,
-        pixel_attention_mask: torch.Tensor | None = None,
-        spatial_shapes: torch.Tensor | None = None,
-        image_rows: torch.Tensor | None = None,
-        qformer_input_ids: torch.Tensor | None = None,
-        qformer_attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As `GenerationMixin.generate`: prompt and continuation, `(B, S + new)`.
@@ -388,81 +349,100 @@ class LorgnetteForConditionalGeneration(
 
         A batch with `labels`, as `Seq2SeqTrainer(predict_with_generate=True)` gives it, is cut to its prompts, which
         are padded on the left: S is their width. Images without `input_ids` are asked the processor's own query, each
-        in a row of its own; the processor is the one that the model was joined with or lay beside.
+        in a row of its own; the processor is the one that the model was joined with or loaded beside.
+
+        Args:
+            kwargs: what `forward` reads of images, and transformers' keywords.
 
         Raises:
             ValueError: as in `forward`; prompts padded on the right, labels that are not one answer at the end of each
                 row; images with a way of decoding that reads token ids alone; images alone, and no processor known.
         """
-        input_ids, kwargs = prompts_of(
-            inputs if input_ids is None else input_ids, kwargs, self.generation_config.pad_token_id
-        )
+        images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS}
+        input_ids = inputs if input_ids is None else input_ids
+        if kwargs.get("labels") is not None:
+            training = from_package("assembly.training_prompts", "generate with labels")
+            input_ids, kwargs = training.prompts_of(input_ids, kwargs, self.generation_config.pad_token_id)
+        check_prompts(kwargs)
         if input_ids is not None and input_ids.is_floating_point():
             raise ValueError(
                 f"generate was given {input_ids.dtype} {tuple(input_ids.shape)} in the place of input_ids, the "
                 "prompts' ids (B, S): pictures go in as pixel_values=…"
             )
         configs = (generation_config, self.generation_config)
-        has_images = pixel_values is not None or vision_features is not None
+        has_images = images["pixel_values"] is not None or images["vision_features"] is not None
         check_decoding(has_images or kwargs.get("inputs_embeds") is not None, kwargs, *configs)
-        if asked_for("stop_strings", kwargs, *configs) and kwargs.get("tokenizer") is None:
+        if setting_of("stop_strings", kwargs, *configs) and kwargs.get("tokenizer") is None:
             kwargs["tokenizer"] = self._known_processor("give its tokenizer=, which stop_strings need").tokenizer
         if has_images:
             if input_ids is None and kwargs.get("inputs_embeds") is None:
-                pictures = pixel_values if vision_features is None else vision_features
-                count = len(pictures if image_rows is None else image_rows)
                 if (mask := kwargs.get("attention_mask")) is not None:
                     raise ValueError(
                         f"attention_mask {tuple(mask.shape)} was given without the input_ids that it is for: give "
                         "both, or the images alone, which are asked the processor's own query"
                     )
-                input_ids, words = self._own_prompts(count)
-                if qformer_input_ids is None:
-                    qformer_input_ids, qformer_attention_mask = words
-            kwargs["inputs_embeds"], _ = self.base_model.embed(
-                input_ids,
-                kwargs.get("inputs_embeds"),
-                kwargs.pop("row_index", None),
-                pixel_values=pixel_values,
-                vision_features=vision_features,
-                pixel_attention_mask=pixel_attention_mask,
-                spatial_shapes=spatial_shapes,
-                image_rows=image_rows,
-                qformer_input_ids=qformer_input_ids,
-                qformer_attention_mask=qformer_attention_mask,
-            )
+                input_ids, own = self._own_prompts(images)
+                images |= own
+            row_index = kwargs.pop("row_index", None)
+            kwargs["inputs_embeds"], _ = self._headless.embed(input_ids, kwargs.get("inputs_embeds"), images, row_index)
         return super().generate(input_ids, generation_config, **kwargs)
 
-    def _own_prompts(self, count: int) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
-        """`(count, S)`: what the processor asks of one image each; and the same for the Q-Former, ids and mask."""
+    def _own_prompts(self, images: dict[str, torch.Tensor | None]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`(N, S)`, the processor's own query about each of N images; and the same for a Q-Former that reads it."""
         processor = self._known_processor(
             "give input_ids with the images' placeholders, or the model its processor: adopt_processor(…)"
         )
         self.check_processor(processor)
+        shown = next(
+            images[name] for name in ("image_rows", "vision_features", "pixel_values") if images[name] is not None
+        )
         prompt, _ = processor.encode_example(None)
-        words = (None, None)
-        if self.config.qformer_config.use_qformer_text_input:
-            encoded = processor.encode_for_qformer([processor.query] * count, return_tensors="pt")
-            words = (encoded["input_ids"].to(self.device), encoded["attention_mask"].to(self.device))
-        return torch.tensor([prompt] * count, device=self.device), words
+        text = {}
+        if self.config.qformer_config.use_qformer_text_input and images["qformer_input_ids"] is None:
+            encoded = processor.encode_for_qformer([processor.query] * len(shown), return_tensors="pt")
+            text = {f"qformer_{name}": encoded[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        return torch.tensor([prompt] * len(shown), device=self.device), text
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs
-    ):
-        """The language model's own: its cache, positions and masks are its business."""
+        self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The language model's own: it knows its cache, positions and masks."""
         return self.language_model.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     def _supports_default_dynamic_cache(self) -> bool:
         return self.language_model._supports_default_dynamic_cache()
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        return PlaceholderBlind(super()._get_logits_processor(*args, **kwargs), self.config.image_token_id)
+        # no public hook lets a model wrap the processors that a caller gives
+        return ImageTokenLogitsProcessor(super()._get_logits_processor(*args, **kwargs), self.config.image_token_id)
 
 
 LorgnetteModel.head_class = LorgnetteForConditionalGeneration
 
 
-def _leave_out_placeholders(
+class ImageTokenLogitsProcessor(LogitsProcessorList):
+    """Logits processors that see no placeholders: their id cannot be generated, nor be looked up in the scores.
+
+    The id may be past the vocabulary, where a repetition penalty's look-up would fail. In its place the processors see
+    a token that the row holds anyway, so that what they count as "already there" stays the same.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, image_token_id: int):
+        super().__init__(processors)
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """`input_ids` `(B, S)`, `scores` `(B, vocabulary)`; returns scores."""
+        placeholders = input_ids == self.image_token_id
+        if input_ids.shape[1] > 0:
+            present = input_ids.masked_fill(placeholders, 0).amax(dim=1, keepdim=True)
+            input_ids = torch.where(placeholders, present, input_ids)
+        if self.image_token_id < scores.shape[-1]:
+            scores = scores.index_fill(1, torch.tensor(self.image_token_id, device=scores.device), -torch.inf)
+        return super().__call__(input_ids, scores, **kwargs)
+
+
+def _ignore_placeholder_labels(
     model: LorgnetteForConditionalGeneration, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Labels on placeholders are left out where a trainer computes the loss from states by itself.
@@ -493,4 +473,4 @@ def _leave_out_placeholders(
     return args, kwargs | {"labels": labels.masked_fill(labelled, IGNORED)}
 
 
-__all__ = ["LorgnetteForConditionalGeneration"]
+__all__ = ["LorgnetteCausalLMOutputWithPast", "LorgnetteForConditionalGeneration"]

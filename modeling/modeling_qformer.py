@@ -4,13 +4,11 @@
 - parameter names and outputs are those of `transformers.Blip2QFormerModel` (`models/blip_2/modeling_blip_2.py`), plus
   `query_tokens` and, with a text half, `embeddings` (there: `Blip2TextEmbeddings`)
 - runs in the model's own dtype, through `ALL_ATTENTION_FUNCTIONS` (eager, sdpa, FlashAttention, flex)
-- started from any BERT by `load_bert`
 
 Shapes: B images, Q queries, T text tokens, L image tokens, D width, E width of the image features.
 """
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Unpack
 
 import torch
@@ -22,14 +20,12 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import TransformersKwargs, logging
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig
+from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig, from_package
 
-
-logger = logging.get_logger(__name__)
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -415,51 +411,9 @@ class LorgnetteQFormerModel(PreTrainedModel):
             # zeros, as BLIP-2 starts them, would make all queries equal, and equal they would stay
             init.normal_(self.query_tokens.weight, std=self.config.initializer_range)
 
-    @torch.no_grad()
     def load_bert(self, bert: PreTrainedModel) -> None:
-        """Start from a BERT (BLIP-2, section 3.1): take over self-attention and feed-forward, leave cross-attention.
-
-        The query feed-forward starts as a copy of the text one. BERT's first token type, which it adds to every token,
-        goes into the position embeddings. What was taken, and what was not, is logged.
-
-        Args:
-            bert: a model with BERT's parameter names, at least as many layers and the same widths.
-
-        Raises:
-            ValueError: it is no BERT, has another shape or too few layers; names the first tensor that does not fit.
-        """
-        kind, source, own = bert.config.model_type, bert.base_model.state_dict(), self.state_dict()
-        if self.config.use_qformer_text_input and kind != "bert":
-            raise ValueError(f'The text half needs model_type "bert"; "{kind}" counts its positions in another way')
-        if "embeddings.token_type_embeddings.weight" in source:
-            positions = source["embeddings.position_embeddings.weight"]
-            source["embeddings.position_embeddings.weight"] = (
-                positions + source["embeddings.token_type_embeddings.weight"][0]
-            )
-        words = source.get("embeddings.word_embeddings.weight")
-        if self.config.dec_token_id is not None and words is not None and words.shape[0] == self.config.vocab_size - 1:
-            # [DEC] is ours: its row is put in, as it was drawn
-            drawn = own["embeddings.word_embeddings.weight"][self.config.dec_token_id :]
-            source["embeddings.word_embeddings.weight"] = torch.cat([words, drawn.to(words)])
-        taken: dict[str, torch.Tensor] = {}
-        for name, tensor in own.items():
-            if "crossattention" in name or name.startswith("query_tokens"):
-                continue
-            theirs = _name_in_bert(name)
-            if theirs not in source:
-                raise ValueError(
-                    f"{type(bert).__name__} has no weight {theirs!r}: the Q-Former starts from a BERT with at least "
-                    f"{self.config.num_hidden_layers} layers"
-                )
-            if source[theirs].shape != tensor.shape:
-                raise ValueError(
-                    f"{type(bert).__name__}'s {theirs!r} is {tuple(source[theirs].shape)} and the Q-Former's "
-                    f"{name!r} is {tuple(tensor.shape)}: their configs differ"
-                )
-            taken[name] = source[theirs]
-        self.load_state_dict(taken, strict=False)
-        fresh = _modules_of(name for name in own if name not in taken)
-        logger.info(f"Q-Former: {len(taken)} tensors taken from {type(bert).__name__}; fresh: {fresh}")
+        """Copy the weights of a BERT: see [`~lorgnette.assembly.qformer_init.load_bert_weights`]."""
+        from_package("assembly.qformer_init", "load_bert").load_bert_weights(self, bert)
 
 
 def multimodal_causal(num_queries: int) -> Callable:
@@ -469,27 +423,6 @@ def multimodal_causal(num_queries: int) -> Callable:
         return (kv_idx < num_queries) | ((q_idx >= num_queries) & (kv_idx <= q_idx))
 
     return sees
-
-
-def _name_in_bert(name: str) -> str:
-    """The name that `transformers.BertModel` gives to a parameter of the Q-Former."""
-    if name.startswith("layernorm."):
-        return name.replace("layernorm", "embeddings.LayerNorm")
-    name = name.replace("attention.attention.", "attention.self.")
-    return name.replace("intermediate_query.", "intermediate.").replace("output_query.", "output.")
-
-
-def _modules_of(names: Iterable[str]) -> str:
-    """Which modules these parameters are in, in brief: `query_tokens; crossattention of layers 0, 2, 4`."""
-    modules: dict[str, set[int]] = {}
-    for name in names:
-        in_layer = re.search(r"\.(\d+)\.(\w+)", name)
-        module, layers = (in_layer[2], {int(in_layer[1])}) if in_layer else (name.split(".")[0], set())
-        modules.setdefault(module, set()).update(layers)
-    return "; ".join(
-        f"{module} of layers {', '.join(map(str, sorted(layers)))}" if layers else module
-        for module, layers in modules.items()
-    )
 
 
 __all__ = ["LorgnetteQFormerModel"]

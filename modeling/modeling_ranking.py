@@ -4,100 +4,101 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .modeling_losses import similarities
-from .modeling_placeholders import check_finite
+from .modeling_checks import check_finite
+from .modeling_contrastive import similarities
 
 
 RERANKED = 128  # candidates that ITM looks at, as in BLIP-2's evaluation
 
 
-class ImageTextRanking:
-    """`retrieve`, for a model that projects pictures and texts into one space and tells whether they match."""
+@torch.no_grad()
+def retrieve(
+    model: PreTrainedModel,
+    images: Iterable[Any] | torch.Tensor,
+    texts: Iterable[str],
+    *,
+    rerank: bool | int = False,
+    processor: Any = None,
+    batch_size: int = 32,
+) -> torch.Tensor:
+    """How well each text fits each picture. Sort along either axis.
 
-    @torch.no_grad()
-    def retrieve(
-        self,
-        images: Iterable[Any] | torch.Tensor,
-        texts: Iterable[str],
-        *,
-        rerank: bool | int = False,
-        processor: Any = None,
-        batch_size: int = 32,
-    ) -> torch.Tensor:
-        """How well each text fits each picture. Sort along either axis.
+    Args:
+        model: a [`LorgnetteForImageTextRetrieval`].
+        images: M pictures, of any kind that [`LorgnetteProcessor`] takes; or the ViT's features of them, `(M, L, E)`.
+            An iterator is read to its end.
+        texts: N strings; or an iterator over them.
+        rerank: let ITM score the best pairs: of each picture its nearest texts and of each text its nearest pictures,
+            128 each as in BLIP-2 (appendix), or this number. They come before all other pairs.
+        processor: by default the one that the model was joined with or loaded beside.
+        batch_size: pictures, texts or pairs at a time.
 
-        Args:
-            images: M pictures, of any kind that [`LorgnetteProcessor`] takes; or the ViT's features of them,
-                `(M, L, E)`. An iterator is read to its end.
-            texts: N strings; or an iterator over them.
-            rerank: let ITM look at the best pairs: of each picture its nearest texts and of each text its nearest
-                pictures, 128 each as in BLIP-2 (appendix), or this number. They come before all other pairs.
-            processor: by default the one that the model was joined with or lay beside.
-            batch_size: pictures, texts or pairs at a time.
+    Returns:
+        `(M, N)` float32 on the CPU: cosines, from -1 to 1; where re-ranked, 2 + the cosine + ITM's probability.
 
-        Returns:
-            `(M, N)` float32 on the CPU: cosines, from -1 to 1; where re-ranked, 2 + the cosine + ITM's probability.
+    Raises:
+        TypeError: one string, picture or dict in place of a list of them.
+        ValueError: nothing to compare; a model without ITC, or, to re-rank, without ITM; no processor known, or one
+            that does not fit.
+    """
+    images, texts = _listed("images", images), _listed("texts", texts)
+    if rerank:
+        model.require_loss("itm_weight", "nothing can re-rank")
+    if len(images) == 0 or len(texts) == 0:
+        raise ValueError(f"{len(images)} images and {len(texts)} texts: there is nothing to compare")
+    processor = model._known_processor() if processor is None else processor
+    model.check_processor(processor)
+    count, was_training = (RERANKED if rerank is True else int(rerank)), model.training
+    model.eval()  # in the middle of training, too
+    try:
+        return _score(model, images, texts, count, processor, batch_size)
+    finally:
+        model.train(was_training)
 
-        Raises:
-            TypeError: one string, picture or dict in place of a list of them.
-            ValueError: nothing to compare; a model without ITC, or, to re-rank, without ITM; no processor known, or
-                one that does not fit.
-        """
-        images, texts = _listed("images", images), _listed("texts", texts)
+
+def _score(
+    model: PreTrainedModel,
+    images: Sequence[Any] | torch.Tensor,
+    texts: Sequence[str],
+    rerank: int,
+    processor: Any,
+    batch_size: int,
+) -> torch.Tensor:
+    encoded = processor(text=list(texts), padding=True, return_tensors="pt").to(model.device)
+    text_embeds = torch.cat(
+        [model.embed_texts(**take_rows(encoded, rows)) for rows in _batches(len(texts), batch_size, "texts")]
+    )
+    scores, kept = [], []
+    for rows in _batches(len(images), batch_size, "images"):
+        if isinstance(images, torch.Tensor):
+            inputs = {"vision_features": images[rows].to(model.device)}
+        else:
+            inputs = processor(images=[images[row] for row in rows], return_tensors="pt").to(model.device)
+        names = ("pixel_values", "vision_features", "pixel_attention_mask", "spatial_shapes")
+        pixel_values, vision_features, mask, spatial_shapes = (inputs.get(name) for name in names)
+        check_finite(pixel_values if vision_features is None else vision_features, None, None)
+        features = model.vision_features_of(pixel_values, vision_features, mask, spatial_shapes)
+        image = {"encoder_hidden_states": features, "encoder_attention_mask": mask}
+        scores.append(similarities(model.embed_images(image), text_embeds))
         if rerank:
-            self._require("itm_weight", "nothing can re-rank")
-        if len(images) == 0 or len(texts) == 0:
-            raise ValueError(f"{len(images)} images and {len(texts)} texts: there is nothing to compare")
-        processor = self._known_processor() if processor is None else processor
-        self.check_processor(processor)
-        count, was_training = (RERANKED if rerank is True else int(rerank)), self.training
-        self.eval()  # in the middle of training, too
-        try:
-            return self._score(images, texts, count, processor, batch_size)
-        finally:
-            self.train(was_training)
-
-    def _score(
-        self, images: Sequence[Any] | torch.Tensor, texts: Sequence[str], rerank: int, processor: Any, batch_size: int
-    ) -> torch.Tensor:
-        encoded = processor(text=list(texts), padding=True, return_tensors="pt").to(self.device)
-        text_embeds = torch.cat(
-            [self.embed_texts(**take_rows(encoded, rows)) for rows in _batches(len(texts), batch_size, "texts")]
-        )
-        scores, kept = [], []
-        for rows in _batches(len(images), batch_size, "images"):
-            if isinstance(images, torch.Tensor):
-                seen = {"vision_features": images[rows].to(self.device)}
-            else:
-                seen = processor(images=[images[row] for row in rows], return_tensors="pt").to(self.device)
-            mask, pictures, known = (
-                seen.get(name) for name in ("pixel_attention_mask", "pixel_values", "vision_features")
-            )
-            check_finite(pictures if known is None else known, None, None)
-            features = self._look(pictures, known, mask, seen.get("spatial_shapes"))
-            image = {"encoder_hidden_states": features, "encoder_attention_mask": mask}
-            queries, _ = self._read(image, None)
-            scores.append(similarities(self._project(queries), text_embeds))
-            if rerank:
-                # off the device, for they may be many
-                kept.append({name: None if tensor is None else tensor.cpu() for name, tensor in image.items()})
-        scores = torch.cat(scores)
-        if rerank:
-            pairs = _best_pairs(scores, rerank)  # (R, 2)
-            seen = {
-                name: None if kept[0][name] is None else torch.cat([part[name] for part in kept]) for name in kept[0]
+            # off the device, for they may be many
+            kept.append({name: None if tensor is None else tensor.cpu() for name, tensor in image.items()})
+    scores = torch.cat(scores)
+    if rerank:
+        pairs = _best_pairs(scores, rerank)  # (R, 2)
+        stored = {name: None if kept[0][name] is None else torch.cat([part[name] for part in kept]) for name in kept[0]}
+        for rows in _batches(len(pairs), batch_size, "pairs"):
+            at = pairs[rows].T
+            image = {
+                name: None if tensor is None else tensor.to(model.device)
+                for name, tensor in take_rows(stored, at[0].cpu()).items()
             }
-            for rows in _batches(len(pairs), batch_size, "pairs"):
-                at = pairs[rows].T
-                image = {
-                    name: None if tensor is None else tensor.to(self.device)
-                    for name, tensor in take_rows(seen, at[0].cpu()).items()
-                }
-                logits = self._match_logits(image, take_rows(encoded, at[1]))
-                scores[at[0], at[1]] += 2 + logits.float().softmax(dim=-1)[:, 1]
-        return scores.cpu()
+            logits = model.match_logits(image, take_rows(encoded, at[1]))
+            scores[at[0], at[1]] += 2 + logits.float().softmax(dim=-1)[:, 1]
+    return scores.cpu()
 
 
 def _listed(name: str, given: Any) -> Any:
@@ -129,4 +130,4 @@ def _best_pairs(scores: torch.Tensor, count: int) -> torch.Tensor:
     return best.nonzero()
 
 
-__all__ = ["ImageTextRanking", "take_rows"]
+__all__ = ["retrieve", "take_rows"]

@@ -13,6 +13,7 @@ Shapes: B pairs, L image tokens, E their width, T text tokens, Q queries, D the 
 """
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +22,89 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig, LorgnetteRetrievalConfig
-from .modeling_backbones import load_bert, load_vision_model, new_vision_model, parse_dtype, qformer_fields
+from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig, from_package
+from ..configuration.configuration_retrieval import LorgnetteRetrievalConfig
 from .modeling_base import LorgnettePreTrainedModel
-from .modeling_blip2 import Blip2Retrieval
-from .modeling_checks import IGNORED, checked_candidates, checked_texts
-from .modeling_losses import (
+from .modeling_checks import IGNORED, check_finite, row_name, value_check
+from .modeling_contrastive import (
     contrastive_loss,
     draw_negatives,
     gather,
     generation_loss,
-    in_process_group,
     matching_loss,
     processes,
     same_caption,
     similarities,
 )
-from .modeling_outputs_lorgnette import LorgnetteImageTextOutput
+from .modeling_loading import new_vision_model
+from .modeling_loss import in_process_group, supervised
 from .modeling_qformer import LorgnetteQFormerModel
-from .modeling_ranking import ImageTextRanking, take_rows
-from .modeling_supervision import supervised
+from .modeling_ranking import retrieve, take_rows
 
 
 START_TEMPERATURE = 0.07  # of the contrast, as in BLIP-2
 MAX_LOGIT_SCALE = 100.0  # CLIP (Radford et al. 2021, section 2.5): beyond it training is not stable
+
+
+@value_check
+def checked_texts(
+    attention_mask: torch.Tensor,
+    pictures: torch.Tensor,
+    image_rows: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+) -> torch.Tensor:
+    """The mask `(B, T)` of texts that are padded on the right alone, beside pictures `(N, …)` that are finite.
+
+    Raises:
+        ValueError: names the row.
+    """
+    check_finite(pictures, None, row_index, image_rows)
+    left = attention_mask[:, 0] == 0
+    if left.any():
+        raise ValueError(
+            f"{row_name(int(left.nonzero()[0]), row_index)} is padded on the left: a text begins with its [CLS]"
+        )
+    return attention_mask.clone()
+
+
+@value_check
+def checked_candidates(candidates: torch.Tensor, row_index: torch.Tensor | None) -> torch.Tensor:
+    """`(N, N)` bool, which texts are negatives of which pairs: some are.
+
+    Raises:
+        ValueError: none is.
+    """
+    if len(candidates) == 1:
+        raise ValueError(
+            f"{row_name(0, row_index)} is alone in its batch: there are no negatives to tell it from. "
+            "dataloader_drop_last leaves out such a last batch"
+        )
+    if not candidates.any():
+        raise ValueError(
+            f"{row_name(0, row_index)} and the {len(candidates) - 1} others of its batch have the same "
+            "caption: there are no negatives to tell them from. Larger batches may help"
+        )
+    return candidates.clone()
+
+
+@dataclass
+class LorgnetteImageTextOutput(ModelOutput):
+    """What [`LorgnetteForImageTextRetrieval`] returns.
+
+    Args:
+        loss: the weighted sum of the three, where they were asked for.
+        loss_itc, loss_itm, loss_itg: scalars; None where the weight is 0.
+        logits_per_image: `(B, B)` float32, cosines of the pictures and texts of this process; None without ITC.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_itc: torch.Tensor | None = None
+    loss_itm: torch.Tensor | None = None
+    loss_itg: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
 
 
 class LorgnetteTextHead(nn.Module):
@@ -65,11 +123,11 @@ class LorgnetteTextHead(nn.Module):
         return nn.functional.linear(hidden_states, word_embeddings, self.bias)
 
 
-class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, LorgnettePreTrainedModel):
+class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
     """A frozen ViT and a Q-Former with its text half: stage 1, and retrieval.
 
-    Build it with [`from_backbones`] or [`from_blip2`], load it with `from_pretrained`. The heads have the names that
-    `transformers.Blip2ForImageTextRetrieval` gives them; a loss of weight 0 has none.
+    Build it with [`from_backbones`] or [`from_blip2`], load it with `from_pretrained`. The heads are named as in
+    `transformers.Blip2ForImageTextRetrieval`; a loss of weight 0 has none.
 
     Args:
         config: [`LorgnetteRetrievalConfig`].
@@ -98,78 +156,14 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         self.freeze()
 
     @classmethod
-    def from_backbones(
-        cls,
-        vision: str | Path | PreTrainedModel,
-        *,
-        qformer: str | Path | PreTrainedModel | None = None,
-        qformer_config: dict[str, Any] | None = None,
-        num_query_tokens: int | None = None,
-        itc_weight: float = 1.0,
-        itm_weight: float = 1.0,
-        itg_weight: float = 1.0,
-        image_text_hidden_size: int = 256,
-        processor: Any = None,
-        vision_feature_layer: int | None = None,
-        vision_feature_select_strategy: str = "full",
-        vision_revision: str | None = None,
-        qformer_revision: str | None = None,
-        dtype: torch.dtype | str | None = None,
-        attn_implementation: str | None = None,
-    ) -> "LorgnetteForImageTextRetrieval":
-        """Join a ViT and a Q-Former.
+    def from_backbones(cls, vision: str | Path | PreTrainedModel, **kwargs: Any) -> "LorgnetteForImageTextRetrieval":
+        """Join a ViT and a Q-Former: see [`~lorgnette.assembly.assemble.assemble_stage1`] for the keywords."""
+        return from_package("assembly.assemble", "from_backbones").assemble_stage1(cls, vision, **kwargs)
 
-        Args:
-            vision: a ViT: Hub id, local folder or loaded model.
-            qformer: the BERT that the Q-Former starts from, text half included; without one it starts at random.
-            qformer_config: fields of [`LorgnetteQFormerConfig`]; they win over the BERT's.
-            num_query_tokens: learned queries; by default as many as `processor` makes room for, or 32.
-            itc_weight, itm_weight, itg_weight, image_text_hidden_size: see [`LorgnetteRetrievalConfig`].
-            processor: the [`LorgnetteProcessor`] to be used, made with `text=None`; saved with the model.
-            vision_feature_layer, vision_feature_select_strategy: see [`LorgnetteBridgeConfig`].
-            vision_revision, qformer_revision: branch, tag or commit on the Hub.
-            dtype: of all parts; the loaded ViT's, or float32, by default; `"auto"` is the ViT's.
-            attn_implementation: `"eager"`, `"sdpa"`, or where `itg_weight` is 0 `"flash_attention_2"`; transformers
-                chooses by default.
-
-        Raises:
-            ValueError: a backbone of the wrong kind, a BERT of another shape, a processor that does not fit.
-            OSError: a backbone cannot be found.
-        """
-        dtype = parse_dtype(dtype)
-        seen = load_vision_model(vision, vision_revision, dtype, attn_implementation, vision_feature_layer)
-        started = load_bert(qformer, qformer_revision) if qformer is not None else None
-        fields = qformer_fields(started, qformer_config) | {"use_qformer_text_input": True}
-        if itg_weight and fields.get("dec_token_id") is None:
-            fields["dec_token_id"] = fields.get("vocab_size", LorgnetteQFormerConfig().vocab_size)
-            fields["vocab_size"] = fields["dec_token_id"] + 1
-        if num_query_tokens is None:
-            num_query_tokens = processor.num_query_tokens if processor is not None else 32
-        config = LorgnetteRetrievalConfig(
-            vision_config=seen.model.config,
-            qformer_config=fields,
-            num_query_tokens=num_query_tokens,
-            itc_weight=itc_weight,
-            itm_weight=itm_weight,
-            itg_weight=itg_weight,
-            image_text_hidden_size=image_text_hidden_size,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            vision_backbone=seen.name,
-            vision_backbone_revision=seen.revision,
-            qformer_backbone=started.name if started else None,
-            qformer_backbone_revision=started.revision if started else None,
-            attn_implementation=attn_implementation,
-        )
-        model = cls(config, vision_model=seen.model)
-        if started is not None:
-            model.qformer.load_bert(started.model)
-        model.cast_parameters(seen.model.dtype if dtype in (None, "auto") else dtype)
-        model.say_backbones_are_loaded()
-        if processor is not None:
-            model.check_processor(processor)
-            model._processor = processor
-        return model
+    @classmethod
+    def from_blip2(cls, source: str | Path | PreTrainedModel, **kwargs: Any) -> "LorgnetteForImageTextRetrieval":
+        """A `transformers.Blip2ForImageTextRetrieval`: see [`~lorgnette.assembly.blip2.convert_retrieval`]."""
+        return from_package("assembly.blip2", "from_blip2").convert_retrieval(cls, source, **kwargs)
 
     def check_processor(self, processor: Any) -> None:
         """See to it that a processor makes what this model reads.
@@ -265,7 +259,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         attention_mask = checked_texts(attention_mask, pictures.detach(), image_rows, row_index)
-        features = self._look(pixel_values, vision_features, pixel_attention_mask, spatial_shapes)
+        features = self.vision_features_of(pixel_values, vision_features, pixel_attention_mask, spatial_shapes)
         ids = input_ids.masked_fill(attention_mask == 0, self.config.qformer_config.pad_token_id or 0)
         image = {
             "encoder_hidden_states": self.qformer.project_image(features),  # once for the passes of all losses
@@ -281,7 +275,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         losses: dict[str, torch.Tensor] = {}
         logits_per_image, hardness = None, torch.zeros(len(ids), len(ids), device=ids.device)
         if contrast or generate:
-            queries, states = self._read(image, text if generate else None, **kwargs)
+            queries, states = self._encode(image, text if generate else None, **kwargs)
         if contrast:
             image_embeds, text_embeds = self._project(queries), self.embed_texts(ids, attention_mask, **kwargs)
             logits_per_image, scale = similarities(image_embeds, text_embeds), self._scale()  # (B, B)
@@ -298,7 +292,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         loss = sum(weights[name] * value for name, value in losses.items()) if losses else None
         return LorgnetteImageTextOutput(loss=loss, logits_per_image=logits_per_image, **losses)
 
-    def _look(
+    def vision_features_of(
         self,
         pixel_values: torch.Tensor | None,
         vision_features: torch.Tensor | None,
@@ -309,7 +303,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
             return vision_features
         return self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes).last_hidden_state
 
-    def _read(
+    def _encode(
         self, image: dict[str, torch.Tensor], text: dict[str, torch.Tensor] | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries `(B, Q, D)` that have seen the image alone, and states `(B, T, D)` of a text that is generated."""
@@ -382,7 +376,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         has_image, wrong_images = draw_negatives(hardness.T, candidates.T, generator)
         own = torch.arange(pairs, device=hardness.device)
         shown = own if image["image_rows"] is None else image["image_rows"]
-        logits = self._match_logits(
+        logits = self.match_logits(
             image | {"image_rows": shown[torch.cat([own, own, wrong_images])]},
             take_rows(text, torch.cat([own, wrong_texts, own])),
             **kwargs,
@@ -391,7 +385,7 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         wrong = torch.cat([has_text, has_image]).long() - 1  # 0, or -1
         return matching_loss(logits, torch.cat([torch.ones_like(own), -IGNORED * wrong]))
 
-    def _match_logits(
+    def match_logits(
         self, image: dict[str, torch.Tensor], text: dict[str, torch.Tensor], **kwargs: Any
     ) -> torch.Tensor:
         """`(R, 2)`: no match, match; the mean over the queries, which see image and text."""
@@ -399,6 +393,19 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         return self.itm_head(states[:, : self.config.num_query_tokens]).mean(dim=1)
 
     # ------------------------------------------------------------------------------------------------ retrieving
+
+    def retrieve(self, images: Any, texts: Any, **kwargs: Any) -> torch.Tensor:
+        """`(M, N)` scores of M pictures and N texts: see [`~modeling_ranking.retrieve`]."""
+        return retrieve(self, images, texts, **kwargs)
+
+    def embed_images(self, image: dict[str, torch.Tensor | None]) -> torch.Tensor:
+        """`(M, Q, P)` float32, normalised: pictures, by their queries, in the space that they share with texts.
+
+        Args:
+            image: `encoder_hidden_states` `(M, L, E)` and `encoder_attention_mask` for the Q-Former.
+        """
+        queries, _ = self._encode(image, None)
+        return self._project(queries)
 
     def embed_texts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
@@ -408,11 +415,11 @@ class LorgnetteForImageTextRetrieval(ImageTextRanking, Blip2Retrieval, Lorgnette
         Raises:
             ValueError: a model without ITC.
         """
-        self._require("itc_weight", "pictures and texts have no space in common")
+        self.require_loss("itc_weight", "pictures and texts have no space in common")
         cls = self.qformer(input_ids=input_ids, attention_mask=attention_mask, **kwargs).pooler_output
         return nn.functional.normalize(self.text_projection(cls).float(), dim=-1)
 
-    def _require(self, weight: str, consequence: str) -> None:
+    def require_loss(self, weight: str, consequence: str) -> None:
         if not getattr(self.config, weight):
             raise ValueError(f"This model was trained with {weight} 0: {consequence}")
 
@@ -430,4 +437,4 @@ def _freeze(*modules: nn.Module) -> None:
         module.requires_grad_(False)
 
 
-__all__ = ["LorgnetteForImageTextRetrieval"]
+__all__ = ["LorgnetteForImageTextRetrieval", "LorgnetteImageTextOutput"]

@@ -1,17 +1,20 @@
-"""`pipeline("image-to-text")`: pictures in, what the model says of them out."""
+"""`pipeline("image-to-text")`: pictures in, captions and answers out."""
 
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, StackDataset
 from transformers import BatchFeature, GenerationConfig, Pipeline
 
-from .image_loading import naming
+from .prompt_encoding import error_context
+
+
+_POSITION = "lorgnette: position"  # of an image among several, for error messages
 
 
 class LorgnetteImageToTextPipeline(Pipeline):
@@ -21,14 +24,10 @@ class LorgnetteImageToTextPipeline(Pipeline):
         pipe("cat.png")                            # [{"generated_text": "a cat on a mat"}]
         pipe(["cat.png", picture], prompt="What colour is it?", batch_size=2)   # a list of such lists
 
-    The processor's `query` asks where no `prompt` does. Up to 256 new tokens are generated, unless the model's
-    generation config or the caller says otherwise.
+    The processor's `query` asks where no `prompt` does. The default is 256 new tokens at most.
     """
 
-    _load_processor = True
-    _load_image_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    _load_processor, _load_image_processor, _load_feature_extractor, _load_tokenizer = True, False, False, False
     _pipeline_calls_generate = True
     _default_generation_config = GenerationConfig(max_new_tokens=256)
 
@@ -41,26 +40,21 @@ class LorgnetteImageToTextPipeline(Pipeline):
     def __call__(
         self, inputs: Any = None, *, images: Any = None, **kwargs: Any
     ) -> list[Any] | Iterator[list[dict[str, str]]]:
-        """Say something about each image. Its arguments are those of transformers 4's `ImageToTextPipeline.__call__`.
+        """Describe each image. Arguments are those of transformers 4's `ImageToTextPipeline.__call__`.
 
         Args:
-            inputs: one ([`load_image`] says what counts as one), or a list, a column, a dataset (its rows are images or
-                have one under `image`) or a generator of them. A list in a list is several images in one prompt.
-            images: the same as `inputs`, by the name that scripts of old use.
-            prompt: what to ask about each, plain text.
-            generate_kwargs: for `generate`. `stop_strings` need no tokenizer here; of a `return_dict_in_generate` the
-                sequences are read.
-            max_new_tokens: the same as in `generate_kwargs`.
-            timeout: seconds for the download of an image.
-            batch_size, num_workers: as all pipelines have them.
+            inputs: an image, see [`load_image`], or a list, a column, a dataset (its rows are images or have one under
+                `image`) or a generator of them. A list in a list is several images in one prompt.
+            images: the same as `inputs`, by the name that older scripts use.
+            kwargs: `prompt`, plain text; `generate_kwargs`; `max_new_tokens`; `timeout`, seconds for a download;
+                `batch_size` and `num_workers` as all pipelines have them.
 
         Returns:
-            `[{"generated_text": …}]` for one image, the continuation alone, an entry for each of
-            `num_return_sequences`; a list of those for many; an iterator over them for a generator or a torch dataset.
+            `[{"generated_text": …}]` for one image, an entry for each of `num_return_sequences`, without the prompt; a
+            list of those for many; an iterator over them for a generator or a torch dataset.
 
         Raises:
-            ValueError: no images, an image that is none (with its position); for OSError and TypeError see
-                [`load_image`].
+            ValueError, OSError, TypeError: no images, or one that is none (with its position), see [`load_image`].
         """
         if (inputs is None) == (images is None):
             raise ValueError("no images given" if inputs is None else "images are given twice: as inputs and as images")
@@ -70,48 +64,40 @@ class LorgnetteImageToTextPipeline(Pipeline):
         if hasattr(images, "__len__") and hasattr(images, "__getitem__"):
             if not len(images):
                 raise ValueError("images is an empty list")
-            answers = super().__call__(_Numbered(images), **kwargs)
+            answers = super().__call__(StackDataset(**{_POSITION: range(len(images)), "item": images}), **kwargs)
             return answers if isinstance(images, Dataset) else list(answers)
         if not isinstance(images, Iterable):
             raise TypeError(f"{type(images).__name__} is neither an image nor a collection of images")
-        return super().__call__((_Item(*item) for item in enumerate(images)), **kwargs)
+        return super().__call__(({_POSITION: position, "item": item} for position, item in enumerate(images)), **kwargs)
 
     def _sanitize_parameters(
-        self,
-        prompt: str | None = None,
-        generate_kwargs: dict[str, Any] | None = None,
-        max_new_tokens: int | None = None,
-        timeout: float | None = None,
+        self, prompt: Any = None, timeout: Any = None, generate_kwargs: Any = None, max_new_tokens: Any = None
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        preprocess = {"prompt": prompt, "timeout": timeout}
+        preprocess = {name: value for name, value in (("prompt", prompt), ("timeout", timeout)) if value is not None}
         generate_kwargs = dict(generate_kwargs or {})
         if max_new_tokens is not None:
             if "max_new_tokens" in generate_kwargs:
                 raise ValueError("max_new_tokens is given twice: by itself and in generate_kwargs")
             generate_kwargs["max_new_tokens"] = max_new_tokens
-        forward = {"generate_kwargs": generate_kwargs} if generate_kwargs else {}
-        return {name: value for name, value in preprocess.items() if value is not None}, forward, {}
+        return preprocess, {"generate_kwargs": generate_kwargs} if generate_kwargs else {}, {}
 
     def preprocess(self, image: Any, prompt: str | None = None, timeout: float | None = None) -> BatchFeature:
         where = "the image"
-        if isinstance(image, _Item):
-            where, image = f"image {image.position}", image.image
-        if isinstance(image, dict) and "image" in image:
-            image = image["image"]
+        if isinstance(image, dict) and _POSITION in image:
+            where, image = f"image {image[_POSITION]}", image["item"]
+        image = image["image"] if isinstance(image, dict) and "image" in image else image
         sources = list(image) if isinstance(image, (list, tuple)) else [image]
         if not sources:
             raise ValueError(f"{where} is an empty list")
-        with naming(where):
+        with error_context(where):
             images = [self.processor.load_image(source, timeout) for source in sources]
-        features = self.processor(images=[images], queries=prompt, return_tensors="pt")
-        return features.to(dtype=self.dtype)
+        return self.processor(images=[images], queries=prompt, return_tensors="pt").to(dtype=self.dtype)
 
     def _forward(
         self, model_inputs: BatchFeature, generate_kwargs: dict[str, Any] | None = None
     ) -> dict[str, torch.Tensor]:
-        generate_kwargs = dict(generate_kwargs or {})
-        if "generation_config" not in generate_kwargs:
-            generate_kwargs = missing_tokens(self.model.generation_config, self.processor) | generate_kwargs
+        defaults = missing_tokens(self.model.generation_config, self.processor)
+        generate_kwargs = ({} if "generation_config" in (generate_kwargs or {}) else defaults) | (generate_kwargs or {})
         if hasattr(self, "_prepare_generate_kwargs"):
             generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
         else:  # transformers 5.17
@@ -120,7 +106,7 @@ class LorgnetteImageToTextPipeline(Pipeline):
         if "stop_strings" in generate_kwargs or any(getattr(config, "stop_strings", None) for config in configs):
             generate_kwargs.setdefault("tokenizer", self.processor.tokenizer)
         ids = self.model.generate(**model_inputs, **generate_kwargs)
-        ids = getattr(ids, "sequences", ids)  # where return_dict_in_generate asks for all there is
+        ids = getattr(ids, "sequences", ids)  # of return_dict_in_generate
         rows, length = model_inputs["input_ids"].shape
         return {"answers": ids[:, length:].unflatten(0, (rows, -1))}  # (B, num_return_sequences, T)
 
@@ -135,37 +121,13 @@ class LorgnetteImageToTextPipeline(Pipeline):
 
 
 def missing_tokens(config: GenerationConfig, processor: Any) -> dict[str, Any]:
-    """What a model's generation config does not know: a base LM's has no pad token and no end of a turn.
-
-    Returns:
-        `pad_token_id` and `eos_token_id` (a list) for `generate`, each only where it has to be said.
-    """
-    missing: dict[str, Any] = {}
-    if config.pad_token_id is None:
-        missing["pad_token_id"] = processor.tokenizer.pad_token_id
-    known = config.eos_token_id
-    known = known if isinstance(known, list) else [] if known is None else [known]
-    if unknown := set(processor.stop_token_ids) - set(known):
-        missing["eos_token_id"] = [*known, *sorted(unknown)]
+    """`pad_token_id` and `eos_token_id` (a list) for `generate`, each where a base LM's generation config lacks it."""
+    missing = {"pad_token_id": processor.tokenizer.pad_token_id} if config.pad_token_id is None else {}
+    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    eos = [token for token in eos if token is not None]
+    if new := sorted(set(processor.stop_token_ids) - set(eos)):
+        missing["eos_token_id"] = [*eos, *new]
     return missing
-
-
-class _Item(NamedTuple):
-    position: int
-    image: Any
-
-
-class _Numbered(Dataset):
-    """Any collection as a torch `Dataset`, which pipelines read item by item, with positions for error messages."""
-
-    def __init__(self, images: Any):
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, position: int) -> _Item:
-        return _Item(position, self.images[position])
 
 
 def _is_one(images: Any) -> bool:

@@ -5,98 +5,77 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, processing_utils
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.models.auto.image_processing_auto import (
-    AutoImageProcessor,
-)  # the top level's wants torchvision in 5.17
-from transformers.processing_utils import (
-    AudioKwargs,
-    ImagesKwargs,
-    MultiModalData,
-    ProcessingKwargs,
-    ProcessorMixin,
-    TextKwargs,
-    VideosKwargs,
-)
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # torchvision is optional here in 5.17
 from transformers.utils import PROCESSOR_NAME
 
-from ..configuration.backbone_sources import (
-    from_pretrained_arguments,
-    load_part,
-    load_qformer_tokenizer,
-    load_tokenizer,
+from ..configuration.configuration_lorgnette import (
+    AUTO_PROCESSOR,
+    IN_PACKAGE,
+    MAX_QUERY_TOKENS,
+    from_package,
+    save_code,
 )
-from ..configuration.configuration_lorgnette import AUTO_PROCESSOR, MAX_QUERY_TOKENS
-from ..configuration.remote_code import save_remote_code
-from .blip2_prompts import BLIP2_TEMPLATE
-from .conversations import conversations_of, flatten, images_in, query_in
-from .image_loading import MAX_IMAGE_PIXELS, laid_out, load_image_for, naming, read_web_image, rescaling_of
-from .image_rows import match_images, rows_of, texts_of
+from .image_loading import MAX_IMAGE_PIXELS, load_image_for, rescaling_of
 from .prompt_encoding import (
     IMAGE_TOKEN,
     answer_frame,
     check_unicode,
+    conversations_of,
     encode,
+    error_context,
+    escape_special_tokens,
+    flatten,
     image_positions,
-    remembered,
+    images_in,
+    is_prepared,
+    query_in,
     render,
+    texts_of,
     truncate,
     with_start,
-    writes_time,
 )
-from .tokenizer_preparation import prepare_tokenizer, refuse_own_class
 
 
 _TOKENIZERS = ("tokenizer", "qformer_tokenizer")
 _FIELDS = ("num_query_tokens", "system_prompt", "query", "chat_template", "max_image_pixels")
-_CALL_KWARGS = {
-    *TextKwargs.__annotations__,
-    *ImagesKwargs.__annotations__,
-    *ProcessingKwargs.__annotations__,
-    "common_kwargs",
-}
-_OPTIONS_OF_OTHERS = {*VideosKwargs.__annotations__, *AudioKwargs.__annotations__} - _CALL_KWARGS
+_PARTS = [vars(processing_utils)[f"{part}Kwargs"] for part in ("Text", "Images", "Processing", "Videos", "Audio")]
+_KWARGS = {"common_kwargs"}.union(*(part.__annotations__ for part in _PARTS[:3]))
+_IGNORED_KWARGS = {name for part in _PARTS[3:] for name in part.__annotations__}  # programs pass them with pictures
 _OTHER_MODALITIES = ("videos", "audio", "audios", "videos_kwargs", "audio_kwargs")
 _MEANT = dict.fromkeys(("query", "prompt", "question"), "queries") | {"video": "videos", "image": "images"}
 _GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
 # a tokenizer's, which are read in stage 1 alone
 _UNREAD = {f"return_{name}" for name in ("overflowing_tokens", "special_tokens_mask", "offsets_mapping", "length")}
 _UNREAD |= {"return_token_type_ids", "text_pair", "text_target", "text_pair_target"}
+_ASSEMBLY = "assembly.processors"
+Texts = str | Sequence[str] | None
 
 
-def _is_nothing(value: Any) -> bool:
-    """Whether there is nothing in it, as where a program gives each row's list of videos and no row has any."""
-    if isinstance(value, (list, tuple, dict)):
-        return all(map(_is_nothing, value))
-    return value is None
+class LorgnetteProcessor(processing_utils.ProcessorMixin):
+    """The ViT's image processor, the LM's tokenizer, and the prompt of both training and use.
 
-
-class LorgnetteProcessor(ProcessorMixin):
-    """The ViT's image processor, the LM's tokenizer, and the prompt that both training and use are given.
-
-    One `<image>` in a prompt stands for one image and becomes `num_query_tokens` placeholders. In `text=` it is markup;
-    in a query, a system prompt, an output and the text parts of messages it is plain text, and so are the LM's special
-    tokens. Prompts carry BOS where the LM's tokenizer adds one, once, and never EOS. Batches are padded on the left,
-    for generation; [`LorgnetteCollator`] pads on the right.
+    One `<image>` in a prompt becomes `num_query_tokens` placeholders. It is markup in `text=`; in a query, a system
+    prompt, an output and the text parts of messages it is plain text, and so are the LM's special tokens. Prompts have
+    one BOS where the LM's tokenizer adds one, and no EOS. Batches are padded on the left.
 
     Args:
-        image_processor: the ViT's own.
-        tokenizer: the LM's. It is copied before it is given `<image>` (the next free id) and, where it has no pad
-            token, its EOS as one. None in stage 1, where texts go to the Q-Former alone: `processor.tokenizer` is its
-            tokenizer then, since Trainer asks every processor for one.
+        image_processor: the ViT's.
+        tokenizer: the LM's; a copy gets `<image>` and a pad token. None in stage 1, where this is the Q-Former's.
         qformer_tokenizer: the Q-Former's, for stage 1 and for instructions as InstructBLIP has them.
-        num_query_tokens: soft tokens, and so placeholders, per image.
-        system_prompt: what a prompt's system message says; None leaves it to the chat template.
-        query: what a prompt asks, where nothing else is asked.
+        num_query_tokens: visual tokens, and so placeholders, per image.
+        system_prompt, query: what prompts say by default; without a system prompt the chat template decides.
         chat_template: Jinja; the tokenizer's own by default.
-        max_image_pixels: a picture with more is refused before it is decoded. Pillow's own limits hold as well.
+        max_image_pixels: a picture with more is refused before it is decoded; so it is by Pillow's own limit.
 
     Raises:
-        ValueError: no tokenizer, one without both pad and EOS token, a part whose class is not transformers' own,
-            `num_query_tokens` or `max_image_pixels` below 1, more queries than can be meant.
+        ValueError: no tokenizer, one without both pad and EOS token, a part of a class that is not transformers' own, a
+            number out of range.
+        ImportError: the tokenizer lacks `<image>`, a pad token or left padding, and lorgnette is not installed.
     """
 
     image_token = IMAGE_TOKEN
@@ -118,18 +97,14 @@ class LorgnetteProcessor(ProcessorMixin):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it has to be a whole number of at least 1")
         if num_query_tokens > MAX_QUERY_TOKENS:
-            raise ValueError(f"num_query_tokens is {num_query_tokens}; more than {MAX_QUERY_TOKENS} cannot be meant")
-        refuse_own_class("image processor", image_processor)
-        refuse_own_class("tokenizer", tokenizer)
-        refuse_own_class("Q-Former's tokenizer", qformer_tokenizer)
-        if tokenizer is not None:
-            tokenizer = prepare_tokenizer(tokenizer)
+            raise ValueError(f"num_query_tokens is {num_query_tokens}; at most {MAX_QUERY_TOKENS} are allowed")
+        if IN_PACKAGE:
+            from_package(_ASSEMBLY, "").refuse_own_classes(image_processor, tokenizer, qformer_tokenizer)
+        if tokenizer is not None and not is_prepared(tokenizer):
+            tokenizer = from_package(_ASSEMBLY, "a tokenizer without <image>").prepare_tokenizer(tokenizer)
         super().__init__(image_processor, tokenizer or qformer_tokenizer, qformer_tokenizer)
-        if chat_template is not None:
-            self.chat_template = chat_template
-        self.num_query_tokens = num_query_tokens
-        self.system_prompt = system_prompt
-        self.query = query
+        self.chat_template = self.chat_template if chat_template is None else chat_template
+        self.num_query_tokens, self.system_prompt, self.query = num_query_tokens, system_prompt, query
         self.max_image_pixels = max_image_pixels
 
     @classmethod
@@ -146,50 +121,18 @@ class LorgnetteProcessor(ProcessorMixin):
         text_revision: str | None = None,
         qformer_revision: str | None = None,
     ) -> "LorgnetteProcessor":
-        """Make a processor of the backbones' own parts.
-
-        Args:
-            vision: the ViT: Hub id, local folder, or its image processor.
-            text: the LM: Hub id, local folder, `.gguf` file, or its tokenizer. None in stage 1.
-            qformer: where the Q-Former's tokenizer comes from: the same kinds.
-            num_query_tokens, system_prompt, query: see the class.
-            vision_revision, text_revision, qformer_revision: branch, tag or commit on the Hub.
-
-        Raises:
-            ValueError: see the class. `OSError` for a backbone that cannot be found, as transformers has it.
-        """
-        if isinstance(vision, (str, Path)):
-            name, keywords = from_pretrained_arguments(vision, vision_revision)
-            vision = load_part(AutoImageProcessor, "image processor", name, **keywords)
-        return cls(
-            vision,
-            load_tokenizer(text, text_revision),
-            load_qformer_tokenizer(qformer, qformer_revision),
-            num_query_tokens=num_query_tokens,
-            system_prompt=system_prompt,
-            query=query,
+        """Make a processor of the backbones' own parts; needs the package, see `lorgnette.assembly.processors`."""
+        fields = {"num_query_tokens": num_query_tokens, "system_prompt": system_prompt, "query": query}
+        revisions, assembly = (
+            (vision_revision, text_revision, qformer_revision),
+            from_package(_ASSEMBLY, "from_backbones"),
         )
+        return assembly.from_backbones(cls, vision, text, qformer, revisions, **fields)
 
     @classmethod
     def from_blip2(cls, source: str | Path, *, query: str = "", revision: str | None = None) -> "LorgnetteProcessor":
-        """The processor of a `Blip2ForConditionalGeneration`, with prompts as BLIP-2 has them: pictures, BOS, words.
-
-        Args:
-            source: Hub id or local folder, with its image processor and tokenizer.
-            query: what is asked where nothing else is; BLIP-2 was trained on `"Question: … Answer:"`, and on no words
-                at all for a caption.
-            revision: branch, tag or commit on the Hub.
-        """
-        name, keywords = from_pretrained_arguments(source, revision)
-        return cls(
-            load_part(AutoImageProcessor, "image processor", name, **keywords),
-            load_tokenizer(source, revision),
-            num_query_tokens=AutoConfig.from_pretrained(name, **keywords).num_query_tokens,
-            query=query,
-            chat_template=BLIP2_TEMPLATE,
-        )
-
-    # ------------------------------------------------------------------------------------------------ prompts
+        """Make the processor of a `Blip2ForConditionalGeneration`; needs the package, see `assembly.processors`."""
+        return from_package(_ASSEMBLY, "LorgnetteProcessor.from_blip2").from_blip2(cls, source, query, revision)
 
     @property
     def is_stage1(self) -> bool:
@@ -203,13 +146,12 @@ class LorgnetteProcessor(ProcessorMixin):
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
-        """The LM tokenizer's, saved with it; None where it has none and prompts are plain."""
-        tokenizer = self.__dict__.get("tokenizer")
-        return None if tokenizer is None else tokenizer.chat_template
+        """The tokenizer's, saved with it; None where prompts are plain."""
+        return getattr(self.__dict__.get("tokenizer"), "chat_template", None)
 
     @chat_template.setter
     def chat_template(self, template: str | dict[str, str] | None) -> None:
-        if self.__dict__.get("tokenizer") is not None:
+        if "tokenizer" in self.__dict__:
             self.tokenizer.chat_template = template
 
     @property
@@ -223,272 +165,182 @@ class LorgnetteProcessor(ProcessorMixin):
     ) -> str:
         """Write `<SYSTEM> <QUERY> <IMAGE> <OUTPUT>` in the LM's chat template, or plainly, a part a line, without one.
 
-        Where the words hold control tokens, the string marks them with Unicode noncharacters, which `processor(text=…)`
-        understands.
-
         Args:
-            query: this processor's `query` by default; `""` for none.
-            system: this processor's `system_prompt` by default; `""` for none.
+            query, system: this processor's by default; `""` for none. Noncharacters mark control tokens in them.
             output: the answer; without one the prompt ends where the LM is to answer.
-            num_images: how many images are asked about.
+            num_images: how many images the query is about.
 
-        Raises:
-            ValueError: the template refuses it (some know no system message: put it in the query then).
-            TypeError: a part that is no string.
+        Raises a ValueError where the template refuses it (put `system` in the query), a TypeError for no string.
         """
-        query, system = self._asked(query, system)
-        if output is not None and not isinstance(output, str):
-            raise TypeError(f"output is a {type(output).__name__}; a string is needed")
-        asked = [{"type": "text", "text": query}] if query else []
-        messages = [{"role": "user", "content": asked + [{"type": "image"}] * num_images}]
+        for name, value in (("query", query), ("system", system), ("output", output)):
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"{name} is a {type(value).__name__}; a string is needed")
+        query, system = self.query if query is None else query, self.system_prompt if system is None else system
+        words = [{"type": "text", "text": query}] if query else []
+        messages = [{"role": "user", "content": words + [{"type": "image"}] * num_images}]
         if system:
             messages.insert(0, {"role": "system", "content": system})
         if output is not None:
             messages.append({"role": "assistant", "content": output})
         return self.apply_chat_template(messages, add_generation_prompt=output is None)
 
-    def _asked(self, query: str | None, system: str | None) -> tuple[str, str | None]:
-        for name, value in (("query", query), ("system", system)):
-            if value is not None and not isinstance(value, str):
-                raise TypeError(f"{name} is a {type(value).__name__}; a string is needed")
-        return self.query if query is None else query, self.system_prompt if system is None else system
-
     def apply_chat_template(
-        self,
-        conversation: list[dict[str, Any]] | list[list[dict[str, Any]]],
-        chat_template: str | None = None,
-        *,
-        tokenize: bool = False,
-        return_dict: bool = False,
-        return_tensors: str | None = None,
-        processor_kwargs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, conversation: Any, chat_template: str | None = None, **kwargs: Any
     ) -> str | list[str] | list[list[int]] | torch.Tensor | BatchFeature:
         """As `ProcessorMixin.apply_chat_template`, for the templates of text-only LMs, and for LMs without any.
 
         Args:
-            conversation: messages, or a list of such lists; [`messages_of`] says in what else they may be. Their
-                contents are strings or lists of `{"type": "text", "text": …}` and `{"type": "image"}`; a picture stands
-                under `image`, `url`, `path` or `base64`, or comes in `processor_kwargs["images"]`.
-            chat_template: Jinja, or the name of one of the tokenizer's; its default one by default.
-            tokenize: give token ids, not a string, and process the images.
-            return_dict: give all that the model reads (a `BatchFeature`), not only `input_ids`.
-            return_tensors, processor_kwargs: passed on to the processor's call.
-            kwargs: `add_generation_prompt`, `continue_final_message`, `tools` … for the template.
+            conversation: messages, or a list of such lists; their contents are strings or parts, see [`parts_of`].
+                Pictures stand in the parts, or in `processor_kwargs["images"]`.
+            chat_template, kwargs: as there; `tokenize` and `return_dict` are False by default.
 
-        Raises:
-            ValueError: an empty conversation, a part of another type, a template that refuses the conversation; for
-                TypeError see [`messages_of`].
+        Raises a ValueError or TypeError for no conversation, see [`parts_of`], or one that the template refuses.
         """
         batch, is_batch = conversations_of(conversation)
         if not all(batch):
             raise ValueError("the conversation is empty")
         if kwargs.pop("return_assistant_tokens_mask", False):
             raise ValueError("return_assistant_tokens_mask is not supported: LorgnetteCollator makes labels")
-        kwargs.pop("sanitize_control_tokens", None)  # it always does
-        call_kwargs = {name: kwargs.pop(name) for name in _CALL_KWARGS & kwargs.keys()} | (processor_kwargs or {})
+        kwargs.pop("sanitize_control_tokens", None)  # this processor always does
+        tokenize, return_dict = kwargs.pop("tokenize", False), kwargs.pop("return_dict", False)
+        processor_kwargs = kwargs.pop("processor_kwargs", None) or {}
+        call_kwargs = {name: kwargs.pop(name) for name in _KWARGS & kwargs.keys()} | processor_kwargs
+        if call_kwargs.get("return_tensors") == "auto":
+            del call_kwargs["return_tensors"]
         tokenizer = self._lm_tokenizer()
-        prompts = [
-            render(tokenizer, flatten(tokenizer, messages), chat_template=chat_template, **kwargs) for messages in batch
-        ]
+        flat = [flatten(tokenizer, messages) for messages in batch]
+        texts = [render(tokenizer, messages, chat_template, **kwargs) for messages in flat]
         if not tokenize:
-            return prompts if is_batch else prompts[0]
+            return texts if is_batch else texts[0]
         images = [images_in(messages) for messages in batch]
         call_kwargs.setdefault("images", images if any(images) else None)
         call_kwargs.setdefault("queries", [query_in(messages) for messages in batch])
-        if return_tensors not in (None, "auto"):
-            call_kwargs["return_tensors"] = return_tensors
-        features = self(text=prompts, **call_kwargs)
+        features = self(text=texts, **call_kwargs)
         return features if return_dict else features["input_ids"]
 
-    def encode_example(
-        self,
-        output: str | None,
-        *,
-        query: str | None = None,
-        system: str | None = None,
-        num_images: int = 1,
-        messages: list[dict[str, Any]] | None = None,
-    ) -> tuple[list[int], list[int]]:
-        """Token ids of a training example: of the prompt exactly as it is at inference, and of what is to be learnt.
+    def encode_example(self, output: str | None, **prompt: Any) -> tuple[list[int], list[int]]:
+        """Token ids of a prompt, as at inference, and of its answer; needs the package, see `assembly.examples`."""
+        return from_package("assembly.examples", "encode_example").encode_example(self, output, **prompt)
 
-        Args:
-            output: the answer. The ids that end it follow it: the template's end of turn, or EOS. None: not known yet.
-            query, system, num_images: as in [`build_prompt`].
-            messages: the conversation before the answer, in place of the three.
+    def encode_answer(self, output: str) -> list[int]:
+        """Token ids of an answer behind its prompt, with those that end it: the template's end of turn, or EOS."""
+        lead, end = answer_frame(self._lm_tokenizer())
+        words = lead + escape_special_tokens(self.tokenizer, output)
+        return encode(self.tokenizer, words, continues=True) + end
 
-        Returns:
-            The prompt's ids, placeholders and all, and the answer's (none where it is not known).
-
-        Raises:
-            ValueError: the template refuses the conversation, or does not show where an answer ends.
-        """
-        tokenizer = self._lm_tokenizer()
-        if messages is None:
-            prompt = self._prompt_ids(*self._asked(query, system), num_images)
-        else:
-            prompt = self._encode_prompt(self.apply_chat_template(messages, add_generation_prompt=True))
-        if output is None:
-            return prompt, []
-        lead, end = answer_frame(tokenizer)
-        answer = flatten(tokenizer, [{"content": output}])[0]["content"]
-        return prompt, encode(tokenizer, lead + answer, continues=True) + end
-
-    def _prompt_ids(self, query: str, system: str | None, num_images: int) -> list[int]:
-        """Of a prompt that [`build_prompt`] writes: mostly one and the same for all rows."""
-
-        def made() -> list[int]:
-            return self._encode_prompt(self.build_prompt(query, system or "", num_images=num_images))
-
-        if writes_time(self.tokenizer):
-            return made()
-        words = (query, system, num_images, self.num_query_tokens)
-        return list(remembered(self.tokenizer, words, made))
-
-    def _encode_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
+    def encode_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt, with `num_query_tokens` placeholders for each `<image>` that is markup."""
         ids = encode(self.tokenizer, prompt)
-        if add_special_tokens:
-            ids = with_start(self.tokenizer, ids)
-        image_token_id, expanded = self.image_token_id, []
-        for token in ids:
-            expanded += [token] * (self.num_query_tokens if token == image_token_id else 1)
-        return expanded
-
-    # ------------------------------------------------------------------------------------------------ calling
+        ids = with_start(self.tokenizer, ids) if add_special_tokens else ids
+        repeats = {self.image_token_id: self.num_query_tokens}
+        return [token for token in ids for _ in range(repeats.get(token, 1))]
 
     def __call__(
-        self,
-        images: Any = None,
-        text: str | Sequence[str] | None = None,
-        *,
-        queries: str | Sequence[str] | None = None,
-        timeout: float | None = None,
-        **kwargs: Any,
+        self, images: Any = None, text: Texts = None, *, queries: Texts = None, timeout: Any = None, **kwargs: Any
     ) -> BatchFeature:
         """Make what the model reads of B prompts and the N images in them.
 
         Args:
-            images: an image ([`load_image`] says what counts as one), a list of them in the order of their `<image>` in
-                the texts, or a list of lists, one a text.
-            text: a prompt or a list of B. Without it [`build_prompt`] writes one for each image, or list of images. In
-                stage 1 these are the Q-Former's texts and hold no placeholders.
-            queries: what is asked, or a list of B, where `text` is left out; and what the Q-Former is told, where it
-                takes instructions. This processor's `query` by default.
+            images: an image, see [`load_image`], a list in the order of the `<image>` in the texts, or a list a text.
+            text: a prompt or B of them, in stage 1 the Q-Former's texts; by default [`build_prompt`]'s, one an image.
+            queries: what is asked, or B of them, where `text` is left out, and for a Q-Former that reads instructions.
             timeout: seconds for the download of an image.
-            kwargs: as processors have them: `return_tensors`, `padding`, `padding_side`, `truncation`, `max_length`, …
-                Truncation takes from the words, see [`truncate`], never from an image's placeholders.
-                `return_text_replacement_offsets` says where in `text` each `<image>` stands, and what it stands for, as
-                `ProcessorMixin.get_text_with_replacements` does; `return_mm_token_type_ids` gives `(B, S)` with 1 at
-                placeholders and 0 elsewhere. vLLM asks for them.
+            kwargs: as processors have them; truncation takes words, never placeholders. For vLLM,
+                `return_text_replacement_offsets` says where in `text` each `<image>` stands, and
+                `return_mm_token_type_ids` gives `(B, S)` with 1 at placeholders.
 
         Returns:
-            `input_ids` and `attention_mask` `(B, S)`; for images `pixel_values` `(N, 3, H, W)` and what else the image
-            processor gives (`pixel_attention_mask`, `spatial_shapes`); for a Q-Former that takes instructions
-            `qformer_input_ids` and `qformer_attention_mask` `(N, T)`.
+            `input_ids`, `attention_mask` `(B, S)`; for images `pixel_values` `(N, 3, H, W)` and what else the image
+            processor gives; for a Q-Former with instructions `qformer_input_ids`, `qformer_attention_mask` `(N, T)`.
 
         Raises:
-            ValueError: nothing given, an empty list, `text` without `queries` where the Q-Former reads those, images
-                and `<image>` that do not match (with the row and both counts), too little room for the images, an
-                image that is none; for OSError and TypeError see [`load_image`].
-            TypeError: a keyword that no processor of these parts has, `videos` and `audio` among them.
+            ValueError: nothing given, images and `<image>` that do not match (with the row and both counts), too little
+                room for the images; for an image that is none, and for OSError, see [`load_image`].
+            TypeError: a keyword that nothing here reads, `videos` and `audio` among them.
         """
         self._check_keywords(kwargs)
         if images is None and text is None:
             raise ValueError("neither images nor text given")
-        return_offsets = kwargs.pop("return_text_replacement_offsets", False)
-        return_types = kwargs.pop("return_mm_token_type_ids", False)
-        merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        offsets, types = (kwargs.pop(f"return_{n}", False) for n in ("text_replacement_offsets", "mm_token_type_ids"))
+        merged = self._merge_kwargs(_PARTS[2], tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
-        rows, sorted_by_caller = ([], False) if images is None else rows_of(images)
-        texts = None if text is None else texts_of(text, "text")
-
-        if texts is None and not all(rows):
+        rows, sorted_by_caller = ([], False) if images is None else _rows_of(images)
+        if text is None and not all(rows):
             raise ValueError(f"row {rows.index([])} has an empty list of images, and no text")
-
         features: dict[str, Any] = {}
         if self.is_stage1:
-            if texts is not None:
-                features.update(self.encode_for_qformer(texts, **text_kwargs))
+            if text is not None:
+                features |= self.encode_for_qformer(texts_of(text, "text"), **text_kwargs)
             flat = [image for row in rows for image in row]
         else:
-            if texts is None:
-                asked = self._queries(queries, len(rows))
-                texts = [self.build_prompt(query, num_images=len(row)) for query, row in zip(asked, rows, strict=True)]
-            ids = [self._encode_prompt(prompt, text_kwargs.get("add_special_tokens", True)) for prompt in texts]
-            counts = [row.count(self.image_token_id) // self.num_query_tokens for row in ids]
-            flat = match_images(rows, sorted_by_caller, counts)
-            features.update(self._pad(ids, **text_kwargs))
-            if return_types:
+            if text is None:
+                asked = zip(self._queries(queries, len(rows)), rows, strict=True)
+                texts = [self.build_prompt(query, num_images=len(row)) for query, row in asked]
+            else:
+                texts = texts_of(text, "text")
+            image_token_id, special = self.image_token_id, text_kwargs.get("add_special_tokens", True)
+            ids = [self.encode_prompt(prompt, special) for prompt in texts]
+            counts = [row.count(image_token_id) // self.num_query_tokens for row in ids]
+            flat = _match_images(rows, sorted_by_caller, counts)
+            features |= self._pad(ids, **text_kwargs)
+            if types:
                 features["mm_token_type_ids"] = [
-                    [int(token == self.image_token_id) for token in row] for row in features["input_ids"]
+                    [int(n == image_token_id) for n in row] for row in features["input_ids"]
                 ]
             if flat and self.qformer_tokenizer is not None:
                 if text is not None and queries is None:
                     raise ValueError("the Q-Former reads the query too: say with queries= what is asked in text=")
                 asked = zip(self._queries(queries, len(texts)), counts, strict=True)
-                told = [query for query, count in asked for _ in range(count)]
-                instructions = self.encode_for_qformer(told, padding=True)
-                features.update({f"qformer_{name}": value for name, value in instructions.items()})
+                encoded = self.encode_for_qformer([query for query, n in asked for _ in range(n)], padding=True)
+                features |= {f"qformer_{name}": value for name, value in encoded.items()}
         if flat:
             loaded, layout = [], images_kwargs.pop("input_data_format", None)
             for position, image in enumerate(flat):
-                with naming(f"image {position}"):
-                    loaded.append(self.load_image(laid_out(image, layout), timeout))
-            features.update(self.encode_images(loaded, **images_kwargs))
+                with error_context(f"image {position}"):
+                    loaded.append(self.load_image(image, timeout, layout))
+            features |= self.encode_images(loaded, **images_kwargs)
         features = BatchFeature(features, tensor_type=text_kwargs.get("return_tensors"))
-        if return_offsets and not self.is_stage1:
+        if offsets and not self.is_stage1:
             features["text_replacement_offsets"] = [self._replacement_offsets(prompt) for prompt in texts]
         return features
 
     def _check_keywords(self, kwargs: dict[str, Any]) -> None:
-        """Raises a TypeError that names the first keyword which nothing here reads, and what may have been meant."""
-        known = _CALL_KWARGS | set(getattr(self.image_processor.valid_kwargs, "__annotations__", ()))
+        """Raises a TypeError for a keyword that nothing here reads, with the nearest that something reads."""
+        accepted = {*_KWARGS, *getattr(self.image_processor.valid_kwargs, "__annotations__", ())}
         for name, value in kwargs.items():
-            if name in _OPTIONS_OF_OTHERS:  # which programs pass on with pictures alone
-                continue
-            if name in _OTHER_MODALITIES:
-                if not _is_nothing(value):
-                    raise TypeError(f"{name} was given, and {type(self).__name__} takes images and text alone")
-            elif name not in known:
-                near = get_close_matches(name, {*known, "queries", "images", "text", "timeout"}, n=1)
+            if name in _OTHER_MODALITIES and not _is_empty(value):
+                raise TypeError(f"{name} was given, and {type(self).__name__} takes images and text alone")
+            if name not in {*accepted, *_IGNORED_KWARGS, *_OTHER_MODALITIES}:
+                near = get_close_matches(name, {*accepted, "queries", "images", "text", "timeout"}, n=1)
                 meant = _MEANT.get(name, near[0] if near else None)
-                meant = f": was {meant} meant?" if meant else ""
-                raise TypeError(f"{type(self).__name__} knows no keyword {name!r}{meant}")
-            elif name in _UNREAD and value not in (None, False) and not self.is_stage1:
+                hint = f": was {meant} meant?" if meant else ""
+                raise TypeError(f"{type(self).__name__} knows no keyword {name!r}{hint}")
+            if name in _UNREAD and value not in (None, False) and not self.is_stage1:
                 raise TypeError(f"{name} was given, and {type(self).__name__} does not read it")
-            elif name in _GROUPS:
+            if name in _GROUPS:
                 self._check_keywords(value or {})
 
     def _replacement_offsets(self, prompt: str) -> list[dict[str, Any]]:
         """Where each `<image>` of a prompt stands, before and after it is expanded: characters."""
-        replacement, found, grown = IMAGE_TOKEN * self.num_query_tokens, [], 0
-        for start in image_positions(self.tokenizer, prompt):
-            end = start + len(IMAGE_TOKEN)
-            new_span = (start + grown, start + grown + len(replacement))
-            found.append({"type": "image", "span": (start, end), "new_span": new_span})
-            found[-1] |= {"text": IMAGE_TOKEN, "replacement": replacement}
-            grown += len(replacement) - len(IMAGE_TOKEN)
-        return found
+        replacement, offsets = IMAGE_TOKEN * self.num_query_tokens, []
+        for number, start in enumerate(image_positions(self.tokenizer, prompt)):
+            new_start = start + number * (len(replacement) - len(IMAGE_TOKEN))
+            spans = {"span": (start, start + len(IMAGE_TOKEN)), "new_span": (new_start, new_start + len(replacement))}
+            offsets.append({"type": "image", "text": IMAGE_TOKEN, "replacement": replacement, **spans})
+        return offsets
 
-    def _get_num_multimodal_tokens(self, image_sizes: Sequence[Any] | None = None, **_: Any) -> MultiModalData:
+    def _get_num_multimodal_tokens(self, image_sizes: Sequence[Any] | None = None, **_: Any) -> Any:
         """How many placeholders images of these sizes take: each `num_query_tokens`. vLLM asks for it."""
         count = 0 if image_sizes is None else len(image_sizes)
-        return MultiModalData(num_image_tokens=[self.num_query_tokens] * count, num_image_patches=[1] * count)
+        patches = [1] * count
+        return processing_utils.MultiModalData([self.num_query_tokens] * count, num_image_patches=patches)
 
-    def load_image(self, source: Any, timeout: float | None = None) -> Image.Image:
-        """[`load_image`], and see to it that the image processor can take it; raises what [`load_image_for`] does."""
-        return load_image_for(self.image_processor, source, timeout, self.max_image_pixels)
-
-    def load_web_image(self, url: str, timeout: float | None = None) -> Image.Image:
-        """[`load_image`] of a URL that somebody else names; raises what it and [`read_web_image`] do."""
-        return self.load_image(read_web_image(url, timeout))
+    def load_image(self, source: Any, timeout: float | None = None, layout: Any = None) -> Image.Image:
+        """[`load_image`] within this processor's limit of pixels, before and after resizing; raises what it does."""
+        return load_image_for(self.image_processor, source, timeout, self.max_image_pixels, layout)
 
     def encode_images(self, images: list[Image.Image], **images_kwargs: Any) -> BatchFeature:
-        """`pixel_values` `(N, 3, H, W)`, and what else this image processor gives, for N loaded RGB images.
-
-        Raises:
-            ValueError: pictures of 8 bits, and `do_rescale=False`, see [`rescaling_of`].
-        """
+        """`pixel_values` `(N, 3, H, W)` and what else the image processor gives; raises what [`rescaling_of`] does."""
         return self.image_processor(images, **images_kwargs | rescaling_of(self.image_processor, images, images_kwargs))
 
     def _queries(self, queries: str | Sequence[str] | None, rows: int) -> list[str]:
@@ -499,75 +351,40 @@ class LorgnetteProcessor(ProcessorMixin):
         return texts_of(queries, "queries")
 
     def encode_for_qformer(self, texts: list[str], **text_kwargs: Any) -> dict[str, Any]:
-        """`input_ids` and `attention_mask` of the Q-Former's texts, in which special tokens are plain text.
-
-        Raises:
-            ValueError: a text longer than the Q-Former's tokenizer allows, or with half of a character in it.
-        """
+        """`input_ids` and `attention_mask` of the Q-Former's texts; a ValueError for one that is too long for it."""
         for text in texts:
             check_unicode(text)
-        tokenizer = self.qformer_tokenizer
         text_kwargs = {"return_token_type_ids": False, "split_special_tokens": True} | text_kwargs
-        encoded = tokenizer(texts, return_attention_mask=True, **text_kwargs)
-        longest = max(len(ids) for ids in encoded["input_ids"])
-        if longest > tokenizer.model_max_length:
-            raise ValueError(f"a text has {longest} tokens; the Q-Former takes {tokenizer.model_max_length}")
+        encoded = self.qformer_tokenizer(texts, return_attention_mask=True, **text_kwargs)
+        longest, limit = max(map(len, encoded["input_ids"])), self.qformer_tokenizer.model_max_length
+        if longest > limit:
+            raise ValueError(f"a text has {longest} tokens; the Q-Former takes {limit}")
         return dict(encoded)
 
-    def _pad(
-        self,
-        rows: list[list[int]],
-        padding: bool | str = False,
-        truncation: bool | str | None = False,
-        max_length: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        **_: Any,
-    ) -> dict[str, list[list[int]]]:
-        tokenizer = self.tokenizer
-        if max_length is None and tokenizer.model_max_length < 10**9:  # transformers writes 1e30 for "not known"
+    def _pad(self, rows: list[list[int]], **kwargs: Any) -> dict[str, list[list[int]]]:
+        tokenizer, padding, truncation = self.tokenizer, kwargs.get("padding", False), kwargs.get("truncation", False)
+        max_length = kwargs.get("max_length")
+        if max_length is None and tokenizer.model_max_length < 10**9:  # 1e30 stands for "not known"
             max_length = tokenizer.model_max_length
-        if truncation and truncation != "do_not_truncate" and max_length is not None:
+        if truncation not in (False, None, "do_not_truncate") and max_length is not None:
             for position, ids in enumerate(rows):
-                with naming(f"row {position}"):
-                    rows[position] = truncate(tokenizer, ids, max_length, self.image_token_id)
-        width = 0
-        if padding and padding != "do_not_pad":
-            width = max(map(len, rows))
-            if padding == "max_length":
-                if max_length is None:
-                    raise ValueError('padding="max_length" needs a max_length; the tokenizer knows of none')
-                width = max_length
-            width += -width % (pad_to_multiple_of or 1)
-        left = (padding_side or tokenizer.padding_side) == "left"
-        ids, mask = [], []
-        for row in rows:
-            pad = [tokenizer.pad_token_id] * (width - len(row))
-            ids.append(pad + row if left else row + pad)
-            mask.append([0] * len(pad) + [1] * len(row) if left else [1] * len(row) + [0] * len(pad))
-        return {"input_ids": ids, "attention_mask": mask}
+                with error_context(f"row {position}"):
+                    rows[position] = truncate(tokenizer, ids, max_length)
+        if padding == "max_length" and max_length is None:
+            raise ValueError('padding="max_length" needs a max_length; the tokenizer knows of none')
+        kwargs = {name: kwargs[name] for name in ("pad_to_multiple_of", "padding_side") if name in kwargs}
+        kwargs |= {"return_attention_mask": True, "verbose": False}
+        return dict(tokenizer.pad({"input_ids": rows}, padding, max_length, **kwargs))
 
     @property
     def model_input_names(self) -> list[str]:
-        names = ["input_ids", "attention_mask", *self.image_processor.model_input_names]
-        if self.qformer_tokenizer is not None and not self.is_stage1:
-            names += ["qformer_input_ids", "qformer_attention_mask"]
-        return names
-
-    def decode(self, *args: Any, **kwargs: Any) -> str | list[str]:
-        """The tokenizer's `decode`."""
-        return self.tokenizer.decode(*args, **kwargs)
-
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """The tokenizer's `batch_decode`."""
-        return self.tokenizer.batch_decode(*args, **kwargs)
+        words, instructs = ["input_ids", "attention_mask"], not (self.qformer_tokenizer is None or self.is_stage1)
+        return words + self.image_processor.model_input_names + [f"qformer_{name}" for name in words if instructs]
 
     def _lm_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.is_stage1:
             raise ValueError("this is a stage-1 processor: without the LM's tokenizer there are no prompts")
         return self.tokenizer
-
-    # ------------------------------------------------------------------------------------------------ saving
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
@@ -577,23 +394,17 @@ class LorgnetteProcessor(ProcessorMixin):
         return {name: tokenizer for name, tokenizer in own.items() if tokenizer is not None}
 
     def to_dict(self) -> dict[str, Any]:
-        """What processor_config.json holds; a tokenizer that is not there is null in it."""
+        """What processor_config.json holds; null stands for a tokenizer that this processor lacks."""
         absent = {name: None for name in _TOKENIZERS if name not in self._own_tokenizers()}
         return {**super().to_dict(), **absent, "auto_map": {"AutoProcessor": AUTO_PROCESSOR}}
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
-        """Save into a folder from which `AutoProcessor` loads where lorgnette is not installed, with the code for it.
-
-        Args:
-            save_directory: made where it does not exist.
-            push_to_hub: upload it as well, to `repo_id` (the folder's name by default); `kwargs` are `push_to_hub`'s.
-        """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Save into a folder, with the code with which `AutoProcessor` loads it; arguments as `ProcessorMixin`'s."""
+        (folder := Path(save_directory)).mkdir(parents=True, exist_ok=True)
         for name, tokenizer in self._own_tokenizers().items():
             tokenizer.save_pretrained(folder if name == "tokenizer" else folder / name)
         self.to_json_file(folder / PROCESSOR_NAME)
-        save_remote_code(folder)
+        save_code(folder, "lorgnette_retrieval" if self.is_stage1 else "lorgnette")
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
         return [str(folder / PROCESSOR_NAME)]
@@ -609,14 +420,51 @@ class LorgnetteProcessor(ProcessorMixin):
                 f"model was trained, and {asked} was asked for: leave it out, or build one anew with from_backbones"
             )
         kwargs = {name: value for name, value in kwargs.items() if name not in _FIELDS}
-        subfolder = kwargs.pop("subfolder", "")
-        parts = [AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)]
-        for name in _TOKENIZERS:
-            own_folder = subfolder if name == "tokenizer" else f"{subfolder}/{name}".strip("/")
-            absent = (processor_dict or {}).get(name, "present") is None
-            parts.append(
-                None
-                if absent
-                else AutoTokenizer.from_pretrained(pretrained_model_name_or_path, subfolder=own_folder, **kwargs)
-            )
+        source, subfolder = pretrained_model_name_or_path, kwargs.pop("subfolder", "")
+        parts: list[Any] = [AutoImageProcessor.from_pretrained(source, subfolder=subfolder, **kwargs)]
+        folders = (subfolder, f"{subfolder}/{_TOKENIZERS[1]}".strip("/"))
+        for name, folder, side in zip(_TOKENIZERS, folders, ({"padding_side": "left"}, {}), strict=True):
+            is_absent = (processor_dict or {}).get(name, "present") is None
+            settings = {"subfolder": folder, **side, **kwargs}  # older saves do not say on which side they pad
+            parts.append(None if is_absent else AutoTokenizer.from_pretrained(source, **settings))
         return parts
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether there is nothing in it: None, or lists and dicts of nothing."""
+    return all(map(_is_empty, value)) if isinstance(value, (list, tuple, dict)) else value is None
+
+
+def _is_list(item: Any) -> bool:
+    if isinstance(item, (np.ndarray, torch.Tensor)):
+        return item.ndim == 4
+    return isinstance(item, Sequence) and not isinstance(item, (str, bytes, bytearray, memoryview))
+
+
+def _rows_of(images: Any) -> tuple[list[list[Any]], bool]:
+    """Images by row, and whether the caller has sorted them; where not, each image is a row of its own."""
+    items = list(images) if _is_list(images) else [images]
+    if not items:
+        raise ValueError("images is an empty list")
+    if not any(map(_is_list, items)):
+        return [[item] for item in items], False
+    for position, item in enumerate(items):
+        if item is not None and not _is_list(item):
+            raise ValueError(f"images mixes lists and single images: item {position} is a {type(item).__name__}")
+    return [[] if item is None else list(item) for item in items], True
+
+
+def _match_images(rows: list[list[Any]], sorted_by_caller: bool, wanted: list[int]) -> list[Any]:
+    """All images in the order of their placeholders; each text has as many as `wanted` says, or a ValueError tells."""
+    flat, counts = [image for row in rows for image in row], [len(row) for row in rows]
+    if not sorted_by_caller:
+        counts = wanted if len(flat) == sum(wanted) else [len(flat)] if len(wanted) == 1 else counts
+    if len(counts) != len(wanted):
+        texts = f"the {len(wanted)} texts have {sum(wanted)} <image> in all ({', '.join(map(str, wanted))})"
+        lists = f" in {len(rows)} lists" if sorted_by_caller else ""
+        raise ValueError(f"{texts}, and {len(flat)} images were given{lists}")
+    for row, (has, wants) in enumerate(zip(counts, wanted, strict=True)):
+        if has != wants:
+            hint = ": each image needs its <image> in the text" if wants < has else ""
+            raise ValueError(f"row {row}: {wants} <image> in the text, {has} images given{hint}")
+    return flat

@@ -5,10 +5,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..assembly.card_metadata import card_metadata, license_of
+from ..assembly.endpoint import REQUIREMENTS
 from ..configuration.configuration_lorgnette import LorgnetteConfig
-from ..configuration.remote_code import REQUIREMENTS
 from ..modeling.modeling_base import LorgnettePreTrainedModel
-from ..modeling.modeling_card import card_metadata, license_of
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .records import Result, datasets_of, results_of, training_of
 
@@ -32,7 +32,7 @@ def make_card(
     *,
     license: str | None = None,
     metrics: tuple[str | Path, ...] = (),
-    form: str = "full",
+    save_format: str = "full",
 ) -> ModelCard:
     """The card of a model that is to be published as `repo_id`.
 
@@ -40,16 +40,16 @@ def make_card(
         source: the folder that the model was loaded from; what Trainer left there is told.
         license: of the Hub's identifiers; by default the one that the backbones' cards agree on.
         metrics: `metrics.json` files of `lorgnette.trainer evaluate` or `retrieval`.
-        form: what the exported folder holds.
+        save_format: what the exported folder holds.
 
     Raises:
         ValueError: no licence was given and the backbones' are unknown or differ; metrics of another model.
         FileNotFoundError: no such metrics.
     """
     config, name = model.config, repo_id.split("/")[-1]
-    metadata = card_metadata(config, form)
+    metadata = card_metadata(config, save_format)
     task = metadata["pipeline_tag"]
-    lora = form != "merged" and bool(getattr(config, "lora_config", None))
+    lora = save_format != "merged" and bool(getattr(config, "lora_config", None))
     results = [result for path in metrics for result in results_of(path, source)]
     index = {"model_name": name, "eval_results": [_as_eval_result(result, task) for result in results]}
     data = ModelCardData(
@@ -65,7 +65,7 @@ def make_card(
         repo_id=repo_id,
         name=name,
         stage=2 if config.model_type == LorgnetteConfig.model_type else 1,
-        form=form,
+        save_format=save_format,
         parts=parts_of(model, lora),
         num_query_tokens=config.num_query_tokens,
         lora=lora,

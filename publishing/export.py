@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
 
-from ..configuration.configuration_lorgnette import LorgnetteConfig, LorgnetteRetrievalConfig
+from ..configuration.configuration_lorgnette import LorgnetteConfig
+from ..configuration.configuration_retrieval import LorgnetteRetrievalConfig
 from ..inspection.drawing import drawn
 from ..modeling.modeling_base import LorgnettePreTrainedModel
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration

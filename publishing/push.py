@@ -166,7 +166,8 @@ def _refuse_another_model(folder: Path, repo_id: str, commit: str, there: set[st
 def _identity(config: Path) -> dict[str, object]:
     """What two versions of a model have in common: the kind, and the parts that it is made of."""
     # here, since they bring transformers along, and most repositories are new
-    from ..configuration.configuration_lorgnette import LorgnetteConfig, LorgnetteRetrievalConfig
+    from ..configuration.configuration_lorgnette import LorgnetteConfig
+    from ..configuration.configuration_retrieval import LorgnetteRetrievalConfig
 
     fields = read_json_object(config)
     told = {"model_type": fields.get("model_type")}

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import SpaceCardData
 from packaging.requirements import Requirement
 
-from ..configuration.remote_code import REQUIREMENTS
+from ..assembly.endpoint import REQUIREMENTS
 
 
 FOLDER = "space"

@@ -52,6 +52,7 @@ def ask_endpoint(folder: str, picture: str) -> str:
     """What the folder's `handler.py` answers, loaded as the runtime of Inference Endpoints loads it."""
     spec = importlib.util.spec_from_file_location("handler.EndpointHandler", Path(folder, "handler.py"))
     module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, folder)  # as the runtime does
     spec.loader.exec_module(module)
     image = "data:image;base64," + base64.b64encode(Path(picture).read_bytes()).decode()
     asked = {"image_url": image, "prompt": "What?", "max_new_tokens": MAX_NEW_TOKENS}

@@ -15,7 +15,6 @@ import torch
 from anyio import CapacityLimiter
 
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
-from ..processing.image_loading import read_web_image
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .batching import Batcher, Ticket
 from .errors import RefusedError, timed_out
@@ -25,6 +24,7 @@ from .metrics import Metrics
 from .payloads import Question
 from .sampling import Sampler
 from .stops import cut, sendable
+from .web_images import read_web_image
 
 
 @dataclass

@@ -8,11 +8,13 @@ what the runtime makes of a body of type `image/…`, base64, or a URL. Other fi
 image-to-text task, `[{"generated_text": …}]`, which `huggingface_hub.InferenceClient.image_to_text` reads. A `question`
 beside `inputs` is the prompt as well, as `InferenceClient.visual_question_answering` sends it, and reads `answer`.
 
+`web_images.py` lies beside this file; the runtime puts their folder first on the path.
+
 There is one adapter, called as the environment variable `ADAPTER_NAME` says, `default` otherwise. What is raised here
 its caller gets as `{"error": …}`.
 """
 
-import base64
+import importlib
 import io
 import os
 import re
@@ -23,6 +25,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+
+# by name: transformers' scanner takes a plain import for a package that has to be installed
+web_images = importlib.import_module("web_images")
 
 MAX_NEW_TOKENS = 128
 FETCH_SECONDS = 10.0
@@ -112,9 +117,8 @@ class EndpointHandler:
 
     def _load(self, picture: str | bytes | Image.Image) -> Image.Image:
         try:
-            if isinstance(picture, str):
-                return self.processor.load_web_image(picture, FETCH_SECONDS)
-            return self.processor.load_image(picture)
+            source = web_images.read_web_image(picture, FETCH_SECONDS) if isinstance(picture, str) else picture
+            return self.processor.load_image(source)
         except ValueError as error:
             raise ValueError(str(error).partition("; it begins with ")[0]) from None  # the file is not quoted
 
@@ -172,9 +176,8 @@ def _decoded(picture: Any) -> str | bytes | Image.Image:
         return picture.getvalue()
     if not isinstance(picture, str) or URL.match(picture):
         return bytes(picture) if isinstance(picture, bytearray) else picture
-    code = "".join(picture.split()).replace("-", "+").replace("_", "/").rstrip("=")
     try:
-        return base64.b64decode(code + "=" * (-len(code) % 4), validate=True)
+        return web_images.decode_base64("".join(picture.split()))
     except ValueError as error:
         raise ValueError(f"inputs is neither an http, https or data URL nor base64: {error}") from None
 

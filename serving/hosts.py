@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 
-from ..processing.public_addresses import refuse_private
+from .web_images import refuse_private
 
 
 class Hosts:
-    """A guard for [`~lorgnette.processing.image_download.download`].
+    """A guard for [`~lorgnette.serving.web_images.download`].
 
     Args:
         allowed: where pictures may come from, these names alone; None for all of the public internet.

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from ..configuration.backbone_sources import from_pretrained_arguments
+from ..assembly.picture_sizes import check_image_processor
+from ..assembly.sources import from_pretrained_arguments
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.processing_lorgnette import LorgnetteProcessor
 
@@ -30,7 +31,7 @@ def load(
         the model, in eval mode, and each bridge's processor, the model's own first.
 
     Raises:
-        ValueError: a name twice; models that do not belong together; a processor that does not fit.
+        ValueError: a name twice; models that do not belong together; a processor that does not fit or makes huge ones.
         OSError: there is no such model.
     """
     if name in bridges:
@@ -45,6 +46,7 @@ def load(
         processors[other] = LorgnetteProcessor.from_pretrained(source)
     for processor in processors.values():
         loaded.check_processor(processor)
+        check_image_processor(processor.image_processor, processor.max_image_pixels)
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     return loaded.eval().to(device), processors

@@ -169,8 +169,8 @@ def test_what_is_left_out_is_left_out_and_changes_no_loss(monkeypatch):
 
     def leaking(self, rows):
         batch = packed(self, rows)
-        if "document_ids" in batch:
-            batch["attention_mask"] = (batch.pop("document_ids") >= 0).long()
+        if "sequence_ids" in batch:
+            batch["attention_mask"] = (batch.pop("sequence_ids") >= 0).long()
         return batch
 
     monkeypatch.setattr(type(mixed.ours.collator), "__call__", leaking)

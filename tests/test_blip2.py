@@ -97,7 +97,7 @@ def test_retrieval(caplog):
     with torch.no_grad():
         torch.testing.assert_close(ours(**text, pixel_values=pixels).logits_per_image, cosines)
         features = ours.get_vision_features(pixels).last_hidden_state
-        torch.testing.assert_close(ours._match_logits({"encoder_hidden_states": features}, text), matching)
+        torch.testing.assert_close(ours.match_logits({"encoder_hidden_states": features}, text), matching)
     for fresh in ("text_head", "logit_scale", "id 120"):  # a model alone does not say which word [DEC] is
         assert fresh in caplog.text
     assert ours.config.qformer_config.vocab_size == 121

@@ -8,10 +8,11 @@ from tiny_forms import logits as said_by
 from tiny_models import QFORMER, inputs, language_model, model, vision_model
 
 from lorgnette import LorgnetteForConditionalGeneration
-from lorgnette.modeling.modeling_adapters import LanguageModelAdapters
+from lorgnette.assembly import foreign_adapters
+from lorgnette.assembly.foreign_adapters import replace_lora
 
 
-# What makes the bridges of these tests differ: LoRA of another rank and other targets, none, another width and layer.
+# What makes the adapter sets differ: LoRA of another rank and other targets, none, another width and layer.
 KINDS = {
     "lora": {"lora": {"r": 4, "target_modules": ["v_proj", "up_proj"], "lora_dropout": 0.5}},
     "shape": {"qformer_config": QFORMER | {"hidden_size": 8, "num_hidden_layers": 3}, "vision_feature_layer": -2},
@@ -51,7 +52,7 @@ def folders(tmp_path_factory):
         made.save_pretrained(place / kind)
         said[kind] = logits(made)
     bare = built("bare")
-    bare._replace_lora(None, {})
+    replace_lora(bare, None, {})
     bare.generation_config.eos_token_id = 7
     bare.save_pretrained(place / "bare")
     said["bare"] = logits(bare)
@@ -83,7 +84,7 @@ def test_layers_of_a_bridge_that_was_in_use_are_put_back_and_not_built_again(fol
     ours.set_bridge("lora")
     its_own = [parameter for parameter in ours.parameters() if parameter.requires_grad]
     ours.set_bridge("default")
-    monkeypatch.delattr(LanguageModelAdapters, "_attach_lora")
+    monkeypatch.delattr(foreign_adapters, "attach_lora")
     ours.to(torch.float64)  # what is beside the model follows when it is put to use
     ours.set_bridge("lora")
     assert {parameter.dtype for parameter in ours.parameters()} == {torch.float64}
@@ -198,8 +199,8 @@ def test_from_thin_folders(tmp_path, monkeypatch):
 
 
 def test_a_merged_model_has_no_bridge(tmp_path):
-    built("lora").save_pretrained(tmp_path, form="merged")
-    with pytest.raises(ValueError, match=r"another language model.*saved merged, its LoRA folded into the language"):
+    built("lora").save_pretrained(tmp_path, save_format="merged")
+    with pytest.raises(ValueError, match=r"another language model.*saved merged, its LoRA merged into the language"):
         built().load_bridge(tmp_path, "merged")
 
 
@@ -235,8 +236,8 @@ def test_what_does_not_belong_is_refused(tmp_path):
             ours.load_bridge(tmp_path / name, name)
     with pytest.raises(FileNotFoundError):
         ours.load_bridge(tmp_path / "nowhere", "nowhere")
-    with pytest.raises(ValueError, match=r"There is a bridge 'default' already; there are \['default'\]"):
+    with pytest.raises(ValueError, match=r"There is an adapter set 'default' already; there are \['default'\]"):
         ours.load_bridge(tmp_path / "lm", "default")
-    with pytest.raises(ValueError, match=r"There is no bridge 'lm'; there are \['default'\]"):
+    with pytest.raises(ValueError, match=r"There is no adapter set 'lm'; there are \['default'\]"):
         ours.set_bridge("lm")
     assert same(before, weights(ours))

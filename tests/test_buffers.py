@@ -106,7 +106,7 @@ def saved_and_loaded(text: PreTrainedModel, vision: PreTrainedModel, folder: Pat
     built = joined(vision, text)
     expected = {"full": logits(built), "merged": logits(built)}
     for form, before in expected.items():
-        built.save_pretrained(folder / form, form=form)
+        built.save_pretrained(folder / form, save_format=form)
         loaded = load(folder / form)
         assert_fresh_buffers(loaded, text_config, vision_config)
         torch.testing.assert_close(logits(loaded), before, atol=1e-4, rtol=1e-4)

@@ -11,7 +11,8 @@ from tiny_models import model, vision_model
 from torch import nn
 
 from lorgnette import LorgnetteForConditionalGeneration
-from lorgnette.modeling.modeling_forms import backbone_checksums, changed_backbone_weights
+from lorgnette.assembly.foreign_adapters import replace_lora
+from lorgnette.modeling.modeling_saving import backbone_checksums, changed_backbone_weights
 
 
 HEAD = "language_model.lm_head.weight"
@@ -79,7 +80,7 @@ def test_what_changed_is_saved_in_full_and_refused_by_name_as_thin(change: Calla
     change(built)
     (key, *_) = changed_backbone_weights(built, None)
     with pytest.raises(ValueError, match=rf"cannot be saved thin: \d+ weights .* that were loaded \({key}"):
-        built.save_pretrained(tmp_path / "thin", form="thin")
+        built.save_pretrained(tmp_path / "thin", save_format="thin")
     assert not (tmp_path / "thin").exists()
     built.save_pretrained(tmp_path / "saved")
     assert form_of(tmp_path / "saved") == "full"
@@ -141,7 +142,7 @@ def test_what_no_config_describes_is_saved_in_no_form(change: Callable, hub, tmp
         if form == "thin" and change is not pruned_qformer:
             match = r"cannot be saved thin: \d+ weights of its backbones are no longer those that were loaded"
         with pytest.raises(ValueError, match=match):
-            built.save_pretrained(tmp_path / "saved", form=form)
+            built.save_pretrained(tmp_path / "saved", save_format=form)
     assert not (tmp_path / "saved").exists()
 
 
@@ -151,7 +152,7 @@ def test_a_head_that_was_untied_by_hand_is_not_saved(tmp_path):
     head.weight = nn.Parameter(head.weight.detach() + 1, requires_grad=False)
     for form in (None, "merged"):
         with pytest.raises(ValueError, match=r"weight is not tied to .*, and by its config it is"):
-            built.save_pretrained(tmp_path / "saved", form=form)
+            built.save_pretrained(tmp_path / "saved", save_format=form)
     assert not (tmp_path / "saved").exists()
 
 
@@ -182,7 +183,7 @@ def test_a_state_dict_that_was_gathered_is_what_is_looked_at(hub, tmp_path):
 def test_a_narrower_dtype_is_no_change_and_back_again_is_one(dtype: torch.dtype, hub, tmp_path):
     built = joined().to("cpu").to(dtype)
     assert not changed_backbone_weights(built, None)
-    built.save_pretrained(tmp_path / "saved", form="thin")
+    built.save_pretrained(tmp_path / "saved", save_format="thin")
     loaded = load(tmp_path / "saved")
     for key, weight in built.named_parameters():
         assert torch.equal(weight, loaded.get_parameter(key)), key
@@ -206,7 +207,7 @@ def test_another_lora_is_no_change_and_hides_none(hub, tmp_path):
     built.load_lm_adapter(tmp_path / "saved" / "lm_adapter")
     assert not changed_backbone_weights(built, None)
     one_number(built)
-    built._replace_lora(None, None)
+    replace_lora(built, None, None)
     assert changed_backbone_weights(built, None) == ["language_model.model.layers.1.self_attn.q_proj.weight"]
 
 

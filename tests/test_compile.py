@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from transformers import CompileConfig, set_seed
 
 from lorgnette import LorgnetteCollator, LorgnetteForImageTextRetrieval, LorgnetteProcessor
-from lorgnette.modeling import modeling_supervision
+from lorgnette.modeling import modeling_loss
 from lorgnette.trainer.nan_guard import nan_guard
 
 
@@ -115,7 +115,7 @@ def test_the_compiled_head_sees_the_labels_positions_alone(text, monkeypatch):
 
     def compiled_loss(at_once, **inputs):
         torch._dynamo.reset()
-        monkeypatch.setattr(modeling_supervision, "LOGITS_AT_ONCE", at_once * vocabulary)
+        monkeypatch.setattr(modeling_loss, "LOGITS_AT_ONCE", at_once * vocabulary)
         return torch.compile(own, backend=backend, fullgraph=True)(**inputs).loss
 
     torch.testing.assert_close(compiled_loss(10_000, **batch), loss)
@@ -152,7 +152,7 @@ def test_what_is_wrong_is_told_by_a_compiled_model_too(stage):
         ids[2, (ids[2] == own.config.image_token_id).nonzero()[0]] = 5
         with pytest.raises(ValueError, match="Row 2 of the data set has 3 image placeholders"):
             compiled(**batch | {"input_ids": ids})
-        with pytest.raises(ValueError, match="supervised_positions names 1 places, and labels has"):
+        with pytest.raises(ValueError, match="supervised_positions names 1 positions, and labels has"):
             compiled(
                 **batch
                 | {"supervised_positions": batch["supervised_positions"].clone().index_fill_(0, torch.arange(1, 16), 0)}
@@ -168,7 +168,7 @@ def test_packed_documents_are_one_graph_as_well():
     found, found_gradients = losses_and_gradients(compiled, own, batch)
     torch.testing.assert_close(found, loss, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(found_gradients, gradients, atol=1e-6, rtol=1e-5)
-    wrong = batch | {"document_ids": batch["document_ids"].masked_fill(batch["document_ids"] == 1, 7)}
+    wrong = batch | {"sequence_ids": batch["sequence_ids"].masked_fill(batch["sequence_ids"] == 1, 7)}
     with pytest.raises(ValueError, match=r"numbered in their order, from 0; these are \[0, 7, 2\]"):
         compiled(**wrong)
 

@@ -27,7 +27,7 @@ def test_bf16_leaves_the_language_model_what_it_is(text: str, tmp_path, monkeypa
     with torch.no_grad(), built.disable_adapter():
         assert torch.equal(built(ids).logits, alone(ids).logits)
     for form in ("full",) if text == "loaded" else ("thin", "full"):
-        built.save_pretrained(tmp_path / form, form=form)
+        built.save_pretrained(tmp_path / form, save_format=form)
         assert torch.equal(logits(load(tmp_path / form)), logits(built))
 
 

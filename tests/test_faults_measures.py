@@ -16,7 +16,7 @@ from faults import hostile, memory, numbers
 from faults.__main__ import kill_at
 from faults.killing import Moment
 from lorgnette import LorgnetteCollator
-from lorgnette.modeling.modeling_base import LorgnettePreTrainedModel
+from lorgnette.assembly.backbones import cast_parameters
 
 
 ANSWER = {"outcome": "answered", "message": "", "seconds": 0.1, "bytes": 2**20}
@@ -93,13 +93,11 @@ class TestNumbers:
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
     def test_a_part_that_suffers_is_found(self, model_and_batches, monkeypatch):
-        cast = LorgnettePreTrainedModel.cast_parameters
+        def badly(model, dtype):
+            cast_parameters(model, dtype)
+            model.language_model.lm_head.weight.data *= 1.5
 
-        def badly(self, dtype):
-            cast(self, dtype)
-            self.language_model.lm_head.weight.data *= 1.5
-
-        monkeypatch.setattr(LorgnettePreTrainedModel, "cast_parameters", badly)
+        monkeypatch.setattr(numbers, "cast_parameters", badly)
         _, found = numbers.compare(*model_and_batches)
         assert found["mixed"] <= numbers.TOLERANCE
         assert not found["all"] <= numbers.TOLERANCE

@@ -1,4 +1,4 @@
-"""`examples/finetune.py` runs as it stands, and is what the README shows."""
+"""`examples/finetune.py` runs as it stands, and is what docs/training.md shows."""
 
 import runpy
 from functools import partial
@@ -47,5 +47,5 @@ def test_a_broken_picture_is_named_before_a_weight_moves(tmp_path, run, monkeypa
     assert str(raised.value).startswith(f"row {number}: ")
 
 
-def test_the_readme_shows_the_example():
-    assert EXAMPLE.read_text().strip() in (ROOT / "README.md").read_text()
+def test_the_page_shows_the_example():
+    assert EXAMPLE.read_text().strip() in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")

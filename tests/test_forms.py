@@ -17,6 +17,7 @@ from tiny_forms import (
     form_of,
     hub_with_backbones,
     joined,
+    keep_uploads,
     keys_in,
     load,
     logits,
@@ -56,7 +57,7 @@ def test_what_came_from_the_hub_is_saved_thin(hub, tmp_path):
     assert not loaded.training
     assert loaded.generation_config.eos_token_id == built.generation_config.eos_token_id
     kinds = {path.suffix for path in (tmp_path / "saved").iterdir()}
-    assert kinds == {".json", ".jinja", ".py", ".safetensors", ".txt", ""}
+    assert kinds == {".json", ".jinja", ".py", ".safetensors", ""}
 
 
 @pytest.mark.slow
@@ -68,7 +69,7 @@ def test_a_stranger_gets_the_same(hub, tmp_path, form, without):
     batch = dict(processor(images=picture(), text=processor.build_prompt(), return_tensors="pt"))
     save_file(batch, tmp_path / "inputs.safetensors")
     before = copy_of(built)
-    built.save_pretrained(tmp_path / form, form=form)
+    built.save_pretrained(tmp_path / form, save_format=form)
     assert_equal_weights(built, before)
     report, tensors = visit(tmp_path / form, tmp_path, resaved=tmp_path / "again", without=without)
     with torch.no_grad():
@@ -93,7 +94,7 @@ def test_a_stranger_gets_the_same(hub, tmp_path, form, without):
 def test_merging_follows_peft_and_leaves_the_model_alone(text, lora, tmp_path):
     built = stirred(model(text=text, lora=lora))
     before = copy_of(built)
-    built.save_pretrained(tmp_path, form="merged")
+    built.save_pretrained(tmp_path, save_format="merged")
     assert_equal_weights(built, before)
     assert built.config.lora_config is not None
     merged = load(tmp_path)
@@ -110,7 +111,7 @@ def test_a_language_model_with_tied_words(hub, tmp_path):
     hub.add("tiny/llama", language_model(vocab_size=len(chat_tokenizer()), tie_word_embeddings=True), chat_tokenizer())
     built = joined()
     for form in ("thin", "full", "merged"):
-        built.save_pretrained(tmp_path / form, form=form)
+        built.save_pretrained(tmp_path / form, save_format=form)
         loaded = load(tmp_path / form)
         assert loaded.language_model.lm_head.weight is loaded.get_input_embeddings().weight
         torch.testing.assert_close(logits(loaded), logits(built), **MERGED)
@@ -122,7 +123,7 @@ def test_stage_1_is_thin_too(hub, tmp_path):
         "tiny/vit", qformer=bert(vocab_size=len(made.qformer_tokenizer)), processor=made
     ).eval()
     for form in ("thin", "full"):
-        built.save_pretrained(tmp_path / form, form=form)
+        built.save_pretrained(tmp_path / form, save_format=form)
         loaded = LorgnetteForImageTextRetrieval.from_pretrained(tmp_path / form)
         assert_equal_weights(loaded, copy_of(built))
         with torch.no_grad():
@@ -130,7 +131,7 @@ def test_stage_1_is_thin_too(hub, tmp_path):
             assert torch.equal(loaded.retrieve(pictures, texts), built.retrieve(pictures, texts))
     assert not [name for name in keys_in(tmp_path / "thin") if name.startswith("vision_model.")]
     with pytest.raises(ValueError, match="no LoRA to merge"):
-        built.save_pretrained(tmp_path / "merged", form="merged")
+        built.save_pretrained(tmp_path / "merged", save_format="merged")
     tower = VisionTower.from_pretrained(
         tmp_path / "thin", config=built.config.__class__.from_pretrained(tmp_path / "thin")
     )
@@ -145,8 +146,8 @@ def test_stage_1_is_thin_too(hub, tmp_path):
 )
 def test_from_one_form_to_another(hub, tmp_path, first, then):
     built = joined()
-    built.save_pretrained(tmp_path / "first", form=first)
-    load(tmp_path / "first").save_pretrained(tmp_path / "then", form=then)
+    built.save_pretrained(tmp_path / "first", save_format=first)
+    load(tmp_path / "first").save_pretrained(tmp_path / "then", save_format=then)
     assert form_of(tmp_path / "then") == then
     tolerance = MERGED if then == "merged" else {"atol": 0, "rtol": 0}
     torch.testing.assert_close(logits(load(tmp_path / "then")), logits(built), **tolerance)
@@ -154,40 +155,40 @@ def test_from_one_form_to_another(hub, tmp_path, first, then):
 
 @pytest.mark.parametrize("form", [None, "full", "merged"])
 def test_a_merged_model_stays_merged(hub, tmp_path, form):
-    joined().save_pretrained(tmp_path / "merged", form="merged")
+    joined().save_pretrained(tmp_path / "merged", save_format="merged")
     merged = load(tmp_path / "merged")
-    merged.save_pretrained(tmp_path / "again", form=form)
+    merged.save_pretrained(tmp_path / "again", save_format=form)
     assert form_of(tmp_path / "again") == "merged"
     assert torch.equal(logits(load(tmp_path / "again")), logits(merged))
-    with pytest.raises(ValueError, match="LoRA is folded into its language model, which is no longer tiny/llama"):
-        merged.save_pretrained(tmp_path / "thin", form="thin")
+    with pytest.raises(ValueError, match="LoRA is merged into its language model, which is no longer tiny/llama"):
+        merged.save_pretrained(tmp_path / "thin", save_format="thin")
     assert not (tmp_path / "thin").exists()
 
 
 def test_a_new_lora_on_a_merged_model_is_not_folded_in(hub, tmp_path):
     built = joined()
-    built.save_pretrained(tmp_path / "merged", form="merged")
+    built.save_pretrained(tmp_path / "merged", save_format="merged")
     built.save_pretrained(tmp_path / "thin")
     merged = load(tmp_path / "merged")
-    with pytest.raises(ValueError, match="trained on tiny/llama; the language model here has another LoRA folded"):
+    with pytest.raises(ValueError, match="trained on tiny/llama; the language model here has another LoRA merged"):
         merged.load_lm_adapter(tmp_path / "thin" / "lm_adapter")
     adapter = tmp_path / "thin" / "lm_adapter" / "adapter_config.json"
     adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": None}))
     merged.load_lm_adapter(tmp_path / "thin" / "lm_adapter")
     for form in ("full", None):
-        merged.save_pretrained(tmp_path / "new", form=form)
+        merged.save_pretrained(tmp_path / "new", save_format=form)
         assert form_of(tmp_path / "new") == "full"
         load(tmp_path / "new").save_pretrained(tmp_path / "again")  # is not the Hub's language model, and so not thin
         assert form_of(tmp_path / "again") == "full"
         assert torch.equal(logits(load(tmp_path / "again")), logits(merged))
-    merged.save_pretrained(tmp_path / "twice", form="merged")
+    merged.save_pretrained(tmp_path / "twice", save_format="merged")
     torch.testing.assert_close(logits(load(tmp_path / "twice")), logits(merged), **MERGED)
 
 
 @pytest.mark.parametrize("form", ["merged", "full"])
 def test_shards(hub, tmp_path, form):
     built = joined()
-    built.save_pretrained(tmp_path, form=form, max_shard_size="30KB")
+    built.save_pretrained(tmp_path, save_format=form, max_shard_size="30KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     torch.testing.assert_close(logits(load(tmp_path)), logits(built), **MERGED)
 
@@ -195,7 +196,7 @@ def test_shards(hub, tmp_path, form):
 def test_what_means_nothing_in_a_thin_save_is_refused(hub, tmp_path):
     built = joined()
     for argument in ({"variant": "fp16"}, {"save_original_format": True}):
-        with pytest.raises(ValueError, match=f"{next(iter(argument))} is for the forms that transformers loads"):
+        with pytest.raises(ValueError, match=f"{next(iter(argument))} is for the formats that transformers loads"):
             built.save_pretrained(tmp_path / "saved", **argument)
     assert not (tmp_path / "saved").exists()
     built.save_pretrained(tmp_path / "saved", save_original_format=False)
@@ -204,26 +205,21 @@ def test_what_means_nothing_in_a_thin_save_is_refused(hub, tmp_path):
 
 def test_unknown_forms(tmp_path):
     with pytest.raises(ValueError, match="'slim'; a model is saved as thin, full, merged"):
-        model().save_pretrained(tmp_path, form="slim")
+        model().save_pretrained(tmp_path, save_format="slim")
     with pytest.raises(ValueError, match="no LoRA to merge"):
         LorgnetteForConditionalGeneration.from_backbones(
             vision_model(), language_model(), qformer_config=QFORMER
-        ).save_pretrained(tmp_path, form="merged")
+        ).save_pretrained(tmp_path, save_format="merged")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_push_to_hub_sends_the_form_that_is_asked_for(hub, tmp_path, monkeypatch):
-    """transformers' own push knows nothing of forms; here it saves into a folder and ends."""
     built, sent = joined(), []
 
-    def push(self, repo_id, **kwargs):
-        self.save_pretrained(tmp_path / repo_id)
-        sent.append(form_of(tmp_path / repo_id))
-
-    monkeypatch.setattr(PreTrainedModel, "push_to_hub", push)
-    built.push_to_hub("me/eyes", form="merged")
+    keep_uploads(monkeypatch, tmp_path, lambda folder: sent.append(form_of(folder)))
+    built.push_to_hub("me/eyes", save_format="merged")
     built.push_to_hub("me/eyes")
-    built.save_pretrained(tmp_path / "saved", form="full", push_to_hub=True, repo_id="me/eyes")
+    built.save_pretrained(tmp_path / "saved", save_format="full", push_to_hub=True, repo_id="me/eyes")
     assert sent == ["merged", "thin", "full"]
     gathered = {name: value * 2 for name, value in built.state_dict().items()}
     built.save_pretrained(tmp_path / "saved", True, gathered, True, repo_id="me/eyes")  # in transformers' order
@@ -248,7 +244,7 @@ def test_backbones_from_folders_are_saved_in_full_and_no_path_is(hub, tmp_path):
             assert form_of(folder) == "full"
             assert not [file for file in folder.glob("*.json") if str(tmp_path) in file.read_text()]
         with pytest.raises(ValueError, match="cannot be saved thin: its ViT comes from a folder or from memory"):
-            built.save_pretrained(tmp_path / "thin", form="thin")
+            built.save_pretrained(tmp_path / "thin", save_format="thin")
 
 
 def test_no_folder_of_a_save_has_a_pickle_or_a_path_of_ours(tmp_path):
@@ -265,7 +261,7 @@ def test_no_folder_of_a_save_has_a_pickle_or_a_path_of_ours(tmp_path):
     for folder in (tmp_path / "first", tmp_path / "saved"):
         files = [path for path in folder.rglob("*") if path.is_file()]
         assert {path.parent.name for path in files} == {folder.name, "lm_adapter", "qformer_tokenizer"}
-        assert {path.suffix for path in files} <= {".json", ".jinja", ".md", ".py", ".safetensors", ".txt"}
+        assert {path.suffix for path in files} <= {".json", ".jinja", ".md", ".py", ".safetensors"}
         assert [path for path in files if str(tmp_path).encode() in path.read_bytes()] == []
 
 
@@ -273,11 +269,11 @@ def test_random_or_trained_backbones_are_saved_in_full(hub, tmp_path):
     built = joined()
     random = LorgnetteForConditionalGeneration(built.config)
     with pytest.raises(ValueError, match="its language model is random, and not what tiny/llama holds"):
-        random.save_pretrained(tmp_path / "thin", form="thin")
+        random.save_pretrained(tmp_path / "thin", save_format="thin")
     random.save_pretrained(tmp_path / "random")
     built.language_model.lm_head.requires_grad_(True)
     with pytest.raises(ValueError, match=r"1 weights of its backbones train \(language_model.lm_head.weight"):
-        built.save_pretrained(tmp_path / "thin", form="thin")
+        built.save_pretrained(tmp_path / "thin", save_format="thin")
     with torch.no_grad():
         built.language_model.lm_head.weight.mul_(2)
     built.save_pretrained(tmp_path / "trained")
@@ -327,7 +323,7 @@ def test_arguments_of_from_pretrained_reach_all_parts(hub, tmp_path, config):
 
 @pytest.mark.parametrize("form", ["thin", "full"])
 def test_a_device_map_places_whole_parts(hub, tmp_path, form):
-    joined().save_pretrained(tmp_path / form, form=form)
+    joined().save_pretrained(tmp_path / form, save_format=form)
     loaded = load(tmp_path / form, device_map={"language_model": "cpu", "vision_model": "meta", "projector": "cpu"})
     places = {key.split(".", 1)[0]: parameter.device.type for key, parameter in loaded.named_parameters()}
     assert places == {"language_model": "cpu", "vision_model": "meta", "qformer": "cpu", "projector": "cpu"}
@@ -378,7 +374,7 @@ def test_a_full_disk_leaves_the_older_save(hub, tmp_path, monkeypatch):
 
     built = joined()
     folder = tmp_path / "saved"
-    built.save_pretrained(folder, form="full", max_shard_size="50KB")
+    built.save_pretrained(folder, save_format="full", max_shard_size="50KB")
     (folder / "notes.txt").write_text("mine")
     files = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     written = []
@@ -391,7 +387,7 @@ def test_a_full_disk_leaves_the_older_save(hub, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(modeling_utils, "safe_save_file", break_off)
         with pytest.raises(OSError, match="No space left"):
-            joined(seed=2).save_pretrained(folder, form="thin")
+            joined(seed=2).save_pretrained(folder, save_format="thin")
     assert written
     assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
     assert torch.equal(logits(load(folder)), logits(built))
@@ -400,7 +396,7 @@ def test_a_full_disk_leaves_the_older_save(hub, tmp_path, monkeypatch):
 def test_a_save_that_is_killed_half_way_is_no_model(hub, tmp_path, monkeypatch):
     """Neither old weights under a new config nor the reverse: the config goes first and comes last."""
     folder = tmp_path / "saved"
-    joined().save_pretrained(folder, form="full")
+    joined().save_pretrained(folder, save_format="full")
     replaced = []
 
     def replace(source, target):
@@ -412,7 +408,7 @@ def test_a_save_that_is_killed_half_way_is_no_model(hub, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", replace)
         with pytest.raises(KeyboardInterrupt):
-            joined(seed=2).save_pretrained(folder, form="thin")
+            joined(seed=2).save_pretrained(folder, save_format="thin")
     assert "model.safetensors" in replaced
     assert not (folder / "config.json").exists()
 
@@ -431,8 +427,8 @@ def test_a_save_replaces_shards_of_another_number(hub, tmp_path):
     first, then = joined(), joined(seed=2)
     assert not torch.equal(logits(first), logits(then))
     for size in ("20KB", "50GB", "25KB"):
-        first.save_pretrained(tmp_path, form="full")
-        then.save_pretrained(tmp_path, form="thin", max_shard_size=size)
+        first.save_pretrained(tmp_path, save_format="full")
+        then.save_pretrained(tmp_path, save_format="thin", max_shard_size=size)
         assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (size != "50GB")
         assert keys_in(tmp_path) == {name for name, p in then.named_parameters() if p.requires_grad}
         assert torch.equal(logits(load(tmp_path)), logits(then))
@@ -484,5 +480,5 @@ def test_a_thin_checkpoint_belongs_to_its_backbones(hub, tmp_path):
     moved = hub.add("tiny/vit", vision_model(seed=5), image_processor())
     with pytest.raises(ValueError, match=f"ViT tiny/vit at commit {commit}, and this run has tiny/vit at {moved}"):
         check_backbones(str(tmp_path / "checkpoint-2"), joined())
-    built.save_pretrained(tmp_path / "checkpoint-2", form="full")  # it brings its own
+    built.save_pretrained(tmp_path / "checkpoint-2", save_format="full")  # it brings its own
     check_backbones(str(tmp_path / "checkpoint-2"), joined())

@@ -90,7 +90,7 @@ def test_labels_that_do_not_say_where_a_prompt_ends_are_refused(parts):
     with pytest.raises(ValueError, match="shared_input_ids without labels"):
         built.generate(**without, **GREEDY)
     packed = LorgnetteCollator(processor, pack_to=120)(pairs(2))
-    with pytest.raises(ValueError, match=r"document_ids: .* packed"):
+    with pytest.raises(ValueError, match=r"sequence_ids: .* packed"):
         built.generate(**packed, **GREEDY)
 
 
@@ -169,7 +169,7 @@ def test_pictures_alone_are_asked_the_processors_own_query(parts, tmp_path):
     twice = built.generate(**alone, image_rows=torch.tensor([2, 0, 2]), **GREEDY)
     assert torch.equal(twice, expected[[2, 0, 2]])
 
-    built.save_pretrained(tmp_path, form="full")
+    built.save_pretrained(tmp_path, save_format="full")
     settings = GREEDY | {"eos_token_id": None}
     for cls in (LorgnetteForConditionalGeneration, AutoModel):
         loaded = cls.from_pretrained(tmp_path)
@@ -202,7 +202,7 @@ def test_pictures_alone_and_no_processor(tmp_path):
         built.generate(pixel_values=pictures, **GREEDY)
     with pytest.raises(ValueError, match="No processor is known to this model: give input_ids"):
         built.base_model.generate(pixel_values=pictures, **GREEDY)
-    built.save_pretrained(tmp_path, form="full")
+    built.save_pretrained(tmp_path, save_format="full")
     loaded = LorgnetteForConditionalGeneration.from_pretrained(tmp_path)
     with pytest.raises(OSError, match=r"No processor lies beside .*; give input_ids"):
         loaded.generate(pixel_values=pictures, **GREEDY)

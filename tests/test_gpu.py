@@ -18,7 +18,7 @@ from tiny_training import write_backbones, write_pairs
 from transformers import BitsAndBytesConfig
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval, LorgnetteProcessor
-from lorgnette.modeling import modeling_supervision
+from lorgnette.modeling import modeling_loss
 from lorgnette.trainer.__main__ import main
 
 
@@ -167,7 +167,7 @@ def test_liger_gives_the_language_models_own_loss(monkeypatch):
     pytest.importorskip("liger_kernel")
     found = []
     for there in (False, True):
-        monkeypatch.setattr(modeling_supervision, "is_liger_kernel_available", lambda there=there: there)
+        monkeypatch.setattr(modeling_loss, "is_liger_kernel_available", lambda there=there: there)
         built, batch = tiny_models.model().to("cuda").train(), tiny_models.inputs()
         labels = batch["input_ids"].masked_fill(batch["input_ids"] == built.config.image_token_id, -100)
         torch.manual_seed(0)

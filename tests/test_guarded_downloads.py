@@ -3,17 +3,14 @@
 import base64
 import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import numpy as np
 import pytest
-import tiny
-from test_downloads import PNG
+from test_downloads import PNG, server, visitors  # noqa: F401
 
-from lorgnette import LorgnetteProcessor
-from lorgnette.processing.image_download import download
-from lorgnette.processing.image_loading import read_web_image
-from lorgnette.processing.public_addresses import is_public, refuse_private
+from lorgnette.serving import web_images
+from lorgnette.serving.web_images import download, is_public, read_web_image, refuse_private
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +33,11 @@ def internal():
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_port, asked
-    server.shutdown()
-    server.server_close()
+    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
+    yield listener.server_port, asked
+    listener.shutdown()
+    listener.server_close()
 
 
 @pytest.fixture
@@ -169,12 +166,10 @@ def test_a_url_that_is_none_is_not_its_hosts_fault(url, message):
     assert "secret" not in str(told.value)
 
 
-def test_the_processors_own(internal):
-    processor = LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer())
-    with pytest.raises(PermissionError):
-        processor.load_web_image(f"http://localhost:{internal[0]}/200", timeout=10)
-    loaded = processor.load_web_image("data:image/png;base64," + base64.b64encode(PNG).decode())
-    np.testing.assert_array_equal(loaded, tiny.picture())
+def test_data_urls():
+    assert read_web_image("data:image/png;base64," + base64.b64encode(PNG).decode()) == PNG
+    with pytest.raises(ValueError, match="the data URL is not valid base64"):
+        read_web_image("data:image/png;base64,%%%")
 
 
 def test_a_host_in_letters_beyond_ascii_is_looked_up_by_its_own_name(internal, names):
@@ -186,3 +181,48 @@ def test_a_host_in_letters_beyond_ascii_is_looked_up_by_its_own_name(internal, n
     with pytest.raises(PermissionError, match=r"127\.0\.0\.1 is not on the public internet"):
         read_web_image(f"http://１２７。0。0。1:{port}/200", timeout=10)  # noqa: RUF001
     assert asked == ["/200"]
+
+
+def anywhere(host: str, address: str) -> None:
+    """A guard that lets every address pass."""
+
+
+@pytest.mark.parametrize(
+    ("path", "cause"),
+    [
+        ("gone", "404"),
+        ("drip", "not complete after 1 s"),
+        ("headers_that_drip", "not complete after 1 s"),
+        ("slowly_to?/slowly_to?/slowly_to?/slowly_to?/slowly_to?/picture", "(not complete after 1 s|timed out)"),
+        ("to?/to?/to?/to?/to?/to?/to?/to?/to?/to?/to?/to?/picture", "redirect"),
+    ],
+)
+def test_no_picture_in_time(server, path, cause):  # noqa: F811
+    """A server that never ends its answer is left; the test would not end otherwise."""
+    start = time.monotonic()
+    with pytest.raises(OSError, match=rf"cannot fetch .*{path.partition('?')[0]}.*{cause}"):
+        download(f"{server}/{path}", 1 if "1 s" in cause else 20, guard=anywhere)
+    assert time.monotonic() - start < 15
+
+
+@pytest.mark.parametrize("scheme", ["ftp", "file", "data", "gopher", "javascript"])
+def test_redirects_to_other_schemes(server, visitors, scheme):  # noqa: F811
+    port, seen = visitors
+    target = f"{scheme}://127.0.0.1:{port}/picture.png" if scheme in ("ftp", "gopher") else f"{scheme}:picture"
+    with pytest.raises(OSError, match=f"cannot fetch {server}/to.*{scheme}"):
+        download(f"{server}/to?{target}", 10, guard=anywhere)
+    assert seen == []
+
+
+@pytest.mark.parametrize("path", ["picture", "to?/picture", "endlessly_to?/picture"])
+def test_huge_answers(server, monkeypatch, path):  # noqa: F811
+    """What a page sends that redirects counts as well."""
+    monkeypatch.setattr(web_images, "DOWNLOAD_BYTES", 100)
+    with pytest.raises(OSError, match="larger than 100 bytes"):
+        download(f"{server}/{path}", guard=anywhere)
+
+
+def test_letters_and_spaces_in_a_url_are_sent_as_browsers_send_them(server):  # noqa: F811
+    name, sent = download(f"{server}/path_that_was_asked_for?größe=1 2%20&x=[a]#part", guard=anywhere)
+    assert sent == b"/path_that_was_asked_for?gr%C3%B6%C3%9Fe=1%202%20&x=[a]"
+    assert "größe" in name

@@ -7,6 +7,7 @@ from tiny_models import NUM_QUERY_TOKENS, bert, inputs, model, vision_model
 from tiny_training import joined, pairs, trainer, write_backbones
 
 from lorgnette import LorgnetteForImageTextRetrieval, LorgnetteProcessor
+from lorgnette.assembly.backbones import cast_parameters
 
 
 def stage1():
@@ -27,7 +28,7 @@ def parts(request, tmp_path):
 
 def test_training_is_refused_before_a_weight_moves(parts, tmp_path):
     built, processor = parts
-    built.cast_parameters(torch.float16)
+    cast_parameters(built, torch.float16)
     before = {name: value.clone() for name, value in built.state_dict().items()}
     run = trainer(built, processor, tmp_path / "out", rows=pairs(4))
     with pytest.raises(ValueError, match=r"weights that train are float16 \(.*epsilon.*dtype='float32'.*bfloat16"):
@@ -46,7 +47,7 @@ def test_one_weight_is_enough(parts, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_may_train(parts, tmp_path, dtype):
     built, processor = parts
-    built.cast_parameters(dtype)
+    cast_parameters(built, dtype)
     run = trainer(built, processor, tmp_path / "out", rows=pairs(4))
     run.train()
     assert run.state.global_step == 2

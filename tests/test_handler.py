@@ -21,13 +21,11 @@ from starlette.routing import Route
 from strangers import WITHOUT_LORGNETTE
 from tiny import picture
 from tiny_serving import MAX_NEW_TOKENS, data_url, png, save_bridges, save_merged, serving_app
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
-from lorgnette.configuration.remote_code import REQUIREMENTS
+from lorgnette.assembly.endpoint import REQUIREMENTS, write_endpoint
 from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
 from lorgnette.publishing.guards import check_folder
-from lorgnette.serving.handler import FIELDS, EndpointHandler
 from lorgnette.serving.payloads import VisionRequest
 
 
@@ -51,15 +49,23 @@ ASKED = {"image_url": data_url(), "prompt": "What is this?", "max_new_tokens": M
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("bridges")
     save_bridges(made)
+    write_endpoint(made / "one")
     return made / "one"
+
+
+def load(folder):
+    """The handler's module, with the folder first on the path, as the runtime has it."""
+    spec = importlib.util.spec_from_file_location("handler.EndpointHandler", folder / "handler.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def handler(folder):
-    spec = importlib.util.spec_from_file_location("handler.EndpointHandler", folder / "handler.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.EndpointHandler(str(folder))
+    return load(folder).EndpointHandler(str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +131,15 @@ def test_bad_requests(handler, changed, kind, message):
 
 def test_lora_that_was_merged_cannot_be_left_out(folder, expected, tmp_path):
     save_merged(folder, tmp_path)
-    handler = EndpointHandler(str(tmp_path))
+    write_endpoint(tmp_path)
+    handler = load(tmp_path).EndpointHandler(str(tmp_path))
     assert handler(ASKED)["text"] == expected[True]
     with pytest.raises(ValueError, match="saved merged: LoRA is part of the LM"):
         handler(ASKED | {"use_lora": False})
 
 
-def test_it_takes_the_workers_fields():
-    assert FIELDS.keys() == VisionRequest.model_fields.keys()
+def test_it_takes_the_workers_fields(folder):
+    assert load(folder).FIELDS.keys() == VisionRequest.model_fields.keys()
 
 
 @pytest.mark.parametrize("inputs", [5, None, [data_url()], True])
@@ -302,17 +309,11 @@ def test_parameters_beside_fields(handler, expected):
 
 def test_what_goes_along_may_be_published(folder):
     (folder / "README.md").write_text("A model.", encoding="utf-8")
-    assert {"handler.py", "requirements.txt"} <= set(check_folder(folder))
+    assert {"handler.py", "web_images.py", "requirements.txt"} <= set(check_folder(folder))
     lines = {Requirement(line).name: line for line in (folder / "requirements.txt").read_text().splitlines()}
     assert list(lines) == ["transformers", "peft", "pillow", "safetensors"]
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert set(lines.values()) == set(REQUIREMENTS) <= set(project["dependencies"])
-
-
-def test_code_that_was_loaded_from_the_folder_writes_it_again(folder, tmp_path):
-    get_class_from_dynamic_module("remote_code.save_remote_code", folder)(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} >= {"handler.py", "requirements.txt", "modeling_lorgnette.py"}
-    assert all(path.read_text() == (folder / path.name).read_text() for path in tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -326,5 +327,5 @@ def test_where_lorgnette_is_not_installed(folder, expected, tmp_path):
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert json.loads(finished.stdout.splitlines()[-1])["text"] == expected[True]
-    for name in ("handler.py", "requirements.txt"):
+    for name in ("handler.py", "web_images.py", "requirements.txt"):
         assert (tmp_path / "again" / name).read_text() == (folder / name).read_text()

@@ -9,7 +9,7 @@ from transformers import AutoModel, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteModel
-from lorgnette.modeling.modeling_outputs_lorgnette import KV_CACHE
+from lorgnette.modeling.modeling_base import KV_CACHE
 
 
 @pytest.mark.parametrize("text", ["llama", "gpt2", "opt", "gemma3_text", "cohere"])

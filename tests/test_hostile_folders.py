@@ -22,10 +22,10 @@ from lorgnette import (
     LorgnetteProcessor,
     LorgnetteRetrievalConfig,
 )
-from lorgnette.modeling import modeling_base, modeling_thin
+from lorgnette.modeling import modeling_base, modeling_loading
 
 
-FORMS = ("thin", "full", "stage1")
+SAVE_FORMATS = ("thin", "full", "stage1")
 ABSURD = {
     "qformer_config.hidden_size": (10**12, 2 * 10**4, -16, 0),
     "qformer_config.num_hidden_layers": (10**6, 200, -1),
@@ -51,7 +51,7 @@ def saved(tmp_path_factory):
         hub = hub_with_backbones(place / "hub", patch)
         built = joined()
         for form in ("thin", "full"):
-            built.save_pretrained(place / form, form=form)
+            built.save_pretrained(place / form, save_format=form)
         words = tiny.bert_tokenizer()
         processor = LorgnetteProcessor.from_backbones(
             tiny.image_processor(), None, qformer=words, num_query_tokens=NUM_QUERY_TOKENS
@@ -129,7 +129,7 @@ class TestPickles:
         yield make
         assert not (tmp_path / "caught").exists()
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", SAVE_FORMATS)
     def test_they_are_not_read(self, form, pickled, loads_nothing):
         spoilt = pickled(form)
         for way in (load, AutoModel.from_pretrained):
@@ -160,7 +160,7 @@ class TestPickles:
         with pytest.raises(ValueError, match="which is no safetensors file beside it"):
             load(spoilt)
 
-    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("form", SAVE_FORMATS)
     def test_nor_what_the_config_names(self, form, folder, loads_nothing):
         spoilt = folder(form)
         rewrite(spoilt / "config.json", lambda config: config.update(transformers_weights="adapter_model.bin"))
@@ -201,14 +201,14 @@ class TestPickles:
             pickle_.unlink()
 
     def test_no_weights_at_all(self, folder):
-        for form in FORMS:
+        for form in SAVE_FORMATS:
             empty = folder(form)
             (empty / "model.safetensors").unlink()
             with pytest.raises(OSError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json"):
                 load(empty)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SAVE_FORMATS)
 def test_an_adapter_at_the_top_is_not_put_on(form, folder, loads_nothing):
     """transformers would, and would look for weights where its config says."""
     spoilt = folder(form)
@@ -242,7 +242,7 @@ class TestShapes:
     def test_by_whatever_name_it_has_in_the_file(self, tmp_path):
         """transformers keeps older names in files without LoRA, so that this one is found as it is loaded."""
         spoilt = tmp_path / "merged"
-        tiny_models.model().save_pretrained(spoilt, form="merged")
+        tiny_models.model().save_pretrained(spoilt, save_format="merged")
         weights = load_file(spoilt / "model.safetensors")
         (key,) = (
             key
@@ -258,7 +258,7 @@ class TestShapes:
         ("form", "path", "value"),
         [
             (form, path, value)
-            for form in FORMS
+            for form in SAVE_FORMATS
             for path, values in ABSURD.items()
             for value in values
             if form != "stage1" or not path.startswith(("text_config", "lora_config", "image_token_id"))
@@ -276,9 +276,9 @@ class TestShapes:
 
         rewrite(spoilt / "config.json", change)
         # a thin model's backbones are looked at one after another, and none is read
-        monkeypatch.setattr(modeling_base, "load_in_parts", modeling_thin.load_in_parts)
-        for part in modeling_thin._READERS:
-            monkeypatch.setitem(modeling_thin._READERS, part, torch.load)
+        monkeypatch.setattr(modeling_base, "load_in_parts", modeling_loading.load_in_parts)
+        for part in modeling_loading._READERS:
+            monkeypatch.setitem(modeling_loading._READERS, part, torch.load)
         with pytest.raises(
             ValueError,
             match=rf"{field}|describes [\d,]+ numbers|no model can be built|is no config of|in the files, and",
@@ -396,7 +396,7 @@ class TestCode:
         assert not (tmp_path / "caught").exists()
 
     def test_models_and_processors(self, trapped):
-        for form in FORMS:
+        for form in SAVE_FORMATS:
             spoilt = trapped(form)
             kinds = (LorgnetteRetrievalConfig, LorgnetteForImageTextRetrieval) if form == "stage1" else (
                 LorgnetteConfig, LorgnetteForConditionalGeneration)  # fmt: skip

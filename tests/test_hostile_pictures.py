@@ -18,6 +18,7 @@ from lorgnette import (
     LorgnetteImageToTextPipeline,
     LorgnetteProcessor,
 )
+from lorgnette.assembly.picture_sizes import check_image_processor
 from lorgnette.processing.image_loading import FORMATS, MAX_IMAGE_PIXELS, load_image
 
 
@@ -206,22 +207,35 @@ def test_a_processor_has_a_limit_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("image_processor", "cause"),
     [
-        (ViTImageProcessor(size={"height": 20000, "width": 20000}), "by the image processor's size"),
-        (CLIPImageProcessor(size={"shortest_edge": 10**5}), "its shorter side resized to 100000"),
-        (CLIPImageProcessor(size={"shortest_edge": 10**5, "longest_edge": 10**6}), "its shorter side resized"),
-        (CLIPImageProcessor(size={"longest_edge": 10**5}), "its longer side resized to 100000"),
-        (CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=20000), "by the image processor's crop_size"),
+        (ViTImageProcessor(size={"height": 20000, "width": 20000}), "by its size"),
+        (CLIPImageProcessor(size={"shortest_edge": 10**5}), "by its size's shortest_edge"),
+        (CLIPImageProcessor(size={"shortest_edge": 10**5, "longest_edge": 10**6}), "by its size's shortest_edge"),
+        (CLIPImageProcessor(size={"longest_edge": 10**5}), "by its size's longest_edge"),
+        (CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=20000), "by its crop_size"),
         (Siglip2ImageProcessor(patch_size=16, max_num_patches=10**9), "in 1000000000 patches of 16 x 16"),
     ],
 )
-def test_an_image_processor_that_would_make_a_small_picture_huge(image_processor, cause, monkeypatch):
-    """A stranger's settings: refused before anything is made of the picture."""
-    monkeypatch.setattr(LorgnetteProcessor, "encode_images", None)
+def test_an_image_processor_that_would_make_a_small_picture_huge(image_processor, cause):
+    """Settings of somebody else's folder: refused before any picture is read."""
     processor = LorgnetteProcessor(image_processor, tiny.chat_tokenizer(), max_image_pixels=10**18)
-    with pytest.raises(
-        ValueError, match=rf"image 0: a picture of 40 x 30, {cause}.*more than the {Image.MAX_IMAGE_PIXELS}"
-    ):
-        processor(images=tiny.picture())
+    message = rf"the image processor makes \d+ x \d+ pixels of a picture, {cause}: .*the {Image.MAX_IMAGE_PIXELS} that"
+    with pytest.raises(ValueError, match=message):
+        LorgnetteCollator(processor)
+    with pytest.raises(ValueError, match=message):
+        check_image_processor(image_processor, 10**18)
+
+
+def test_ordinary_image_processors_pass():
+    for kind in (ViTImageProcessor(), CLIPImageProcessor(), Siglip2ImageProcessor(), tiny.image_processor()):
+        check_image_processor(kind)
+
+
+def test_a_narrow_picture_that_would_become_huge(monkeypatch):
+    monkeypatch.setattr(LorgnetteProcessor, "encode_images", None)
+    processor = LorgnetteProcessor(CLIPImageProcessor(size={"shortest_edge": 224}), tiny.chat_tokenizer())
+    narrow = Image.new("1", (20_000, 5))
+    with pytest.raises(ValueError, match=r"image 0: a picture of 20000 x 5 .*: 896000 x 224 pixels are more than"):
+        processor(images=narrow)
 
 
 def test_what_a_picture_says_of_itself_is_left_behind():

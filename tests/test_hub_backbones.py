@@ -89,7 +89,9 @@ def test_trainer_pushes_a_clean_repository(hub, backbones, tmp_path):
     done = run_client(hub, tmp_path / "me", *command.split(), *sizes, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     files = files_of(hub, "me/run")
-    assert {"config.json", "model.safetensors", "processor_config.json", "remote_code.py", "handler.py"} <= set(files)
+    assert {"config.json", "model.safetensors", "processor_config.json", "modeling_lorgnette.py", "handler.py"} <= set(
+        files
+    )
     every = {name for files in hub.repos["me/run"].commits.values() for name in files}
     assert not {name for name in every if re.search(r"\.bin$|\.pt$|trainer_state|\.gitignore", name)}
     assert (tmp_path / "run" / "training_args.bin").is_file()
@@ -112,7 +114,7 @@ def test_a_thin_model_is_published_and_read_by_name(hub, backbones, tmp_path):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    model.eval().save_pretrained(tmp_path / "full", form="full")
+    model.eval().save_pretrained(tmp_path / "full", save_format="full")
     done = run_client(hub, tmp_path / "me", UPLOAD, tmp_path / "full", "--repo-id", "me/thin", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "token-of-me" not in done.stdout + done.stderr

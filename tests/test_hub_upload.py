@@ -132,7 +132,9 @@ def test_a_trained_folder_is_published_and_loads_by_name(hub, trained, tmp_path)
     repo = hub.repos["me/eyes"]
     assert list(repo.titles.values()) == ["initial commit", "Upload model"]
     files = files_of(hub, "me/eyes")
-    assert {"config.json", "model.safetensors", "remote_code.py", "processor_config.json", "README.md"} <= set(files)
+    assert {"config.json", "model.safetensors", "modeling_lorgnette.py", "processor_config.json", "README.md"} <= set(
+        files
+    )
     assert not [name for name in files if re.search(r"optimizer|\.bin$|\.pt$|trainer_state|training_args", name)]
     card = ModelCard(files["README.md"].decode())
     assert (card.data.license, card.data.pipeline_tag) == ("mit", "image-text-to-text")
@@ -191,7 +193,7 @@ def test_a_stage_1_folder_is_prepared(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_merged_model_is_prepared_and_tried(trained, tmp_path):
-    prepare(trained, "me/eyes", tmp_path / "merged", form="merged", license="mit")
+    prepare(trained, "me/eyes", tmp_path / "merged", save_format="merged", license="mit")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["saved_form"] == "merged"
     assert "LoRA is folded into" in (tmp_path / "merged" / "README.md").read_text()
     model, processor = load(trained)
@@ -199,7 +201,7 @@ def test_a_merged_model_is_prepared_and_tried(trained, tmp_path):
     merged = look(*load(tmp_path / "merged"), str(tmp_path / "picture.png"))["logits"]
     assert 0 < (merged - expected).abs().max() < 1e-4  # the sums are others, and so is the rounding
     with pytest.raises(ValueError, match="cannot be saved thin: its language model comes from a folder"):
-        prepare(trained, "me/eyes", tmp_path / "thin", form="thin", license="mit")
+        prepare(trained, "me/eyes", tmp_path / "thin", save_format="thin", license="mit")
 
 
 def test_a_dry_run_shows_what_would_go_and_a_mistake_is_one_message(trained, tmp_path, capsys, monkeypatch):

@@ -10,7 +10,7 @@ from tiny_inspection import ROWS, rows, train, untrained
 from tiny_training import write_backbones
 
 from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor, cli
-from lorgnette.modeling.modeling_lm_adapter import detach_lora, put_back_lora
+from lorgnette.assembly.foreign_adapters import detach_lora, put_back_lora
 
 
 @pytest.fixture(scope="module")

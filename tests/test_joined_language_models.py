@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from lorgnette import LorgnetteForConditionalGeneration
-from lorgnette.modeling.modeling_backbone_checks import check_language_model
-from lorgnette.modeling.modeling_lora import attention_projections, read_layers, resolve_lora_config
+from lorgnette.assembly.backbone_checks import check_language_model
+from lorgnette.assembly.lora_targets import attention_projections, read_layers, resolve_lora_config
 
 
 SIZES = {
@@ -154,7 +154,7 @@ def test_it_works_in_every_step(kind: str, tmp_path):
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     continued = built.generate(**batch, **settings)
     for form in ("full", "merged"):
-        built.save_pretrained(tmp_path / form, form=form)
+        built.save_pretrained(tmp_path / form, save_format=form)
         loaded = LorgnetteForConditionalGeneration.from_pretrained(tmp_path / form).eval()
         with torch.no_grad():
             torch.testing.assert_close(loaded(**batch).logits, built(**batch).logits, rtol=0, atol=1e-5)
@@ -164,7 +164,7 @@ def test_it_works_in_every_step(kind: str, tmp_path):
 def test_alibi_cannot_be_packed():
     built = join(text_of(WORKS["falcon with alibi"]))
     with pytest.raises(ValueError, match=r"FalconForCausalLM counts positions .*ALiBi.*cannot be packed"):
-        built(torch.arange(3, 9)[None], document_ids=torch.tensor([[0, 0, 0, 1, 1, 1]]))
+        built(torch.arange(3, 9)[None], sequence_ids=torch.tensor([[0, 0, 0, 1, 1, 1]]))
 
 
 def test_lora_goes_to_attention_and_not_to_layers_that_have_it_in_their_name():

@@ -6,7 +6,7 @@ from tiny_models import SCALED, TEXT, VOCAB_SIZE, inputs, language_model, model
 from transformers import AutoModelForCausalLM, FalconH1Config
 
 from lorgnette import LorgnetteForConditionalGeneration
-from lorgnette.modeling import modeling_supervision
+from lorgnette.modeling import modeling_loss
 
 
 # What peft should adapt in each architecture: its attention projections, and nothing else.
@@ -53,7 +53,7 @@ def test_the_loss_of_supervised_positions_alone_is_the_language_models_own(
     architecture: str, at_once, items, monkeypatch
 ):
     """In one piece, and six positions at a time; the head sees six positions, filled up to 16, and no other."""
-    monkeypatch.setattr(modeling_supervision, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(modeling_loss, "LOGITS_AT_ONCE", at_once)
     built, batch = model(text=architecture).train(), inputs()
     labels = batch["input_ids"].masked_fill(batch["input_ids"] == built.config.image_token_id, -100)
     labels[0, :11] = labels[1, :13] = -100
@@ -79,7 +79,7 @@ def test_a_head_may_ask_its_decoder_for_a_scale():
     sizes |= {"num_key_value_heads": 1, "intermediate_size": 16, "mamba_d_ssm": 16, "mamba_n_heads": 2}
     config = FalconH1Config(**sizes, mamba_d_head=8, mamba_d_state=4, lm_head_multiplier=3.0)
     falcon, states = AutoModelForCausalLM.from_config(config), torch.randn(5, 16)
-    logits = modeling_supervision._HeadAlone(falcon)(states)
+    logits = modeling_loss._HeadAlone(falcon)(states)
     torch.testing.assert_close(logits, 3 * falcon.get_output_embeddings()(states))
 
 

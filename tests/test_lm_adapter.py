@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import QFORMER, inputs, language_model, model, vision_model
 
 from lorgnette import LorgnetteForConditionalGeneration
-from lorgnette.modeling import modeling_adapters
+from lorgnette.assembly import foreign_adapters
+from lorgnette.assembly.foreign_adapters import replace_lora
 
 
 IDS = inputs()["input_ids"][:, :6]
@@ -67,7 +68,7 @@ def test_no_path_of_ours_is_told(tmp_path):
 
 def test_without_lora_there_is_none(tmp_path):
     built = model()
-    built._replace_lora(None, {})
+    replace_lora(built, None, {})
     assert built.config.lora_config is None
     with torch.no_grad():
         assert torch.equal(built(IDS).logits, language_model()(IDS).logits)
@@ -82,7 +83,7 @@ def test_a_lora_of_peft_comes_in(lora, tmp_path):
     logits = trained_elsewhere(tmp_path / "peft")
     built = model(lora={"r": 2})
     if lora is None:
-        built._replace_lora(None, {})
+        replace_lora(built, None, {})
     built.load_lm_adapter(tmp_path / "peft")
     assert built.config.lora_config == {"r": 3, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM"}
     with torch.no_grad():
@@ -180,7 +181,7 @@ def test_a_lora_that_fails_half_way_leaves_the_old_one(tmp_path, monkeypatch):
     def fail(*_):
         raise TypeError("as peft 0.19 does where LoRA is on experts")
 
-    monkeypatch.setattr(modeling_adapters, "load_lora_weights", fail)
+    monkeypatch.setattr(foreign_adapters, "load_lora_weights", fail)
     before = list(built.state_dict())
     with pytest.raises(TypeError, match="as peft"):
         built.load_lm_adapter(tmp_path / "lm_adapter")

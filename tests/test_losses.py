@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lorgnette.modeling.modeling_losses import (
+from lorgnette.modeling.modeling_contrastive import (
     contrastive_loss,
     draw_negatives,
     gather,

@@ -20,8 +20,10 @@ from transformers import (
 )
 
 from lorgnette import LorgnetteForConditionalGeneration
-from lorgnette.modeling import modeling_forms
-from lorgnette.modeling.modeling_lora import lora_layers, resolve_lora_config
+from lorgnette.assembly import merging
+from lorgnette.assembly.foreign_adapters import replace_lora
+from lorgnette.assembly.lora_targets import resolve_lora_config
+from lorgnette.modeling.modeling_lora import lora_layers
 
 
 MERGED = {"atol": 1e-4, "rtol": 1e-4}
@@ -70,7 +72,7 @@ def joined(text: PreTrainedModel, **lora) -> LorgnetteForConditionalGeneration:
 def assert_all_forms(made: LorgnetteForConditionalGeneration, folder: Path) -> None:
     before = logits(made)
     for form in ("full", "merged"):
-        made.save_pretrained(folder / form, form=form)
+        made.save_pretrained(folder / form, save_format=form)
         torch.testing.assert_close(logits(load(folder / form)), before, **MERGED)
         torch.testing.assert_close(logits(load(folder / form, device_map="cpu")), before, **MERGED)
     assert torch.equal(logits(made), before)
@@ -118,12 +120,12 @@ def test_lora_of_experts_is_taken_off_and_put_on_again(tmp_path):
     with made.disable_adapter():
         without = logits(made)
     lora_config = made.config.lora_config
-    kept = made._replace_lora(None, None)
+    kept = replace_lora(made, None, None)
     assert torch.equal(logits(made), without)
     assert made.language_model.state_dict().keys() == with_experts("mixtral").state_dict().keys()
-    made._replace_lora(lora_config, kept)
+    replace_lora(made, lora_config, kept)
     assert torch.equal(logits(made), before)
-    made._replace_lora(None, None)
+    replace_lora(made, None, None)
     made.load_lm_adapter(tmp_path / "lm_adapter")
     assert torch.equal(logits(made), before)
 
@@ -139,7 +141,7 @@ def test_other_kinds_of_lora(text: str, lora: dict, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_is_no_fault(dtype: torch.dtype, tmp_path):
     made = joined(with_experts("qwen3_moe"), **TARGETS["all of both"]).to(dtype)
-    made.save_pretrained(tmp_path, form="merged")
+    made.save_pretrained(tmp_path, save_format="merged")
     error = (logits(load(tmp_path)) - logits(made)).float().abs().mean() / logits(made).float().std()
     assert error < 0.05
 
@@ -151,10 +153,10 @@ def test_a_merge_that_answers_otherwise_is_not_saved(off: bool, monkeypatch, tmp
         made.disable_adapters()
     made.get_parameter("language_model.model.layers.0.self_attn.q_proj.lora_A.default.weight").requires_grad_(False)
     trained = {name for name, value in made.named_parameters() if value.requires_grad}
-    real = modeling_forms.outermost_lora_layers
-    monkeypatch.setattr(modeling_forms, "outermost_lora_layers", lambda lm: dict(list(real(lm).items())[1:]))
+    real = merging.outermost_lora_layers
+    monkeypatch.setattr(merging, "outermost_lora_layers", lambda lm: dict(list(real(lm).items())[1:]))
     with pytest.raises(ValueError, match=r"other logits: they differ by .* and rounding explains 0.001\. Save it with"):
-        made.save_pretrained(tmp_path / "saved", form="merged")
+        made.save_pretrained(tmp_path / "saved", save_format="merged")
     assert not (tmp_path / "saved").exists()
     assert made.language_model.training
     assert not made.vision_model.training
@@ -178,5 +180,5 @@ def test_targets_that_are_not_there():
 
 def test_a_context_shorter_than_the_trial_of_a_merge(tmp_path):
     built = joined(language_model("gpt2", n_positions=24))
-    built.save_pretrained(tmp_path, form="merged")
+    built.save_pretrained(tmp_path, save_format="merged")
     torch.testing.assert_close(logits(load(tmp_path)), logits(built), atol=1e-4, rtol=1e-4)

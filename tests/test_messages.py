@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from lorgnette import LorgnetteCollator, LorgnetteProcessor
-from lorgnette.processing.conversations import conversations_of, parts_of
+from lorgnette.assembly.conversations import conversations_of, parts_of
 from lorgnette.trainer.data import _length, _open_chat
 from lorgnette.trainer.generation import references_of
 
@@ -42,7 +42,7 @@ class Message:
     tool_calls: list | None = None
 
 
-FORMS = {
+SAVE_FORMATS = {
     "dataclasses": [Message(**message) for message in CHAT],
     "JSON": json.dumps(CHAT),
     "JSON in bytes": json.dumps(CHAT).encode(),
@@ -70,18 +70,18 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", SAVE_FORMATS)
 def test_what_is_unambiguous_is_read(processor, form):
-    rows = [{"image": tiny.picture(n), "messages": chat} for n, chat in enumerate((CHAT, FORMS[form]))]
+    rows = [{"image": tiny.picture(n), "messages": chat} for n, chat in enumerate((CHAT, SAVE_FORMATS[form]))]
     batch = LorgnetteCollator(processor)(rows)
     assert torch.equal(batch["input_ids"][0], batch["input_ids"][1])
     assert torch.equal(batch["labels"][0], batch["labels"][1])
     assert references_of(rows[1], "messages") == ["a cat"]
-    assert [message["role"] for message in _open_chat(FORMS[form], 0, None)] == ["user", "assistant"]
-    assert _length({"messages": FORMS[form]}) == len("What?a cat")
+    assert [message["role"] for message in _open_chat(SAVE_FORMATS[form], 0, None)] == ["user", "assistant"]
+    assert _length({"messages": SAVE_FORMATS[form]}) == len("What?a cat")
     written = {
         processor.apply_chat_template(chat).replace("<image>\n", "").replace("\n<image>", "")
-        for chat in (CHAT, FORMS[form])
+        for chat in (CHAT, SAVE_FORMATS[form])
     }
     assert len(written) == 1
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from tiny_training import CAPTIONS, joined, trainer, write_backbones
 from transformers import TrainingArguments
 
-from lorgnette.modeling.modeling_card import license_of
+from lorgnette.assembly.card_metadata import license_of
 from lorgnette.publishing.card import make_card
 from lorgnette.publishing.guards import check_card
 from lorgnette.publishing.records import datasets_of, results_of, training_of
@@ -64,7 +64,7 @@ def hub_cards(monkeypatch, folder: Path, **licenses: str | None) -> None:
         card.write_text(f"---\n{f'license: {said}' if said else 'tags: [x]'}\n---\nA card.")
         return str(card)
 
-    monkeypatch.setattr("lorgnette.modeling.modeling_card.hf_hub_download", download)
+    monkeypatch.setattr("lorgnette.assembly.card_metadata.hf_hub_download", download)
 
 
 def test_a_card_tells_what_is_known(trained, tmp_path, monkeypatch):
@@ -104,7 +104,7 @@ def test_a_card_tells_what_is_known(trained, tmp_path, monkeypatch):
 
 def test_what_was_not_recorded_is_absent(trained, tmp_path):
     model, processor, _ = trained
-    card = make_card(model, processor, "me/eyes", tmp_path, license="mit", form="thin")
+    card = make_card(model, processor, "me/eyes", tmp_path, license="mit", save_format="thin")
     data = card.data.to_dict()
     assert not {"datasets", "metrics", "model-index", "model_name"} & set(data)
     assert data["base_model_relation"] == "adapter"
@@ -123,7 +123,8 @@ def test_the_examples_hold_the_prompt_as_python_writes_it(trained, tmp_path, mon
 def test_a_merged_card_has_no_lora(trained, tmp_path):
     model, processor, _ = trained
     cards = {
-        form: make_card(model, processor, "a/b", tmp_path, license="mit", form=form) for form in ("full", "merged")
+        form: make_card(model, processor, "a/b", tmp_path, license="mit", save_format=form)
+        for form in ("full", "merged")
     }
     assert "with LoRA" in cards["full"].text
     assert "`peft>=" in cards["full"].text

@@ -11,9 +11,10 @@ from tiny_models import language_model, model
 from tiny_retrieval import retriever
 
 from lorgnette import LorgnetteForImageTextRetrieval
+from lorgnette.assembly.foreign_adapters import replace_lora
 
 
-FORMS = ("thin", "full", "merged")
+SAVE_FORMATS = ("thin", "full", "merged")
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 # names are the language model's, but for "language_model" and "vision_model"
 EVERYTHING = {"model.embed_tokens": "disk", "model.layers": "disk", "model.norm": "disk", "lm_head": "disk",
@@ -36,15 +37,15 @@ def saved(tmp_path, monkeypatch) -> tuple[Path, torch.Tensor]:
     """Folders of one model in all forms, and its logits."""
     hub_with_backbones(tmp_path / "hub", monkeypatch)
     built = joined_from_hub(LORA)
-    for form in FORMS:
-        built.save_pretrained(tmp_path / form, form=form)
+    for form in SAVE_FORMATS:
+        built.save_pretrained(tmp_path / form, save_format=form)
     return tmp_path, logits(built)
 
 
 @pytest.mark.parametrize("asked", MAPS)
 def test_an_offloaded_language_model_gives_the_same_logits(asked: str, saved):
     folder, expected = saved
-    for form in FORMS:
+    for form in SAVE_FORMATS:
         loaded, info = load(folder / form, **MAPS[asked], offload_folder=folder / "off", output_loading_info=True)
         assert not info["missing_keys"]
         offloaded = [key for key, value in loaded.named_parameters() if value.is_meta]
@@ -80,9 +81,9 @@ def test_an_offloaded_model_is_neither_trained_nor_saved(saved):
     match = r"\d+ weights are offloaded \(language_model.*neither trained nor saved"
     with pytest.raises(ValueError, match=match):
         loaded.train()(**batch, labels=batch["input_ids"].clone())
-    for form in (None, *FORMS):
+    for form in (None, *SAVE_FORMATS):
         with pytest.raises(ValueError, match=match):
-            loaded.save_pretrained(folder / "again", form=form)
+            loaded.save_pretrained(folder / "again", save_format=form)
     assert not (folder / "again").exists()
 
 
@@ -96,7 +97,7 @@ def test_an_offloaded_model_is_given_no_other_lora(asked: str, saved):
         lambda: loaded.load_lm_adapter(folder / "other" / "lm_adapter"),
         lambda: loaded.load_bridge(folder / "other", "other"),
         lambda: loaded.set_bridge("default"),
-        lambda: loaded._replace_lora(None, {}),
+        lambda: replace_lora(loaded, None, {}),
     ):
         with pytest.raises(ValueError, match=r"\d+ weights are offloaded \(language_model.*nor given another LoRA"):
             give()

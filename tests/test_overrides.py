@@ -13,7 +13,7 @@ from lorgnette import (
     LorgnetteForImageTextRetrieval,
     LorgnetteProcessor,
 )
-from lorgnette.modeling.modeling_weight_files import field_of
+from lorgnette.assembly.guards import field_of
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def built():
 @pytest.fixture(scope="module")
 def folder(built, tmp_path_factory):
     path = tmp_path_factory.mktemp("full")
-    built.save_pretrained(path, form="full")
+    built.save_pretrained(path, save_format="full")
     return path
 
 
@@ -99,8 +99,8 @@ def test_a_field_that_each_layer_has_for_itself():
 
 
 def test_stage_1(tmp_path):
-    tiny_retrieval.retriever().save_pretrained(tmp_path / "whole", form="full")
-    tiny_retrieval.retriever(itc_weight=0).save_pretrained(tmp_path / "without", form="full")
+    tiny_retrieval.retriever().save_pretrained(tmp_path / "whole", save_format="full")
+    tiny_retrieval.retriever(itc_weight=0).save_pretrained(tmp_path / "without", save_format="full")
     load = LorgnetteForImageTextRetrieval.from_pretrained
     with pytest.raises(ValueError, match=r"num_query_tokens is 4 .* 6"):
         load(tmp_path / "whole", num_query_tokens=6)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lorgnette.configuration.remote_code import REQUIREMENTS
+from lorgnette.assembly.endpoint import REQUIREMENTS
 
 
 ROOT = Path(__file__).parents[1]
@@ -100,9 +100,9 @@ def test_the_wheel_trains_saves_and_its_model_loads_elsewhere(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     python = Path(sysconfig.get_path("scripts", "venv", vars={"base": str(environment)})) / "python"
-    finished = subprocess.run(
-        [python, "-c", TRAIN_AND_SAVE, ROOT / "tests"], cwd=empty, capture_output=True, text=True, timeout=900
-    )
+    without_checkout = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [python, "-c", TRAIN_AND_SAVE, ROOT / "tests"]
+    finished = subprocess.run(command, cwd=empty, env=without_checkout, capture_output=True, text=True, timeout=900)
     assert finished.returncode == 0, finished.stderr[-3000:]
 
 

@@ -7,7 +7,7 @@ from tiny_models import NUM_QUERY_TOKENS, TEXT, VOCAB_SIZE, model
 from transformers import AutoModelForCausalLM, BartConfig, Lfm2Config, MambaConfig
 
 from lorgnette import LorgnetteCollator, LorgnetteProcessor
-from lorgnette.modeling.modeling_packing import PADDING, check_documents, packed, positions
+from lorgnette.assembly.packing import PADDING, check_sequences, packed, positions
 from lorgnette.trainer.collator import packs
 
 
@@ -49,17 +49,17 @@ def side_by_side(docs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
         return torch.nn.utils.rnn.pad_sequence(joined, batch_first=True, padding_value=padding)
 
     for doc in docs:
-        doc["document_ids"] = torch.full_like(doc["input_ids"], next(numbers))
+        doc["sequence_ids"] = torch.full_like(doc["input_ids"], next(numbers))
     return {
         "input_ids": column("input_ids", 0),
         "labels": column("labels", -100),
-        "document_ids": column("document_ids", PADDING),
+        "sequence_ids": column("sequence_ids", PADDING),
         "pixel_values": torch.stack([doc["pixel_values"] for doc in docs]),
     }
 
 
 def places(batch: dict[str, torch.Tensor], number: int) -> torch.Tensor:
-    return batch["document_ids"] == number
+    return batch["sequence_ids"] == number
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -104,8 +104,8 @@ def test_flash_attention_is_given_lengths():
     built, batch = model(), side_by_side(documents())
     built.language_model.config._attn_implementation = "flash_attention_2"
     embeds = torch.arange(batch["input_ids"].numel(), dtype=torch.float).view(*batch["input_ids"].shape, 1)
-    given = packed(built.language_model, batch["document_ids"], embeds, batch["labels"])
-    kept = batch["document_ids"] != PADDING
+    given = packed(built.language_model, batch["sequence_ids"], embeds, batch["labels"])
+    kept = batch["sequence_ids"] != PADDING
     assert torch.equal(given["inputs_embeds"], embeds[kept][None])
     assert given["attention_mask"] is None
     assert given["cu_seq_lens_q"].tolist() == given["cu_seq_lens_k"].tolist() == [0, 9, 23, 30, 41, 62]
@@ -137,7 +137,7 @@ def test_the_collator_packs_what_it_would_pad():
         here, there = places(shared, number), plain["attention_mask"][row] == 1
         for name in ("input_ids", "labels"):
             assert torch.equal(shared[name][here], plain[name][row][there])
-    outside = shared["document_ids"] == PADDING
+    outside = shared["sequence_ids"] == PADDING
     assert (shared["labels"][outside] == -100).all()
     assert (shared["input_ids"][outside] == processor.tokenizer.pad_token_id).all()
 
@@ -156,22 +156,22 @@ def test_errors_name_the_row_of_the_data_set():
 def test_what_cannot_be_kept_apart_is_refused():
     built, batch = model(), side_by_side(documents())
     with pytest.raises(ValueError, match="numbered in their order, from 0; these are"):
-        built(**batch | {"document_ids": batch["document_ids"].flip(0)})
-    with pytest.raises(ValueError, match="document_ids and position_ids"):
+        built(**batch | {"sequence_ids": batch["sequence_ids"].flip(0)})
+    with pytest.raises(ValueError, match="sequence_ids and position_ids"):
         built(**batch, position_ids=batch["input_ids"])
     built.language_model.config._attn_implementation = "paged|eager"
-    with pytest.raises(ValueError, match=r"'paged\|eager' cannot mask documents: take eager, sdpa"):
+    with pytest.raises(ValueError, match=r"'paged\|eager' cannot mask sequences: take eager, sdpa"):
         built(**batch)
     mamba = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1))
     with pytest.raises(ValueError, match="MambaForCausalLM carries a state"):
-        check_documents(batch["document_ids"], mamba, {})
+        check_sequences(batch["sequence_ids"], mamba, {})
     convolved = AutoModelForCausalLM.from_config(Lfm2Config(layer_types=["conv", "full_attention"], **SMALL))
-    with pytest.raises(ValueError, match="Lfm2ForCausalLM has layers of conv, in which documents would see each other"):
-        check_documents(batch["document_ids"], convolved, {})
+    with pytest.raises(ValueError, match="Lfm2ForCausalLM has layers of conv, in which sequences would see each other"):
+        check_sequences(batch["sequence_ids"], convolved, {})
     sizes = {"vocab_size": 20, "d_model": 8, "decoder_layers": 1, "decoder_ffn_dim": 8, "decoder_attention_heads": 2}
     bart = AutoModelForCausalLM.from_config(BartConfig(**sizes))
     with pytest.raises(ValueError, match="BartForCausalLM takes no position_ids"):
-        check_documents(batch["document_ids"], bart, {})
+        check_sequences(batch["sequence_ids"], bart, {})
     with pytest.raises(ValueError, match="pack_to is 0"):
         LorgnetteCollator(LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer()), pack_to=0)
     stage1 = LorgnetteProcessor.from_backbones(tiny.image_processor(), None, qformer=tiny.bert_tokenizer())

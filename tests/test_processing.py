@@ -1,5 +1,7 @@
 """`LorgnetteProcessor`: prompts, placeholders, words that look like markup, and a save that loads again."""
 
+import sys
+
 import numpy as np
 import pytest
 import tiny
@@ -7,6 +9,7 @@ import torch
 from transformers import AutoProcessor, PreTrainedTokenizerBase, Siglip2ImageProcessor
 
 from lorgnette import LorgnetteProcessor
+from lorgnette.processing import processing_lorgnette
 
 
 QUERIES = 4
@@ -435,3 +438,23 @@ class TestRemembered:
         processor = make("chatml")
         processor.chat_template = "{{ strftime_now('%f') }}" + tiny.CHATML
         assert len({tuple(processor.encode_example("A cat.")[0]) for _ in range(5)}) > 1
+
+
+def test_what_needs_the_package_says_so_where_it_is_not_installed(monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name="lorgnette")
+
+    prepared = make().tokenizer
+    monkeypatch.setattr("importlib.import_module", missing)
+    monkeypatch.setattr(processing_lorgnette, "IN_PACKAGE", False)
+    for name in [name for name in sys.modules if name.startswith("lorgnette.assembly")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match="from_backbones needs the package: pip install lorgnette"):
+        LorgnetteProcessor.from_backbones("vit", "lm")
+    with pytest.raises(ImportError, match="a tokenizer without <image> needs the package"):
+        LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer())
+    processor = LorgnetteProcessor(tiny.image_processor(), prepared, num_query_tokens=QUERIES)
+    chat = [{"role": "user", "content": [{"type": "text", "text": "What?"}, {"type": "image"}]}]
+    assert processor.apply_chat_template(chat, add_generation_prompt=True) == processor.build_prompt("What?")
+    with pytest.raises(ImportError, match=r"a conversation that is no list of .* needs the package"):
+        processor.apply_chat_template("[]")

@@ -162,7 +162,7 @@ class TestStartFromBert:
         ],
     )
     def test_what_is_fresh_is_logged_in_brief(self, caplog, fields, fresh):
-        with caplog.at_level("INFO", "lorgnette.modeling.modeling_qformer"):
+        with caplog.at_level("INFO", "lorgnette.assembly.qformer_init"):
             qformer(**fields).load_bert(bert(num_hidden_layers=3))
         assert caplog.messages[-1].endswith(f"tensors taken from BertModel; fresh: {fresh}")
 

@@ -1,4 +1,4 @@
-"""How quality is measured: what each row trains, what it is compared with, and that the README shows what was found."""
+"""How quality is measured: what each row trains, what it is compared with, and that docs/quality.md shows it."""
 
 import importlib
 import json
@@ -188,8 +188,8 @@ def test_the_table_has_every_row_and_the_strictest_baselines():
     assert any("`cifar-no-lora` | no LoRA |" in line for line in lines)
 
 
-def test_the_readme_shows_what_was_measured():
-    assert table.between_markers(table.README.read_text(encoding="utf-8")) == table.render(table.load(table.RESULTS))
+def test_the_page_shows_what_was_measured():
+    assert table.between_markers(table.PAGE.read_text(encoding="utf-8")) == table.render(table.load(table.RESULTS))
 
 
 @pytest.mark.parametrize("path", sorted(table.RESULTS.glob("*.json")), ids=lambda path: path.stem)
@@ -210,16 +210,16 @@ def test_a_measured_row_holds_what_it_was_made_from(path):
 
 
 def test_the_table_is_written_between_its_markers(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(table, "README", tmp_path / "README.md")
+    monkeypatch.setattr(table, "PAGE", tmp_path / "quality.md")
     monkeypatch.setattr(table, "RESULTS", tmp_path)
-    (tmp_path / "README.md").write_text("# A\n")
+    (tmp_path / "quality.md").write_text("# A\n")
     with pytest.raises(ValueError, match="quality:begin --> stands 0 times"):
         table.main([])
-    (tmp_path / "README.md").write_text(f"# A\n\n{table.BEGIN}\nold\n{table.END}\n\n## B\n")
+    (tmp_path / "quality.md").write_text(f"# A\n\n{table.BEGIN}\nold\n{table.END}\n\n## B\n")
     (tmp_path / "cifar.json").write_text(json.dumps(RESULT))
     table.main([])
     table.main([])  # again: the same
-    page = (tmp_path / "README.md").read_text()
+    page = (tmp_path / "quality.md").read_text()
     assert page == f"# A\n\n{table.BEGIN}\n{table.render({'cifar': RESULT})}\n{table.END}\n\n## B\n"
 
 

@@ -60,7 +60,9 @@ def test_what_could_not_be_saved_is_not_trained(tmp_path):
     vit, llama = tiny_training.write_backbones(tmp_path)
     settings = BitsAndBytesConfig(load_in_8bit=True)
     AutoModelForCausalLM.from_pretrained(llama, quantization_config=settings).save_pretrained(llama)
-    with pytest.raises(ValueError, match=r"quantised .*only the thin form can be saved, and its language model comes"):
+    with pytest.raises(
+        ValueError, match=r"quantised .*only the thin format can be saved, and its language model comes"
+    ):
         build(Stage2Arguments(vision=vit, text=llama, num_query_tokens=NUM_QUERY_TOKENS))
 
 
@@ -78,7 +80,7 @@ def test_what_cannot_be_quantised_is_refused(tmp_path):
 def test_a_saved_model_is_quantised_while_it_is_loaded(form: str, tmp_path):
     """Its language model's base weights are, which lie beside all others in the folder."""
     made = model()
-    made.save_pretrained(tmp_path, form=form, max_shard_size="50KB")
+    made.save_pretrained(tmp_path, save_format=form, max_shard_size="50KB")
     settings = BitsAndBytesConfig(load_in_8bit=True)
     loaded, info = LorgnetteForConditionalGeneration.from_pretrained(
         tmp_path, quantization_config=settings, output_loading_info=True

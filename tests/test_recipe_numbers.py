@@ -9,7 +9,7 @@ from tiny_models import QFORMER, language_model
 from tiny_training import write_backbones
 from transformers import TrainingArguments, get_scheduler
 
-from lorgnette.modeling.modeling_lora import resolve_lora_config
+from lorgnette.assembly.lora_targets import resolve_lora_config
 from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, Stage2Arguments
 from lorgnette.trainer.recipe import parse_recipe
 from lorgnette.trainer.stage2 import build

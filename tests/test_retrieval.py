@@ -21,14 +21,14 @@ from lorgnette import (
     LorgnetteRetrievalConfig,
 )
 from lorgnette.modeling import modeling_retrieval
-from lorgnette.modeling.modeling_losses import (
+from lorgnette.modeling.modeling_contrastive import (
     contrastive_loss,
     draw_negatives,
     generation_loss,
     matching_loss,
     similarities,
 )
-from lorgnette.modeling.modeling_supervision import PLACES_MULTIPLE
+from lorgnette.modeling.modeling_loss import POSITIONS_MULTIPLE
 
 
 class TestMasks:
@@ -146,8 +146,8 @@ class TestLosses:
             out = model(**inputs)
         targets = inputs["input_ids"][:, 1:][inputs["attention_mask"][:, 1:] == 1]
         (logits,) = seen
-        assert 0 < len(targets) < len(logits) < len(targets) + PLACES_MULTIPLE
-        assert len(logits) % PLACES_MULTIPLE == 0
+        assert 0 < len(targets) < len(logits) < len(targets) + POSITIONS_MULTIPLE
+        assert len(logits) % POSITIONS_MULTIPLE == 0
         torch.testing.assert_close(out.loss_itg, generation_loss(logits[: len(targets)], targets))
 
     def test_weights(self):
@@ -272,7 +272,7 @@ def test_equals_blip2_with_the_same_weights():
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
         expected = theirs(**inputs, use_image_text_matching_head=True).logits_per_image
         image = {"encoder_hidden_states": features, "encoder_attention_mask": None}
-        torch.testing.assert_close(ours._match_logits(image, text), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.match_logits(image, text), expected, atol=1e-5, rtol=1e-5)
 
 
 class TestWhatTrains:

@@ -33,7 +33,7 @@ class TestRetrieve:
         for image, text in best.nonzero().tolist():
             alone = {"encoder_hidden_states": features[image : image + 1], "encoder_attention_mask": None}
             words = {name: inputs[name][text : text + 1] for name in ("input_ids", "attention_mask")}
-            probability = model._match_logits(alone, words).softmax(-1)[0, 1]
+            probability = model.match_logits(alone, words).softmax(-1)[0, 1]
             torch.testing.assert_close(reranked[image, text], plain[image, text] + 2 + probability, atol=1e-5, rtol=0)
         assert (model.retrieve(images, CAPTIONS[:3], rerank=True) > 1).all()
 

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from strangers import run_stranger, visit
 from tiny import bert_tokenizer, chat_tokenizer, image_processor, picture
+from tiny_forms import keep_uploads
 from tiny_models import NUM_QUERY_TOKENS, QFORMER, VISION, bert, language_model, model, vision_model
 from transformers import Trainer, TrainingArguments
 
@@ -77,7 +78,7 @@ def test_save_pretrained_and_a_strangers_re_saves(tmp_path):
     made.save_pretrained(folder)
     assert_same(*visit(folder, tmp_path, resaved=tmp_path / "re-saved.2"), built, logits, caption)
     names = {path.name for path in folder.iterdir()}
-    assert "remote_code.py" in names
+    assert "modeling_lorgnette.py" in names
     assert not [name for name in names if name.endswith((".bin", ".pkl", ".pt"))]
     for what in ("model", "captions", "answers"):
         again = tmp_path / f"re-saved.2-{what}"
@@ -168,39 +169,19 @@ def test_a_checkpoint_that_trainer_deleted_does_not_fail_a_save(tmp_path, monkey
 @pytest.mark.parametrize("by_save", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_push_to_hub_sends_a_whole_folder(by_save: bool, tmp_path, monkeypatch):
     """The upload is caught on its way and kept as a folder."""
-    from transformers.utils.hub import PushToHubMixin
-
     built, made = build()
     logits, caption = logits_and_captions(built, made, tmp_path)
-    repository = tmp_path / "repo"
+    repository = tmp_path / "me" / "eyes"
 
-    def keep(self, working_dir, repo_id, files_timestamps, **kwargs):
-        assert repo_id == "me/eyes"
-        assert not files_timestamps  # everything is new
-        shutil.copytree(working_dir, repository, dirs_exist_ok=True)
-
-    monkeypatch.setattr(PushToHubMixin, "_upload_modified_files", keep)
-    _without_network(monkeypatch)
+    keep_uploads(monkeypatch, tmp_path)
     if by_save:
         built.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/eyes")
     else:
         built.push_to_hub("me/eyes")
-    wanted = {"processor_config.json", "tokenizer.json", "remote_code.py", "handler.py", "requirements.txt"}
+    wanted = {"processor_config.json", "tokenizer.json", "modeling_lorgnette.py", "handler.py", "requirements.txt"}
     assert {path.name for path in repository.iterdir()} >= wanted
     if not by_save:
         assert_same(*visit(repository, tmp_path), built, logits, caption)
-
-
-def _without_network(monkeypatch) -> None:
-    from types import SimpleNamespace
-
-    import transformers.utils.hub as hub
-
-    fake = SimpleNamespace(create_repo=lambda repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
-    if hasattr(hub, "hf_api"):  # transformers >= 5.2x asks an HfApi, older ones the function
-        monkeypatch.setattr(hub, "hf_api", lambda *args, **kwargs: fake)
-    if hasattr(hub, "create_repo"):
-        monkeypatch.setattr(hub, "create_repo", fake.create_repo)
 
 
 @pytest.mark.parametrize("architecture", ["clip", "dinov2_with_registers"])

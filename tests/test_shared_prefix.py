@@ -7,7 +7,7 @@ from tiny_training import joined, pairs, write_backbones
 from transformers import AutoModelForCausalLM, MiniMaxConfig
 
 from lorgnette import LorgnetteCollator
-from lorgnette.modeling.modeling_shared_prefix import can_share
+from lorgnette.assembly.shared_prefix import can_share
 
 
 SHARED = 4  # of the six tokens before the picture

@@ -12,8 +12,8 @@ import torch
 from tiny_retrieval import CAPTIONS, processor, retriever
 
 from lorgnette import LorgnetteProcessor
-from lorgnette.processing.conversations import parts_of
 from lorgnette.processing.image_loading import load_image
+from lorgnette.processing.prompt_encoding import parts_of
 
 
 def encoded(kind: str, size: int = 40) -> str:

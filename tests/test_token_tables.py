@@ -70,7 +70,7 @@ def test_a_language_model_that_was_resized_joins_trains_and_is_saved(form: str |
     processor = processor_of(tokenizer)
     made = joined(text, processor)
     new_tokens_are_looked_up(made, processor, tmp_path)
-    made.save_pretrained(tmp_path / "saved", form=form)
+    made.save_pretrained(tmp_path / "saved", save_format=form)
     loaded = load(tmp_path / "saved")
     torch.testing.assert_close(logits(loaded), logits(made.eval()), atol=1e-4, rtol=1e-4)
     assert table(loaded) == len(tokenizer) == loaded.config.vocab_size
@@ -93,9 +93,9 @@ def test_a_whole_model_of_hub_backbones_that_is_resized_is_saved_in_full(size: i
     before = table(made)
     made.resize_token_embeddings(size)
     with pytest.raises(ValueError, match=r"cannot be saved thin: .*language_model"):
-        made.save_pretrained(tmp_path / "thin", form="thin")
+        made.save_pretrained(tmp_path / "thin", save_format="thin")
     for form in (None, "merged"):
-        made.save_pretrained(tmp_path / str(form), form=form)
+        made.save_pretrained(tmp_path / str(form), save_format=form)
         assert form_of(tmp_path / str(form)) == (form or "full")
         loaded = load(tmp_path / str(form))
         assert table(loaded) == size != before

@@ -68,7 +68,7 @@ def write_arrow(folder):
     return next(write_saved(folder).glob("*.arrow"))
 
 
-FORMS = [write_imagefolder, write_jsonl, write_parquet, write_arrow, write_saved, write_saved_splits]
+SAVE_FORMATS = [write_imagefolder, write_jsonl, write_parquet, write_arrow, write_saved, write_saved_splits]
 
 
 def arguments(source, **fields):
@@ -76,7 +76,7 @@ def arguments(source, **fields):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("write", FORMS)
+@pytest.mark.parametrize("write", SAVE_FORMATS)
 def test_every_form_gives_the_same_rows(folder, write, streaming):
     args = arguments(write(folder), streaming=streaming, shuffle_buffer_size=0)
     train, evaluation = load_pairs(args, evaluate=False, seed=0)

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 
 from lorgnette import LorgnetteCollator, LorgnetteForImageTextRetrieval, LorgnetteProcessor
+from lorgnette.modeling.modeling_headless import IMAGE_INPUTS
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +234,8 @@ def test_noise_does_not_reach_placeholders():
     built, batch = model().train(), inputs()
     table = built.get_input_embeddings()
     table.register_forward_hook(lambda module, args, output: output + 1.0)
-    embeds, features = built.base_model.embed(
-        batch["input_ids"], None, None, pixel_values=batch["pixel_values"], vision_features=None, image_rows=None
-    )
+    images = dict.fromkeys(IMAGE_INPUTS) | {"pixel_values": batch["pixel_values"]}
+    embeds, features = built.base_model.embed(batch["input_ids"], None, images)
     mask = built.get_placeholder_mask(batch["input_ids"])
     assert torch.equal(embeds[mask], features.pooler_output.flatten(0, 1))
     assert torch.equal(embeds[~mask], table.weight[batch["input_ids"][~mask]] + 1.0)

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval
-from lorgnette.modeling.modeling_backbone_checks import check_vision_model
+from lorgnette.assembly.backbone_checks import check_vision_model
 
 
 VIT = {
@@ -192,7 +192,7 @@ def test_whatever_else_draws_random_numbers_in_eval_mode_is_refused():
 
 def test_the_look_at_a_picture_leaves_everything_as_it_was():
     model = ViTModel(ViTConfig(**VIT, hidden_dropout_prob=0.5)).train()
-    from lorgnette.modeling.modeling_backbone_checks import check_vision_model
+    from lorgnette.assembly.backbone_checks import check_vision_model
 
     state = torch.get_rng_state()
     check_vision_model(model)

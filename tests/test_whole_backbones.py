@@ -26,7 +26,7 @@ def test_backbone_weights_that_are_nowhere_are_an_error(hub, tmp_path):
     """transformers draws random ones, and says so in a warning."""
     built = joined()
     built.save_pretrained(tmp_path / "thin")
-    built.save_pretrained(tmp_path / "full", form="full")
+    built.save_pretrained(tmp_path / "full", save_format="full")
     (tmp_path / "thin" / "config.json").unlink()
     with pytest.raises(ValueError, match=r"thin lacks \d+ weights of its backbones"):
         load(tmp_path / "thin", config=built.config)
@@ -49,7 +49,7 @@ def test_a_pooler_that_nothing_reads_may_be_missing(hub, tmp_path):
     with rewritten(hub.snapshot("tiny/vit"), lambda key: not key.startswith("pooler.")):
         built = joined()
         for form in ("thin", "full"):
-            built.save_pretrained(tmp_path / form, form=form)
+            built.save_pretrained(tmp_path / form, save_format=form)
             assert torch.equal(logits(load(tmp_path / form)), logits(built))
         joined(seed=2).save_pretrained(tmp_path / "other")  # each load has drawn a pooler of its own
         built.load_bridge(tmp_path / "other", "other")

@@ -1,12 +1,15 @@
 """Models of Hub backbones, to be saved in one form or another, and a look at what was saved."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi, ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import chat_tokenizer, image_processor
@@ -14,6 +17,7 @@ from tiny_hub import TinyHub
 from tiny_models import NUM_QUERY_TOKENS, QFORMER, inputs, language_model, vision_model
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
+from lorgnette.publishing import model_push
 
 
 BACKBONES = ("tiny/vit", "tiny/llama")
@@ -94,3 +98,14 @@ def copy_of(built: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def assert_equal_weights(built: torch.nn.Module, before: dict[str, torch.Tensor]) -> None:
     assert [name for name, value in built.state_dict().items() if not torch.equal(value, before[name])] == []
+
+
+def keep_uploads(monkeypatch, place: Path, sent: Callable[[Path], None] = lambda folder: None) -> None:
+    """What a model pushes is kept as `place / repo_id`, and no Hub is asked."""
+
+    def keep(self, *, repo_id: str, folder_path: str, **kwargs) -> None:
+        sent(Path(shutil.copytree(folder_path, place / repo_id, dirs_exist_ok=True)))
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kwargs: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", keep)
+    monkeypatch.setattr(model_push, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("A model."))

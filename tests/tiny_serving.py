@@ -48,7 +48,7 @@ def save_bridges(folder: Path) -> None:
 
 def save_merged(source: Path, folder: Path) -> None:
     """One of them again, with LoRA folded into the language model."""
-    LorgnetteForConditionalGeneration.from_pretrained(source).save_pretrained(folder, form="merged")
+    LorgnetteForConditionalGeneration.from_pretrained(source).save_pretrained(folder, save_format="merged")
     LorgnetteProcessor.from_pretrained(source).save_pretrained(folder)
 
 

@@ -24,8 +24,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from ..modeling.modeling_forms import BACKBONES
-from ..modeling.modeling_losses import in_process_group
+from ..modeling.modeling_loss import in_process_group
+from ..modeling.modeling_saving import BACKBONES
 
 
 logger = logging.getLogger(__name__)

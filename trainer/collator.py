@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from ..assembly.conversations import messages_of
+from ..assembly.packing import PADDING
+from ..assembly.picture_sizes import check_image_processor
 from ..modeling.modeling_checks import IGNORED
-from ..modeling.modeling_packing import PADDING
-from ..processing.conversations import count_images, images_in, messages_of, parts_of, query_in
-from ..processing.image_loading import naming
 from ..processing.processing_lorgnette import LorgnetteProcessor
+from ..processing.prompt_encoding import error_context, images_in, parts_of, query_in
 from .augmentation import augment
 from .unsupported import Batch, refuse_unsupported_arguments
 
@@ -68,6 +71,7 @@ class LorgnetteCollator:
             raise ValueError("query and query_column are two answers to one question: give one of them")
         if self.pack_to is not None and self.processor.is_stage1:
             raise ValueError("pack_to is for stage 2: in stage 1 each text is compared with each picture")
+        check_image_processor(self.processor.image_processor, self.processor.max_image_pixels)
         for name in ("pack_to", "pad_to_multiple_of"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it has to be at least 1")
@@ -81,7 +85,7 @@ class LorgnetteCollator:
             or `vision_features` `(N, L, E)`; `image_rows` `(N,)` where a picture is there several times, and
             `pixel_values` has it once; `qformer_input_ids`, `qformer_attention_mask` `(N, T)` for a Q-Former that
             takes instructions; `row_index` `(B,)` where rows have an `index`; `shared_input_ids` `(B, P)` where all
-            prompts begin alike. With `pack_to` there are fewer rows than B, and `document_ids` in place of
+            prompts begin alike. With `pack_to` there are fewer rows than B, and `sequence_ids` in place of
             `attention_mask`. With `pad_to_multiple_of`, in stage 2, `supervised_positions` `(K,)`: where in `labels`,
             flat, there is no -100, and 0 up to a multiple.
 
@@ -106,7 +110,7 @@ class LorgnetteCollator:
         if self.pack_to is None:
             batch["attention_mask"] = joined([[1] * len(example.ids) for example in examples], 0)
         else:
-            batch["document_ids"] = joined([[n] * len(example.ids) for n, example in enumerate(examples)], PADDING)
+            batch["sequence_ids"] = joined([[n] * len(example.ids) for n, example in enumerate(examples)], PADDING)
         if not self.processor.is_stage1:
             batch["labels"] = joined(
                 [[IGNORED] * len(example.prompt) + example.output for example in examples], IGNORED
@@ -159,7 +163,7 @@ class LorgnetteCollator:
     def _encoded(rows: list[dict[str, Any]], encode: Callable[[dict[str, Any]], "_Example"]) -> Iterator["_Example"]:
         """Errors name the row."""
         for position, row in enumerate(rows):
-            with naming(f"row {row['index']}" if "index" in row else f"row {position} of the batch"):
+            with error_context(f"row {row['index']}" if "index" in row else f"row {position} of the batch"):
                 example = encode(row)
             yield example
 
@@ -227,16 +231,16 @@ class LorgnetteCollator:
             roles = [message["role"][:100] for message in given]
             raise ValueError(f"the last of the messages has to be the assistant's answer; their roles are {roles}")
         output = "\n".join(part.get("text", "<image>") for part in parts_of(answer))
-        if count_images([answer]) or not output.strip():
+        if _count_images([answer]) or not output.strip():
             raise ValueError(f"the assistant's answer has to be words; it is {output!r:.100}")
         has_column = row.get(self.image_column) is not None or "vision_features" in row
         in_column = self._sources(row) if has_column else []
-        if in_column and not count_images(messages):
+        if in_column and not _count_images(messages):
             first = next((n for n, message in enumerate(messages) if message.get("role") == "user"), 0)
             shown = [*parts_of(messages[first]), *[{"type": "image"}] * len(in_column)]
             messages[first] = {**messages[first], "content": shown}
         own = images_in(messages)
-        bare = count_images(messages) - len(own)
+        bare = _count_images(messages) - len(own)
         if bare != len(in_column) or (own and in_column):
             raise ValueError(
                 f'the messages have {bare} parts {{"type": "image"}} without a picture of their own and {len(own)} '
@@ -273,11 +277,10 @@ class LorgnetteCollator:
         return self._loaded[key]
 
     def _padded(self, rows: list[list[int]], value: int, side: str = "right") -> torch.Tensor:
-        width = max(map(len, rows))
-        width += -width % (self.pad_to_multiple_of or 1)
-        padding = [[value] * (width - len(row)) for row in rows]
-        whole = zip(rows, padding, strict=True) if side == "right" else zip(padding, rows, strict=True)
-        return torch.tensor([before + after for before, after in whole], dtype=torch.long)
+        sequences = [torch.tensor(row, dtype=torch.long) for row in rows]
+        padded = pad_sequence(sequences, batch_first=True, padding_value=value, padding_side=side)
+        extra = -padded.shape[1] % (self.pad_to_multiple_of or 1)
+        return pad(padded, (0, extra) if side == "right" else (extra, 0), value=value)
 
     def _check_length(self, prompt: list[int], output: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
         limit = tokenizer.model_max_length if self.max_length is None else self.max_length
@@ -287,6 +290,10 @@ class LorgnetteCollator:
                 f"{len(prompt) + len(output)} tokens are more than the {limit} there is room for: {len(output)} of "
                 f"output, {placeholders} for images, {len(prompt) - placeholders} of other prompt"
             )
+
+
+def _count_images(messages: list[dict[str, Any]]) -> int:
+    return sum(part["type"] == "image" for message in messages for part in parts_of(message))
 
 
 def packs(lengths: list[int], room: int) -> list[list[int]]:

@@ -13,9 +13,9 @@ import fsspec
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, List, load_dataset, load_from_disk
 
-from ..processing.conversations import messages_of, parts_of
-from ..processing.image_download import is_web
-from ..processing.image_loading import is_data_url, naming
+from ..assembly.conversations import messages_of
+from ..processing.image_loading import WEB
+from ..processing.prompt_encoding import error_context, parts_of
 from .arguments import DataArguments, RowArguments, SourceArguments
 from .augmentation import AugmentationSeeds
 from .feature_cache import COLUMN, feature_opener, is_cache, load_cache
@@ -81,7 +81,7 @@ def load_pairs(
 def _with_lengths(rows: Dataset, column: str, words: list[str]) -> Dataset:
     lengths = []
     for number, row in enumerate(rows.select_columns(words)):
-        with naming(f"row {number}"):
+        with error_context(f"row {number}"):
             lengths.append(_length(row))
     return rows.add_column(column, lengths)
 
@@ -237,7 +237,7 @@ def _open_batch(batch: dict, openers: dict[str, Callable[..., Any]], labels: dic
 
 def _open_chat(messages: Any, number: int | None, base: Path | None) -> list[dict]:
     """The messages (none for None) with their contents as parts, whose pictures are opened as those of a column are."""
-    with naming(f"row {number}"):
+    with error_context(f"row {number}"):
         opened = [(message, parts_of(message)) for message in ([] if messages is None else messages_of(messages))]
     for _, parts in opened:
         for part in parts:
@@ -252,7 +252,7 @@ def _open_picture(value: Any, number: int | None, base: Path | None) -> Any:
         return [_open_picture(item, number, base) for item in value]
     if isinstance(value, dict):  # datasets' own form of an image that is not decoded
         return value if value.get("bytes") is not None else _open_picture(value.get("path"), number, base)
-    if not isinstance(value, str) or is_web(value) or is_data_url(value):
+    if not isinstance(value, str) or value[:8].lower().startswith((*WEB, "data:")):
         return value
     if "://" in value:  # on the Hub or inside an archive, where a dataset is streamed
         try:

@@ -19,8 +19,8 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..modeling.modeling_backbones import is_unread
 from ..modeling.modeling_base import LorgnettePreTrainedModel
+from ..modeling.modeling_loading import is_unread
 
 
 METADATA = "vision_features.json"

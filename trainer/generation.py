@@ -4,10 +4,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from ..assembly.conversations import messages_of
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
-from ..processing.conversations import messages_of, parts_of
-from ..processing.image_loading import naming
 from ..processing.pipeline_lorgnette import missing_tokens
+from ..processing.prompt_encoding import error_context, parts_of
 from .collator import LorgnetteCollator
 
 
@@ -72,7 +72,7 @@ def references_of(row: Mapping[str, Any], column: str) -> list[str]:
         raise ValueError(f"{where}: there is no column '{column}', only {sorted(row)}")
     texts = [row[column]] if isinstance(row[column], str) else row[column]
     if column == "messages" and row[column] is not None:
-        with naming(where):
+        with error_context(where):
             answers = [parts_of(message) for message in messages_of(row[column])[-1:]]
         texts = ["\n".join(part["text"] for part in parts if part["type"] == "text") for parts in answers]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):

@@ -7,8 +7,9 @@ from huggingface_hub import ModelCard
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from ..modeling.modeling_card import complete_card
-from ..modeling.modeling_forms import resolve_form
+from ..assembly.card_metadata import complete_card
+from ..assembly.endpoint import write_endpoint
+from ..modeling.modeling_saving import resolve_save_format
 from .unreadable import REPORT
 
 
@@ -29,10 +30,12 @@ class CleanPush(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
+        if kwargs["model"].can_generate():
+            write_endpoint(args.output_dir)
         path, lines = Path(args.output_dir, _GITIGNORE), [f"/{name}" for name in _STAYS_HERE]
-        there = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        existing = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(dict.fromkeys([*lines, *there])) + "\n", encoding="utf-8")
+        path.write_text("\n".join(dict.fromkeys([*lines, *existing])) + "\n", encoding="utf-8")
 
 
 def push_card(trainer: Trainer) -> None:
@@ -46,7 +49,7 @@ def push_card(trainer: Trainer) -> None:
         return
     path, model = Path(trainer.args.output_dir, "README.md"), trainer.accelerator.unwrap_model(trainer.model)
     card = ModelCard.load(path, ignore_metadata_errors=True)
-    complete_card(card, model.config, resolve_form(model, None))
+    complete_card(card, model.config, resolve_save_format(model, None))
     card.save(path)
     where = {"token": trainer.args.hub_token, "revision": trainer.args.hub_revision}
     card.push_to_hub(trainer.hub_model_id, commit_message="Complete the card", **where)

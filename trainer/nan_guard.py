@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import Trainer
 
-from ..modeling.modeling_losses import in_process_group
+from ..modeling.modeling_loss import in_process_group
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from ..modeling.modeling_losses import in_process_group
+from ..modeling.modeling_loss import in_process_group
 
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from itertools import islice
 
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
-from ..configuration.backbone_sources import from_pretrained_arguments
-from ..modeling.modeling_forms import resolve_form
+from ..assembly.sources import from_pretrained_arguments
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
+from ..modeling.modeling_saving import resolve_save_format
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import DataArguments, Stage2Arguments
 from .callbacks import GenerateMetricsCallback
@@ -66,7 +66,7 @@ def build(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, Lor
         ValueError: what is trained could not be saved in any form, as a quantised language model of a folder.
     """
     model, processor = _build(args)
-    resolve_form(model, None)
+    resolve_save_format(model, None)
     return model, processor
 
 

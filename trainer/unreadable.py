@@ -12,7 +12,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..processing.conversations import images_in
+from ..assembly.conversations import messages_of
+from ..processing.prompt_encoding import images_in
 from .feature_cache import COLUMN
 
 
@@ -129,7 +130,7 @@ class _Reasons:
         return None
 
     def _pictures(self, row: dict[str, Any]) -> list[Any]:
-        own = images_in(row["messages"]) if row.get("messages") else []
+        own = images_in(messages_of(row["messages"])) if row.get("messages") else []
         value = row.get(self.image_column)
         if value is None and row.get("messages"):
             return own  # a chat's column may be empty

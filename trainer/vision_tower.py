@@ -14,11 +14,14 @@ from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from ..configuration.backbone_sources import from_pretrained_arguments
-from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig, LorgnetteConfig, LorgnetteRetrievalConfig
-from ..modeling.modeling_backbones import load_vision_model, new_vision_model
+from ..assembly.backbones import load_vision_model
+from ..assembly.sources import from_pretrained_arguments
+from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig, LorgnetteConfig
+from ..configuration.configuration_retrieval import LorgnetteRetrievalConfig
 from ..modeling.modeling_base import LorgnettePreTrainedModel
-from ..processing.image_loading import load_image_for, naming
+from ..modeling.modeling_loading import new_vision_model
+from ..processing.image_loading import load_image_for
+from ..processing.prompt_encoding import error_context
 from .arguments import VisionArguments
 
 
@@ -169,7 +172,7 @@ def _preprocess(
     """The rows' numbers, how many pictures each has (None: no list, but one), and what the ViT reads of all of them."""
     counts, images = [], []
     for row in rows:
-        with naming(f"row {row['index']}"):
+        with error_context(f"row {row['index']}"):
             pictures = pictures_in(row, image_column)
             images += [load_image_for(image_processor, picture) for picture in pictures]
         counts.append(len(pictures) if isinstance(row[image_column], list) else None)

@@ -23,6 +23,7 @@ from conformance.models import (
     Tester,
     skip_what_is_not_for,
 )
+from lorgnette.assembly import guards
 from lorgnette.modeling import modeling_base
 
 
@@ -51,7 +52,7 @@ class Common(test_modeling_common.ModelTesterMixin):
 @contextmanager
 def missing_weights_allowed() -> Iterator[None]:
     """Where weights are missing random ones are drawn for a while, as in transformers."""
-    with mock.patch.multiple(modeling_base, refuse_missing=mock.DEFAULT, check_fits=mock.DEFAULT):
+    with mock.patch.object(modeling_base, "refuse_missing"), mock.patch.object(guards, "check_fits"):
         yield
 
 

@@ -1,4 +1,4 @@
-"""Write the tables of what was measured into README.md: `python -m examples.quality.table`, from the repository.
+"""Write the tables of what was measured into docs/quality.md: `python -m examples.quality.table`, from the repository.
 
 They are made of results/quality/*.json alone; a row that has none stands as "not run".
 """
@@ -14,7 +14,7 @@ from .rows import HEADLINES, ROWS, UNTAUGHT, Row
 
 
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
-RESULTS, README = Path("results/quality"), Path("README.md")
+RESULTS, PAGE = Path("results/quality"), Path("docs/quality.md")
 CIFAR = ("row", "different", "right answers", "best linear probe", "bridge efficiency", "pictures shuffled",
          "LM's perplexity", "minutes")  # fmt: skip
 EMOJI = ("row", "different", "unseen style: CIDEr (exact)", "shuffled", "nearest neighbour",
@@ -102,11 +102,11 @@ def between_markers(page: str) -> str:
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m examples.quality.table", description=__doc__.splitlines()[0])
     parser.parse_args(argv)
-    page = README.read_text(encoding="utf-8")
+    page = PAGE.read_text(encoding="utf-8")
     between_markers(page)
     before, _, rest = page.partition(BEGIN)
     table = render(load(RESULTS))
-    README.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
     sys.stdout.write(f"{table}\n")
 
 

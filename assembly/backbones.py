@@ -1,0 +1,226 @@
+"""The pretrained parts: each a Hub id, a local folder, a GGUF file or a loaded model."""
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from ..modeling.modeling_checks import check_token_ids
+from ..modeling.modeling_loading import is_unread, read_language_model, read_vision_model, vision_model_class
+from ..modeling.modeling_saving import is_backbone_key
+from ..processing.prompt_encoding import IMAGE_TOKEN
+from .backbone_checks import check_language_model, check_vision_model, refuse_own_code
+from .processors import with_image_token
+from .sources import from_pretrained_arguments, load_tokenizer
+from .structure import refuse_other_structure
+
+
+@dataclass
+class Backbone:
+    """A pretrained part, and where on the Hub it came from; `name` and `revision` are None for anything local."""
+
+    model: PreTrainedModel
+    name: str | None = None
+    revision: str | None = None
+
+
+def load_vision_model(
+    source: str | Path | PreTrainedModel,
+    revision: str | None,
+    dtype: torch.dtype | str | None,
+    attn: str | None,
+    layer: int | None = None,
+) -> Backbone:
+    """A ViT: a vision model, or the vision tower of a CLIP, SigLIP or the like.
+
+    Args:
+        layer: the `vision_feature_layer` that is to be read.
+
+    Raises:
+        ValueError: the model does not read pixels into a sequence of vectors, always the same ones of one picture, its
+            weights are not all there, or it has code of its own.
+    """
+    if isinstance(source, PreTrainedModel):
+        backbone = Backbone(_vision_model_in(source))
+    else:
+        name, keywords = from_pretrained_arguments(source, revision)
+        refuse_own_code("ViT", name, "AutoModel", MODEL_MAPPING_NAMES, **keywords)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **keywords)
+        keywords |= {"dtype": dtype or torch.float32, "attn_implementation": attn}
+        model = read_vision_model(name, getattr(config, "vision_config", config), **keywords)
+        backbone = from_source(model, source, revision)
+    for field in ("hidden_size", "num_hidden_layers", "patch_size"):
+        if not hasattr(backbone.model.config, field):
+            raise ValueError(f"{type(backbone.model).__name__} is no ViT: its config has no {field}")
+    check_vision_model(backbone.model, layer)
+    return backbone
+
+
+def _vision_model_in(model: PreTrainedModel) -> PreTrainedModel:
+    """The ViT that is, or is in, a loaded model: of the class that is made of its config where a save is loaded."""
+    config = getattr(model.config, "vision_config", model.config)
+    if not type(config).__module__.startswith("transformers."):
+        refuse_own_code("ViT", model, "AutoModel", MODEL_MAPPING_NAMES)
+    wanted = vision_model_class(config)
+    found = next((part for part in model.modules() if type(part) is wanted), None)
+    if found is None:
+        refuse_own_code("ViT", model, "AutoModel", MODEL_MAPPING_NAMES)
+        raise ValueError(
+            f"{type(model).__name__} has no {wanted.__name__} in it, which a saved model is loaded with: give "
+            f"one, from {wanted.__name__}.from_pretrained(…)"
+        )
+    refuse_other_structure("ViT", found, lambda name: is_unread(f"vision_model.{name}"))
+    return found
+
+
+def load_language_model(
+    source: str | Path | PreTrainedModel,
+    revision: str | None,
+    dtype: torch.dtype | str | None,
+    attn: str | None,
+    quantization_config: Any = None,
+) -> Backbone:
+    """A causal LM. A `.gguf` file is read by transformers, dequantised, and is a plain model from then on.
+
+    Raises:
+        ValueError: it is no causal LM, it carries an adapter already, its weights are not all there, or it cannot be
+            quantised while it is loaded.
+    """
+    named = isinstance(source, (str, Path))
+    if quantization_config is not None and (not named or str(source).endswith(".gguf")):
+        what = f"{source} is a GGUF file" if named else f"this {type(source).__name__} is loaded already"
+        raise ValueError(f"quantization_config takes effect while a Hub id or a folder is loaded, and {what}")
+    if not named:
+        model = source
+        if isinstance(model, PreTrainedModel):
+            refuse_own_code("language model", model, "AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        backbone = Backbone(model)
+    elif str(source).endswith(".gguf"):
+        folder, keywords = from_pretrained_arguments(source)
+        loaded = read_language_model(folder, dtype=dtype or torch.float32, **keywords)
+        # save_pretrained refuses a model whose config still tells of the quantisation it was read from
+        config = copy.deepcopy(loaded.config)
+        del config.quantization_config
+        config.name_or_path = ""
+        model = AutoModelForCausalLM.from_config(config, dtype=loaded.dtype, attn_implementation=attn)
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
+        backbone = Backbone(model)
+    else:
+        name, keywords = from_pretrained_arguments(source, revision)
+        refuse_own_code("language model", name, "AutoModelForCausalLM", MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **keywords)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **keywords)
+        _refuse_encoder(config, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, name))
+        if quantization_config is not None:
+            keywords["quantization_config"] = quantization_config
+        model = read_language_model(name, dtype=dtype or torch.float32, attn_implementation=attn, **keywords)
+        backbone = from_source(model, source, revision)
+    if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+        raise ValueError(
+            f"The language model is a {type(model).__name__} with an adapter, or no transformers model: give the bare "
+            "LM (peft's merge_and_unload() makes one) and describe the LoRA in `lora`"
+        )
+    _refuse_encoder(model.config, type(model).__name__)
+    if not model.can_generate() or model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} is no causal language model: it has no head over words")
+    if not named:
+        refuse_other_structure("language model", model, is_unread)
+    check_language_model(model)
+    return backbone
+
+
+def _refuse_encoder(config: PreTrainedConfig, name: str) -> None:
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise ValueError(f"{name} is no causal language model (an encoder)")
+
+
+def load_bert(source: str | Path | PreTrainedModel, revision: str | None) -> Backbone:
+    """The BERT that a Q-Former starts from.
+
+    Raises:
+        ValueError: it is a lorgnette model, or has code of its own.
+    """
+    if isinstance(source, PreTrainedModel):
+        refuse_own_code("BERT", source, "AutoModel", MODEL_MAPPING_NAMES)
+        return Backbone(source)
+    name, keywords = from_pretrained_arguments(source, revision)
+    refuse_own_code("BERT", name, "AutoModel", MODEL_MAPPING_NAMES, **keywords)
+    model_type = PreTrainedConfig.get_config_dict(name, **keywords)[0].get("model_type", "")
+    if model_type.startswith("lorgnette"):
+        raise ValueError(f"{name} is a {model_type} model: the Q-Former starts from a BERT, or in stage 2 from stage 1")
+    model = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False, **keywords)
+    return from_source(model, source, revision)
+
+
+def next_free_token_id(source: str | Path | PreTrainedModel, revision: str | None, vocab_size: int) -> int:
+    """The id that `<image>` has, or would get, in the tokenizer beside the language model.
+
+    Without a tokenizer in reach (a model made in memory, a folder of weights alone) it is `vocab_size`.
+
+    Raises:
+        ValueError: see [`check_token_ids`].
+    """
+    name = source.name_or_path if isinstance(source, PreTrainedModel) else str(source)
+    if not name or not (name.endswith(".gguf") or _has_tokenizer(name, revision)):
+        return vocab_size
+    tokenizer = with_image_token(load_tokenizer(name, revision))
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    check_token_ids(tokenizer, image_token_id, vocab_size)
+    return image_token_id
+
+
+def _has_tokenizer(name: str, revision: str | None) -> bool:
+    return (
+        cached_file(name, "tokenizer_config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+        is not None
+    )
+
+
+def from_source(model: PreTrainedModel, source: str | Path, revision: str | None) -> Backbone:
+    """Keep the Hub id and the commit; a local folder is not recorded.
+
+    Nor is a repository of pickled weights: no model is loaded from them, so it is saved in full.
+    """
+    have = partial(
+        cached_file, source, revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False
+    )
+    if Path(source).is_dir() or not (have(SAFE_WEIGHTS_NAME) or have(SAFE_WEIGHTS_INDEX_NAME)):
+        model.config.name_or_path = ""
+        return Backbone(model)
+    config_file = cached_file(source, "config.json", revision=revision, local_files_only=True)
+    return Backbone(model, str(source), extract_commit_hash(config_file, None))
+
+
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Bring all parameters of a joined model into one dtype, but those of backbones that were loaded in it.
+
+    Buffers keep theirs, as in any `from_pretrained`: RoPE's frequencies are float32 in every model.
+    """
+    loaded_so = [name for name in model.backbones if model.get_submodule(name).dtype == dtype]
+    for key, parameter in model.named_parameters():
+        # transformers keeps some weights of some models in float32 on purpose
+        apart = is_backbone_key(model, key) and key.split(".", 1)[0] in loaded_so
+        if parameter.is_floating_point() and not apart:
+            parameter.data = parameter.data.to(dtype)
+
+
+__all__ = [
+    "Backbone",
+    "cast_parameters",
+    "from_source",
+    "load_bert",
+    "load_language_model",
+    "load_vision_model",
+    "next_free_token_id",
+]

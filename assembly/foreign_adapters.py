@@ -1,0 +1,208 @@
+"""LoRA that is already trained, by peft alone or in another model, replaces the language model's."""
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import cached_file
+
+from ..assembly.sources import from_pretrained_arguments
+from ..configuration.configuration_lorgnette import LorgnetteConfig
+from ..modeling.modeling_lora import (
+    LM_ADAPTER,
+    PEFT_PREFIX,
+    attach_lora,
+    lora_is_off,
+    lora_layers,
+    lora_weights,
+    refresh_ignored_keys,
+    switch_lora,
+)
+from ..modeling.modeling_saving import refuse_offloaded
+from .lora_targets import outermost_lora_layers, resolve_lora_config
+
+
+def load_lm_adapter(model: PreTrainedModel, source: str | Path, *, revision: str | None = None) -> None:
+    """Put a LoRA that was trained on the bare language model, by peft alone, in the place of this model's.
+
+    Args:
+        model: a [`LorgnetteForConditionalGeneration`].
+        source: a folder or Hub repository as `PeftModel.save_pretrained` writes them; `lm_adapter/` of a saved model is
+            one too.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it does not fit, see [`read_lm_adapter`]; or weights are offloaded. Nothing has changed then.
+    """
+    refuse_offloaded(model.language_model)
+    replace_lora(model, *read_lm_adapter(source, model.config, revision))
+
+
+def replace_lora(
+    model: PreTrainedModel, lora_config: dict[str, Any] | None, lora: "dict[str, torch.Tensor] | DetachedLora | None"
+) -> "DetachedLora":
+    """Another LoRA, on or off as the present one is, or none at all; the present one is returned.
+
+    Args:
+        lora: its weights, or one that was on this language model before, which is put back as it is: building peft's
+            layers anew takes as long as a short answer.
+
+    Raises:
+        ValueError: weights are offloaded.
+    """
+    refuse_offloaded(model.language_model)
+    before, config_before = detach_lora(model.language_model), model.config.lora_config
+    try:
+        _put_on_lora(model, lora_config, lora)
+    except Exception:  # peft refuses some LoRA only while its weights are loaded
+        detach_lora(model.language_model)
+        model.config.lora_config = config_before
+        put_back_lora(model.language_model, before)
+        raise
+    refresh_ignored_keys(model)
+    model.freeze()
+    model.train(model.training)  # new layers are in train mode
+    if lora_config is not None:
+        switch_lora(model.language_model, not lora_is_off(model.language_model))
+    return before
+
+
+def _put_on_lora(
+    model: PreTrainedModel, lora_config: dict[str, Any] | None, lora: "dict[str, torch.Tensor] | DetachedLora | None"
+) -> None:
+    """On a language model that has none."""
+    model.config.lora_config = lora_config
+    if isinstance(lora, DetachedLora):
+        put_back_lora(model.language_model, lora)
+    elif lora_config is not None:
+        attach_lora(model.language_model, lora_config)
+    for layer in lora_layers(model.language_model).values():
+        beside = next(layer.get_base_layer().parameters())  # which may have been moved meanwhile
+        for name, parameter in layer.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(beside.device, model.projector.weight.dtype)
+    if lora_config is not None and not isinstance(lora, DetachedLora):
+        load_lora_weights(model.language_model, lora)
+
+
+def read_lm_adapter(
+    source: str | Path, config: LorgnetteConfig, revision: str | None = None
+) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Read a LoRA that was trained on this language model, and see to it that it fits.
+
+    Args:
+        source: a folder or a Hub repository as peft writes them.
+        config: of the model that it is for.
+        revision: branch, tag or commit on the Hub.
+
+    Returns:
+        `lora_config`, and the weights by the names that [`lora_weights`] gives them.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is a whole model, no LoRA or a pickled one, belongs to another language model, trains base
+            weights too, or has targets, names or shapes that the language model has not.
+    """
+    name, keywords = from_pretrained_arguments(source, revision)
+    have = partial(cached_file, name, _raise_exceptions_for_missing_entries=False, **keywords)
+    if have("adapter_config.json") is None and have(f"{LM_ADAPTER}/adapter_config.json") is not None:
+        raise ValueError(f"{source} is a whole model: the LoRA of its language model lies in its folder {LM_ADAPTER}")
+    found = PeftConfig.from_pretrained(name, **keywords)
+    if not isinstance(found, LoraConfig):
+        raise ValueError(f"{source} holds an adapter of the type {found.peft_type}; LoRA is needed")
+    theirs, ours = found.base_model_name_or_path, config.text_backbone
+    if config.saved_form == "merged" and theirs is not None and _is_hub_id(theirs):
+        raise ValueError(f"{source} was trained on {theirs}; the language model here has another LoRA merged into it")
+    if ours is not None and theirs is not None and _is_hub_id(theirs) and theirs != ours:
+        raise ValueError(f"{source} was trained on {theirs}; the language model here is {ours}")
+    file = have("adapter_model.safetensors")
+    if file is None:
+        raise ValueError(f"{source} holds no adapter_model.safetensors; pickled weights (.bin) are not read")
+    bare = _bare_language_model(config)
+    fields = resolve_lora_config(found, bare)
+    with torch.device("meta"):
+        attach_lora(bare, fields)
+    expected = {name: tensor.shape for name, tensor in lora_weights(bare).items()}
+    weights = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(file).items()}
+    odd = sorted(expected.keys() ^ weights.keys())
+    if odd:
+        where = "only here" if odd[0] in expected else "only there"
+        raise ValueError(
+            f"{source} has {len(weights)} tensors and LoRA on this language model {len(expected)}: {odd[0]} is {where}"
+        )
+    for weight, shape in expected.items():
+        if weights[weight].shape != shape:
+            raise ValueError(
+                f"{source} does not fit the language model: {weight} is {tuple(weights[weight].shape)} there, and "
+                f"{tuple(shape)} here"
+            )
+    return fields, weights
+
+
+def load_lora_weights(language_model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
+    """Copy into the LoRA of a language model what [`lora_weights`] gave of one of the same kind."""
+    set_peft_model_state_dict(language_model, weights)
+
+
+@dataclass(frozen=True)
+class DetachedLora:
+    """A LoRA that was taken off a language model, whole, so that it can be put back on the same one at once.
+
+    Args:
+        layers: peft's, around the base layers, by the names of these in the LM; empty where there was none.
+        peft_config: what the language model told of it.
+    """
+
+    layers: dict[str, nn.Module]
+    peft_config: Any
+
+
+def detach_lora(language_model: PreTrainedModel) -> DetachedLora:
+    """Take LoRA off again: the layers are the original ones, under their original names."""
+    lora = DetachedLora(outermost_lora_layers(language_model), getattr(language_model, "peft_config", None))
+    for name, layer in lora.layers.items():
+        language_model.set_submodule(name, layer.get_base_layer())
+    if language_model._hf_peft_config_loaded:
+        language_model._hf_peft_config_loaded = False
+        del language_model.peft_config
+    return lora
+
+
+def put_back_lora(language_model: PreTrainedModel, lora: DetachedLora) -> None:
+    """Put a LoRA on again that was taken off this language model, which has none now."""
+    for name, layer in lora.layers.items():
+        language_model.set_submodule(name, layer)
+    if lora.peft_config is not None:
+        language_model._hf_peft_config_loaded, language_model.peft_config = True, lora.peft_config
+
+
+def _bare_language_model(config: LorgnetteConfig) -> PreTrainedModel:
+    """The language model without LoRA and without weights, to look at its layers."""
+    text_config = copy.deepcopy(config.text_config)
+    if hasattr(text_config, "quantization_config"):
+        del text_config.quantization_config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(text_config)
+
+
+def _is_hub_id(name: str) -> bool:
+    """Whether a name is one on the Hub and no path: peft writes down either."""
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+__all__ = [
+    "DetachedLora",
+    "detach_lora",
+    "load_lm_adapter",
+    "put_back_lora",
+    "read_lm_adapter",
+    "replace_lora",
+]

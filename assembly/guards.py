@@ -1,0 +1,227 @@
+"""Guards against a folder or a repository of somebody else: which files are read, and whether its config fits them.
+
+Only safetensors are read, and no adapter that transformers would load by itself. Shapes are compared before any memory
+is allocated: transformers first fills what does not fit with random numbers, however large.
+"""
+
+import copy
+import json
+import math
+import re
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+
+from ..configuration.configuration_lorgnette import SIZES
+from ..modeling.modeling_loading import WHERE, is_thin, missing_backbone, weight_files
+from ..modeling.modeling_saving import BACKBONES, is_backbone_key
+
+
+Shape = tuple[int, ...]
+
+# What the weights of a folder were trained with: another value is another model, of which most load all the same
+_TRAINED_WITH = (
+    "image_token_id",
+    "num_query_tokens",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    *(f"{part}_backbone{of}" for part in ("vision", "text") for of in ("", "_revision")),
+)
+_OF_PARTS = (
+    *SIZES,
+    "cross_attention_frequency",
+    "head_dim",
+    "hidden_act",
+    "image_size",
+    "layer_norm_eps",
+    "model_type",
+)
+_OF_PARTS += ("num_key_value_heads", "num_query_tokens", "patch_size", "use_qformer_text_input")
+_LORA_OF_A_RUN = ("inference_mode", "init_lora_weights", "lora_dropout")  # may be others where training goes on
+
+
+def check_folder(cls: type[PreTrainedModel], name: str | Path, **kwargs: Any) -> None:
+    """Check what lies in a folder or a Hub repository, before `cls.from_pretrained(name, **kwargs)` loads it.
+
+    Raises:
+        OSError: there is no config, there are no weights, or a backbone of a thin model cannot be found.
+        ValueError: see [`safe_weight_files`], [`check_fits`] and [`check_backbone`].
+    """
+    where = {key: kwargs[key] for key in WHERE if key in kwargs}
+    thin = is_thin(name, **kwargs)
+    files = safe_weight_files(name, kwargs.get("variant"), **where)
+    config = check_fits(cls, name, files, thin, where, **kwargs)
+    hub = {key: value for key, value in where.items() if key not in ("revision", "subfolder")}
+    for part in cls.backbones if thin else ():
+        check_backbone(part, config, name, hub)
+
+
+def safe_weight_files(name: str | Path, variant: str | None = None, **where: Any) -> list[str]:
+    """[`~modeling_loading.weight_files`] of a folder or a Hub repository that holds nothing else that would be loaded.
+
+    Raises:
+        OSError: no weights are there.
+        ValueError: there are only pickled ones; the index names another kind of file, or one elsewhere; an adapter lies
+            beside them, which transformers would put on.
+    """
+    have = partial(cached_file, name, _raise_exceptions_for_missing_entries=False, **where)
+    if have(ADAPTER_CONFIG_NAME) is not None:
+        raise ValueError(
+            f"{name} has an {ADAPTER_CONFIG_NAME} beside its weights: no model is saved so here. A language model's "
+            "LoRA lies in the folder lm_adapter"
+        )
+    if have(_variant_of(SAFE_WEIGHTS_NAME, variant)) is None:
+        index = have(_variant_of(SAFE_WEIGHTS_INDEX_NAME, variant))
+        pickled = [kind for kind in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if have(_variant_of(kind, variant)) is not None]
+        if index is None and pickled:
+            raise ValueError(
+                f"{name} holds {pickled[0]} and no {SAFE_WEIGHTS_NAME}: pickled weights are not read. Whoever trusts "
+                "them loads them with torch, and saves the model with save_pretrained"
+            )
+        shards = {} if index is None else json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+        if odd := sorted(shard for shard in set(shards.values()) if not re.fullmatch(r"[\w.-]+\.safetensors", shard)):
+            raise ValueError(f"{name}: its index names {odd[0]!r}, which is no safetensors file beside it")
+    return weight_files(name, variant, **where)
+
+
+def check_fits(
+    cls: type[PreTrainedModel], name: str | Path, files: list[str], thin: bool, where: dict[str, Any], **kwargs: Any
+) -> PreTrainedConfig:
+    """Compare a model's config with the shapes that its files hold, before anything is loaded.
+
+    Args:
+        cls: the class that is to be loaded.
+        files: from [`safe_weight_files`].
+        thin: whether the backbones are not in them.
+        where: as in [`safe_weight_files`].
+        kwargs: of `from_pretrained`.
+
+    Raises:
+        ValueError: no model can be built of the config; a tensor has another shape in the files, with both; the config
+            describes more than twice as many numbers as there are; it names other files; or it contradicts the config
+            that lies beside them, with both values.
+    """
+    config = kwargs.pop("config", None)
+    if not isinstance(config, PreTrainedConfig):
+        config, _ = cls.config_class.from_pretrained(config or name, return_unused_kwargs=True, **kwargs)
+    if elsewhere := getattr(config, "transformers_weights", None):
+        raise ValueError(
+            f"{name}: its config says that the weights are in {elsewhere!r}, and no model is saved so here"
+        )
+    if kwargs.get("ignore_mismatched_sizes"):
+        return config
+    _check_overrides(name, config, where)
+    found = {key: shape for file in files for key, shape in _shapes_in(file).items()}
+    described = _shapes_of(cls, name, config)
+    if thin:
+        described = {key: shape for key, shape in described.items() if not is_backbone_key(cls, key)}
+    for key in sorted(found.keys() & described.keys()):
+        if found[key] != described[key]:
+            raise ValueError(f"{name}: {key} is {found[key]} in the files, and {described[key]} by the config")
+    # names may differ (transformers keeps older ones in files), and some weights may be absent that nothing reads
+    room, needed = (sum(math.prod(shape) for shape in shapes.values()) for shapes in (found, described))
+    if needed > 2 * room:
+        lacking = sorted(key for key in described.keys() - found.keys() if is_backbone_key(cls, key))
+        what = f" lacks {len(lacking)} weights of its backbones ({lacking[0]}, …)" if lacking else ""
+        raise ValueError(f"{name}{what}: its config describes {needed:,} numbers, and the files hold {room:,}")
+    return config
+
+
+def check_backbone(part: str, config: PreTrainedConfig, name: str | Path, hub: dict[str, Any]) -> None:
+    """Check the backbone that a thin model names: its files, and whether it is what the model's config describes.
+
+    Raises:
+        OSError: it cannot be found; says what to do.
+        ValueError: see [`safe_weight_files`]; or a field of its config is another, with both values.
+    """
+    what, prefix = BACKBONES[part]
+    source, revision = getattr(config, f"{prefix}_backbone"), getattr(config, f"{prefix}_backbone_revision")
+    try:
+        own = AutoConfig.from_pretrained(source, revision=revision, **hub)
+        safe_weight_files(source, revision=revision, **hub)
+    except OSError as error:
+        raise OSError(missing_backbone(name, what, source, revision, error)) from error
+    own, described = getattr(own, f"{prefix}_config", own), getattr(config, f"{prefix}_config")
+    for field in (*SIZES, "head_dim", "image_size", "num_key_value_heads", "patch_size"):
+        here, there = field_of(described, field), field_of(own, field)
+        if here != there:
+            raise ValueError(f"{name}: its {what} {source} has {field} {there}, and not {here}, as the config says")
+
+
+def _check_overrides(name: str | Path, config: PreTrainedConfig, where: dict[str, Any]) -> None:
+    """Raises a ValueError for the first field of a config that says otherwise than the one beside the weights."""
+    try:
+        beside = PreTrainedConfig.get_config_dict(name, **where)[0]
+    except OSError:
+        beside = {}
+    if "model_type" not in beside:  # weights alone
+        return
+    own = type(config).from_dict(beside)
+    fields = [("", own, config, _TRAINED_WITH)]
+    fields += [(f"{part}.", getattr(own, part), getattr(config, part), _OF_PARTS) for part in own.sub_configs]
+    lora = [getattr(each, "lora_config", None) for each in (own, config)]
+    if None in lora and lora[0] != lora[1]:
+        fields.append(("", own, config, ("lora_config",)))
+    elif lora[0] is not None:
+        rank = [SimpleNamespace(**{key: each.get(key) for key in {**lora[0], **lora[1]}}) for each in lora]
+        fields.append(("lora_config.", *rank, sorted(vars(rank[0]).keys() - set(_LORA_OF_A_RUN))))
+    for prefix, saved, asked, names in fields:
+        for field in names:
+            here, there = field_of(saved, field), field_of(asked, field)
+            if here != there and not ("backbone" in field and there is None):  # which the folder says
+                raise ValueError(
+                    f"{name}: {prefix}{field} is {here!r} in its config, with which its weights were trained, and "
+                    f"{there!r} was asked for: leave it out, or build such a model anew with from_backbones"
+                )
+    for weight in ("itc_weight", "itm_weight"):
+        if not getattr(own, weight, 1) and getattr(config, weight):
+            asked = getattr(config, weight)
+            raise ValueError(
+                f"{name}: {weight} is 0 in its config, and so its weights are not there; {asked} was asked"
+            )
+
+
+def field_of(config: Any, field: str) -> Any:
+    """The value of a config's field: a list where the layers have one each (Gemma 4), and None where it has none."""
+    try:
+        return getattr(config, field, None)
+    except RuntimeError:  # transformers has no one value for all
+        return [getattr(each, field, None) for each in config.per_layer_config]
+
+
+def _shapes_in(file: str) -> dict[str, Shape]:
+    with safe_open(file, framework="pt") as tensors:
+        return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
+
+
+def _shapes_of(cls: type[PreTrainedModel], name: str | Path, config: PreTrainedConfig) -> dict[str, Shape]:
+    """The parameters of a model of this config, tied ones once."""
+    try:
+        with torch.device("meta"):
+            skeleton = cls(copy.deepcopy(config))
+    except (ValueError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{name}: no model can be built of its config: {error or type(error).__name__}") from error
+    return {key: tuple(parameter.shape) for key, parameter in skeleton.named_parameters()}
+
+
+def _variant_of(name: str, variant: str | None) -> str:
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
+
+
+__all__ = ["check_backbone", "check_fits", "check_folder", "safe_weight_files"]

@@ -1,0 +1,67 @@
+"""How a model is named: a Hub id, a local folder, or a GGUF file, which transformers wants as folder and name."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+
+QFORMER_TOKENIZER = "qformer_tokenizer"  # the folder in a processor's that holds the second tokenizer
+
+
+def from_pretrained_arguments(source: str | Path, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+    """What any `from_pretrained` is to be called with for `source`: the first argument, and keywords.
+
+    Raises:
+        FileNotFoundError: a `.gguf` file that is not there, or what can only be a path and is not there either.
+    """
+    path = Path(source)
+    if path.suffix != ".gguf":
+        # transformers would say of a mistyped path that it is no Hub id
+        is_path = isinstance(source, Path) or str(source).startswith((".", "~")) or path.is_absolute()
+        if (is_path or str(source).count("/") > 1) and not path.is_dir():
+            raise FileNotFoundError(f"There is no folder {source}")
+        return str(source), {"revision": revision}
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no GGUF file {path}")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def load_part(auto_class: Any, what: str, name: str | Path, **keywords: Any) -> Any:
+    """What an Auto class makes of a folder or Hub repository with transformers' own code; nobody is asked on stdin.
+
+    Raises:
+        ValueError: there is code of its own, which a saved model would not bring along.
+    """
+    try:
+        return auto_class.from_pretrained(name, trust_remote_code=False, **keywords)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"The {what} of {name} has code of its own, which a saved model would not bring along: give one whose "
+            "class is transformers' own, made of the same files. trust_remote_code does not help"
+        ) from None
+
+
+def load_tokenizer(
+    source: str | Path | PreTrainedTokenizerBase | None, revision: str | None = None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model that is named; a loaded one, or None, is returned."""
+    if not isinstance(source, (str, Path)):
+        return source
+    name, keywords = from_pretrained_arguments(source, revision)
+    return load_part(AutoTokenizer, "tokenizer", name, **keywords)
+
+
+def load_qformer_tokenizer(
+    source: str | Path | PreTrainedTokenizerBase | None, revision: str | None = None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the Q-Former's text: a BERT's, or a stage-1 model's, which lies in a folder of its own."""
+    if isinstance(source, (str, Path)):
+        name, keywords = from_pretrained_arguments(source, revision)
+        inside = f"{QFORMER_TOKENIZER}/tokenizer_config.json"
+        if cached_file(name, inside, _raise_exceptions_for_missing_entries=False, **keywords) is not None:
+            return load_part(AutoTokenizer, "tokenizer", name, subfolder=QFORMER_TOKENIZER, **keywords)
+    return load_tokenizer(source, revision)

@@ -1,0 +1,66 @@
+"""`LorgnetteRetrievalConfig`: a ViT and a Q-Former with a text half, and the weights of stage 1's losses."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
+
+from .configuration_lorgnette import AUTO_PROCESSOR, LorgnetteBridgeConfig, LorgnetteQFormerConfig, require_size
+
+
+RETRIEVAL_AUTO_MAP = {
+    "AutoConfig": "configuration_retrieval.LorgnetteRetrievalConfig",
+    "AutoModel": "modeling_retrieval.LorgnetteForImageTextRetrieval",
+    "AutoProcessor": AUTO_PROCESSOR,
+}
+
+
+@strict
+class LorgnetteRetrievalConfig(LorgnetteBridgeConfig):
+    """Stage 1: a ViT and a Q-Former with a text half, and the losses that align picture and text (BLIP-2, section 3.1).
+
+    It has the fields of [`LorgnetteBridgeConfig`] besides its own.
+
+    Args:
+        itc_weight, itm_weight, itg_weight: of image-text contrast, matching and image-grounded generation in the loss.
+            What serves only losses of weight 0 is not built.
+        image_text_hidden_size: width of the space in which pictures and texts are compared (`Blip2Config` has it).
+
+    Raises:
+        ValueError: a weight below 0, no weight above 0, a Q-Former without a text half, `[DEC]` missing.
+    """
+
+    model_type = "lorgnette_retrieval"
+    sub_configs = {  # noqa: RUF012 (transformers' own class attribute)
+        "vision_config": AutoConfig,
+        "qformer_config": LorgnetteQFormerConfig,
+    }
+    _auto_map = RETRIEVAL_AUTO_MAP
+
+    itc_weight: float | int = 1.0
+    itm_weight: float | int = 1.0
+    itg_weight: float | int = 1.0
+    image_text_hidden_size: int = 256
+
+    def __post_init__(self, **kwargs: Any):
+        if self.qformer_config is None:
+            self.qformer_config = LorgnetteQFormerConfig(use_qformer_text_input=True)
+            self.qformer_config.dec_token_id = self.qformer_config.vocab_size - 1
+        super().__post_init__(**kwargs)
+        self.pad_token_id = self.qformer_config.pad_token_id  # where Trainer looks for it, and would otherwise warn
+        require_size(self, "image_text_hidden_size")
+        weights = {name: getattr(self, name) for name in ("itc_weight", "itm_weight", "itg_weight")}
+        for name, weight in weights.items():
+            if weight < 0:
+                raise ValueError(f"{name} is {weight}; it has to be at least 0")
+        if not any(weights.values()):
+            raise ValueError("itc_weight, itm_weight and itg_weight are all 0: there is no loss left")
+        if not self.qformer_config.use_qformer_text_input:
+            raise ValueError("qformer_config.use_qformer_text_input is False: stage 1 needs the text half")
+        if self.itg_weight and self.qformer_config.dec_token_id is None:
+            raise ValueError(
+                "itg_weight is above 0 and qformer_config.dec_token_id is not set: generation starts there"
+            )
+
+
+__all__ = ["LorgnetteRetrievalConfig"]

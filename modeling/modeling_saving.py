@@ -1,0 +1,402 @@
+"""How a model is saved: in which format, whole or not at all, with its processor and its code.
+
+| format   | in the folder                                                      | loading it needs             |
+|----------|--------------------------------------------------------------------|------------------------------|
+| `thin`   | what trains; of the backbones their Hub ids and commits            | the backbones from the Hub   |
+| `full`   | everything                                                         | nothing else                 |
+| `merged` | everything, LoRA merged into the language model, which is plain    | nothing else, not even peft  |
+"""
+
+import copy
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import filter_repo_objects
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import (
+    CONFIG_NAME,
+    PROCESSOR_NAME,
+    logging,
+)
+
+from ..configuration.configuration_lorgnette import CODE, IN_PACKAGE, SAVE_FORMATS, from_package
+
+
+logger = logging.get_logger(__name__)
+
+# A submodule that is a backbone -> its name in errors, and the prefix of the config's fields about it.
+BACKBONES = {"language_model": ("language model", "text"), "vision_model": ("ViT", "vision")}
+ADAPTER = "default"  # peft's name of the adapter that a model is loaded and saved with
+_PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "create_pr")
+
+
+def without_lora(key: str) -> str:
+    """The name that a base weight under LoRA has in the language model alone."""
+    return key.replace(".base_layer", "")
+
+
+def is_backbone_key(model: PreTrainedModel | type[PreTrainedModel], key: str) -> bool:
+    """Whether a weight of this name comes with a backbone."""
+    return key.split(".", 1)[0] in model.backbones and ".lora_" not in key
+
+
+def keys_never_saved(model: PreTrainedModel) -> set[str]:
+    """What the parts themselves leave out of any save, by its name in the whole."""
+    return {
+        f"{name}.{key}"
+        for name, part in model.named_children()
+        for key in getattr(part, "_keys_to_ignore_on_save", None) or ()
+    }
+
+
+def keys_to_ignore_on_save(model: PreTrainedModel) -> set[str]:
+    """`_keys_to_ignore_on_save`: Trainer does not warn that a checkpoint lacks exactly these when it restores it."""
+    if why_not_thin(model, []):
+        return keys_never_saved(model)
+    return keys_never_saved(model) | {key for key in model.state_dict() if is_backbone_key(model, key)}
+
+
+def trained_backbone_weights(model: PreTrainedModel) -> list[str]:
+    """The weights of backbones that have a gradient, and so will not be what the Hub holds."""
+    return [key for key, value in model.named_parameters() if value.requires_grad and is_backbone_key(model, key)]
+
+
+def backbone_checksums(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """A checksum of each backbone weight among the whole model's `weights`, by its name without LoRA.
+
+    Weights that are offloaded, sharded over devices or packed by a quantizer are left out: they cannot train.
+    """
+    plain = {
+        without_lora(key): value.data
+        for key, value in weights.items()
+        if is_backbone_key(model, key) and type(value) in (torch.Tensor, nn.Parameter)
+        if value.is_floating_point() and not value.is_meta
+    }
+    with ThreadPoolExecutor(8) as threads:
+        return dict(zip(plain, threads.map(_checksum, plain.values()), strict=True))
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    # CRC-32 depends on the order of the numbers, as a sum does not, and is the same wherever they lie
+    return zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def changed_backbone_weights(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor] | None) -> list[str]:
+    """The weights of backbones that are not those that were loaded, or that are gone.
+
+    Args:
+        state_dict: the whole model's, where it was gathered from several devices.
+    """
+    loaded = model._backbone_checksums
+    now = backbone_checksums(model, model.state_dict() if state_dict is None else state_dict) if loaded else {}
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    present = {without_lora(key) for key in (*now, *(state_dict or ()), *(key for key, _ in named))}
+    gone = [key for key in loaded or () if key not in present]
+    return [key for key, checksum in now.items() if loaded.get(key) != checksum] + gone
+
+
+def keep_checksums(model: PreTrainedModel, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
+    """`fn` of an `nn.Module._apply` that renews the checksums of float32 weights which it casts to a narrower dtype.
+
+    A reload in that dtype has the same weights. A reload in a wider one has others, and their checksums differ.
+    """
+    checksums, keys = model._backbone_checksums, {}
+    if checksums:
+        keys = {id(value): without_lora(key) for key, value in (*model.named_parameters(), *model.named_buffers())}
+
+    def apply(tensor: torch.Tensor) -> torch.Tensor:
+        result, key = fn(tensor), keys.get(id(tensor))
+        narrowed = key in checksums and tensor.dtype == torch.float32 != result.dtype and not tensor.is_meta
+        if narrowed and checksums[key] == _checksum(tensor.data):
+            checksums[key] = _checksum(result.data)
+        return result
+
+    return apply if checksums else fn
+
+
+def quantizer_of(model: PreTrainedModel) -> Any:
+    """transformers' quantizer of the language model, where it was loaded with one."""
+    return getattr(getattr(model, "language_model", None), "hf_quantizer", None)
+
+
+def resolve_save_format(model: PreTrainedModel, save_format: str | None, changed: list[str] | None = None) -> str:
+    """The format that `model` is saved in where `save_format`, or nothing, is asked for. Called before training too.
+
+    By default it is `thin` where every backbone is a Hub id with a commit, and `full` otherwise. A model that was
+    loaded merged, and has no LoRA since, is saved `merged`.
+
+    Args:
+        changed: see [`changed_backbone_weights`], which is called where this is None.
+
+    Raises:
+        ValueError: no such format; one that this model cannot be saved in, with the reason; no format holds all of it.
+    """
+    if save_format is not None and save_format not in SAVE_FORMATS:
+        raise ValueError(f"save_format is {save_format!r}; a model is saved as {', '.join(SAVE_FORMATS)}")
+    lost = sorted(set(getattr(getattr(model, "language_model", None), "peft_config", ())) - {ADAPTER})
+    if lost:
+        raise ValueError(f"Adapters {lost} of the language model are not in lora_config, and would be lost")
+    refuse_offloaded(model)
+    obstacle = why_not_thin(model, changed_backbone_weights(model, None) if changed is None else changed)
+    if save_format == "thin" and obstacle:
+        raise ValueError(f"This model cannot be saved thin: {obstacle}")
+    if save_format == "thin" or (save_format is None and not obstacle):
+        return "thin"
+    if quantizer_of(model) is not None:
+        raise ValueError(
+            f"The language model is quantised ({quantizer_of(model).quantization_config.quant_method}): only the thin "
+            "format can be saved"
+            + (f", and {obstacle}. Give from_backbones a Hub id, or no quantization_config" if obstacle else "")
+        )
+    if model.config.saved_form == "merged" and model.config.lora_config is None:
+        return "merged"
+    if save_format == "merged" and getattr(model.config, "lora_config", None) is None:
+        raise ValueError("This model has no LoRA to merge: save it full")
+    if save_format is None:
+        logger.warning_once(f"Models are saved in full, with all weights of their backbones: {obstacle}")
+    return save_format or "full"
+
+
+def refuse_offloaded(model: PreTrainedModel) -> None:
+    """Raises a ValueError where weights are offloaded: they lie in the model while they are used alone."""
+    offloaded = [key for key, value in model.named_parameters() if value.is_meta]
+    if offloaded:
+        raise ValueError(
+            f"{len(offloaded)} weights are offloaded ({offloaded[0]}, …), and such a model is neither trained nor "
+            "saved, nor given another LoRA: load it without device_map, or with one that offloads nothing"
+        )
+
+
+def why_not_thin(model: PreTrainedModel, changed: list[str]) -> str | None:
+    """Why a model cannot be saved without its backbones, or None; see [`resolve_save_format`]."""
+    config = model.config
+    if config.saved_form == "merged":
+        return f"LoRA is merged into its language model, which is no longer {config.text_backbone or 'what it was'}"
+    for name in model.backbones:
+        what, prefix = BACKBONES[name]
+        if None in (getattr(config, f"{prefix}_backbone"), getattr(config, f"{prefix}_backbone_revision")):
+            return f"its {what} comes from a folder or from memory, not from a Hub repository at a commit"
+        if not model.has_loaded_backbones:
+            return f"its {what} is random, and not what {getattr(config, f'{prefix}_backbone')} holds"
+    trained = trained_backbone_weights(model)
+    if trained:
+        return f"{len(trained)} weights of its backbones train ({trained[0]}, …)"
+    if changed:
+        return f"{len(changed)} weights of its backbones are no longer those that were loaded ({changed[0]}, …)"
+    return None
+
+
+def _changed_backbones(model: PreTrainedModel, save_format: str, changed: list[str]) -> set[str]:
+    """The backbones that are no longer what the config names, which a save in this format would not show."""
+    if not model.has_loaded_backbones:
+        return set(model.backbones)
+    found = {key.split(".", 1)[0] for key in (*trained_backbone_weights(model), *changed)}
+    if model.config.saved_form == "merged" and save_format != "merged":  # there is new LoRA over what was merged
+        found.add("language_model")
+    return found
+
+
+def save(
+    model: PreTrainedModel,
+    save_pretrained: Callable[..., None],
+    save_directory: str | Path,
+    is_main_process: bool,
+    state_dict: dict[str, torch.Tensor] | None,
+    push_to_hub: bool,
+    save_format: str | None,
+    kwargs: dict[str, Any],
+) -> None:
+    """What [`~LorgnettePreTrainedModel.save_pretrained`] does; `save_pretrained` is transformers' own."""
+    if "form" in kwargs:
+        warnings.warn("form= is deprecated: it is save_format= now", FutureWarning, stacklevel=3)
+        save_format = save_format or kwargs.pop("form")
+    if isinstance(model._processor, ProcessorMixin) and hasattr(model, "check_processor"):  # it may have new tokens
+        model.check_processor(model._processor)
+    changed = changed_backbone_weights(model, state_dict)
+    save_format = resolve_save_format(model, save_format, changed)
+    for name in ("variant", "save_original_format") if save_format == "thin" else ():
+        if kwargs.pop(name, None):
+            raise ValueError(f"{name} is for the formats that transformers loads by itself, and this save is thin")
+    if save_format == "full" and kwargs.get("save_original_format") and getattr(model.config, "lora_config", None):
+        raise ValueError("save_original_format knows no names of weights under LoRA: save merged, or leave it out")
+    push_kwargs = {name: kwargs.pop(name) for name in _PUSH_KWARGS if name in kwargs}
+    with _config_and_weights(model, save_format, changed, state_dict) as arguments:
+        if is_main_process:
+            if IN_PACKAGE:
+                check_described = from_package("assembly.structure", "").check_described
+                check_described(model, save_format, arguments["state_dict"], ties=state_dict is None)
+            with atomic_directory(save_directory) as folder:
+                if model._processor is not None and not Path(save_directory, PROCESSOR_NAME).exists():
+                    model._processor.save_pretrained(folder)
+                model._save_beside(folder, state_dict)
+                save_pretrained(folder, **kwargs | arguments)
+        else:  # takes part in gathering the weights, and writes nothing
+            save_pretrained(save_directory, is_main_process=False, **kwargs | arguments)
+    if push_to_hub:  # a push of its own: transformers' leaves out what was written before its save
+        repo_id = push_kwargs.pop("repo_id", Path(save_directory).resolve().name)
+        model.push_to_hub(
+            repo_id, save_format=save_format, state_dict=state_dict, token=kwargs.get("token"), **push_kwargs
+        )
+
+
+@contextmanager
+def _config_and_weights(
+    model: PreTrainedModel, save_format: str, changed: list[str], state_dict: dict[str, torch.Tensor] | None
+) -> Iterator[dict[str, Any]]:
+    """Within the block `model.config` and `_keys_to_ignore_on_save` are those of the save; its weights never change.
+
+    Yields:
+        arguments of `PreTrainedModel.save_pretrained`.
+    """
+    config, ignored = model.config, model._keys_to_ignore_on_save
+    no_longer_named = _changed_backbones(model, save_format, changed)
+    model.config, model._keys_to_ignore_on_save = copy.deepcopy(config), keys_never_saved(model)
+    model.config.saved_form = save_format
+    for part, (_, prefix) in ((part, BACKBONES[part]) for part in model.backbones):
+        if part in no_longer_named:
+            setattr(model.config, f"{prefix}_backbone", None)
+            setattr(model.config, f"{prefix}_backbone_revision", None)
+        # a path of this machine is not published
+        getattr(model.config, f"{prefix}_config").name_or_path = getattr(model.config, f"{prefix}_backbone") or ""
+    # a copy: transformers takes out what it has written, and a push writes twice
+    arguments: dict[str, Any] = {"state_dict": None if state_dict is None else dict(state_dict)}
+    try:
+        if save_format == "thin":
+            weights = model.state_dict() if state_dict is None else state_dict
+            arguments["state_dict"] = {key: weights[key] for key in weights if not is_backbone_key(model, key)}
+            arguments["save_original_format"] = False  # names as in memory: `load_state_dict` reads them
+            if quantizer_of(model) is not None and not quantizer_of(model).pre_quantized:
+                del model.config.text_config.quantization_config  # of this process' load, not of the model
+        elif save_format == "merged" and config.lora_config is not None:
+            arguments["state_dict"] = from_package("assembly.merging", "Merging LoRA").merge_lora(model)
+            model.config.lora_config = None
+        elif getattr(config, "lora_config", None) is not None:
+            arguments["save_original_format"] = False  # it has no names for weights under LoRA
+        yield arguments
+    finally:
+        model.config, model._keys_to_ignore_on_save = config, ignored
+
+
+_UNFINISHED = ".unfinished"
+_WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json", "lm_adapter/adapter_*")
+
+
+@contextmanager
+def atomic_directory(folder: str | Path) -> Iterator[Path]:
+    """A place to write into; when the block ends without an error its files go into `folder`.
+
+    Files of the same names are replaced, weights of an older save are removed, and other files stay.
+    """
+    unfinished = Path(folder, _UNFINISHED)  # inside: on the same disk, whatever is mounted
+    folder = unfinished.parent
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        files = [path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()]
+        # A process that is killed between two of these steps leaves a folder without a config, which is no model.
+        files.sort(key=lambda file: str(file) == CONFIG_NAME)
+        (folder / CONFIG_NAME).unlink(missing_ok=True)
+        # transformers would read older shards in place of the new ones, and peft an older LoRA
+        for stale in {path for pattern in _WEIGHTS for path in folder.glob(pattern)}:
+            if stale.relative_to(folder) not in files:
+                stale.unlink()
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(unfinished / file, folder / file)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# Of a folder or a Hub repository: a processor's files, beside those of the code
+_PROCESSOR_FILES = (
+    *("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("*tokenizer.json", "*tokenizer_config.json", "*special_tokens_map.json", "*added_tokens.json", "*vocab.json"),
+    *("*merges.txt", "*vocab.txt", "*tokenizer.model", "*spiece.model"),  # the Q-Former's, too, in qformer_tokenizer/
+)
+
+
+class BundledProcessor:
+    """The files of a processor, and of code, that lie beside the weights of a loaded model: a save writes them too.
+
+    A local folder's are read at once, since Trainer deletes old checkpoints. A Hub repository's are downloaded when
+    they are needed.
+
+    Args:
+        name_or_path: Hub id or local folder.
+        model_type: which code belongs to the model.
+        hub_kwargs: `revision`, `cache_dir`, `token`, `local_files_only` of the load.
+    """
+
+    def __init__(self, name_or_path: str | Path, model_type: str, **hub_kwargs: Any):
+        self.name, self.hub_kwargs = str(name_or_path), hub_kwargs
+        self._patterns = [*_PROCESSOR_FILES, *(f"{module}.py" for module in CODE.get(model_type, ()))]
+        self._loaded: Any = None
+        self.files = self._read(Path(name_or_path)) if Path(name_or_path).is_dir() else None
+
+    def _read(self, folder: Path) -> dict[str, bytes]:
+        paths = (path for path in folder.glob("*") if path.is_file())
+        paths = (*paths, *folder.glob("qformer_tokenizer/*"), *folder.glob(_PROCESSOR_FILES[3]))
+        names = filter_repo_objects((str(path.relative_to(folder)) for path in paths), allow_patterns=self._patterns)
+        return {name: (folder / name).read_bytes() for name in names}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the files into `folder`; a Hub that cannot be reached is a warning, so that the weights are saved."""
+        if self.files is None:
+            try:
+                self.files = self._read(
+                    Path(snapshot_download(self.name, allow_patterns=self._patterns, **self.hub_kwargs))
+                )
+            except OSError as error:
+                logger.warning(f"The processor of {self.name} is not saved along with the model: {error}")
+                return
+        for name, content in self.files.items():
+            Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+            Path(folder, name).write_bytes(content)
+
+    def load(self) -> Any:
+        """The processor, the same object each time. Code of others that its files name is not run.
+
+        Raises:
+            OSError: the files do not make one.
+        """
+        from ..processing.processing_lorgnette import LorgnetteProcessor  # here alone: models need no processor
+
+        if self._loaded is None:
+            with TemporaryDirectory() as folder:
+                self.save_pretrained(folder)
+                if PROCESSOR_NAME not in (self.files or ()):
+                    raise OSError(f"No processor lies beside the weights of {self.name}")
+                self._loaded = LorgnetteProcessor.from_pretrained(folder, trust_remote_code=False)
+        return self._loaded
+
+
+__all__ = [
+    "ADAPTER",
+    "BACKBONES",
+    "BundledProcessor",
+    "atomic_directory",
+    "backbone_checksums",
+    "changed_backbone_weights",
+    "is_backbone_key",
+    "keep_checksums",
+    "keys_never_saved",
+    "keys_to_ignore_on_save",
+    "quantizer_of",
+    "refuse_offloaded",
+    "resolve_save_format",
+    "save",
+    "without_lora",
+]
