@@ -96,7 +96,7 @@ def _put_on_lora(
 def read_lm_adapter(
     source: str | Path, config: LorgnetteConfig, revision: str | None = None
 ) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Read a LoRA that was trained on this language model, and see to it that it fits.
+    """Read a LoRA that was trained on this language model, and check that it fits.
 
     Args:
         source: a folder or a Hub repository as peft writes them.
