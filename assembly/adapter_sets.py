@@ -78,7 +78,7 @@ def load_bridge(model: PreTrainedModel, source: str | Path, name: str, *, revisi
             placeholder, or another number of them, or texts for the Q-Former where this one's does not; weights are
             offloaded.
     """
-    refuse_offloaded(model.language_model)
+    refuse_offloaded(model, "language_model.")
     if name in model.bridges:
         raise ValueError(f"There is an adapter set {name!r} already; there are {model.bridges}")
     place, keywords = from_pretrained_arguments(source, revision)
@@ -97,11 +97,9 @@ def set_bridge(model: PreTrainedModel, name: str) -> None:
     Raises:
         ValueError: there is no adapter set of that name; weights are offloaded.
     """
-    refuse_offloaded(model.language_model)
+    refuse_offloaded(model, "language_model.")
     if name not in model.bridges:
         raise ValueError(f"There is no adapter set {name!r}; there are {model.bridges}")
-    if name == model.active_bridge:
-        return
     entering, leaving = model._idle_bridges[name], _set_in_use(model)
     entering.qformer.set_attn_implementation(model.qformer.config._attn_implementation)
     model.qformer = entering.qformer.to(model.projector.weight)  # its dtype and device

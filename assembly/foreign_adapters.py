@@ -42,7 +42,7 @@ def load_lm_adapter(model: PreTrainedModel, source: str | Path, *, revision: str
         FileNotFoundError: there is no such folder.
         ValueError: it does not fit, see [`read_lm_adapter`]; or weights are offloaded. Nothing has changed then.
     """
-    refuse_offloaded(model.language_model)
+    refuse_offloaded(model, "language_model.")
     replace_lora(model, *read_lm_adapter(source, model.config, revision))
 
 
@@ -58,7 +58,7 @@ def replace_lora(
     Raises:
         ValueError: weights are offloaded.
     """
-    refuse_offloaded(model.language_model)
+    refuse_offloaded(model, "language_model.")
     before, config_before = detach_lora(model.language_model), model.config.lora_config
     try:
         _put_on_lora(model, lora_config, lora)
@@ -96,7 +96,7 @@ def _put_on_lora(
 def read_lm_adapter(
     source: str | Path, config: LorgnetteConfig, revision: str | None = None
 ) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Read a LoRA that was trained on this language model, and see to it that it fits.
+    """Read a LoRA that was trained on this language model, and check that it fits.
 
     Args:
         source: a folder or a Hub repository as peft writes them.

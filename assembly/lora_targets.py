@@ -136,7 +136,7 @@ def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str,
 def check_lora_config(lora_config: dict[str, Any]) -> None:
     """Refuse what would train or rewrite the base weights, which stay bit-identical here, or reach beyond the model.
 
-    A config may come from a stranger. Fields at peft's defaults may be there.
+    The config may be somebody else's. Fields at peft's defaults are allowed.
 
     Raises:
         ValueError: names the field and its value.

@@ -22,7 +22,7 @@ from ..modeling.modeling_checks import IGNORED, value_check
 
 PADDING = -1  # in place of a sequence's number
 MASKED_BY = ("eager", "sdpa", "flex_attention")
-MASKED_LAYERS = ("full_attention", "sliding_attention")  # of `config.layer_types`; convolutions, say, heed no mask
+MASKED_LAYERS = ("full_attention", "sliding_attention")  # of `config.layer_types`; convolutions, say, read no mask
 
 
 def unmasked_layers(language_model: PreTrainedModel) -> list[str]:

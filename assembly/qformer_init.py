@@ -22,7 +22,7 @@ from .sources import from_pretrained_arguments
 logger = logging.get_logger(__name__)
 
 
-# What stage 1 has fixed besides the Q-Former's own fields, and what it is where nobody says anything.
+# Fields that stage 1 fixes besides the Q-Former's own, and their defaults.
 FIXED_FIELDS = {"num_query_tokens": 32, "vision_feature_layer": None, "vision_feature_select_strategy": "full"}
 
 
@@ -100,7 +100,7 @@ class QFormerInit:
         return fixed
 
     def check_vision(self, vision_model: PreTrainedModel) -> None:
-        """See to it that stage 1 has learned to read this very ViT, in the coarser of both dtypes.
+        """Check that stage 1 was trained on this very ViT, in the coarser of both dtypes.
 
         Raises:
             ValueError: it has not; names the first tensor that differs.

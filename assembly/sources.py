@@ -29,7 +29,7 @@ def from_pretrained_arguments(source: str | Path, revision: str | None = None) -
 
 
 def load_part(auto_class: Any, what: str, name: str | Path, **keywords: Any) -> Any:
-    """What an Auto class makes of a folder or Hub repository with transformers' own code; nobody is asked on stdin.
+    """What an Auto class makes of a folder or Hub repository with transformers' own code, without a question on stdin.
 
     Raises:
         ValueError: there is code of its own, which a saved model would not bring along.

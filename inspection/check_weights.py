@@ -51,7 +51,7 @@ class Original:
                 into it, whose weights are others on purpose.
 
         Raises:
-            OSError, ValueError: a source that is none, see [`~lorgnette.modeling.modeling_backbones`].
+            OSError, ValueError: a source that is none, see [`~lorgnette.assembly.backbones`].
         """
         config, names, digests, logits = model.config, {}, {}, None
         sources = {

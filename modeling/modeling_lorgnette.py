@@ -182,7 +182,8 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
 
     def set_bridge(self, name: str) -> None:
         """Use another adapter set: see [`~lorgnette.assembly.adapter_sets.set_bridge`]."""
-        from_package("assembly.adapter_sets", "set_bridge").set_bridge(self, name)
+        if name != self.active_bridge:
+            from_package("assembly.adapter_sets", "set_bridge").set_bridge(self, name)
 
     def adopt_processor(self, processor: Any) -> None:
         """Save this processor with the model, and end answers where it says.

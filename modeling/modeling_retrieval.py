@@ -166,7 +166,7 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
         return from_package("assembly.blip2", "from_blip2").convert_retrieval(cls, source, **kwargs)
 
     def check_processor(self, processor: Any) -> None:
-        """See to it that a processor makes what this model reads.
+        """Check that a processor makes this model's inputs.
 
         Raises:
             ValueError: it is one of stage 2, or of another number of queries; its tokenizer has more tokens than the

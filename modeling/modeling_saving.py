@@ -169,9 +169,9 @@ def resolve_save_format(model: PreTrainedModel, save_format: str | None, changed
     return save_format or "full"
 
 
-def refuse_offloaded(model: PreTrainedModel) -> None:
-    """Raises a ValueError where weights are offloaded: they lie in the model while they are used alone."""
-    offloaded = [key for key, value in model.named_parameters() if value.is_meta]
+def refuse_offloaded(model: PreTrainedModel, part: str = "") -> None:
+    """Raises a ValueError where weights, those of a part alone, are offloaded: they are on meta between two uses."""
+    offloaded = [key for key, value in model.named_parameters() if value.is_meta and key.startswith(part)]
     if offloaded:
         raise ValueError(
             f"{len(offloaded)} weights are offloaded ({offloaded[0]}, …), and such a model is neither trained nor "

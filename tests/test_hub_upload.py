@@ -161,7 +161,12 @@ def test_a_trained_folder_is_published_and_loads_by_name(hub, trained, tmp_path)
         assert torch.equal(load_file(tmp_path / "seen.safetensors")["logits"], model(**batch).logits)
     assert read.stdout.splitlines()[-2:] == ["refused: OSError True"] * 2
     copy = files_of(hub, "them/copy")
-    of_the_upload = {"handler.py", "requirements.txt", *(name for name in files if name.startswith("space/"))}
+    of_the_upload = {
+        "handler.py",
+        "requirements.txt",
+        "web_images.py",
+        *(name for name in files if name.startswith("space/")),
+    }
     assert {"handler.py", "space/app.py"} <= set(files)
     assert set(files) - of_the_upload <= set(copy)
     assert set(ModelCard(copy["README.md"].decode()).data.tags) >= {"lorgnette", "q-former"}

@@ -1,6 +1,7 @@
 """Inspections during training: what trackers are told, and that training goes on as it would without."""
 
 from collections import Counter
+from uuid import uuid4
 
 import pytest
 import wandb
@@ -56,8 +57,9 @@ def test_trackio_is_sent_pictures(backbones, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read when it is imported for the first time
     from trackio.utils import MEDIA_DIR
 
-    run(backbones, tmp_path / "run", report_to="trackio", project=tmp_path.name)
-    sent = Counter(path.relative_to(MEDIA_DIR).parts[:-1] for path in (MEDIA_DIR / tmp_path.name).rglob("*.png"))
+    project = uuid4().hex  # an earlier run of the tests may have left one, where trackio was imported before
+    run(backbones, tmp_path / "run", report_to="trackio", project=project)
+    sent = Counter(path.relative_to(MEDIA_DIR).parts[:-1] for path in (MEDIA_DIR / project).rglob("*.png"))
     assert len({run_name for _, run_name, _ in sent}) == 1, "what is told after the run's end is another run"
     assert list(sent.values()) == [2, 2], "two pictures, at step 2 and at step 3"
 

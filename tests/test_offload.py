@@ -96,7 +96,6 @@ def test_an_offloaded_model_is_given_no_other_lora(asked: str, saved):
     for give in (
         lambda: loaded.load_lm_adapter(folder / "other" / "lm_adapter"),
         lambda: loaded.load_bridge(folder / "other", "other"),
-        lambda: loaded.set_bridge("default"),
         lambda: replace_lora(loaded, None, {}),
     ):
         with pytest.raises(ValueError, match=r"\d+ weights are offloaded \(language_model.*nor given another LoRA"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from strangers import run_stranger, visit
@@ -180,6 +181,7 @@ def test_push_to_hub_sends_a_whole_folder(by_save: bool, tmp_path, monkeypatch):
         built.push_to_hub("me/eyes")
     wanted = {"processor_config.json", "tokenizer.json", "modeling_lorgnette.py", "handler.py", "requirements.txt"}
     assert {path.name for path in repository.iterdir()} >= wanted
+    assert ModelCard.load(repository / "README.md").data.pipeline_tag == "image-text-to-text"
     if not by_save:
         assert_same(*visit(repository, tmp_path), built, logits, caption)
 
