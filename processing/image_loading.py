@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import importlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +11,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import torch
+from huggingface_hub import get_session
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 
@@ -95,6 +96,8 @@ def rescaling_of(image_processor: Any, images: list[Image.Image], settings: dict
 def download(url: str, timeout: float | None = None) -> tuple[str, bytes]:
     """The name of a URL for messages, with its content type, and its bytes; an OSError where it cannot be fetched."""
     seconds = DOWNLOAD_SECONDS if timeout is None else timeout
+    # the client library that huggingface_hub brings: httpx, or httpx2 since 2.0
+    httpx = importlib.import_module(type(get_session()).__module__.partition(".")[0])
 
     async def fetch() -> tuple[str, bytes]:
         data, headers = bytearray(), {"User-Agent": "lorgnette", "Accept-Encoding": "identity"}

@@ -1,12 +1,14 @@
 """How the code is laid out: what is saved with a model, which way imports point, how long files are."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 from tiny_models import QFORMER, language_model, vision_model
 from tiny_retrieval import retriever
 from transformers import GenerationMixin
+from transformers.dynamic_module_utils import get_imports
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnettePreTrainedModel
 from lorgnette.configuration.configuration_lorgnette import CODE
@@ -37,6 +39,14 @@ def test_little_code_is_saved_with_a_model(folders):
         assert {file.stem for file in files} == set(CODE[name])
         assert len(files) <= MOST_FILES
         assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) <= MOST_LINES
+
+
+def test_what_is_saved_needs_what_transformers_torch_and_pillow_bring(folders):
+    """transformers refuses to load a file that imports, at its top, a package that is not installed."""
+    brought = {"PIL", "huggingface_hub", "numpy", "safetensors", "tokenizers", "torch", "transformers"}
+    for folder in folders.values():
+        for file in folder.glob("*.py"):
+            assert {name for name in get_imports(file) if name not in sys.stdlib_module_names} <= brought, file.name
 
 
 def test_neither_stage_has_code_of_the_other():

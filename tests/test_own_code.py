@@ -9,7 +9,6 @@ import tiny_models
 from tiny_hub import TinyHub
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,6 +19,9 @@ from transformers import (
     PreTrainedModel,
     ViTConfig,
     ViTModel,
+)
+from transformers.models.auto.image_processing_auto import (
+    AutoImageProcessor,  # the top level's needs torchvision in 5.17
 )
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval, LorgnetteProcessor
