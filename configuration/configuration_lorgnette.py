@@ -85,7 +85,7 @@ def from_package(module: str, what: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if (error.name or "lorgnette").partition(".")[0] != "lorgnette":
             raise
-        raise ImportError(f"{what} needs the package: pip install lorgnette") from error
+        raise ImportError(f"{what} needs the package lorgnette: in a clone of its repository, pip install .") from error
 
 
 @strict

@@ -3,9 +3,10 @@
     python -m faults.compatibility
     python -m faults.compatibility --only llama,mamba,dinov2
 
-Each is joined, trained for two steps, asked to continue a prompt, packed, saved in full and merged, and loaded again.
-Writes which work, which are refused at the join and why, and which fail, to `docs/compatibility.md`. Exits with status
-1 where one fails: is accepted at the join, and an error, or other numbers, follow.
+Each is joined, trained for two steps, asked to continue a prompt, packed, saved merged, full and thin, and each save is
+loaded again. Writes which work, which are refused at the join and why, and which fail, to
+`docs/compatibility.md`. Exits with status 1 where one fails: is accepted at the join, and an error, or other numbers,
+follow.
 """
 
 import multiprocessing
@@ -154,8 +155,8 @@ def table(outcomes: list[Outcome]) -> str:
         "",
         f"Written by `python -m faults.compatibility`, with transformers {version('transformers')}, peft "
         f"{version('peft')} and torch {version('torch')}. Each is built tiny and random, joined, trained for two steps "
-        "with LoRA, asked to continue a prompt, saved in full and merged, and loaded to the same logits. What is "
-        "refused is refused at the join.",
+        "with LoRA, asked to continue a prompt, saved merged, full and thin, and each save loaded to the same logits. "
+        "What is refused is refused at the join.",
     ]
     for kind in (LMS, VITS):
         ours = [outcome for outcome in outcomes if outcome.kind == kind]

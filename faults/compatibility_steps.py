@@ -3,16 +3,22 @@
 import inspect
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
+import pytest
 import torch
+from tiny_hub import TinyHub
 from tiny_models import NUM_QUERY_TOKENS, QFORMER, language_model, vision_model
 from transformers import MODEL_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lorgnette import LorgnetteForConditionalGeneration
 from lorgnette.assembly.lora_targets import layers_of_one_weight, linear_layers, read_layers, resolve_lora_config
+from lorgnette.configuration.configuration_lorgnette import SAVE_FORMATS
 
 from .tiny_configs import VOCABULARY, NotTinyError, tiny_model
 
@@ -52,13 +58,25 @@ def try_language_model(model_type: str, config_class: type[PreTrainedConfig]) ->
     except NotTinyError as error:
         return Outcome(LMS, model_type, "not tried", UNTRIED.get(model_type) or short(error))
     named = layers_to_name(text)
+    with hub_with(text) as hub:
+        return _try_joined(LMS, model_type, hub, vision_model(), text, named)
+
+
+def _try_joined(
+    kind: str,
+    model_type: str,
+    hub: TinyHub,
+    vision: PreTrainedModel,
+    text: PreTrainedModel,
+    named: list[str] | None = None,
+) -> Outcome:
     try:
-        built = joined(vision_model(), text, named)
+        built = joined(vision, text, named)
     except ValueError as error:
-        return Outcome(LMS, model_type, "refused", short(error))
+        return Outcome(kind, model_type, "refused", short(error))
     except Exception as error:
-        return Outcome(LMS, model_type, "fails", f"at the join: {where(error)}")
-    outcome = through(built, LMS, model_type)
+        return Outcome(kind, model_type, "fails", f"at the join: {where(error)}")
+    outcome = through(built, kind, model_type, hub)
     if outcome.verdict == "works" and named:
         return replace(outcome, reason=f"lora has to name its target_modules, here {', '.join(named)}")
     return outcome
@@ -70,13 +88,19 @@ def try_vision_model(model_type: str, config_class: type[PreTrainedConfig]) -> O
         vision = tiny_model(config_class, MODEL_MAPPING[config_class]._from_config, **FIELDS.get(model_type, {}))
     except NotTinyError as error:
         return Outcome(VITS, model_type, "not tried", UNTRIED.get(model_type) or short(error))
-    try:
-        built = joined(vision, language_model())
-    except ValueError as error:
-        return Outcome(VITS, model_type, "refused", short(error))
-    except Exception as error:
-        return Outcome(VITS, model_type, "fails", f"at the join: {where(error)}")
-    return through(built, VITS, model_type)
+    text = language_model()
+    with hub_with(text) as hub:
+        return _try_joined(VITS, model_type, hub, vision, text)
+
+
+@contextmanager
+def hub_with(text: PreTrainedModel) -> Iterator[TinyHub]:
+    """A Hub cache that has this language model, before a join puts LoRA into it."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        hub = TinyHub(Path(folder), patch)
+        hub.add("tiny/text", text)
+        yield hub
 
 
 def joined(
@@ -114,7 +138,7 @@ def layers_to_name(text: PreTrainedModel) -> list[str] | None:
     return sorted(names - {"out_proj", "classifier", "gate_proj", "up_proj", "down_proj"}) or ["none"]
 
 
-def through(built: LorgnetteForConditionalGeneration, kind: str, model_type: str) -> Outcome:
+def through(built: LorgnetteForConditionalGeneration, kind: str, model_type: str, hub: TinyHub) -> Outcome:
     """Everything that comes after the join."""
     batch, packed, step = batch_for(built), "", "loss"
     try:
@@ -127,7 +151,9 @@ def through(built: LorgnetteForConditionalGeneration, kind: str, model_type: str
             step = "packing"
             packed = packs(built)
         with tempfile.TemporaryDirectory() as scratch:
-            for step in ("full", "merged"):
+            for step in SAVE_FORMATS[::-1]:
+                if step == "thin":
+                    names_its_backbones(built, hub)
                 comes_back(built, batch, step, Path(scratch, step))
     except Exception as error:
         return Outcome(kind, model_type, "fails", f"{step}: {where(error)}")
@@ -216,6 +242,14 @@ def packs(built: LorgnetteForConditionalGeneration) -> str:
         alone = torch.cat([built(words[:, :5]).logits, built(words[:, 5:]).logits], dim=1)
     same(together, alone, "logits of packed documents", "those of each alone")
     return "yes"
+
+
+def names_its_backbones(built: LorgnetteForConditionalGeneration, hub: TinyHub) -> None:
+    """As if it had been joined from Hub ids: a thin save leaves them out."""
+    hub.add("tiny/vision", built.vision_model)
+    for part in ("vision", "text"):
+        setattr(built.config, f"{part}_backbone", f"tiny/{part}")
+        setattr(built.config, f"{part}_backbone_revision", hub.snapshot(f"tiny/{part}").name)
 
 
 def comes_back(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.Tensor], form: str, folder: Path):

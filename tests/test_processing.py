@@ -449,7 +449,7 @@ def test_what_needs_the_package_says_so_where_it_is_not_installed(monkeypatch):
     monkeypatch.setattr(processing_lorgnette, "IN_PACKAGE", False)
     for name in [name for name in sys.modules if name.startswith("lorgnette.assembly")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match="from_backbones needs the package: pip install lorgnette"):
+    with pytest.raises(ImportError, match="from_backbones needs the package lorgnette: in a clone of its repository"):
         LorgnetteProcessor.from_backbones("vit", "lm")
     with pytest.raises(ImportError, match="a tokenizer without <image> needs the package"):
         LorgnetteProcessor(tiny.image_processor(), tiny.chat_tokenizer())
