@@ -22,9 +22,12 @@ _PLACING = ("device_map", "max_memory", "offload_folder", "offload_buffers")
 
 
 def load_on_devices(
-    cls: type[PreTrainedModel], name: str | Path, *args: Any, **kwargs: Any
+    cls: type[PreTrainedModel], name: str | Path, *args: Any, is_offloaded: bool = False, **kwargs: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """[`~modeling_loading.load_in_parts`] with a `device_map`, which may offload a part of the language model.
+
+    Args:
+        is_offloaded: transformers has offloaded a part by this map: remote code finds that out as it loads.
 
     Raises:
         ValueError: the map names no module, or offloads what cannot be offloaded, or to the disk without an
@@ -37,7 +40,8 @@ def load_on_devices(
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
         config, _ = cls.config_class.from_pretrained(config or name, return_unused_kwargs=True, **kwargs)
-    if not _is_offloading(cls, config, placing, kwargs.get("quantization_config"), kwargs.get("dtype")):
+    offloads = _is_offloading(cls, config, placing, kwargs.get("quantization_config"), kwargs.get("dtype"))
+    if not (offloads or is_offloaded):
         return load_in_parts(cls, name, *args, **kwargs)
     rest = {key: value for key, value in kwargs.items() if key not in _PLACING}
     model, info = load_in_parts(cls, name, *args, **rest)

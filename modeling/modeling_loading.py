@@ -85,6 +85,7 @@ def load_in_parts(
             offloaded.
         ImportError: a part of the language model is offloaded, and the package is not installed.
     """
+    arguments = dict(kwargs)
     hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
     folder = {key: kwargs.pop(key) for key in _FOLDER if key in kwargs}
     where = hub | {key: value for key, value in folder.items() if value}
@@ -112,7 +113,8 @@ def load_in_parts(
         else:
             parts[part] = _READERS[part](None, state_dict=_take_backbone(part, weights), **keywords)
         if _is_offloaded(parts[part]):  # LoRA would not be offloaded with it
-            from_package("assembly.offloading", "A model of which a part is offloaded")
+            offloading = from_package("assembly.offloading", "A model of which a part is offloaded")
+            return offloading.load_on_devices(cls, name, *args, is_offloaded=True, **arguments)
         setattr(config, f"{prefix}_config", parts[part].config)
         if placing or quantization is not None:  # what comes next lies where the first begins
             placing = {"device_map": {"": next(iter(parts.values())).device}}
@@ -235,10 +237,10 @@ def weight_files(name: str | Path, variant: str | None = None, **where: Any) -> 
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     if variant is not None:
         names = tuple(f"{stem}.{variant}.{ending}" for stem, _, ending in (file.rpartition(".") for file in names))
-    file, index = (cached_file(name, file, _raise_exceptions_for_missing_entries=False, **where) for file in names)
-    if file is not None:
+    have = partial(cached_file, name, _raise_exceptions_for_missing_entries=False, **where)
+    if (file := have(names[0])) is not None:
         return [file]
-    if index is None:
+    if (index := have(names[1])) is None:
         raise OSError(f"{name} holds neither {names[0]} nor {names[1]}")
     return get_checkpoint_shard_files(name, index, **where)[0]
 

@@ -146,18 +146,18 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         return super().train(mode)
 
     # the functions of the model without its head, for the same parts
-    get_input_embeddings, set_input_embeddings = (
-        LorgnetteModel.get_input_embeddings,
-        LorgnetteModel.set_input_embeddings,
-    )
-    get_output_embeddings, set_output_embeddings = (
-        LorgnetteModel.get_output_embeddings,
-        LorgnetteModel.set_output_embeddings,
-    )
-    get_decoder, max_text_length = LorgnetteModel.get_decoder, LorgnetteModel.max_text_length
-    enable_adapters, disable_adapters = LorgnetteModel.enable_adapters, LorgnetteModel.disable_adapters
-    disable_adapter, add_adapter, load_adapter = (LorgnetteModel.disable_adapter, *[LorgnetteModel.add_adapter] * 2)
-    _finish_loading, _save_beside = LorgnetteModel._finish_loading, LorgnetteModel._save_beside
+    get_input_embeddings = LorgnetteModel.get_input_embeddings
+    set_input_embeddings = LorgnetteModel.set_input_embeddings
+    get_output_embeddings = LorgnetteModel.get_output_embeddings
+    set_output_embeddings = LorgnetteModel.set_output_embeddings
+    get_decoder = LorgnetteModel.get_decoder
+    max_text_length = LorgnetteModel.max_text_length
+    enable_adapters = LorgnetteModel.enable_adapters
+    disable_adapters = LorgnetteModel.disable_adapters
+    disable_adapter = LorgnetteModel.disable_adapter
+    add_adapter = load_adapter = LorgnetteModel.add_adapter
+    _finish_loading = LorgnetteModel._finish_loading
+    _save_beside = LorgnetteModel._save_beside
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> LorgnetteImageFeatures:
         """See [`LorgnetteModel.get_image_features`]."""

@@ -221,7 +221,8 @@ def save(
     """What [`~LorgnettePreTrainedModel.save_pretrained`] does; `save_pretrained` is transformers' own."""
     if "form" in kwargs:
         warnings.warn("form= is deprecated: it is save_format= now", FutureWarning, stacklevel=3)
-        save_format = save_format or kwargs.pop("form")
+        form = kwargs.pop("form")
+        save_format = save_format or form
     if isinstance(model._processor, ProcessorMixin) and hasattr(model, "check_processor"):  # it may have new tokens
         model.check_processor(model._processor)
     changed = changed_backbone_weights(model, state_dict)

@@ -9,6 +9,7 @@ from tiny_forms import hub_with_backbones, inputs, load, logits
 from tiny_forms import joined as joined_from_hub
 from tiny_models import language_model, model
 from tiny_retrieval import retriever
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from lorgnette import LorgnetteForImageTextRetrieval
 from lorgnette.assembly.foreign_adapters import replace_lora
@@ -53,6 +54,19 @@ def test_an_offloaded_language_model_gives_the_same_logits(asked: str, saved):
         assert all(key.startswith("language_model.") for key in offloaded)
         torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=1e-4)  # and once more
+
+
+@pytest.mark.parametrize("asked", ["a part on the disk", "all, by name"])
+def test_remote_code_gives_the_same_logits(asked: str, saved):
+    """As a script has it that imports transformers alone, where the package is installed."""
+    folder, expected = saved
+    for form in SAVE_FORMATS:
+        name = "modeling_lorgnette.LorgnetteForConditionalGeneration"
+        remote = get_class_from_dynamic_module(name, folder / form)
+        loaded = remote.from_pretrained(folder / form, **MAPS[asked], offload_folder=folder / "off").eval()
+        assert type(loaded).__module__.startswith("transformers_modules.")
+        assert any(value.is_meta for value in loaded.parameters())
+        torch.testing.assert_close(logits(loaded), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_adapters_are_switched_and_words_are_generated(saved):
