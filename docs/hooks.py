@@ -17,7 +17,7 @@ NAME = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")
 logger = get_plugin_logger("hooks")  # in strict mode a warning fails the build
 
 
-def on_config(config):
+def on_startup(**_):  # before on_config, where mkdocstrings keeps the search paths that exist
     shutil.rmtree(PACKAGE, ignore_errors=True)
     PACKAGE.mkdir(parents=True)
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
