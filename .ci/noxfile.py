@@ -13,8 +13,9 @@ nox.options.default_venv_backend = "venv"
 TORCH = os.environ.get("TORCH", "torch").split()
 # those whose lowest versions the whole suite runs with; the others' bounds are theirs
 RANGED = ("transformers", "peft", "accelerate")
-SMOKE = ["test_package", "test_batches", "test_generate", "test_packing", "test_pipeline", "test_save_reload"]
-SMOKE += ["test_training_invariants", "test_headless", "test_peft_outside", "test_processor_clients"]
+SMOKE = ["project/test_package", "trainer/test_batches", "modeling/test_generate", "assembly/test_packing"]
+SMOKE += ["processing/test_pipeline_lorgnette", "modeling/test_save_reload", "trainer/test_training_invariants"]
+SMOKE += ["modeling/test_modeling_headless", "modeling/test_peft_outside", "processing/test_processor_clients"]
 
 
 def lowest_versions() -> list[str]:

@@ -58,7 +58,7 @@ NOT_FOR: dict[str, dict[str, str]] = {
         "test_resize": "refused: head and [DEC] hang on the vocabulary",
         "test_sdpa_can_dispatch_composite_models": "looks for a language model, which stage 1 has none of",
         "test_training_gradient_checkpointing": (
-            "the mixin follows one call of a layer a step, stage 1 makes three; tests/test_retrieval.py has gradients"
+            "the mixin follows one call of a layer a step, stage 1 makes three; tests/modeling has its gradients"
         ),
         "test_training_overfit": "the mixin's batch has no pictures, and one caption twice: nothing to tell apart",
     },

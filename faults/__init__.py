@@ -4,4 +4,4 @@ import sys
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the tiny backbones are those of the tests
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fixtures"))  # the tiny backbones are those of the tests

@@ -28,3 +28,21 @@ def hub():
 
     with hub_server.running() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The address of a web server with a picture, and with everything that may be wrong with one."""
+    import picture_server
+
+    with picture_server.running() as address:
+        yield address
+
+
+@pytest.fixture
+def visitors():
+    """A port on which somebody listens, as an FTP server would, and who has come there."""
+    import picture_server
+
+    with picture_server.listening() as heard:
+        yield heard

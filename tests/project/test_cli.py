@@ -1,0 +1,196 @@
+"""`lorgnette COMMAND`: what each takes, where it goes, and what a mistake looks like."""
+
+import socket
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+
+import pytest
+from repository import ROOT
+from tiny import picture
+from tiny_serving import save_bridges
+
+from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor, cli
+from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
+
+
+COMMANDS = ("train", "cache", "evaluate", "caption", "inspect", "export", "push", "serve", "app")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line in this process; its status, what it said and its errors."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lorgnette", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return (ended.value.code, *capsys.readouterr())
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("bridges")
+    save_bridges(made)
+    return made
+
+
+@pytest.fixture
+def handed_on(monkeypatch):
+    """Module -> the arguments that its `main` was called with."""
+    calls = {}
+    for name in ("trainer.stage1", "trainer.stage2", "trainer.cache", "trainer.evaluate", "hub_upload"):
+        module = cli.importlib.import_module(f"lorgnette.{name}")
+        function = "run" if name == "hub_upload" else "main"
+        monkeypatch.setattr(module, function, lambda argv, name=name, **_: calls.update({name: argv}))
+    return calls
+
+
+def test_the_list_of_commands(run):
+    status, said, _ = run()
+    assert status == 0
+    assert all(command in said for command in COMMANDS)
+    assert run("--version")[:2] == (0, version("lorgnette") + "\n")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(run, command):
+    status, said, _ = run(command, "--help")
+    assert status == 0
+    assert f"Example: lorgnette {command} " in said
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("evaluate", "--metrics"), ("cache", "--shard_size"), ("push", "--form")]
+)
+def test_help_of_what_is_handed_on_lists_all_options(run, command, option):
+    assert option in run(command, "--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "given"),
+    [
+        ("train stage1 --config a.yaml --bf16 false", "trainer.stage1", "--config a.yaml --bf16 false"),
+        ("train stage2 --lora {} --seed=3", "trainer.stage2", "--lora {} --seed=3"),
+        ("cache --dataset d --splits train test", "trainer.cache", "--dataset d --splits train test"),
+        ("evaluate --model m --metrics cider bleu", "trainer.evaluate", "--model m --metrics cider bleu"),
+        ("push out --repo-id me/x --private", "hub_upload", "out --repo-id me/x --private"),
+        ("export out to --repo-id me/x", "hub_upload", "out --dry-run --export-dir to --repo-id me/x"),
+    ],
+)
+def test_arguments_are_handed_on_as_they_stand(run, handed_on, arguments, module, given):
+    assert run(*arguments.split())[0] == 0
+    assert handed_on == {module: given.split()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("frobnicate", "No such command 'frobnicate'"),
+        ("train", "name the stage first: stage1 or stage2"),
+        ("train stage3", "name the stage first: stage1 or stage2"),
+        ("caption", "Missing argument"),
+        ("caption m cat.png --max-new-tokens 0", "Invalid value for '--max-new-tokens'"),
+        ("serve m --bridge charts", "--bridge charts: NAME=MODEL is needed"),
+        ("serve m --bridge a=b --bridge a=c", "--bridge a is given twice"),
+        ("serve m --api-key-env NO_SUCH_VARIABLE", "the environment has no NO_SUCH_VARIABLE"),
+        ("serve m --port x", "Invalid value for '--port'"),
+        ("app m --bridge charts", "--bridge charts: NAME=MODEL is needed"),
+        ("serve m --port 70000", "Invalid value for '--port'"),
+        ("serve m --port 0 --internal-host http://cdn.local", "'http://cdn.local' is no host"),
+        ("serve m --port 0 --allow-host cdn.local:80", "'cdn.local:80' is no host"),
+        ("app m --port 70000", "Invalid value for '--port'"),
+        ("serve m --port 0 --name a --bridge default=b", "a bridge cannot be called 'default'"),
+        ("serve m --host ::zz", "--host ::zz: "),
+        ("push out", "lorgnette push: error: the following arguments are required: --repo-id"),
+        ("export out to", "lorgnette push: error: the following arguments are required: --repo-id"),
+        ("evaluate --no_such_option 1", "unknown option '--no_such_option'"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(run, arguments, message):
+    status, _, errors = run(*arguments.split())
+    assert status == 2
+    assert message in errors
+    assert "Traceback" not in errors
+    *_, last = errors.splitlines()
+    assert last.startswith(("lorgnette: error: ", "lorgnette push --help lists", "python -m lorgnette.trainer"))
+    assert len(errors.splitlines()) <= 2
+
+
+def test_errors_on_the_way_are_one_line_unless_debugging(run, monkeypatch, tmp_path):
+    asked = ("caption", str(tmp_path / "none"), "cat.png")
+    status, _, errors = run(*asked)
+    assert status == 2
+    assert errors == f"lorgnette: error: There is no folder {tmp_path / 'none'} (lorgnette --debug … shows where)\n"
+    monkeypatch.setattr(sys, "argv", ["lorgnette", "--debug", *asked])
+    with pytest.raises(OSError, match="There is no folder"):
+        cli.main()
+    asked = ("export", str(tmp_path / "none"), str(tmp_path / "to"), "--repo-id", "me/x")
+    assert run(*asked)[0] == 2
+    monkeypatch.setattr(sys, "argv", ["lorgnette", "--debug", *asked])
+    with pytest.raises(OSError, match="There is no folder"):
+        cli.main()
+    assert cli.one_line(KeyError("x")).startswith("lorgnette: error: KeyError: 'x'")
+
+
+@pytest.mark.parametrize("command", ["serve", "app"])
+def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(run, command):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        status, _, errors = run(command, "no/such/model", "--port", port)
+    assert status == 2
+    assert "Address already in use" in errors
+    assert port in errors
+
+
+def test_what_is_interrupted_says_nothing(run, monkeypatch):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorgnette.trainer.cache.main", interrupted)
+    assert run("cache") == (130, "", "")
+
+
+def test_a_package_that_is_missing_is_told_with_its_extra():
+    told = r"no_such is not installed: pip install 'lorgnette\[serve\]'"
+    with pytest.raises(ImportError, match=told), cli._extra("serve"):
+        import no_such  # noqa: F401
+
+
+def test_captions(run, folder, tmp_path):
+    files = [str(tmp_path / f"{seed}.png") for seed in range(2)]
+    for seed, file in enumerate(files):
+        picture(seed).save(file)
+    model = LorgnetteForConditionalGeneration.from_pretrained(folder / "one").eval()
+    pipe = LorgnetteImageToTextPipeline(model=model, processor=LorgnetteProcessor.from_pretrained(folder / "one"))
+    texts = [" ".join(pipe(file, prompt="What?", max_new_tokens=5)[0]["generated_text"].split()) for file in files]
+    status, said, _ = run("caption", str(folder / "one"), *files, "--prompt", "What?", "--max-new-tokens", "5")
+    assert status == 0
+    assert said == "".join(f"{file}\t{text}\n" for file, text in zip(files, texts, strict=True))
+
+
+def test_serving(run, folder, monkeypatch):
+    served = {}
+    monkeypatch.setattr("lorgnette.serving.worker.run", lambda *given: served.update(given=given))
+    monkeypatch.setenv("WORKER_KEY", "sesame")
+    options = (
+        f"--bridge two={folder}/two --name one --port 0 --timeout 9 --internal-host cdn.local --api-key-env WORKER_KEY"
+    )
+    assert run("serve", str(folder / "one"), *options.split(), "--device", "cpu")[0] == 0
+    eyes, host, port, key = served["given"]
+    assert (list(eyes.processors), host, port, key) == (["one", "two"], "127.0.0.1", 0, "sesame")
+    assert (eyes.limits.timeout, eyes.hosts.internal, eyes.hosts.allowed) == (9.0, {"cdn.local"}, None)
+    eyes.batcher.stop()
+
+
+def test_the_command_is_light_and_installed():
+    heavy = {"torch", "transformers", "datasets", "fastapi", "gradio"}
+    code = f"import sys, lorgnette.cli; print(sorted({heavy} & set(sys.modules)))"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "[]"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"lorgnette": "lorgnette.cli:main"}
