@@ -17,6 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from .inspection.command import inspect
+from .trainer.messages import quiet_libraries, set_up_logging
 
 
 app = typer.Typer(
@@ -146,6 +147,7 @@ def caption(
     from .processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
     from .processing.processing_lorgnette import LorgnetteProcessor
 
+    set_up_logging(True)
     place, keywords = from_pretrained_arguments(model, revision)
     processor = LorgnetteProcessor.from_pretrained(place, **keywords)
     loaded = LorgnetteForConditionalGeneration.from_pretrained(place, dtype="auto", **keywords).eval()
@@ -201,6 +203,7 @@ def serve(
         from .serving.hosts import Hosts
         from .serving.worker import run
 
+    set_up_logging(True)
     limits = Limits(timeout=timeout, max_batch=max_batch, capacity=capacity, max_new_tokens=max_new_tokens)
     hosts = Hosts(allow_host, internal_host or ())
     run(
@@ -236,6 +239,7 @@ def page(
     from .processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
     from .serving.loading import load
 
+    set_up_logging(True)
     loaded, processors = load(model, bridges, name="default", revision=revision, device=device)
     pipes = {}
     for name, processor in processors.items():
@@ -278,6 +282,7 @@ def _extra(name: str) -> Iterator[None]:
 def main() -> None:
     """Run the command line: status 2 for a mistake in it or an error on the way, 1 where `inspect` saw a red check."""
     settings: dict[str, bool] = {}
+    quiet_libraries()
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False, obj=settings)
     except TyperException as error:

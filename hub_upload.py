@@ -24,7 +24,7 @@ from lorgnette.publishing.export import appearing_whole, check, load
 from lorgnette.publishing.guards import check_card, check_folder
 from lorgnette.publishing.push import check_name, push, told_plainly
 from lorgnette.publishing.space import write_space
-from lorgnette.trainer.process import set_up_logging
+from lorgnette.trainer.messages import set_up_logging
 
 
 logger = logging.getLogger("lorgnette.hub_upload")
@@ -165,7 +165,11 @@ def run(argv: list[str], prog: str = "hub_upload.py") -> None:
             files = prepare(args.source, args.repo_id, folder, **shared)
             sizes = [f"{(folder / name).stat().st_size:>15,}  {name}" for name in files]
             card = (folder / "README.md").read_text(encoding="utf-8")
-        logger.info("%s would hold, in bytes:\n%s\n\n%s", args.repo_id, "\n".join(sizes), card)
+        if args.export_dir:
+            told = f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes"
+            logger.info("%s holds what %s would hold: %s; its card is README.md", folder, args.repo_id, told)
+        else:
+            logger.info("%s would hold, in bytes:\n%s\n\n%s", args.repo_id, "\n".join(sizes), card)
         return
     options = {name: getattr(args, name) for name in ("private", "revision", "replace")}
     commit = upload(args.source, args.repo_id, **shared, **options)

@@ -46,11 +46,13 @@ def inspect(
     from ..trainer.arguments import RowArguments
     from ..trainer.collator import LorgnetteCollator
     from ..trainer.data import load_rows
+    from ..trainer.messages import set_up_logging
     from .check_weights import Original
     from .inspector import inspect_model
     from .printout import print_inspection
     from .report import write_html, write_json
 
+    set_up_logging(True)
     for path in filter(None, (html, json)):
         path.parent.mkdir(parents=True, exist_ok=True)  # now rather than when all is done
     place, keywords = from_pretrained_arguments(model, revision)

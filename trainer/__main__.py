@@ -4,6 +4,8 @@ import importlib
 import sys
 from argparse import ArgumentParser
 
+from .messages import quiet_libraries
+
 
 # command -> what it does; the module of that name beside this file has its `main(argv)`
 COMMANDS = {
@@ -20,6 +22,7 @@ def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m lorgnette.trainer", epilog="COMMAND --help lists its options.")
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=listing)
     command = parser.parse_args(argv[:1]).command
+    quiet_libraries()
     importlib.import_module(f"lorgnette.trainer.{command}").main(argv[1:])
     importlib.import_module("lorgnette.trainer.process").end_process_group()
 

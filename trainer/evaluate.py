@@ -29,7 +29,7 @@ from .precision import autocast, launched_mixed_precision
 from .process import start_process
 from .provenance import hub_dataset
 from .recipe import parse_recipe
-from .stage2 import build
+from .stage2 import model_and_processor
 from .unreadable import leave_out_unreadable
 
 
@@ -97,7 +97,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
         references = [references_of(row, column) for row in dataset.select_columns(["index", column])]
         for metric in metrics.values():
             metric.check_references(references)
-    model, processor = build(Stage2Arguments(model=args.model, model_revision=args.model_revision))
+    model, processor = model_and_processor(Stage2Arguments(model=args.model, model_revision=args.model_revision))
     model.to(process.device)
     context = model.max_text_length or processor.tokenizer.model_max_length
     collator = LorgnetteCollator(

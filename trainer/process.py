@@ -1,4 +1,4 @@
-"""What each process of a command begins with: those that were started beside it, and where its messages go."""
+"""What each process of a command begins with: those that were started beside it; and how it ends."""
 
 import gc
 import logging
@@ -10,6 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from ..modeling.modeling_loss import in_process_group
+from .messages import set_up_logging
 
 
 logger = logging.getLogger(__name__)
@@ -53,13 +54,3 @@ def end_process_group() -> None:
     if in_process_group():
         gc.collect()  # DDP that is still there would hold the GIL and wait for threads of gloo that wait for the GIL
         torch.distributed.destroy_process_group()
-
-
-def set_up_logging(speaks: bool) -> None:
-    """Send the messages of `lorgnette` to stderr: all of those of the process that speaks, warnings of the others."""
-    ours = logging.getLogger("lorgnette")
-    ours.setLevel(logging.INFO if speaks else logging.WARNING)
-    if not ours.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"))
-        ours.addHandler(handler)

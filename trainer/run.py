@@ -1,6 +1,7 @@
 """What both stages share around the stock Trainer: checks, data, and the run itself."""
 
 import logging
+import sys
 from collections.abc import Callable, Sized
 from typing import Any
 
@@ -17,9 +18,10 @@ from .collator import LorgnetteCollator
 from .data import load_pairs
 from .feature_cache import check_cache, is_cache
 from .hub import CleanPush, push_card
+from .messages import set_up_logging
 from .nan_guard import nan_guard
 from .precision import default_mixed_precision, has_bf16_hardware
-from .process import set_up_logging, warn_of_missing_processes
+from .process import warn_of_missing_processes
 from .provenance import write_training_data
 from .recipe import parse_recipe
 from .unreadable import leave_out_unreadable
@@ -46,6 +48,7 @@ def parse(
             # Trainer refuses bf16 on a machine without an accelerator unless it is told that the CPU is meant.
             "use_cpu": not torch.accelerator.is_available(),
             "bf16": default_mixed_precision() == "bf16",
+            "disable_tqdm": not sys.stderr.isatty(),  # in a file the lines of figures are enough
         },
         check=check,
     )
@@ -136,6 +139,7 @@ def train(
         train_from(trainer, checkpoint)
     trainer.save_model()
     trainer.save_state()
+    logger.info("%s holds the model and its processor", training_args.output_dir)
     if training_args.push_to_hub:  # saving has pushed
         push_card(trainer)
     return trainer

@@ -60,17 +60,18 @@ def measure_texts(model_args: Stage2Arguments, data_args: DataArguments, trainer
 
 
 def build(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, LorgnetteProcessor]:
-    """The model and its processor, joined from backbones or loaded from a saved lorgnette model.
+    """What is trained: see [`model_and_processor`].
 
     Raises:
         ValueError: what is trained could not be saved in any form, as a quantised language model of a folder.
     """
-    model, processor = _build(args)
+    model, processor = model_and_processor(args)
     resolve_save_format(model, None)
     return model, processor
 
 
-def _build(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, LorgnetteProcessor]:
+def model_and_processor(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, LorgnetteProcessor]:
+    """The model and its processor, joined from backbones or loaded from a saved lorgnette model."""
     prompts = {name: getattr(args, name) for name in ("system_prompt", "query") if getattr(args, name) is not None}
     if args.model is not None:
         name, keywords = from_pretrained_arguments(args.model, args.model_revision)

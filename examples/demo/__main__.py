@@ -87,13 +87,16 @@ def main(argv: list[str]) -> int:
             "--max_new_tokens", "8", "--batch_size", "32", "--output_dir", folders["evaluation"],
         ],
         "export: a clean folder, tried by a stranger, with a card": [
-            "hub_upload.py", model, "--repo-id", REPO_ID, "--license", LICENSE, "--metrics", figures,
-            "--dry-run", "--export-dir", folders["export"],
+            "-m", "lorgnette.cli", "export", model, folders["export"], "--repo-id", REPO_ID, "--license", LICENSE,
+            "--metrics", figures,
         ],
     }  # fmt: skip
     for title, command in commands.items():
         with phase(title):
-            subprocess.run([sys.executable, *map(str, command)], check=True)
+            status = subprocess.run([sys.executable, *map(str, command)], check=False).returncode
+        if status:  # it has said why
+            say(f"FAILED: {title}")
+            return status
 
     lines = (folders["evaluation"] / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     answers, truths = [json.loads(line)["prediction"] for line in lines], test["text"][:]
@@ -186,6 +189,7 @@ def ask_stranger(model_folder: Path, rows: Dataset) -> list[str]:
         script, answers = shutil.copy(HERE / "stranger.py", elsewhere), Path(elsewhere, "answers.json")
         command = [sys.executable, "-I", script, str(model_folder.resolve()), str(pictures), str(answers)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(elsewhere, "modules"))}
+        environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         subprocess.run(command, check=True, cwd=elsewhere, env=environment)
         return json.loads(answers.read_text(encoding="utf-8"))
 

@@ -6,6 +6,7 @@ Writes a JSON list of the answers to the folder's PNG files, in the order of the
 """
 
 import json
+import logging
 import sys
 from importlib.abc import MetaPathFinder
 from pathlib import Path
@@ -24,6 +25,7 @@ class WithoutLorgnette(MetaPathFinder):
 
 def main(model: str, pictures: str, answers: str) -> None:
     sys.meta_path.insert(0, WithoutLorgnette())
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on CPUs it misses a package for what is not used here
 
     from tqdm import tqdm
     from transformers import pipeline
