@@ -1,5 +1,6 @@
 # make demo   real backbones, real photographs, training, and a stranger who captions: about ten minutes on two CPU cores
 # make quality-cifar, quality-emoji, …   what examples/quality measures, a row each; into results/quality and docs/quality.md
+# make test-fast   the core of every part, which tests/fast.txt names: under a minute on two CPU cores
 # make test   the test suite without those tests that start many processes; make test-all: with them; make lint: the linter
 # make bench   transformers' BLIP-2 and ours on the same weights, in turn: the table of results/benchmarks
 # make growth   speed and memory over batch, image tokens, caption length and rows in the cache: plots beside it;
@@ -38,7 +39,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo bench growth test test-all test-gpu clients conformance faults compatibility load matrix lint docs
+.PHONY: demo bench growth test-fast test test-all test-gpu clients conformance faults compatibility load matrix lint docs
 .PHONY: prerequisites prerequisites-demo
 
 demo: prerequisites-demo $(VENV)/installed
@@ -49,6 +50,10 @@ demo: prerequisites-demo $(VENV)/installed
 quality-%: prerequisites-demo $(VENV)/installed
 	$(BIN)/python -m examples.quality $* --cache "$(CACHE)" $(ARGS)
 	$(BIN)/python -m examples.quality.table
+
+# a file on one worker: what its tests share is made once
+test-fast: $(VENV)/installed
+	$(BIN)/python -m pytest @tests/fast.txt --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow" $(ARGS)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 -m "not slow" $(ARGS)

@@ -163,13 +163,14 @@ def run(argv: list[str], prog: str = "hub_upload.py") -> None:
         with nullcontext() if args.export_dir else tempfile.TemporaryDirectory() as scratch:
             folder = Path(args.export_dir or Path(scratch, "export"))
             files = prepare(args.source, args.repo_id, folder, **shared)
-            sizes = [f"{(folder / name).stat().st_size:>15,}  {name}" for name in files]
+            sizes = {name: (folder / name).stat().st_size for name in files}
             card = (folder / "README.md").read_text(encoding="utf-8")
         if args.export_dir:
-            told = f"{len(files)} files, {sum(path.stat().st_size for path in files):,} bytes"
+            told = f"{len(sizes)} files, {sum(sizes.values()):,} bytes"
             logger.info("%s holds what %s would hold: %s; its card is README.md", folder, args.repo_id, told)
         else:
-            logger.info("%s would hold, in bytes:\n%s\n\n%s", args.repo_id, "\n".join(sizes), card)
+            lines = "\n".join(f"{size:>15,}  {name}" for name, size in sizes.items())
+            logger.info("%s would hold, in bytes:\n%s\n\n%s", args.repo_id, lines, card)
         return
     options = {name: getattr(args, name) for name in ("private", "revision", "replace")}
     commit = upload(args.source, args.repo_id, **shared, **options)

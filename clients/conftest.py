@@ -17,6 +17,7 @@ from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
 
 
 logger = logging.getLogger("clients")
+logging.getLogger("httpx").setLevel(logging.WARNING)  # not a line for each request, where messages are shown
 
 NAMED = ("torch==", "transformers==", "peft==", "accelerate==", "pillow==", "vllm==", "lmms", "huggingface")
 TORCH = os.environ.get("TORCH", "torch").split()

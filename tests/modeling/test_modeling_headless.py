@@ -77,6 +77,7 @@ def test_a_batch_that_does_not_fit_is_refused_there_too():
 # ------------------------------------------------------------------------------------------------ the cache's name
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated in transformers 5.24")
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_a_cache_is_taken_by_either_name_and_given_by_transformers(name):
     built, batch = model(), inputs(rows=1)
