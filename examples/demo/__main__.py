@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 
 from ..sources import backbones
 from ..sources.cifar import PICTURES
@@ -59,6 +59,7 @@ def main(argv: list[str]) -> int:
         shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
     folders["report"].mkdir(parents=True)
     phase = Stopwatch()
+    disable_progress_bars()  # a few thousand rows are saved at once
 
     with phase("backbones: downloaded once, then from the cache"):
         sources, pieces = resolve_backbones(args)

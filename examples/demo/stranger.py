@@ -33,7 +33,7 @@ def main(model: str, pictures: str, answers: str) -> None:
     captioner = pipeline("image-to-text", model=model, trust_remote_code=True)
     paths = sorted(str(path) for path in Path(pictures).glob("*.png"))
     texts = []
-    for start in tqdm(range(0, len(paths), BATCH), desc="captioning", unit="batch"):
+    for start in tqdm(range(0, len(paths), BATCH), desc="captioning", unit="batch", disable=None):
         outputs = captioner(paths[start : start + BATCH], batch_size=BATCH, generate_kwargs={"max_new_tokens": 8})
         texts += [output[0]["generated_text"] for output in outputs]
 
