@@ -8,6 +8,7 @@ Shapes: B rows, S tokens a row, the first P of them shared, M the LM's width.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def shared_inputs(
     if not can_share(language_model, inputs):
         return {}
     labels = checked_shared(labels, shared_input_ids, input_ids, attention_mask, row_index, image_token_id)
-    return {"labels": labels, "num_shared_tokens": shared_input_ids.shape[1]}
+    return {"labels": labels, "decode": partial(decode_rest, language_model.base_model, shared_input_ids.shape[1])}
 
 
 @value_check

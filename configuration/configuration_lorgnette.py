@@ -40,10 +40,7 @@ _COMMON_CODE = (
 # model type -> the modules that are saved with such a model
 CODE = {
     "lorgnette": (*_COMMON_CODE, "modeling_headless", "modeling_lorgnette", "modeling_lora", "pipeline_lorgnette"),
-    "lorgnette_retrieval": (
-        *(*_COMMON_CODE, "configuration_retrieval", "modeling_contrastive", "modeling_ranking"),
-        "modeling_retrieval",
-    ),
+    "lorgnette_retrieval": (*_COMMON_CODE, "configuration_retrieval", "modeling_contrastive", "modeling_retrieval"),
 }
 _RELATIVE_IMPORT = re.compile(r"^(\s*)from \.+(?:\w+\.)*(\w+) import", flags=re.MULTILINE)
 

@@ -8,13 +8,6 @@ from transformers import AutoConfig
 from .configuration_lorgnette import AUTO_PROCESSOR, LorgnetteBridgeConfig, LorgnetteQFormerConfig, require_size
 
 
-RETRIEVAL_AUTO_MAP = {
-    "AutoConfig": "configuration_retrieval.LorgnetteRetrievalConfig",
-    "AutoModel": "modeling_retrieval.LorgnetteForImageTextRetrieval",
-    "AutoProcessor": AUTO_PROCESSOR,
-}
-
-
 @strict
 class LorgnetteRetrievalConfig(LorgnetteBridgeConfig):
     """Stage 1: a ViT and a Q-Former with a text half, and the losses that align picture and text (BLIP-2, section 3.1).
@@ -31,11 +24,12 @@ class LorgnetteRetrievalConfig(LorgnetteBridgeConfig):
     """
 
     model_type = "lorgnette_retrieval"
-    sub_configs = {  # noqa: RUF012 (transformers' own class attribute)
-        "vision_config": AutoConfig,
-        "qformer_config": LorgnetteQFormerConfig,
+    sub_configs = {"vision_config": AutoConfig, "qformer_config": LorgnetteQFormerConfig}  # noqa: RUF012
+    _auto_map = {  # noqa: RUF012
+        "AutoConfig": "configuration_retrieval.LorgnetteRetrievalConfig",
+        "AutoModel": "modeling_retrieval.LorgnetteForImageTextRetrieval",
+        "AutoProcessor": AUTO_PROCESSOR,
     }
-    _auto_map = RETRIEVAL_AUTO_MAP
 
     itc_weight: float | int = 1.0
     itm_weight: float | int = 1.0
@@ -49,18 +43,12 @@ class LorgnetteRetrievalConfig(LorgnetteBridgeConfig):
         super().__post_init__(**kwargs)
         self.pad_token_id = self.qformer_config.pad_token_id  # where Trainer looks for it, and would otherwise warn
         require_size(self, "image_text_hidden_size")
-        weights = {name: getattr(self, name) for name in ("itc_weight", "itm_weight", "itg_weight")}
-        for name, weight in weights.items():
-            if weight < 0:
-                raise ValueError(f"{name} is {weight}; it has to be at least 0")
-        if not any(weights.values()):
+        for name in ("itc_weight", "itm_weight", "itg_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least 0")
+        if not (self.itc_weight or self.itm_weight or self.itg_weight):
             raise ValueError("itc_weight, itm_weight and itg_weight are all 0: there is no loss left")
         if not self.qformer_config.use_qformer_text_input:
             raise ValueError("qformer_config.use_qformer_text_input is False: stage 1 needs the text half")
         if self.itg_weight and self.qformer_config.dec_token_id is None:
-            raise ValueError(
-                "itg_weight is above 0 and qformer_config.dec_token_id is not set: generation starts there"
-            )
-
-
-__all__ = ["LorgnetteRetrievalConfig"]
+            raise ValueError("qformer_config.dec_token_id is not set: generation (itg_weight above 0) starts there")

@@ -1,12 +1,7 @@
 """The losses that align pictures and texts in stage 1 (BLIP-2, Li et al. 2023, section 3.1), as pure functions.
 
-- image-text contrast (ITC) compares each picture with each text of all processes
-- image-text matching (ITM) tells a pair from a hard negative, drawn by the same similarity
-- image-grounded generation (ITG) predicts a text's tokens from the picture
-
 Pairs that share a caption are no negatives of each other. Pairs that share a picture are, as in BLIP-2's pretraining as
-first released: no two processes, and no feature cache, know of pictures that they are one. Everything is computed in
-float32.
+first released: no two processes, and no feature cache, know of pictures that they are one. Everything is in float32.
 
 Shapes: B pairs of this process, N pairs of all processes, Q queries, E width of the space they are compared in.
 """
@@ -20,14 +15,9 @@ from .modeling_loss import in_process_group
 
 
 def similarities(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-    """Cosine of each picture and each text: of a picture's queries, the one that is nearest counts.
+    """Cosines `(M, N)` of pictures `(M, Q, E)` and texts `(N, E)`, normalised: the nearest of the queries counts.
 
-    Args:
-        image_embeds: `(M, Q, E)`, normalised.
-        text_embeds: `(N, E)`, normalised.
-
-    Returns:
-        `(M, N)` float32, as `logits_per_image` of `transformers.Blip2ForImageTextRetrieval`.
+    They are float32, as `logits_per_image` of `transformers.Blip2ForImageTextRetrieval`.
     """
     with torch.autocast(image_embeds.device.type, enabled=False):  # it would have the products in half precision
         return torch.einsum("mqe,ne->mqn", image_embeds.float(), text_embeds.float()).amax(dim=1)
@@ -46,7 +36,7 @@ def contrastive_loss(
     logit_scale: torch.Tensor,
     label_smoothing: float = 0.1,
 ) -> torch.Tensor:
-    """ITC in one direction: cross-entropy of each row's own column among that column and its candidates.
+    """ITC in one direction: the mean over rows, where a row without candidates counts 0.
 
     Args:
         similarity: `(B, N)` cosines.
@@ -54,12 +44,8 @@ def contrastive_loss(
         candidates: `(B, N)` bool, the columns that are its negatives.
         logit_scale: scalar, one over the temperature.
         label_smoothing: the share of the label that is spread evenly over the row's own column and its candidates.
-
-    Returns:
-        The mean over rows, a scalar; a row without candidates counts 0.
     """
-    own = nn.functional.one_hot(targets, similarity.shape[1]).bool()
-    counted = candidates | own
+    counted = candidates | nn.functional.one_hot(targets, similarity.shape[1]).bool()  # each row's own, too
     logits = (similarity.float() * logit_scale.float()).masked_fill(~counted, -torch.inf)
     log_probabilities = logits.log_softmax(dim=-1).masked_fill(~counted, 0.0)
     smooth = log_probabilities.sum(-1) / counted.sum(-1)
@@ -70,16 +56,14 @@ def contrastive_loss(
 def draw_negatives(
     logits: torch.Tensor, candidates: torch.Tensor, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw a hard negative for each row that has a candidate, the likelier the more similar (ALBEF, section 3.2).
+    """Draw a hard negative for each row, the likelier the more similar (ALBEF, section 3.2).
 
     Args:
-        logits: `(B, N)` similarities over the temperature.
-        candidates: `(B, N)` bool.
-        generator: where the random numbers come from, on the device of `logits`; the device's own by default.
+        logits, candidates: `(B, N)` similarities over the temperature, and bool.
 
     Returns:
-        `drawn` `(B,)` bool, whether a row has a candidate, and `negatives` `(B,)` int64, the column drawn for it (0
-        without one). Where `logits` are NaN any column is drawn: the loss, NaN as well, is what tells of it.
+        `(B,)` bool, whether a row has a candidate, and `(B,)` int64, the column drawn for it (0 without one). Where
+        `logits` are NaN any column is drawn: the loss, NaN as well, is what tells of it.
     """
     weights = logits.float().masked_fill(~candidates, -torch.inf).softmax(dim=1)
     # the floor, also BLIP-2's, keeps every candidate possible: a softmax may round all but one to 0
@@ -105,10 +89,7 @@ def processes() -> int:
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Rows of all processes, `(B, …)` to `(N, …)` in the processes' order; gradients flow back to each of them.
-
-    In one process, with or without a process group, it is the tensor itself.
-    """
+    """Rows of all processes, `(B, …)` to `(N, …)` in their order, with gradients; of one, the tensor itself."""
     return tensor if processes() == 1 else _AllGather.apply(tensor.contiguous())
 
 
@@ -126,15 +107,3 @@ class _AllGather(torch.autograd.Function):
         gradient = gradient.contiguous()
         torch.distributed.all_reduce(gradient)
         return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
-
-
-__all__ = [
-    "contrastive_loss",
-    "draw_negatives",
-    "gather",
-    "generation_loss",
-    "matching_loss",
-    "processes",
-    "same_caption",
-    "similarities",
-]

@@ -6,7 +6,7 @@ is to be learned. Head and loss are the language model's own, whatever it does t
 """
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,14 +18,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput, is_liger_kernel_available
 
-from ..configuration.configuration_lorgnette import from_package
 from .modeling_base import KV_CACHE
 from .modeling_checks import IGNORED
 
 
 LOGITS_AT_ONCE = 2**25  # elements, 128 MiB in float32
-POSITIONS_MULTIPLE = (
-    16  # for each number of rows oneDNN, in bf16 on a CPU, compiles kernels and keeps megabytes of them
+POSITIONS_MULTIPLE = 16  # oneDNN, in bf16 on a CPU, compiles and keeps megabytes of kernels for each number of rows
+_NO_LOGITS = (
+    "In training with labels the model computes the loss on supervised positions, and no logits. Give forward "
+    "logits_to_keep=0 for those of all positions, or no labels; a compute_loss_func of Trainer gets them as it is"
 )
 
 
@@ -45,10 +46,9 @@ class LorgnetteLossOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
 
-    def __getattr__(self, name: str) -> Any:  # called for what is not there
-        raise AttributeError(
-            _NO_LOGITS if name == "logits" else f"'LorgnetteLossOutput' object has no attribute {name!r}"
-        )
+    @property
+    def logits(self) -> None:
+        raise AttributeError(_NO_LOGITS)
 
     def __getitem__(self, key: Any) -> Any:
         if key == "logits":
@@ -57,19 +57,13 @@ class LorgnetteLossOutput(ModelOutput):
             raise IndexError(_NO_LOGITS)
         return super().__getitem__(key)
 
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key == "logits" else super().get(key, default)
+
     def to_tuple(self) -> tuple:
         """As `ModelOutput.to_tuple`, with None in the place of the logits."""
         loss, *others = super().to_tuple()
         return (loss, None, *others)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key == "logits" else super().get(key, default)
-
-
-_NO_LOGITS = (
-    "In training with labels the model computes the loss on supervised positions, and no logits. Give forward "
-    "logits_to_keep=0 for those of all positions, or no labels; a compute_loss_func of Trainer gets them as it is"
-)
 
 
 def in_process_group() -> bool:
@@ -80,8 +74,7 @@ def in_process_group() -> bool:
 def can_supervise(language_model: PreTrainedModel, keywords: Collection[str] = ()) -> bool:
     """Whether decoder and head of this LM can be told apart, and its loss is that of its logits alone.
 
-    Args:
-        keywords: of the call; some ask for logits, or bring labels of their own.
+    The keywords of a call may ask for logits, or bring labels of their own.
     """
     return (
         not {"logits_to_keep", "shift_labels"} & set(keywords)
@@ -96,29 +89,19 @@ def supervised_loss(
     labels: torch.Tensor,
     supervised_positions: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
-    num_shared_tokens: int = 0,
+    decode: Callable[..., ModelOutput] | None = None,
     **inputs: Any,
 ) -> CausalLMOutputWithPast:
     """What the LM's forward returns, but for logits.
 
     Args:
         labels: `(B, S)`, -100 where nothing is to be learned.
-        supervised_positions: `(K,)` int64, where in `labels`, flat, the others are, in order; 0 for padding. Without
-            them they are looked for, or, while compiling, all positions are taken.
+        supervised_positions: see [`supervised`].
         num_items_in_batch: what the sum over positions is divided by; their number by default.
-        num_shared_tokens: so many first ones are the same in all rows, and are run once, see
-            [`~lorgnette.assembly.shared_prefix`].
+        decode: in place of the LM's decoder; it may leave out the states of first tokens, the same number in each row.
         inputs: of the decoder, `inputs_embeds` `(B, S, M)` and so on.
     """
-    decode = language_model.base_model
-    if num_shared_tokens:
-        shared_prefix = from_package("assembly.shared_prefix", "A batch with shared_input_ids")
-        decode = partial(shared_prefix.decode_rest, decode, num_shared_tokens)
-        if supervised_positions is not None:
-            rows = supervised_positions // labels.shape[1]
-            supervised_positions = (supervised_positions - (rows + 1) * num_shared_tokens).clamp(min=0)
-        labels = labels[:, num_shared_tokens:]
-    outputs = decode(**inputs)
+    outputs = (decode or language_model.base_model)(**inputs)
     states, targets = supervised(outputs.last_hidden_state, labels, supervised_positions)  # (K, M), (K,)
     total = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
     loss_of = partial(_loss, language_model, total)
@@ -140,13 +123,16 @@ def supervised(
     """Of `(B, S, M)` states the `(K, M)` that predict what is to be learned, and that, `(K,)`; -100 fills K up.
 
     Args:
-        labels, supervised_positions: as in [`supervised_loss`]. Without the latter K is a multiple of
-            `POSITIONS_MULTIPLE`, or, while compiling, B S: values cannot decide a shape there.
+        labels: `(B, S)`, -100 where nothing is to be learned.
+        supervised_positions: `(K,)` int64, where in `labels`, flat, the others are, in order; 0 for padding. Without
+            them K is a multiple of `POSITIONS_MULTIPLE`, or, while compiling, B S: values cannot decide a shape there.
     """
+    left_out = labels.shape[1] - states.shape[1]
     # a row's first label is nothing's next token: the place before it, and so padding's, is the end of a row
-    next_tokens = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    next_tokens = nn.functional.pad(labels[:, left_out + 1 :], (0, 1), value=IGNORED).flatten()
     if supervised_positions is not None:
-        positions = supervised_positions - 1
+        rows = supervised_positions // labels.shape[1]
+        positions = (supervised_positions - (rows + 1) * left_out).clamp(min=0) - 1
     elif torch.compiler.is_compiling():
         positions = torch.arange(len(next_tokens), device=labels.device)
     else:
@@ -159,7 +145,9 @@ def _loss(
     language_model: PreTrainedModel, total: torch.Tensor | int, states: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
     """Their share of the loss: the sum over `(K, M)` states over the number of all."""
-    logits = _HeadAlone(language_model)(states)  # (K, vocabulary)
+    forward = type(language_model).forward  # not the instance's, which accelerate may have wrapped
+    head = _HeadAlone(language_model)
+    logits = forward(head, inputs_embeds=states[None], use_cache=False, return_dict=True).logits[0]  # (K, vocabulary)
     if logits.is_cuda and is_liger_kernel_available():
         from liger_kernel.transformers.functional import liger_cross_entropy
 
@@ -170,15 +158,10 @@ def _loss(
 
 
 class _HeadAlone:
-    """A causal LM without its decoder: what its forward does to the states that a decoder would have returned."""
+    """The `self` of a causal LM's forward that is to run the head alone: a [`_Decoded`] is in its decoder's place."""
 
     def __init__(self, language_model: PreTrainedModel):
         self._language_model = language_model
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """`(K, M)` states to `(K, vocabulary)` logits."""
-        forward = type(self._language_model).forward  # not the instance's, which accelerate may have wrapped
-        return forward(self, inputs_embeds=states[None], use_cache=False, return_dict=True).logits[0]
 
     def __getattr__(self, name: str) -> Any:
         part = getattr(self._language_model, name)
@@ -207,6 +190,3 @@ class _Decoded:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name, None)
-
-
-__all__ = ["LorgnetteLossOutput", "can_supervise", "in_process_group", "supervised", "supervised_loss"]

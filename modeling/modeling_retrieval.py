@@ -6,13 +6,11 @@ Three losses share one Q-Former; their masks differ:
     `[CLS] text` alone                                               ─▶ ITC on [CLS]
     queries and text, all seen, pairs and hard negatives             ─▶ ITM on the queries
 
-Since the queries of the first pass do not see the text, ITC and ITG share it. There is no language model here; stage 2
-takes the Q-Former over: `LorgnetteForConditionalGeneration.from_backbones(…, qformer=folder)`.
-
 Shapes: B pairs, L image tokens, E their width, T text tokens, Q queries, D the Q-Former's width, P the shared space's.
 """
 
 import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.utils import ModelOutput
+from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig, from_package
@@ -40,13 +38,14 @@ from .modeling_contrastive import (
     similarities,
 )
 from .modeling_loading import new_vision_model
-from .modeling_loss import in_process_group, supervised
+from .modeling_loss import supervised
 from .modeling_qformer import LorgnetteQFormerModel
-from .modeling_ranking import retrieve, take_rows
 
 
 START_TEMPERATURE = 0.07  # of the contrast, as in BLIP-2
 MAX_LOGIT_SCALE = 100.0  # CLIP (Radford et al. 2021, section 2.5): beyond it training is not stable
+RERANKED = 128  # candidates that ITM looks at, as in BLIP-2's evaluation
+Tensors = dict[str, torch.Tensor | None]
 
 
 @value_check
@@ -56,37 +55,23 @@ def checked_texts(
     image_rows: torch.Tensor | None,
     row_index: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The mask `(B, T)` of texts that are padded on the right alone, beside pictures `(N, …)` that are finite.
-
-    Raises:
-        ValueError: names the row.
-    """
+    """The mask `(B, T)` of texts that are padded on the right alone, beside pictures `(N, …)` that are finite."""
     check_finite(pictures, None, row_index, image_rows)
     left = attention_mask[:, 0] == 0
     if left.any():
-        raise ValueError(
-            f"{row_name(int(left.nonzero()[0]), row_index)} is padded on the left: a text begins with its [CLS]"
-        )
+        row = row_name(int(left.nonzero()[0]), row_index)
+        raise ValueError(f"{row} is padded on the left: a text begins with its [CLS]")
     return attention_mask.clone()
 
 
 @value_check
 def checked_candidates(candidates: torch.Tensor, row_index: torch.Tensor | None) -> torch.Tensor:
-    """`(N, N)` bool, which texts are negatives of which pairs: some are.
-
-    Raises:
-        ValueError: none is.
-    """
-    if len(candidates) == 1:
-        raise ValueError(
-            f"{row_name(0, row_index)} is alone in its batch: there are no negatives to tell it from. "
-            "dataloader_drop_last leaves out such a last batch"
-        )
+    """`(N, N)` bool, which texts are negatives of which pairs: some are."""
     if not candidates.any():
-        raise ValueError(
-            f"{row_name(0, row_index)} and the {len(candidates) - 1} others of its batch have the same "
-            "caption: there are no negatives to tell them from. Larger batches may help"
-        )
+        alike = f"and the {len(candidates) - 1} others of its batch have the same caption (larger batches may help)"
+        alone = "is alone in its batch (dataloader_drop_last leaves such a last one out)"
+        what = alone if len(candidates) == 1 else alike
+        raise ValueError(f"{row_name(0, row_index)} {what}: there are no negatives to tell it from")
     return candidates.clone()
 
 
@@ -95,8 +80,7 @@ class LorgnetteImageTextOutput(ModelOutput):
     """What [`LorgnetteForImageTextRetrieval`] returns.
 
     Args:
-        loss: the weighted sum of the three, where they were asked for.
-        loss_itc, loss_itm, loss_itg: scalars; None where the weight is 0.
+        loss, loss_itc, loss_itm, loss_itg: the weighted sum, and the three; None where not asked for, or of weight 0.
         logits_per_image: `(B, B)` float32, cosines of the pictures and texts of this process; None without ITC.
     """
 
@@ -107,20 +91,16 @@ class LorgnetteImageTextOutput(ModelOutput):
     logits_per_image: torch.Tensor | None = None
 
 
-class LorgnetteTextHead(nn.Module):
+class LorgnetteTextHead(BertPredictionHeadTransform):
     """Predicts a token from a text state, through the word embeddings, as BERT's head does."""
 
     def __init__(self, config: LorgnetteQFormerConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        super().__init__(config)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, hidden_states: torch.Tensor, word_embeddings: torch.Tensor) -> torch.Tensor:
         """`(R, D)` states and the `(vocabulary, D)` table to `(R, vocabulary)` logits."""
-        hidden_states = self.LayerNorm(self.activation(self.dense(hidden_states)))
-        return nn.functional.linear(hidden_states, word_embeddings, self.bias)
+        return nn.functional.linear(super().forward(hidden_states), word_embeddings, self.bias)
 
 
 class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
@@ -166,19 +146,12 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
         return from_package("assembly.blip2", "from_blip2").convert_retrieval(cls, source, **kwargs)
 
     def check_processor(self, processor: Any) -> None:
-        """Check that a processor makes this model's inputs.
-
-        Raises:
-            ValueError: it is one of stage 2, or of another number of queries; its tokenizer has more tokens than the
-                Q-Former, or uses the id of `[DEC]`.
-        """
+        """Raises ValueError for a processor of stage 2, or of other queries or more tokens than the Q-Former has."""
         if not processor.is_stage1:
             raise ValueError("This is no stage-1 processor: make one with text=None and qformer= (the Q-Former's BERT)")
-        if processor.num_query_tokens != self.config.num_query_tokens:
-            raise ValueError(
-                f"The model's num_query_tokens is {self.config.num_query_tokens}, the processor's "
-                f"{processor.num_query_tokens}: they do not belong together"
-            )
+        ours, theirs = self.config.num_query_tokens, processor.num_query_tokens
+        if ours != theirs:
+            raise ValueError(f"The model's num_query_tokens is {ours}, the processor's {theirs}: they do not fit")
         config, tokens = self.config.qformer_config, len(processor.qformer_tokenizer)
         room = config.vocab_size if config.dec_token_id is None else config.dec_token_id
         if tokens > room and processor.qformer_tokenizer.convert_tokens_to_ids("[DEC]") != config.dec_token_id:
@@ -186,13 +159,14 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
 
     def freeze(self) -> None:
         super().freeze()
-        config, last = self.config, self.qformer.encoder.layer[-1]
-        if not (config.itc_weight or config.itg_weight):  # ITM reads queries alone: the text's last step is for nothing
-            _freeze(last.intermediate, last.output)
+        config, idle = self.config, []  # of the last layer, what no loss reads
+        if not (config.itc_weight or config.itg_weight):  # ITM reads queries alone
+            idle += ["intermediate", "output"]
         if not (config.itc_weight or config.itm_weight):  # ITG reads text alone
-            _freeze(
-                last.intermediate_query, last.output_query, *([last.crossattention] if last.has_cross_attention else [])
-            )
+            idle += ["intermediate_query", "output_query", "crossattention"]
+        for name, part in self.qformer.encoder.layer[-1].named_children():
+            if name in idle:
+                part.requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.qformer.get_input_embeddings()
@@ -201,17 +175,13 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
         self.qformer.set_input_embeddings(value)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Refused: head and `[DEC]` hang on the vocabulary. Raises NotImplementedError."""
-        raise NotImplementedError(
-            "The vocabulary of stage 1 is that of its Q-Former's start: resize the BERT, then build from it"
-        )
+        """Refused: head and `[DEC]` depend on the vocabulary. Raises NotImplementedError."""
+        raise NotImplementedError("Stage 1 has the vocabulary of its BERT: resize the BERT, then build from it")
 
     @property
     def max_text_length(self) -> int:
         """Tokens the Q-Former has positions for."""
         return self.config.qformer_config.max_position_embeddings
-
-    # ------------------------------------------------------------------------------------------------ learning
 
     @can_return_tuple
     def forward(
@@ -234,8 +204,7 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
             attention_mask: `(B, T)`; all ones by default.
             pixel_values: `(B, 3, H, W)`; or, in their place, `vision_features` `(B, L, E)`, the ViT's output.
             pixel_attention_mask, spatial_shapes: of SigLIP2's variable resolution.
-            image_rows: `(B,)` int64, which picture goes with each text, where several texts have one: there are fewer
-                pictures than texts then.
+            image_rows: `(B,)` int64, which of fewer pictures goes with each text, where several texts share one.
             row_index: `(B,)` rows of the data set, for error messages alone.
             return_loss: whether the losses are wanted. In eval mode the negatives of ITM are the same at each call.
             kwargs: for the Q-Former.
@@ -244,9 +213,8 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
             [`LorgnetteImageTextOutput`]; a loss of weight 0 is None.
 
         Raises:
-            ValueError: both or neither of pictures and features, not as many as texts, texts padded on the left, values
-                that are not finite, one caption for all pairs, a pair by itself, processes of unequal batches, weights
-                in float16 that train.
+            ValueError: both or neither of pictures and features, not as many as texts, left padding, values that are
+                not finite, one caption for all pairs, processes of unequal batches, weights in float16 that train.
         """
         if self.training and return_loss:
             self.check_trainable()
@@ -259,7 +227,9 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         attention_mask = checked_texts(attention_mask, pictures.detach(), image_rows, row_index)
-        features = self.vision_features_of(pixel_values, vision_features, pixel_attention_mask, spatial_shapes)
+        features = vision_features
+        if features is None:
+            features = self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes).last_hidden_state
         ids = input_ids.masked_fill(attention_mask == 0, self.config.qformer_config.pad_token_id or 0)
         image = {
             "encoder_hidden_states": self.qformer.project_image(features),  # once for the passes of all losses
@@ -270,111 +240,65 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
         contrast, match, generate = self.config.itc_weight, self.config.itm_weight, self.config.itg_weight
         if not return_loss:
             match = generate = 0
-        candidates = self._candidates(ids, row_index) if return_loss and (contrast or match) else None  # (B, N)
+        if return_loss and (contrast or match):
+            candidates, own = self._candidates(ids, row_index)
 
         losses: dict[str, torch.Tensor] = {}
         logits_per_image, hardness = None, torch.zeros(len(ids), len(ids), device=ids.device)
         if contrast or generate:
-            queries, states = self._encode(image, text if generate else None, **kwargs)
+            written = {}
+            if generate:  # queries do not see a text that is to be generated: ITC reads them too
+                begun = ids.clone()
+                begun[:, 0] = self.config.qformer_config.dec_token_id
+                written = text | {"input_ids": begun, "causal_text": True}
+            states = self.qformer(**image, **written, **kwargs).last_hidden_state
         if contrast:
-            image_embeds, text_embeds = self._project(queries), self.embed_texts(ids, attention_mask, **kwargs)
-            logits_per_image, scale = similarities(image_embeds, text_embeds), self._scale()  # (B, B)
+            image_embeds, text_embeds = self._project(states), self.embed_texts(**text, **kwargs)
+            logits_per_image = similarities(image_embeds, text_embeds)  # (B, B)
+            scale = self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)
             hardness = logits_per_image.detach() * scale.detach()
             if return_loss:
-                losses["loss_itc"] = self._contrast(image_embeds, text_embeds, candidates, scale)
+                to_text = similarities(image_embeds, gather(text_embeds))  # (B, N)
+                to_image = similarities(gather(image_embeds), text_embeds).T  # (B, N)
+                both = [contrastive_loss(each, own, candidates, scale) for each in (to_text, to_image)]
+                losses["loss_itc"] = 0.5 * sum(both)
         if match:
-            losses["loss_itm"] = self._match(image, text, hardness, candidates, **kwargs)
+            losses["loss_itm"] = self._match(image, text, hardness, candidates[:, own], **kwargs)
         if generate:
-            states, targets = supervised(states, input_ids.masked_fill(attention_mask == 0, IGNORED))
+            labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
+            states, targets = supervised(states[:, self.config.num_query_tokens :], labels)
             logits = self.text_head(states, self.get_input_embeddings().weight)  # (R, vocabulary)
             losses["loss_itg"] = generation_loss(logits, targets)
         weights = {"loss_itc": contrast, "loss_itm": match, "loss_itg": generate}
         loss = sum(weights[name] * value for name, value in losses.items()) if losses else None
         return LorgnetteImageTextOutput(loss=loss, logits_per_image=logits_per_image, **losses)
 
-    def vision_features_of(
-        self,
-        pixel_values: torch.Tensor | None,
-        vision_features: torch.Tensor | None,
-        pixel_attention_mask: torch.Tensor | None,
-        spatial_shapes: torch.Tensor | None,
-    ) -> torch.Tensor:
-        if vision_features is not None:
-            return vision_features
-        return self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes).last_hidden_state
-
-    def _encode(
-        self, image: dict[str, torch.Tensor], text: dict[str, torch.Tensor] | None, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries `(B, Q, D)` that have seen the image alone, and states `(B, T, D)` of a text that is generated."""
-        if text is not None:
-            ids = text["input_ids"].clone()
-            ids[:, 0] = self.config.qformer_config.dec_token_id
-            text = {"input_ids": ids, "attention_mask": text["attention_mask"], "causal_text": True}
-        states = self.qformer(**image, **(text or {}), **kwargs).last_hidden_state
-        return states.split([self.config.num_query_tokens, states.shape[1] - self.config.num_query_tokens], dim=1)
-
-    def _scale(self) -> torch.Tensor:
-        return self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)
-
-    def _project(self, queries: torch.Tensor) -> torch.Tensor:
-        return nn.functional.normalize(self.vision_projection(queries).float(), dim=-1)
-
-    def _candidates(self, ids: torch.Tensor, row_index: torch.Tensor | None) -> torch.Tensor:
-        """`(B, N)` bool: which texts of all processes are negatives of this process' pairs.
-
-        Raises:
-            ValueError: none is.
-        """
+    def _candidates(self, ids: torch.Tensor, row_index: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(B, N)` bool, which texts of all processes are negatives of a pair, and `(B,)`, which is its own."""
+        own = torch.arange(len(ids), device=ids.device)
         if processes() > 1:
-            sizes = gather(torch.tensor([len(ids)], device=ids.device))
-            if (sizes != len(ids)).any():
-                raise ValueError(
-                    f"The processes' batches differ in size ({sizes.tolist()}): negatives are taken from all of them. "
-                    "Set dataloader_drop_last"
-                )
+            sizes = gather(torch.tensor([len(ids)], device=ids.device)).tolist()
+            if set(sizes) != {len(ids)}:
+                raise ValueError(f"The processes' batches differ in size ({sizes}): set dataloader_drop_last")
             if self.config.itm_weight and len(ids) == 1:
                 raise ValueError(
-                    f"Each of {len(sizes)} processes has a batch of one pair, and matching (ITM) takes its negatives "
-                    "from a process' own batch: make per_device_train_batch_size 2 or more, or itm_weight 0"
+                    f"Each of {len(sizes)} processes has a batch of one pair, and matching (ITM) finds no negatives "
+                    "in it: make per_device_train_batch_size 2 or more, or itm_weight 0"
                 )
             # texts of one length, whatever the process
             pad_token_id = self.config.qformer_config.pad_token_id or 0
             ids = nn.functional.pad(ids, (0, self.max_text_length - ids.shape[1]), value=pad_token_id)
-        return checked_candidates(~same_caption(gather(ids)), row_index)[self._own_columns(len(ids))]
-
-    def _own_columns(self, batch_size: int) -> slice:
-        rank = torch.distributed.get_rank() if in_process_group() else 0
-        return slice(rank * batch_size, (rank + 1) * batch_size)
-
-    def _contrast(
-        self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, candidates: torch.Tensor, scale: torch.Tensor
-    ) -> torch.Tensor:
-        """ITC: both directions, against the texts and the images of all processes."""
-        own = self._own_columns(len(image_embeds))
-        targets = torch.arange(own.start, own.stop, device=image_embeds.device)
-        to_text = similarities(image_embeds, gather(text_embeds))  # (B, N)
-        to_image = similarities(gather(image_embeds), text_embeds).T  # (B, N)
-        return 0.5 * (
-            contrastive_loss(to_text, targets, candidates, scale)
-            + contrastive_loss(to_image, targets, candidates, scale)
-        )
+            own = own + torch.distributed.get_rank() * len(ids)
+        return checked_candidates(~same_caption(gather(ids)), row_index)[own], own
 
     def _match(
-        self,
-        image: dict[str, torch.Tensor],
-        text: dict[str, torch.Tensor],
-        hardness: torch.Tensor,
-        candidates: torch.Tensor,
-        **kwargs: Any,
+        self, image: Tensors, text: Tensors, hardness: torch.Tensor, candidates: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """ITM, within this process: pairs, each image with a wrong text, each text with a wrong image."""
-        pairs = len(hardness)
-        candidates = candidates[:, self._own_columns(pairs)]  # (B, B)
         generator = None if self.training else torch.Generator(hardness.device).manual_seed(0)
         has_text, wrong_texts = draw_negatives(hardness, candidates, generator)
         has_image, wrong_images = draw_negatives(hardness.T, candidates.T, generator)
-        own = torch.arange(pairs, device=hardness.device)
+        own = torch.arange(len(hardness), device=hardness.device)
         shown = own if image["image_rows"] is None else image["image_rows"]
         logits = self.match_logits(
             image | {"image_rows": shown[torch.cat([own, own, wrong_images])]},
@@ -382,39 +306,98 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
             **kwargs,
         )
         # a pair without a negative has nothing to be told from
-        wrong = torch.cat([has_text, has_image]).long() - 1  # 0, or -1
-        return matching_loss(logits, torch.cat([torch.ones_like(own), -IGNORED * wrong]))
+        wrong = torch.where(torch.cat([has_text, has_image]), 0, IGNORED)
+        return matching_loss(logits, torch.cat([torch.ones_like(own), wrong]))
 
-    def match_logits(
-        self, image: dict[str, torch.Tensor], text: dict[str, torch.Tensor], **kwargs: Any
-    ) -> torch.Tensor:
+    def match_logits(self, image: Tensors, text: Tensors, **kwargs: Any) -> torch.Tensor:
         """`(R, 2)`: no match, match; the mean over the queries, which see image and text."""
         states = self.qformer(**image, **text, **kwargs).last_hidden_state
         return self.itm_head(states[:, : self.config.num_query_tokens]).mean(dim=1)
 
-    # ------------------------------------------------------------------------------------------------ retrieving
-
-    def retrieve(self, images: Any, texts: Any, **kwargs: Any) -> torch.Tensor:
-        """`(M, N)` scores of M pictures and N texts: see [`~modeling_ranking.retrieve`]."""
-        return retrieve(self, images, texts, **kwargs)
-
-    def embed_images(self, image: dict[str, torch.Tensor | None]) -> torch.Tensor:
-        """`(M, Q, P)` float32, normalised: pictures, by their queries, in the space that they share with texts.
+    @torch.no_grad()
+    def retrieve(
+        self,
+        images: Iterable[Any] | torch.Tensor,
+        texts: Iterable[str],
+        *,
+        rerank: bool | int = False,
+        processor: Any = None,
+        batch_size: int = 32,
+    ) -> torch.Tensor:
+        """How well each text fits each picture, by ITC, re-ranked by ITM (BLIP-2, section 4.4). Sort along either axis.
 
         Args:
-            image: `encoder_hidden_states` `(M, L, E)` and `encoder_attention_mask` for the Q-Former.
-        """
-        queries, _ = self._encode(image, None)
-        return self._project(queries)
+            images: M pictures, of any kind that [`LorgnetteProcessor`] takes; or the ViT's features, `(M, L, E)`.
+            texts: N strings. Of both, iterators are read to their ends.
+            rerank: let ITM score the best pairs: of each picture its nearest texts and of each text its nearest
+                pictures, 128 each as in BLIP-2 (appendix), or this number. They come before all other pairs.
+            processor: by default the one that the model was joined with or loaded beside.
+            batch_size: pictures, texts or pairs at a time.
 
-    def embed_texts(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """`(N, P)` float32, normalised: texts, by their `[CLS]`, in the space that they share with pictures.
+        Returns:
+            `(M, N)` float32 on the CPU: cosines, from -1 to 1; where re-ranked, 2 + the cosine + ITM's probability.
 
         Raises:
-            ValueError: a model without ITC.
+            TypeError: one string, picture or dict in place of a list of them.
+            ValueError: nothing to compare; no ITC, or, to re-rank, no ITM; no processor, or one that does not fit.
         """
+        images, texts = _listed("images", images), list(_listed("texts", texts))
+        if rerank:
+            self.require_loss("itm_weight", "nothing can re-rank")
+        if len(images) == 0 or len(texts) == 0:
+            raise ValueError(f"{len(images)} images and {len(texts)} texts: there is nothing to compare")
+        processor = self._known_processor() if processor is None else processor
+        self.check_processor(processor)
+        was_training = self.training
+        self.eval()  # in the middle of training, too
+        try:
+            return self._scores(images, texts, RERANKED if rerank is True else int(rerank), processor, batch_size)
+        finally:
+            self.train(was_training)
+
+    def _scores(self, images: Any, texts: list[str], rerank: int, processor: Any, batch_size: int) -> torch.Tensor:
+        words = processor(text=texts, padding=True, return_tensors="pt").to(self.device)
+        batches = _batches(len(texts), batch_size, "texts")
+        text_embeds = torch.cat([self.embed_texts(**take_rows(words, rows)) for rows in batches])
+        scores, kept = [], []
+        for rows in _batches(len(images), batch_size, "images"):
+            if isinstance(images, torch.Tensor):
+                pictures = features = images[rows].to(self.device)
+                mask = None
+            else:
+                inputs = processor(images=[images[row] for row in rows], return_tensors="pt").to(self.device)
+                pictures, mask = inputs["pixel_values"], inputs.get("pixel_attention_mask")
+                features = self.get_vision_features(pictures, mask, inputs.get("spatial_shapes")).last_hidden_state
+            check_finite(pictures, None, None)
+            image = {"encoder_hidden_states": features}
+            if mask is not None:
+                image["encoder_attention_mask"] = mask
+            scores.append(similarities(self.embed_images(image), text_embeds))
+            if rerank:
+                kept.append({name: tensor.cpu() for name, tensor in image.items()})  # they may be many
+        scores = torch.cat(scores)
+        if rerank:
+            pairs = _best_pairs(scores, rerank)  # (R, 2)
+            stored = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
+            for rows in _batches(len(pairs), batch_size, "pairs"):
+                at = pairs[rows].T
+                image = {name: tensor.to(self.device) for name, tensor in take_rows(stored, at[0].cpu()).items()}
+                logits = self.match_logits(image, take_rows(words, at[1]))
+                scores[at[0], at[1]] += 2 + logits.float().softmax(dim=-1)[:, 1]
+        return scores.cpu()
+
+    def embed_images(self, image: Tensors) -> torch.Tensor:
+        """`(M, Q, P)` float32, normalised: of `encoder_hidden_states` `(M, L, E)` and `encoder_attention_mask`."""
+        return self._project(self.qformer(**image).last_hidden_state)
+
+    def _project(self, states: torch.Tensor) -> torch.Tensor:
+        queries = states[:, : self.config.num_query_tokens]
+        return nn.functional.normalize(self.vision_projection(queries).float(), dim=-1)
+
+    def embed_texts(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor:
+        """`(N, P)` float32, normalised: texts, by their `[CLS]`. Raises ValueError for a model without ITC."""
         self.require_loss("itc_weight", "pictures and texts have no space in common")
         cls = self.qformer(input_ids=input_ids, attention_mask=attention_mask, **kwargs).pooler_output
         return nn.functional.normalize(self.text_projection(cls).float(), dim=-1)
@@ -432,9 +415,29 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
             init.zeros_(module.bias)
 
 
-def _freeze(*modules: nn.Module) -> None:
-    for module in modules:
-        module.requires_grad_(False)
+def _listed(name: str, given: Any) -> Any:
+    """What has a length and is looked up by position; iterators are read into a list."""
+    if isinstance(given, str):
+        raise TypeError(f"{name} is one string ({given[:100]!r}); a list is needed")
+    if isinstance(given, (bytes, bytearray, Mapping)) or not (isinstance(given, Iterable) or hasattr(given, "__len__")):
+        raise TypeError(f"{name} is a {type(given).__name__}; a list is needed")
+    if hasattr(given, "iloc"):  # pandas looks up by label
+        return given.tolist()
+    return given if hasattr(given, "__len__") and hasattr(given, "__getitem__") else list(given)
 
 
-__all__ = ["LorgnetteForImageTextRetrieval", "LorgnetteImageTextOutput"]
+def take_rows(tensors: Mapping[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {name: tensor[rows] for name, tensor in tensors.items()}
+
+
+def _batches(count: int, size: int, unit: str) -> Iterator[torch.Tensor]:
+    rows = torch.arange(count).split(size)
+    return iter(logging.tqdm(rows, desc=f"reading {unit}", disable=None if len(rows) > 1 else True))
+
+
+def _best_pairs(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """`(R, 2)`: rows and columns of the `count` highest scores in each row and in each column."""
+    best = torch.zeros_like(scores, dtype=torch.bool)
+    best.scatter_(1, scores.topk(min(count, scores.shape[1]), dim=1).indices, True)
+    best.scatter_(0, scores.topk(min(count, scores.shape[0]), dim=0).indices, True)
+    return best.nonzero()

@@ -79,7 +79,7 @@ def test_a_head_may_ask_its_decoder_for_a_scale():
     sizes |= {"num_key_value_heads": 1, "intermediate_size": 16, "mamba_d_ssm": 16, "mamba_n_heads": 2}
     config = FalconH1Config(**sizes, mamba_d_head=8, mamba_d_state=4, lm_head_multiplier=3.0)
     falcon, states = AutoModelForCausalLM.from_config(config), torch.randn(5, 16)
-    logits = modeling_loss._HeadAlone(falcon)(states)
+    logits = type(falcon).forward(modeling_loss._HeadAlone(falcon), inputs_embeds=states[None]).logits[0]
     torch.testing.assert_close(logits, 3 * falcon.get_output_embeddings()(states))
 
 
