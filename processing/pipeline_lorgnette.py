@@ -62,10 +62,8 @@ class LorgnetteImageToTextPipeline(Pipeline):
         answers = super().__call__(StackDataset(**{_POSITION: range(len(images)), "item": images}), **kwargs)
         return answers if isinstance(images, Dataset) else list(answers)
 
-    def _sanitize_parameters(
-        self, prompt: Any = None, timeout: Any = None, generate_kwargs: Any = None, max_new_tokens: Any = None
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        preprocess = {name: value for name, value in (("prompt", prompt), ("timeout", timeout)) if value is not None}
+    def _sanitize_parameters(self, generate_kwargs: Any = None, max_new_tokens: Any = None, **preprocess: Any) -> Any:
+        preprocess = {name: value for name, value in preprocess.items() if value is not None}
         generate_kwargs = dict(generate_kwargs or {})
         if max_new_tokens is not None:
             if "max_new_tokens" in generate_kwargs:

@@ -23,7 +23,6 @@ from .prompt_encoding import (
     encode,
     error_context,
     escape_special_tokens,
-    flatten,
     images_in,
     is_prepared,
     query_in,
@@ -37,10 +36,8 @@ from .prompt_encoding import (
 _TOKENIZERS = ("tokenizer", "qformer_tokenizer")
 _FIELDS = ("num_query_tokens", "system_prompt", "query", "chat_template", "max_image_pixels")
 _GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
-_KNOWN = {"common_kwargs"}.union(
-    *(vars(processing_utils)[f"{part}Kwargs"].__annotations__ for part in ("Processing", "Text", "Images")),
-    *(vars(processing_utils)[f"{part}Kwargs"].__annotations__ for part in ("Videos", "Audio")),  # passed with pictures
-)
+_KINDS = ("Processing", "Text", "Images", "Videos", "Audio")  # programs pass keywords of the latter with pictures
+_KNOWN = {"common_kwargs"}.union(*(vars(processing_utils)[f"{kind}Kwargs"].__annotations__ for kind in _KINDS))
 # what is refused rather than left unread: other modalities, and what only a tokenizer by itself can answer
 _REFUSED = {
     *("videos", "audio", "audios", "videos_kwargs", "audio_kwargs", "text_pair", "text_target", "text_pair_target"),
@@ -173,8 +170,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         call_kwargs = {name: kwargs.pop(name) for name in _KNOWN & kwargs.keys()} | processor_kwargs
         if call_kwargs.get("return_tensors") == "auto":
             del call_kwargs["return_tensors"]
-        flat = [flatten(self.tokenizer, messages) for messages in batch]
-        texts = [render(self.tokenizer, messages, chat_template, **kwargs) for messages in flat]
+        texts = [render(self.tokenizer, messages, chat_template, **kwargs) for messages in batch]
         if not tokenize:
             return texts if is_batch else texts[0]
         images = [images_in(messages) for messages in batch]
@@ -231,26 +227,24 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         if text is None and not all(rows):
             raise ValueError(f"row {rows.index([])} has an empty list of images, and no text")
         flat = [image for row in rows for image in row]
-        features: dict[str, Any] = {}
-        if text is not None:
-            texts = texts_of(text, "text")
-        elif not self.is_stage1:
-            asked = zip(self._queries(queries, len(rows)), rows, strict=True)
-            texts = [self.build_prompt(query, num_images=len(row)) for query, row in asked]
         if self.is_stage1:
-            features |= {} if text is None else self.encode_for_qformer(texts, **text_kwargs)
+            features = {} if text is None else self.encode_for_qformer(texts_of(text, "text"), **text_kwargs)
         else:
+            texts = rows if text is None else texts_of(text, "text")
+            asked = self._queries(queries, len(texts))
+            if text is None:
+                texts = [self.build_prompt(query, num_images=len(row)) for query, row in zip(asked, rows, strict=True)]
             ids = [self.encode_prompt(prompt, text_kwargs.get("add_special_tokens", True)) for prompt in texts]
             wanted = [row.count(self.image_token_id) // self.num_query_tokens for row in ids]
             _check_counts([len(row) for row in rows], are_nested, wanted)
-            features |= self._pad(ids, **text_kwargs)
+            features = self._pad(ids, **text_kwargs)
             if types:
                 features["mm_token_type_ids"] = self.create_mm_token_type_ids(features["input_ids"])
             if flat and self.qformer_tokenizer is not None:
                 if text is not None and queries is None:
                     raise ValueError("the Q-Former reads the query too: say with queries= what is asked in text=")
-                asked = zip(self._queries(queries, len(texts)), wanted, strict=True)
-                encoded = self.encode_for_qformer([query for query, n in asked for _ in range(n)], padding=True)
+                asked = [query for query, count in zip(asked, wanted, strict=True) for _ in range(count)]
+                encoded = self.encode_for_qformer(asked, padding=True)
                 features |= {f"qformer_{name}": value for name, value in encoded.items()}
         if flat:
             loaded, layout = [], images_kwargs.pop("input_data_format", None)

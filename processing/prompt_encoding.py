@@ -91,10 +91,7 @@ def _patterns(tokens: tuple[str, ...]) -> tuple[re.Pattern, re.Pattern]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, continues: bool = False) -> list[int]:
-    """Token ids of a text that may hold what [`escape_special_tokens`] has marked, without BOS or EOS around it.
-
-    A text that `continues` another gets no space in front of its first word from SentencePiece.
-    """
+    """Token ids of a text with escaped words, without BOS; one that `continues` another has no space in front of it."""
     check_unicode(text)
     _, escaped = _patterns(control_tokens(tokenizer))
     ids: list[int] = []
@@ -142,24 +139,25 @@ def with_start(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     return ids if ids[first : first + len(start)] == start else start + ids
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], chat_template: str | None = None, **kwargs: Any
-) -> str:
-    """Write messages whose contents are strings in the LM's chat template, or one a line where it has none."""
-    if chat_template is None and tokenizer.chat_template is None:
-        return "\n".join(message["content"] for message in messages if message["content"])
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], template: Any = None, **kwargs: Any) -> str:
+    """Write messages, their control tokens escaped, in the LM's chat template, or one a line where it has none."""
+    flat = []
+    for message in messages:
+        rest = {key: value for key, value in message.items() if key != "content" and value is not None}
+        texts = [part.get("text") for part in parts_of(message)]
+        lines = [IMAGE_TOKEN if text is None else escape_special_tokens(tokenizer, text) for text in texts]
+        flat.append({**escape_special_tokens(tokenizer, rest), "content": "\n".join(lines)})
+    if template is None and tokenizer.chat_template is None:
+        return "\n".join(message["content"] for message in flat if message["content"])
     try:
-        return tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, **kwargs)
+        return tokenizer.apply_chat_template(flat, chat_template=template, tokenize=False, **kwargs)
     except Exception as error:  # a template raises what it likes
         roles = f"the roles {', '.join(str(message.get('role')) for message in messages)[:200]}: {str(error)[:500]}"
         raise ValueError(f"the LM's chat template cannot write messages of {roles}") from error
 
 
 def answer_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
-    """The white space between a prompt and its answer, and the ids that end an answer, up to the first control token.
-
-    The chat template shows both; a thought that it puts in front of finished answers (Qwen3) is left out.
-    """
+    """The white space between a prompt and its answer, and the ids that end an answer: to the first control token."""
 
     def compute() -> tuple[str, list[int]]:
         space, end = "\n", []
@@ -169,7 +167,7 @@ def answer_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
             before, *after = render(tokenizer, [*question, {"role": "assistant", "content": _ANSWER}]).split(_ANSWER)
             if len(after) != 1:
                 raise ValueError(f"the LM's chat template writes an answer {len(after)} times, not once")
-            space = before.removeprefix(prompt)
+            space = before.removeprefix(prompt)  # Qwen3 puts an empty thought here, which is left out
             space, end = space if space.isspace() else "", encode(tokenizer, after[0], continues=True)
         stops = tokenizer.convert_tokens_to_ids(list(control_tokens(tokenizer)))
         stop = next((position for position, token in enumerate(end) if token in stops), None)
@@ -250,17 +248,6 @@ def _part(part: Any, position: int) -> dict[str, Any]:
         return {"type": "image", "image": f"data:;base64,{part['base64']}"}
     sources = [part[key] for key in ("image", "url", "path") if key in part]
     return {"type": "image", "image": sources[0]} if sources else {"type": "image"}
-
-
-def flatten(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with string contents: one part a line, an image as `<image>`, control tokens in words escaped."""
-    flat = []
-    for message in messages:
-        rest = {key: value for key, value in message.items() if key != "content" and value is not None}
-        texts = [part.get("text") for part in parts_of(message)]
-        lines = [IMAGE_TOKEN if text is None else escape_special_tokens(tokenizer, text) for text in texts]
-        flat.append({**escape_special_tokens(tokenizer, rest), "content": "\n".join(lines)})
-    return flat
 
 
 def texts_of(texts: str | Sequence[str], name: str) -> list[str]:
