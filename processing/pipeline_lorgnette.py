@@ -78,7 +78,8 @@ class LorgnetteImageToTextPipeline(Pipeline):
         image = image["image"] if isinstance(image, dict) and "image" in image else image
         sources = list(image) if isinstance(image, (list, tuple)) else [image]
         with error_context(where):
-            inputs = self.processor(images=[sources], queries=prompt, timeout=timeout, return_tensors="pt")
+            images = [self.processor.load_image(source, timeout) for source in sources]
+            inputs = self.processor(images=[images], queries=prompt, return_tensors="pt")
         return inputs.to(dtype=self.dtype)
 
     def _forward(self, model_inputs: BatchFeature, generate_kwargs: Any = None) -> dict[str, torch.Tensor]:
