@@ -51,21 +51,21 @@ BLIP2_TEMPLATE = (
 )
 
 
-def check_processor_fields(parts: dict[str, Any], num_query_tokens: int, max_image_pixels: int) -> None:
-    """Raises a ValueError for what [`LorgnetteProcessor`] cannot be made of.
+def check_processor_fields(
+    image_processor: Any, tokenizer: Any, qformer_tokenizer: Any, num_query_tokens: int, max_image_pixels: int
+) -> None:
+    """Raises a ValueError for what [`LorgnetteProcessor`] cannot be made of: no tokenizer, or a number out of range.
 
-    Args:
-        parts: by what messages call them: `image processor`, `tokenizer`, `Q-Former's tokenizer`. A saved folder would
-            load one whose class is not transformers' own as something else, or not at all.
-        num_query_tokens, max_image_pixels: the processor's.
+    A part whose class is not transformers' own is refused too: a saved folder would load it as something else, or not.
     """
-    if parts["tokenizer"] is None and parts["Q-Former's tokenizer"] is None:
+    if tokenizer is None and qformer_tokenizer is None:
         raise ValueError("a tokenizer is needed: the LM's, or in stage 1 the Q-Former's (qformer_tokenizer)")
     for name, value in (("num_query_tokens", num_query_tokens), ("max_image_pixels", max_image_pixels)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}; it has to be a whole number of at least 1")
     if num_query_tokens > MAX_QUERY_TOKENS:
         raise ValueError(f"num_query_tokens is {num_query_tokens}; at most {MAX_QUERY_TOKENS} are allowed")
+    parts = {"image processor": image_processor, "tokenizer": tokenizer, "Q-Former's tokenizer": qformer_tokenizer}
     for what, part in parts.items():
         kind = type(part)
         if part is not None and kind.__module__.split(".")[0] not in ("transformers", "tokenizers"):

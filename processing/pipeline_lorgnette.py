@@ -33,7 +33,9 @@ class LorgnetteImageToTextPipeline(Pipeline):
     def __init__(self, model: Any, processor: Any = None, **kwargs: Any):
         if processor is None:
             raise ValueError("a LorgnetteProcessor is needed: pass it as processor=")
+        bundled = model._processor  # files that a save of the model writes
         model.adopt_processor(processor)  # first: transformers 5.17 copies what ends an answer
+        model._processor = bundled
         super().__init__(model=model, processor=processor, **kwargs)
 
     def __call__(self, inputs: Any = None, *, images: Any = None, **kwargs: Any) -> Any:

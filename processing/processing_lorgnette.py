@@ -81,12 +81,8 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         max_image_pixels: int = MAX_IMAGE_PIXELS,
     ):
         if IN_PACKAGE:
-            parts = {
-                "image processor": image_processor,
-                "tokenizer": tokenizer,
-                "Q-Former's tokenizer": qformer_tokenizer,
-            }
-            from_package(_ASSEMBLY, "").check_processor_fields(parts, num_query_tokens, max_image_pixels)
+            check = from_package(_ASSEMBLY, "").check_processor_fields
+            check(image_processor, tokenizer, qformer_tokenizer, num_query_tokens, max_image_pixels)
         if tokenizer is not None and not is_prepared(tokenizer):
             tokenizer = from_package(_ASSEMBLY, "a tokenizer without <image>").prepare_tokenizer(tokenizer)
         super().__init__(image_processor, tokenizer or qformer_tokenizer, qformer_tokenizer)
@@ -139,15 +135,15 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
 
         `query` and `system` are this processor's by default, and none where they are `""`. Without an `output` the
         prompt ends where the LM is to answer. In all three, Unicode's noncharacters mark control tokens. Raises a
-        ValueError where the template refuses it (put `system` in the query), a TypeError or ValueError for no string.
+        ValueError where the template refuses it (put `system` in the query), or where one is no string.
         """
         query, system = self.query if query is None else query, self.system_prompt if system is None else system
         words = [{"type": "text", "text": query}] if query else []
         messages = [{"role": "user", "content": words + [{"type": "image"}] * num_images}]
         if system:
-            messages.insert(0, {"role": "system", "content": system})
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
         if output is not None:
-            messages.append({"role": "assistant", "content": output})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": output}]})
         return self.apply_chat_template(messages, add_generation_prompt=output is None)
 
     def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:

@@ -214,7 +214,7 @@ def _is_message(message: Any) -> bool:
         return False
     content = message.get("content")
     if isinstance(content, str):
-        return not re.match(r"\s*\[\s*{", content)  # which may be JSON of parts
+        return not re.match(r'\s*\[\s*{\s*"(type|text|image|url|path|base64)', content)  # which is JSON of parts
     return content is None or (isinstance(content, (list, tuple)) and all(isinstance(p, (str, dict)) for p in content))
 
 
