@@ -52,7 +52,8 @@ def messages_of(conversation: Any) -> list[dict[str, Any]]:
                 kind = f"{str(message)[:100]!r} (a {type(message).__name__})"
                 raise TypeError(f'a message is {{"role": …, "content": …}}, not {kind}')
             messages.append(message | {"content": _content(message.get("content"))})
-            parts_of(messages[-1], decode=False)
+            _refuse_json_of_parts(messages[-1]["content"])
+            parts_of(messages[-1])
             if not isinstance(message.get("role"), str):
                 has = {key: type(value).__name__ for key, value in message.items()}
                 raise ValueError(f"a message has no role, but {has!s:.200}")
@@ -91,6 +92,20 @@ def _content(content: Any) -> Any:
         return content
     parts = map(_fields, content)
     return [dict(part) if isinstance(part, Mapping) else part for part in parts]
+
+
+def _refuse_json_of_parts(content: Any) -> None:
+    """Raises a TypeError for a list of parts that was written as a string, which would be read as words."""
+    try:
+        parts = json.loads(content) if isinstance(content, str) and content.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        return
+    kinds = ("text", "image", "image_url")
+    if parts and all(isinstance(part, dict) and part.get("type") in kinds for part in parts):
+        raise TypeError(
+            f"the content of a message is JSON of parts, as a string: {content[:100]!r}. Give the parts themselves, "
+            "json.loads(content), or where it is what is said, a part of text with it"
+        )
 
 
 def _fields(value: Any) -> Any:

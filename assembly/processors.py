@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +16,7 @@ from transformers.models.auto.image_processing_auto import (
 )
 from transformers.utils import logging
 
+from ..configuration.configuration_lorgnette import MAX_QUERY_TOKENS
 from ..processing.prompt_encoding import IMAGE_TOKEN, chat_templates, is_prepared
 from .sources import from_pretrained_arguments, load_part, load_qformer_tokenizer, load_tokenizer
 
@@ -22,6 +25,7 @@ logger = logging.get_logger(__name__)
 
 Processor = TypeVar("Processor")
 
+_MEANT = dict.fromkeys(("query", "prompt", "question"), "queries") | {"video": "videos", "image": "images"}
 # Added tokens that a vocabulary keeps free: Llama 3's <|reserved_special_token_7|>, Gemma's <unused7>, Phi 3's
 # <|placeholder7|>, Falcon 3's >>UNUSED_7<<, Mistral's [control_8] and <SPECIAL_20>, InternLM's [UNUSED_TOKEN_141],
 # Qwen's <|extra_0|>, DeepSeek's place▁holder▁no▁7, [PAD151700] of tables that were converted. T5 uses its <extra_id_0>,
@@ -47,8 +51,20 @@ BLIP2_TEMPLATE = (
 )
 
 
-def refuse_own_classes(image_processor: Any, tokenizer: Any, qformer_tokenizer: Any) -> None:
-    """Raises a ValueError for a part of a processor that a saved folder would load as something else, or not at all."""
+def check_processor_fields(
+    image_processor: Any, tokenizer: Any, qformer_tokenizer: Any, num_query_tokens: int, max_image_pixels: int
+) -> None:
+    """Raises a ValueError for what [`LorgnetteProcessor`] cannot be made of: no tokenizer, or a number out of range.
+
+    A part whose class is not transformers' own is refused too: a saved folder would load it as something else, or not.
+    """
+    if tokenizer is None and qformer_tokenizer is None:
+        raise ValueError("a tokenizer is needed: the LM's, or in stage 1 the Q-Former's (qformer_tokenizer)")
+    for name, value in (("num_query_tokens", num_query_tokens), ("max_image_pixels", max_image_pixels)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it has to be a whole number of at least 1")
+    if num_query_tokens > MAX_QUERY_TOKENS:
+        raise ValueError(f"num_query_tokens is {num_query_tokens}; at most {MAX_QUERY_TOKENS} are allowed")
     parts = {"image processor": image_processor, "tokenizer": tokenizer, "Q-Former's tokenizer": qformer_tokenizer}
     for what, part in parts.items():
         kind = type(part)
@@ -63,8 +79,11 @@ def from_backbones(
     cls: type[Processor],
     vision: str | Path | BaseImageProcessor,
     text: str | Path | PreTrainedTokenizerBase | None,
+    *,
     qformer: str | Path | PreTrainedTokenizerBase | None = None,
-    revisions: tuple[str | None, str | None, str | None] = (None, None, None),
+    vision_revision: str | None = None,
+    text_revision: str | None = None,
+    qformer_revision: str | None = None,
     **fields: Any,
 ) -> Processor:
     """Make a processor of the backbones' own parts.
@@ -74,19 +93,20 @@ def from_backbones(
         vision: the ViT: Hub id, local folder, or its image processor.
         text: the LM: Hub id, local folder, `.gguf` file, or its tokenizer. None in stage 1.
         qformer: where the Q-Former's tokenizer comes from: the same kinds.
-        revisions: of the three, branch, tag or commit on the Hub.
-        fields: see the class.
+        vision_revision, text_revision, qformer_revision: branch, tag or commit on the Hub.
+        fields: of [`LorgnetteProcessor`]: `num_query_tokens`, `system_prompt`, `query` and so on.
 
     Raises:
         ValueError: see the class. `OSError` for a backbone that cannot be found, as transformers has it.
     """
     if isinstance(vision, (str, Path)):
-        name, keywords = from_pretrained_arguments(vision, revisions[0])
+        name, keywords = from_pretrained_arguments(vision, vision_revision)
         vision = load_part(AutoImageProcessor, "image processor", name, **keywords)
-    return cls(vision, load_tokenizer(text, revisions[1]), load_qformer_tokenizer(qformer, revisions[2]), **fields)
+    tokenizers = load_tokenizer(text, text_revision), load_qformer_tokenizer(qformer, qformer_revision)
+    return cls(vision, *tokenizers, **fields)
 
 
-def from_blip2(cls: type[Processor], source: str | Path, query: str = "", revision: str | None = None) -> Processor:
+def from_blip2(cls: type[Processor], source: str | Path, *, query: str = "", revision: str | None = None) -> Processor:
     """Make the processor of a `Blip2ForConditionalGeneration`, with prompts as BLIP-2 has them: pictures, BOS, words.
 
     Args:
@@ -164,3 +184,12 @@ def _rename(tokenizer: PreTrainedTokenizerBase, old: str) -> None:
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))  # `backend_tokenizer` is read-only
     extra = [token for token in getattr(tokenizer, "extra_special_tokens", None) or [] if str(token) != old]
     tokenizer.extra_special_tokens = extra  # a reload would add the old one again
+
+
+def nearest_keyword(name: str, known: Iterable[str]) -> str:
+    """The end of a message that says what was meant by a keyword that is not known; empty where none is near."""
+    if name in known:
+        return ""
+    near = get_close_matches(name, {*known, "queries", "images", "text", "timeout"}, n=1)
+    meant = _MEANT.get(name, near[0] if near else None)
+    return f": was {meant} meant?" if meant else ""

@@ -1,7 +1,6 @@
 """`pipeline("image-to-text")`: pictures in, captions and answers out."""
 
 import os
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,49 +30,42 @@ class LorgnetteImageToTextPipeline(Pipeline):
     _pipeline_calls_generate = True
     _default_generation_config = GenerationConfig(max_new_tokens=256)
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        if self.processor is None:
+    def __init__(self, model: Any, processor: Any = None, **kwargs: Any):
+        if processor is None:
             raise ValueError("a LorgnetteProcessor is needed: pass it as processor=")
-        self.model.check_processor(self.processor)
+        bundled = model._processor  # files that a save of the model writes
+        model.adopt_processor(processor)  # first: transformers 5.17 copies what ends an answer
+        model._processor = bundled
+        super().__init__(model=model, processor=processor, **kwargs)
 
-    def __call__(
-        self, inputs: Any = None, *, images: Any = None, **kwargs: Any
-    ) -> list[Any] | Iterator[list[dict[str, str]]]:
-        """Describe each image. Arguments are those of transformers 4's `ImageToTextPipeline.__call__`.
+    def __call__(self, inputs: Any = None, *, images: Any = None, **kwargs: Any) -> Any:
+        """Describe each image.
 
         Args:
-            inputs: an image, see [`load_image`], or a list, a column, a dataset (its rows are images or have one under
-                `image`) or a generator of them. A list in a list is several images in one prompt.
-            images: the same as `inputs`, by the name that older scripts use.
+            inputs, images: an image, see [`load_image`], or a list, a column, a dataset (its rows are images or have
+                one under `image`) or a generator of them. A list in a list is several images in one prompt.
             kwargs: `prompt`, plain text; `generate_kwargs`; `max_new_tokens`; `timeout`, seconds for a download;
                 `batch_size` and `num_workers` as all pipelines have them.
 
-        Returns:
-            `[{"generated_text": …}]` for one image, an entry for each of `num_return_sequences`, without the prompt; a
-            list of those for many; an iterator over them for a generator or a torch dataset.
-
-        Raises:
-            ValueError, OSError, TypeError: no images, or one that is none (with its position), see [`load_image`].
+        Returns `[{"generated_text": …}]` for one image, an entry for each of `num_return_sequences`; a list of those
+        for many; an iterator over them for a generator or a torch dataset. Raises a ValueError for no images, and
+        what [`load_image`] does, with the image's position.
         """
         if (inputs is None) == (images is None):
             raise ValueError("no images given" if inputs is None else "images are given twice: as inputs and as images")
         images = inputs if images is None else images
         if _is_one(images):
             return super().__call__(images, **kwargs)
-        if hasattr(images, "__len__") and hasattr(images, "__getitem__"):
-            if not len(images):
-                raise ValueError("images is an empty list")
-            answers = super().__call__(StackDataset(**{_POSITION: range(len(images)), "item": images}), **kwargs)
-            return answers if isinstance(images, Dataset) else list(answers)
-        if not isinstance(images, Iterable):
-            raise TypeError(f"{type(images).__name__} is neither an image nor a collection of images")
-        return super().__call__(({_POSITION: position, "item": item} for position, item in enumerate(images)), **kwargs)
+        if not hasattr(images, "__len__") or not hasattr(images, "__getitem__"):
+            numbered = ({_POSITION: position, "item": item} for position, item in enumerate(images))
+            return super().__call__(numbered, **kwargs)
+        if not len(images):
+            raise ValueError("images is an empty list")
+        answers = super().__call__(StackDataset(**{_POSITION: range(len(images)), "item": images}), **kwargs)
+        return answers if isinstance(images, Dataset) else list(answers)
 
-    def _sanitize_parameters(
-        self, prompt: Any = None, timeout: Any = None, generate_kwargs: Any = None, max_new_tokens: Any = None
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        preprocess = {name: value for name, value in (("prompt", prompt), ("timeout", timeout)) if value is not None}
+    def _sanitize_parameters(self, generate_kwargs: Any = None, max_new_tokens: Any = None, **preprocess: Any) -> Any:
+        preprocess = {name: value for name, value in preprocess.items() if value is not None}
         generate_kwargs = dict(generate_kwargs or {})
         if max_new_tokens is not None:
             if "max_new_tokens" in generate_kwargs:
@@ -87,25 +79,18 @@ class LorgnetteImageToTextPipeline(Pipeline):
             where, image = f"image {image[_POSITION]}", image["item"]
         image = image["image"] if isinstance(image, dict) and "image" in image else image
         sources = list(image) if isinstance(image, (list, tuple)) else [image]
-        if not sources:
-            raise ValueError(f"{where} is an empty list")
         with error_context(where):
             images = [self.processor.load_image(source, timeout) for source in sources]
-        return self.processor(images=[images], queries=prompt, return_tensors="pt").to(dtype=self.dtype)
+            inputs = self.processor(images=[images], queries=prompt, return_tensors="pt")
+        return inputs.to(dtype=self.dtype)
 
-    def _forward(
-        self, model_inputs: BatchFeature, generate_kwargs: dict[str, Any] | None = None
-    ) -> dict[str, torch.Tensor]:
-        defaults = missing_tokens(self.model.generation_config, self.processor)
-        generate_kwargs = ({} if "generation_config" in (generate_kwargs or {}) else defaults) | (generate_kwargs or {})
+    def _forward(self, model_inputs: BatchFeature, generate_kwargs: Any = None) -> dict[str, torch.Tensor]:
+        settings = {"tokenizer": self.processor.tokenizer, **(generate_kwargs or {})}  # stop_strings need the tokenizer
         if hasattr(self, "_prepare_generate_kwargs"):
-            generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
+            settings = self._prepare_generate_kwargs(settings)
         else:  # transformers 5.17
-            generate_kwargs.setdefault("generation_config", self.generation_config)
-        configs = (self.model.generation_config, generate_kwargs.get("generation_config"))
-        if "stop_strings" in generate_kwargs or any(getattr(config, "stop_strings", None) for config in configs):
-            generate_kwargs.setdefault("tokenizer", self.processor.tokenizer)
-        ids = self.model.generate(**model_inputs, **generate_kwargs)
+            settings.setdefault("generation_config", self.generation_config)
+        ids = self.model.generate(**model_inputs, **settings)
         ids = getattr(ids, "sequences", ids)  # of return_dict_in_generate
         rows, length = model_inputs["input_ids"].shape
         return {"answers": ids[:, length:].unflatten(0, (rows, -1))}  # (B, num_return_sequences, T)
@@ -120,17 +105,8 @@ class LorgnetteImageToTextPipeline(Pipeline):
         self.processor.save_pretrained(save_directory)
 
 
-def missing_tokens(config: GenerationConfig, processor: Any) -> dict[str, Any]:
-    """`pad_token_id` and `eos_token_id` (a list) for `generate`, each where a base LM's generation config lacks it."""
-    missing = {"pad_token_id": processor.tokenizer.pad_token_id} if config.pad_token_id is None else {}
-    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    eos = [token for token in eos if token is not None]
-    if new := sorted(set(processor.stop_token_ids) - set(eos)):
-        missing["eos_token_id"] = [*eos, *new]
-    return missing
-
-
 def _is_one(images: Any) -> bool:
     if isinstance(images, (np.ndarray, torch.Tensor)):
         return images.ndim != 4
-    return isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image, dict)) or hasattr(images, "read")
+    one = isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image, dict)) or hasattr(images, "read")
+    return one or not (hasattr(images, "__iter__") or hasattr(images, "__getitem__"))

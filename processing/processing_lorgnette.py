@@ -1,7 +1,7 @@
 """`LorgnetteProcessor`: pictures and words in, what the model's `forward` reads out."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # torchvision is optional here in 5.17
 from transformers.utils import PROCESSOR_NAME
 
-from ..configuration.configuration_lorgnette import (
-    AUTO_PROCESSOR,
-    IN_PACKAGE,
-    MAX_QUERY_TOKENS,
-    from_package,
-    save_code,
-)
-from .image_loading import MAX_IMAGE_PIXELS, load_image_for, rescaling_of
+from ..configuration.configuration_lorgnette import AUTO_PROCESSOR, IN_PACKAGE, from_package, save_code
+from .image_loading import MAX_IMAGE_PIXELS, load_image_for
 from .prompt_encoding import (
     IMAGE_TOKEN,
     answer_frame,
@@ -29,31 +23,28 @@ from .prompt_encoding import (
     encode,
     error_context,
     escape_special_tokens,
-    flatten,
-    image_positions,
     images_in,
     is_prepared,
     query_in,
     render,
+    replacement_offsets,
     texts_of,
-    truncate,
     with_start,
 )
 
 
 _TOKENIZERS = ("tokenizer", "qformer_tokenizer")
 _FIELDS = ("num_query_tokens", "system_prompt", "query", "chat_template", "max_image_pixels")
-_PARTS = [vars(processing_utils)[f"{part}Kwargs"] for part in ("Text", "Images", "Processing", "Videos", "Audio")]
-_KWARGS = {"common_kwargs"}.union(*(part.__annotations__ for part in _PARTS[:3]))
-_IGNORED_KWARGS = {name for part in _PARTS[3:] for name in part.__annotations__}  # programs pass them with pictures
-_OTHER_MODALITIES = ("videos", "audio", "audios", "videos_kwargs", "audio_kwargs")
-_MEANT = dict.fromkeys(("query", "prompt", "question"), "queries") | {"video": "videos", "image": "images"}
 _GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
-# a tokenizer's, which are read in stage 1 alone
-_UNREAD = {f"return_{name}" for name in ("overflowing_tokens", "special_tokens_mask", "offsets_mapping", "length")}
-_UNREAD |= {"return_token_type_ids", "text_pair", "text_target", "text_pair_target"}
+_KINDS = ("Processing", "Text", "Images", "Videos", "Audio")  # programs pass keywords of the latter with pictures
+_KNOWN = {"common_kwargs"}.union(*(vars(processing_utils)[f"{kind}Kwargs"].__annotations__ for kind in _KINDS))
+# what is refused rather than left unread: other modalities, and what only a tokenizer by itself can answer
+_REFUSED = {
+    *("videos", "audio", "audios", "videos_kwargs", "audio_kwargs", "text_pair", "text_target", "text_pair_target"),
+    *("return_token_type_ids", "return_overflowing_tokens", "return_special_tokens_mask", "return_offsets_mapping"),
+    "return_length",
+}
 _ASSEMBLY = "assembly.processors"
-Texts = str | Sequence[str] | None
 
 
 class LorgnetteProcessor(processing_utils.ProcessorMixin):
@@ -72,10 +63,8 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         chat_template: Jinja; the tokenizer's own by default.
         max_image_pixels: a picture with more is refused before it is decoded; so it is by Pillow's own limit.
 
-    Raises:
-        ValueError: no tokenizer, one without both pad and EOS token, a part of a class that is not transformers' own, a
-            number out of range.
-        ImportError: the tokenizer lacks `<image>`, a pad token or left padding, and lorgnette is not installed.
+    Raises a ValueError for no tokenizer, one without both pad and EOS token, a part whose class is not transformers'
+    own, a number out of range; an ImportError for a tokenizer without `<image>` where lorgnette is not installed.
     """
 
     image_token = IMAGE_TOKEN
@@ -91,15 +80,9 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         chat_template: str | dict[str, str] | None = None,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
     ):
-        if tokenizer is None and qformer_tokenizer is None:
-            raise ValueError("a tokenizer is needed: the LM's, or in stage 1 the Q-Former's (qformer_tokenizer)")
-        for name, value in (("num_query_tokens", num_query_tokens), ("max_image_pixels", max_image_pixels)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it has to be a whole number of at least 1")
-        if num_query_tokens > MAX_QUERY_TOKENS:
-            raise ValueError(f"num_query_tokens is {num_query_tokens}; at most {MAX_QUERY_TOKENS} are allowed")
         if IN_PACKAGE:
-            from_package(_ASSEMBLY, "").refuse_own_classes(image_processor, tokenizer, qformer_tokenizer)
+            check = from_package(_ASSEMBLY, "").check_processor_fields
+            check(image_processor, tokenizer, qformer_tokenizer, num_query_tokens, max_image_pixels)
         if tokenizer is not None and not is_prepared(tokenizer):
             tokenizer = from_package(_ASSEMBLY, "a tokenizer without <image>").prepare_tokenizer(tokenizer)
         super().__init__(image_processor, tokenizer or qformer_tokenizer, qformer_tokenizer)
@@ -109,30 +92,15 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
 
     @classmethod
     def from_backbones(
-        cls,
-        vision: str | Path | BaseImageProcessor,
-        text: str | Path | PreTrainedTokenizerBase | None,
-        *,
-        qformer: str | Path | PreTrainedTokenizerBase | None = None,
-        num_query_tokens: int = 32,
-        system_prompt: str | None = None,
-        query: str = "Describe the picture.",
-        vision_revision: str | None = None,
-        text_revision: str | None = None,
-        qformer_revision: str | None = None,
+        cls, vision: str | Path | BaseImageProcessor, text: str | Path | PreTrainedTokenizerBase | None, **kwargs: Any
     ) -> "LorgnetteProcessor":
         """Make a processor of the backbones' own parts; needs the package, see `lorgnette.assembly.processors`."""
-        fields = {"num_query_tokens": num_query_tokens, "system_prompt": system_prompt, "query": query}
-        revisions, assembly = (
-            (vision_revision, text_revision, qformer_revision),
-            from_package(_ASSEMBLY, "from_backbones"),
-        )
-        return assembly.from_backbones(cls, vision, text, qformer, revisions, **fields)
+        return from_package(_ASSEMBLY, "from_backbones").from_backbones(cls, vision, text, **kwargs)
 
     @classmethod
-    def from_blip2(cls, source: str | Path, *, query: str = "", revision: str | None = None) -> "LorgnetteProcessor":
+    def from_blip2(cls, source: str | Path, **kwargs: Any) -> "LorgnetteProcessor":
         """Make the processor of a `Blip2ForConditionalGeneration`; needs the package, see `assembly.processors`."""
-        return from_package(_ASSEMBLY, "LorgnetteProcessor.from_blip2").from_blip2(cls, source, query, revision)
+        return from_package(_ASSEMBLY, "LorgnetteProcessor.from_blip2").from_blip2(cls, source, **kwargs)
 
     @property
     def is_stage1(self) -> bool:
@@ -157,7 +125,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
     @property
     def stop_token_ids(self) -> list[int]:
         """What ends an answer: the end of a turn in the chat template and the tokenizer's EOS."""
-        eos = self._lm_tokenizer().eos_token_id
+        eos = self.tokenizer.eos_token_id
         return sorted({answer_frame(self.tokenizer)[1][-1], *([] if eos is None else [eos])})
 
     def build_prompt(
@@ -165,37 +133,28 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
     ) -> str:
         """Write `<SYSTEM> <QUERY> <IMAGE> <OUTPUT>` in the LM's chat template, or plainly, a part a line, without one.
 
-        Args:
-            query, system: this processor's by default; `""` for none. Noncharacters mark control tokens in them.
-            output: the answer; without one the prompt ends where the LM is to answer.
-            num_images: how many images the query is about.
-
-        Raises a ValueError where the template refuses it (put `system` in the query), a TypeError for no string.
+        `query` and `system` are this processor's by default, and none where they are `""`. Without an `output` the
+        prompt ends where the LM is to answer. In all three, Unicode's noncharacters mark control tokens. Raises a
+        ValueError where the template refuses it (put `system` in the query), or where one is no string.
         """
-        for name, value in (("query", query), ("system", system), ("output", output)):
-            if value is not None and not isinstance(value, str):
-                raise TypeError(f"{name} is a {type(value).__name__}; a string is needed")
         query, system = self.query if query is None else query, self.system_prompt if system is None else system
         words = [{"type": "text", "text": query}] if query else []
         messages = [{"role": "user", "content": words + [{"type": "image"}] * num_images}]
         if system:
-            messages.insert(0, {"role": "system", "content": system})
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
         if output is not None:
-            messages.append({"role": "assistant", "content": output})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": output}]})
         return self.apply_chat_template(messages, add_generation_prompt=output is None)
 
-    def apply_chat_template(
-        self, conversation: Any, chat_template: str | None = None, **kwargs: Any
-    ) -> str | list[str] | list[list[int]] | torch.Tensor | BatchFeature:
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
         """As `ProcessorMixin.apply_chat_template`, for the templates of text-only LMs, and for LMs without any.
 
-        Args:
-            conversation: messages, or a list of such lists; their contents are strings or parts, see [`parts_of`].
-                Pictures stand in the parts, or in `processor_kwargs["images"]`.
-            chat_template, kwargs: as there; `tokenize` and `return_dict` are False by default.
-
-        Raises a ValueError or TypeError for no conversation, see [`parts_of`], or one that the template refuses.
+        `conversation` is a list of messages, or a list of such lists, whose contents are strings or parts, see
+        [`parts_of`]. Pictures stand in the parts, or in `processor_kwargs["images"]`. `tokenize` and `return_dict` are
+        False by default. Raises a ValueError or TypeError for no conversation, or one that the template refuses.
         """
+        if self.is_stage1:
+            raise ValueError("this is a stage-1 processor: without the LM's tokenizer there are no prompts")
         batch, is_batch = conversations_of(conversation)
         if not all(batch):
             raise ValueError("the conversation is empty")
@@ -204,12 +163,10 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         kwargs.pop("sanitize_control_tokens", None)  # this processor always does
         tokenize, return_dict = kwargs.pop("tokenize", False), kwargs.pop("return_dict", False)
         processor_kwargs = kwargs.pop("processor_kwargs", None) or {}
-        call_kwargs = {name: kwargs.pop(name) for name in _KWARGS & kwargs.keys()} | processor_kwargs
+        call_kwargs = {name: kwargs.pop(name) for name in _KNOWN & kwargs.keys()} | processor_kwargs
         if call_kwargs.get("return_tensors") == "auto":
             del call_kwargs["return_tensors"]
-        tokenizer = self._lm_tokenizer()
-        flat = [flatten(tokenizer, messages) for messages in batch]
-        texts = [render(tokenizer, messages, chat_template, **kwargs) for messages in flat]
+        texts = [render(self.tokenizer, messages, chat_template, **kwargs) for messages in batch]
         if not tokenize:
             return texts if is_batch else texts[0]
         images = [images_in(messages) for messages in batch]
@@ -224,9 +181,8 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
 
     def encode_answer(self, output: str) -> list[int]:
         """Token ids of an answer behind its prompt, with those that end it: the template's end of turn, or EOS."""
-        lead, end = answer_frame(self._lm_tokenizer())
-        words = lead + escape_special_tokens(self.tokenizer, output)
-        return encode(self.tokenizer, words, continues=True) + end
+        space, end = answer_frame(self.tokenizer)
+        return encode(self.tokenizer, space + escape_special_tokens(self.tokenizer, output), continues=True) + end
 
     def encode_prompt(self, prompt: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a prompt, with `num_query_tokens` placeholders for each `<image>` that is markup."""
@@ -236,7 +192,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         return [token for token in ids for _ in range(repeats.get(token, 1))]
 
     def __call__(
-        self, images: Any = None, text: Texts = None, *, queries: Texts = None, timeout: Any = None, **kwargs: Any
+        self, images: Any = None, text: Any = None, *, queries: Any = None, timeout: Any = None, **kwargs: Any
     ) -> BatchFeature:
         """Make what the model reads of B prompts and the N images in them.
 
@@ -253,45 +209,38 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
             `input_ids`, `attention_mask` `(B, S)`; for images `pixel_values` `(N, 3, H, W)` and what else the image
             processor gives; for a Q-Former with instructions `qformer_input_ids`, `qformer_attention_mask` `(N, T)`.
 
-        Raises:
-            ValueError: nothing given, images and `<image>` that do not match (with the row and both counts), too little
-                room for the images; for an image that is none, and for OSError, see [`load_image`].
-            TypeError: a keyword that nothing here reads, `videos` and `audio` among them.
+        Raises a ValueError for nothing given, images and `<image>` that do not match, too little room for the images;
+        a TypeError for a keyword that nothing here reads; for what is no image, see [`load_image`].
         """
         self._check_keywords(kwargs)
         if images is None and text is None:
             raise ValueError("neither images nor text given")
         offsets, types = (kwargs.pop(f"return_{n}", False) for n in ("text_replacement_offsets", "mm_token_type_ids"))
-        merged = self._merge_kwargs(_PARTS[2], tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        own = self.tokenizer.init_kwargs
+        merged = self._merge_kwargs(processing_utils.ProcessingKwargs, tokenizer_init_kwargs=own, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
-        rows, sorted_by_caller = ([], False) if images is None else _rows_of(images)
+        rows, are_nested = ([], False) if images is None else _rows_of(images)
         if text is None and not all(rows):
             raise ValueError(f"row {rows.index([])} has an empty list of images, and no text")
-        features: dict[str, Any] = {}
+        flat = [image for row in rows for image in row]
         if self.is_stage1:
-            if text is not None:
-                features |= self.encode_for_qformer(texts_of(text, "text"), **text_kwargs)
-            flat = [image for row in rows for image in row]
+            features = {} if text is None else self.encode_for_qformer(texts_of(text, "text"), **text_kwargs)
         else:
+            texts = rows if text is None else texts_of(text, "text")
+            asked = self._queries(queries, len(texts))
             if text is None:
-                asked = zip(self._queries(queries, len(rows)), rows, strict=True)
-                texts = [self.build_prompt(query, num_images=len(row)) for query, row in asked]
-            else:
-                texts = texts_of(text, "text")
-            image_token_id, special = self.image_token_id, text_kwargs.get("add_special_tokens", True)
-            ids = [self.encode_prompt(prompt, special) for prompt in texts]
-            counts = [row.count(image_token_id) // self.num_query_tokens for row in ids]
-            flat = _match_images(rows, sorted_by_caller, counts)
-            features |= self._pad(ids, **text_kwargs)
+                texts = [self.build_prompt(query, num_images=len(row)) for query, row in zip(asked, rows, strict=True)]
+            ids = [self.encode_prompt(prompt, text_kwargs.get("add_special_tokens", True)) for prompt in texts]
+            wanted = [row.count(self.image_token_id) // self.num_query_tokens for row in ids]
+            _check_counts([len(row) for row in rows], are_nested, wanted)
+            features = self._pad(ids, **text_kwargs)
             if types:
-                features["mm_token_type_ids"] = [
-                    [int(n == image_token_id) for n in row] for row in features["input_ids"]
-                ]
+                features["mm_token_type_ids"] = self.create_mm_token_type_ids(features["input_ids"])
             if flat and self.qformer_tokenizer is not None:
                 if text is not None and queries is None:
                     raise ValueError("the Q-Former reads the query too: say with queries= what is asked in text=")
-                asked = zip(self._queries(queries, len(texts)), counts, strict=True)
-                encoded = self.encode_for_qformer([query for query, n in asked for _ in range(n)], padding=True)
+                asked = [query for query, count in zip(asked, wanted, strict=True) for _ in range(count)]
+                encoded = self.encode_for_qformer(asked, padding=True)
                 features |= {f"qformer_{name}": value for name, value in encoded.items()}
         if flat:
             loaded, layout = [], images_kwargs.pop("input_data_format", None)
@@ -301,47 +250,39 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
             features |= self.encode_images(loaded, **images_kwargs)
         features = BatchFeature(features, tensor_type=text_kwargs.get("return_tensors"))
         if offsets and not self.is_stage1:
-            features["text_replacement_offsets"] = [self._replacement_offsets(prompt) for prompt in texts]
+            replacement = IMAGE_TOKEN * self.num_query_tokens
+            told = [replacement_offsets(self.tokenizer, prompt, replacement) for prompt in texts]
+            features["text_replacement_offsets"] = told
         return features
 
     def _check_keywords(self, kwargs: dict[str, Any]) -> None:
-        """Raises a TypeError for a keyword that nothing here reads, with the nearest that something reads."""
-        accepted = {*_KWARGS, *getattr(self.image_processor.valid_kwargs, "__annotations__", ())}
+        """Raises a TypeError for a keyword that nothing here reads."""
+        known = _KNOWN.union(_REFUSED, self.image_processor.valid_kwargs.__annotations__)
         for name, value in kwargs.items():
-            if name in _OTHER_MODALITIES and not _is_empty(value):
-                raise TypeError(f"{name} was given, and {type(self).__name__} takes images and text alone")
-            if name not in {*accepted, *_IGNORED_KWARGS, *_OTHER_MODALITIES}:
-                near = get_close_matches(name, {*accepted, "queries", "images", "text", "timeout"}, n=1)
-                meant = _MEANT.get(name, near[0] if near else None)
-                hint = f": was {meant} meant?" if meant else ""
-                raise TypeError(f"{type(self).__name__} knows no keyword {name!r}{hint}")
-            if name in _UNREAD and value not in (None, False) and not self.is_stage1:
-                raise TypeError(f"{name} was given, and {type(self).__name__} does not read it")
+            if name not in known or (name in _REFUSED and not _is_empty(value)):
+                hint = from_package(_ASSEMBLY, "").nearest_keyword(name, known) if IN_PACKAGE else ""
+                raise TypeError(f"{type(self).__name__} does not read {name}{hint}")
             if name in _GROUPS:
                 self._check_keywords(value or {})
 
-    def _replacement_offsets(self, prompt: str) -> list[dict[str, Any]]:
-        """Where each `<image>` of a prompt stands, before and after it is expanded: characters."""
-        replacement, offsets = IMAGE_TOKEN * self.num_query_tokens, []
-        for number, start in enumerate(image_positions(self.tokenizer, prompt)):
-            new_start = start + number * (len(replacement) - len(IMAGE_TOKEN))
-            spans = {"span": (start, start + len(IMAGE_TOKEN)), "new_span": (new_start, new_start + len(replacement))}
-            offsets.append({"type": "image", "text": IMAGE_TOKEN, "replacement": replacement, **spans})
-        return offsets
-
     def _get_num_multimodal_tokens(self, image_sizes: Sequence[Any] | None = None, **_: Any) -> Any:
         """How many placeholders images of these sizes take: each `num_query_tokens`. vLLM asks for it."""
-        count = 0 if image_sizes is None else len(image_sizes)
-        patches = [1] * count
-        return processing_utils.MultiModalData([self.num_query_tokens] * count, num_image_patches=patches)
+        count = len(image_sizes or ())
+        return processing_utils.MultiModalData([self.num_query_tokens] * count, num_image_patches=[1] * count)
 
     def load_image(self, source: Any, timeout: float | None = None, layout: Any = None) -> Image.Image:
         """[`load_image`] within this processor's limit of pixels, before and after resizing; raises what it does."""
-        return load_image_for(self.image_processor, source, timeout, self.max_image_pixels, layout)
+        limit = self.max_image_pixels
+        return load_image_for(self.image_processor, source, timeout=timeout, max_pixels=limit, layout=layout)
 
     def encode_images(self, images: list[Image.Image], **images_kwargs: Any) -> BatchFeature:
-        """`pixel_values` `(N, 3, H, W)` and what else the image processor gives; raises what [`rescaling_of`] does."""
-        return self.image_processor(images, **images_kwargs | rescaling_of(self.image_processor, images, images_kwargs))
+        """`pixel_values` `(N, 3, H, W)` and what else the image processor gives; a ValueError for a wrong range."""
+        own = {name: getattr(self.image_processor, name, None) for name in ("do_rescale", "rescale_factor")}
+        asked = own | {name: value for name, value in images_kwargs.items() if value is not None}
+        if asked["do_rescale"] is False or asked["rescale_factor"] == 1:
+            rescaling = from_package("assembly.rescaling", "an image processor that does not rescale")
+            images_kwargs |= rescaling.rescaling_of(self.image_processor, images, images_kwargs)
+        return self.image_processor(images, **images_kwargs)
 
     def _queries(self, queries: str | Sequence[str] | None, rows: int) -> list[str]:
         if queries is None or isinstance(queries, str):
@@ -361,30 +302,22 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
             raise ValueError(f"a text has {longest} tokens; the Q-Former takes {limit}")
         return dict(encoded)
 
-    def _pad(self, rows: list[list[int]], **kwargs: Any) -> dict[str, list[list[int]]]:
-        tokenizer, padding, truncation = self.tokenizer, kwargs.get("padding", False), kwargs.get("truncation", False)
-        max_length = kwargs.get("max_length")
-        if max_length is None and tokenizer.model_max_length < 10**9:  # 1e30 stands for "not known"
-            max_length = tokenizer.model_max_length
+    def _pad(
+        self, rows: list[list[int]], padding: Any = False, truncation: Any = None, max_length: Any = None, **kwargs: Any
+    ) -> dict[str, list[list[int]]]:
+        if max_length is None and self.tokenizer.model_max_length < 10**9:  # 1e30 stands for "not known"
+            max_length = self.tokenizer.model_max_length
         if truncation not in (False, None, "do_not_truncate") and max_length is not None:
-            for position, ids in enumerate(rows):
-                with error_context(f"row {position}"):
-                    rows[position] = truncate(tokenizer, ids, max_length)
+            rows = from_package("assembly.truncation", "truncation").truncated(self.tokenizer, rows, max_length)
         if padding == "max_length" and max_length is None:
             raise ValueError('padding="max_length" needs a max_length; the tokenizer knows of none')
-        kwargs = {name: kwargs[name] for name in ("pad_to_multiple_of", "padding_side") if name in kwargs}
-        kwargs |= {"return_attention_mask": True, "verbose": False}
-        return dict(tokenizer.pad({"input_ids": rows}, padding, max_length, **kwargs))
+        settings = (padding, max_length, kwargs.get("pad_to_multiple_of"), kwargs.get("padding_side"))
+        return dict(self.tokenizer.pad({"input_ids": rows}, *settings, return_attention_mask=True, verbose=False))
 
     @property
     def model_input_names(self) -> list[str]:
         words, instructs = ["input_ids", "attention_mask"], not (self.qformer_tokenizer is None or self.is_stage1)
         return words + self.image_processor.model_input_names + [f"qformer_{name}" for name in words if instructs]
-
-    def _lm_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.is_stage1:
-            raise ValueError("this is a stage-1 processor: without the LM's tokenizer there are no prompts")
-        return self.tokenizer
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
@@ -413,26 +346,23 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, processor_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[Any]:
-        saved, asked = (processor_dict or {}).get("num_query_tokens"), kwargs.get("num_query_tokens")
+        source, fields = pretrained_model_name_or_path, processor_dict or {}
+        saved, asked = fields.get("num_query_tokens"), kwargs.get("num_query_tokens")
         if None not in (saved, asked) and saved != asked:
-            raise ValueError(
-                f"{pretrained_model_name_or_path}: num_query_tokens is {saved} in its {PROCESSOR_NAME}, with which its "
-                f"model was trained, and {asked} was asked for: leave it out, or build one anew with from_backbones"
-            )
+            where = f"num_query_tokens is {saved} in its {PROCESSOR_NAME}, with which its model was trained"
+            raise ValueError(f"{source}: {where}, and {asked} was asked for: leave it out")
         kwargs = {name: value for name, value in kwargs.items() if name not in _FIELDS}
-        source, subfolder = pretrained_model_name_or_path, kwargs.pop("subfolder", "")
+        subfolder = kwargs.pop("subfolder", "")
         parts: list[Any] = [AutoImageProcessor.from_pretrained(source, subfolder=subfolder, **kwargs)]
-        folders = (subfolder, f"{subfolder}/{_TOKENIZERS[1]}".strip("/"))
-        for name, folder, side in zip(_TOKENIZERS, folders, ({"padding_side": "left"}, {}), strict=True):
-            is_absent = (processor_dict or {}).get(name, "present") is None
-            settings = {"subfolder": folder, **side, **kwargs}  # older saves do not say on which side they pad
-            parts.append(None if is_absent else AutoTokenizer.from_pretrained(source, **settings))
+        for name, folder in zip(_TOKENIZERS, (subfolder, f"{subfolder}/{_TOKENIZERS[1]}".strip("/")), strict=True):
+            is_absent = fields.get(name, "present") is None
+            parts.append(None if is_absent else AutoTokenizer.from_pretrained(source, subfolder=folder, **kwargs))
         return parts
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether there is nothing in it: None, or lists and dicts of nothing."""
-    return all(map(_is_empty, value)) if isinstance(value, (list, tuple, dict)) else value is None
+    """Whether there is nothing in it: None, False, or lists and dicts of nothing."""
+    return all(map(_is_empty, value)) if isinstance(value, (list, tuple, dict)) else value is None or value is False
 
 
 def _is_list(item: Any) -> bool:
@@ -442,7 +372,7 @@ def _is_list(item: Any) -> bool:
 
 
 def _rows_of(images: Any) -> tuple[list[list[Any]], bool]:
-    """Images by row, and whether the caller has sorted them; where not, each image is a row of its own."""
+    """Images by row, and whether they were given so; where not, each image is a row of its own."""
     items = list(images) if _is_list(images) else [images]
     if not items:
         raise ValueError("images is an empty list")
@@ -454,17 +384,12 @@ def _rows_of(images: Any) -> tuple[list[list[Any]], bool]:
     return [[] if item is None else list(item) for item in items], True
 
 
-def _match_images(rows: list[list[Any]], sorted_by_caller: bool, wanted: list[int]) -> list[Any]:
-    """All images in the order of their placeholders; each text has as many as `wanted` says, or a ValueError tells."""
-    flat, counts = [image for row in rows for image in row], [len(row) for row in rows]
-    if not sorted_by_caller:
-        counts = wanted if len(flat) == sum(wanted) else [len(flat)] if len(wanted) == 1 else counts
-    if len(counts) != len(wanted):
-        texts = f"the {len(wanted)} texts have {sum(wanted)} <image> in all ({', '.join(map(str, wanted))})"
-        lists = f" in {len(rows)} lists" if sorted_by_caller else ""
-        raise ValueError(f"{texts}, and {len(flat)} images were given{lists}")
-    for row, (has, wants) in enumerate(zip(counts, wanted, strict=True)):
+def _check_counts(given: list[int], are_nested: bool, wanted: list[int]) -> None:
+    """Raises a ValueError where a row, or all rows whose images are in one list, have another number of `<image>`."""
+    if not are_nested:
+        given, wanted = [sum(given)], [sum(wanted)]
+    for row, (has, wants) in enumerate(zip_longest(given, wanted, fillvalue="no")):
         if has != wants:
-            hint = ": each image needs its <image> in the text" if wants < has else ""
-            raise ValueError(f"row {row}: {wants} <image> in the text, {has} images given{hint}")
-    return flat
+            counts = f"{wants} <image> in the text, {has} images given"
+            where = f"row {row}" if are_nested else "all rows"
+            raise ValueError(f"{where}: {counts}: each image needs its <image> in the text")

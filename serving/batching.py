@@ -16,8 +16,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from ..assembly.stop_tokens import missing_tokens
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
-from ..processing.pipeline_lorgnette import missing_tokens
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .errors import RefusedError
 from .sampling import Sampler

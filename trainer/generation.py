@@ -5,8 +5,8 @@ from itertools import islice
 from typing import Any
 
 from ..assembly.conversations import messages_of
+from ..assembly.stop_tokens import missing_tokens
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
-from ..processing.pipeline_lorgnette import missing_tokens
 from ..processing.prompt_encoding import error_context, parts_of
 from .collator import LorgnetteCollator
 

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from lorgnette import LorgnetteCollator, LorgnetteProcessor
-from lorgnette.assembly.conversations import conversations_of, parts_of
+from lorgnette.assembly.conversations import conversations_of, messages_of, parts_of
 from lorgnette.trainer.data import _length, _open_chat
 from lorgnette.trainer.generation import references_of
 
@@ -187,12 +187,16 @@ def test_errors_do_not_repeat_a_long_chat(processor):
         assert len(str(caught.value)) < 500
 
 
-def test_parts_that_were_written_as_a_string_are_no_words():
+def test_parts_that_were_written_as_a_string_are_no_words(processor):
     parts = json.dumps([{"type": "image"}, {"type": "text", "text": "what is it?"}])
-    with pytest.raises(TypeError, match=r"the content of a message is JSON of parts.*json.loads"):
-        parts_of({"role": "user", "content": parts})
-    for words in ("[1, 2] is a list", "[1, 2]", "[]", '[{"kind": 1}]', "[half"):
+    for read in (messages_of, conversations_of, processor.apply_chat_template):
+        with pytest.raises(TypeError, match=r"the content of a message is JSON of parts.*json.loads"):
+            read([{"role": "user", "content": parts}])
+    answer = '[{"bbox": [1, 2, 3, 4]}]'
+    assert processor.build_prompt(system=answer, output=answer).count(answer) == 2
+    for words in (answer, "[1, 2] is a list", "[1, 2]", "[]", '[{"kind": 1}]', ' [ {"kind": 1}]', "[half", "[{half"):
         assert parts_of({"role": "user", "content": words}) == [{"type": "text", "text": words}]
+        assert words in processor.apply_chat_template([{"role": "user", "content": words}])
     assert parts_of({"role": "user", "content": [{"type": "text", "text": parts}]})[0]["text"] == parts
 
 

@@ -125,12 +125,14 @@ def test_settings_of_the_whole_pipeline(parts, expected):
     assert pipe(PICTURES[:2]) == [expected(picture, "What?", max_new_tokens=2) for picture in PICTURES[:2]]
 
 
-def test_an_answer_ends_with_its_turn(parts, pipe, monkeypatch):
+def test_an_answer_ends_with_its_turn(parts, monkeypatch):
     """A base LM's generation config knows its own EOS only, not the end of a turn in the chat template."""
     model, processor = parts
     inputs = processor(images=PICTURES[0], return_tensors="pt")
     generated = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     monkeypatch.setattr(LorgnetteProcessor, "stop_token_ids", [int(generated[1])])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    pipe = LorgnetteImageToTextPipeline(model=model, processor=processor, device="cpu")
     assert pipe(PICTURES[0], **TOKENS) == [{"generated_text": processor.decode(generated[:2]).strip()}]
 
 
@@ -144,8 +146,8 @@ def test_bad_images(pipe, tmp_path):
     for nothing, message in (
         (None, "no images"),
         ([], "images is an empty list"),
-        ([[]], "image 0 is an empty list"),
-        ([PICTURES[:1], []], "image 1 is an empty list"),
+        ([[]], "image 0: row 0 has an empty list of images"),
+        ([PICTURES[:1], []], "image 1: row 0 has an empty list of images"),
         ([None], "image 0: the image is None"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -216,13 +216,14 @@ class TestImages:
     @pytest.mark.parametrize(
         ("images", "texts", "message"),
         [
-            (1, "no place", "row 0: 0 <image> in the text, 1 images given: each image needs its <image>"),
-            (None, "<image>", "row 0: 1 <image> in the text, 0 images"),
-            (2, ["<image>", "<image> <image>"], r"row 1: 2 <image> in the text, 1 images"),
-            (3, ["<image>", "<image>"], r"2 texts have 2 <image> in all \(1, 1\), and 3 images"),
-            (2, "<image>", "row 0: 1 <image> in the text, 2 images"),
+            (1, "no place", "all rows: 0 <image> in the text, 1 images given: each image needs its <image>"),
+            (None, "<image>", "all rows: 1 <image> in the text, 0 images"),
+            (2, ["<image>", "<image> <image>"], "all rows: 3 <image> in the text, 2 images"),
+            (3, ["<image>", "<image>"], "all rows: 2 <image> in the text, 3 images"),
+            (2, "<image>", "all rows: 1 <image> in the text, 2 images"),
             ([1, 2], ["<image>", "<image>"], "row 1: 1 <image> in the text, 2 images"),
-            ([1, 1, 1], ["<image>", "<image>"], "3 images were given in 3 lists"),
+            ([1, 1, 1], ["<image>", "<image>"], "row 2: no <image> in the text, 1 images"),
+            ([1], ["<image>", "<image>"], "row 1: 1 <image> in the text, no images"),
         ],
     )
     def test_counts_that_differ(self, images, texts, message):
