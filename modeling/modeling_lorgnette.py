@@ -22,9 +22,9 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_lorgnette import LorgnetteConfig, from_package
-from .modeling_base import KV_CACHE, LorgnettePreTrainedModel
-from .modeling_checks import IGNORED, check_decoding, check_prompts, check_token_ids, setting_of
-from .modeling_headless import IMAGE_INPUTS, LorgnetteImageFeatures, LorgnetteModel, one_cache
+from .modeling_base import LorgnettePreTrainedModel
+from .modeling_checks import IGNORED, check_decoding, check_prompts, setting_of
+from .modeling_headless import IMAGE_INPUTS, LorgnetteImageFeatures, LorgnetteModel, one_cache, states_of
 from .modeling_loss import LorgnetteLossOutput, can_supervise, supervised_loss
 
 
@@ -33,13 +33,9 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` of the language model, and the visual tokens it was given.
+    """`CausalLMOutputWithPast` of the language model, and the visual tokens that it was given.
 
     Args:
-        loss: the language model's own loss, where `labels` were given.
-        logits: `(B, S, vocabulary)`.
-        cache: the language model's; `past_key_values` before transformers 5.24.
-        hidden_states, attentions: the language model's, on request.
         image_hidden_states: `(N, Q, M)` visual tokens, where there were images.
         image_outputs: outputs of ViT and Q-Former, as [`~LorgnetteModel.get_image_features`] returns them.
     """
@@ -54,30 +50,25 @@ class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 def _check_label_smoother(reader: dict[str, Any], vocab_size: int) -> None:
-    """Refuse what Trainer's `LabelSmoother` would get wrong: the model sees no labels where it computes the loss.
+    """Raise a ValueError where Trainer's `LabelSmoother` reads the logits, with labels that it would get wrong.
 
     Args:
         reader: the local variables of the function that reads the logits.
-
-    Raises:
-        ValueError: it is that one, and would compare each token's logits with that token; or has labels past the
-            vocabulary.
     """
-    if type(reader.get("self")).__name__ != "LabelSmoother":
+    smoother, labels = reader.get("self"), reader.get("labels")
+    if type(smoother).__name__ != "LabelSmoother":
         return
-    labels = reader.get("labels")
     if isinstance(labels, torch.Tensor) and (labels >= vocab_size).any():
         raise ValueError(
-            f"label_smoothing_factor is {reader['self'].epsilon}, and labels of the batch are on image placeholders "
-            f"(id {labels.max()}, past the vocabulary of {vocab_size}): TRL labels them in rows of messages. Give rows "
+            f"label_smoothing_factor is {smoother.epsilon}, and labels of the batch are on image placeholders (id "
+            f"{labels.max()}, past the vocabulary of {vocab_size}), where TRL puts them in rows of messages: give rows "
             "of prompt and completion, LorgnetteCollator as data_collator, or no label smoothing"
         )
-    if reader.get("shift_labels") is False:
+    if reader.get("shift_labels") is False:  # Trainer shifts them for models whose class it knows by name
         raise ValueError(
-            f"label_smoothing_factor is {reader['self'].epsilon}, and Trainer would not shift the labels: it would "
-            "teach each token to predict itself, and not the next. It shifts them for models whose class it knows by "
-            "name, which torch_compile and other wrappers hide, and Seq2SeqTrainer's predict_with_generate never does: "
-            "set label_smoothing_factor to 0, or leave that out"
+            f"label_smoothing_factor is {smoother.epsilon}, and Trainer would not shift the labels, so that each token "
+            "would learn to predict itself. torch_compile, other wrappers and predict_with_generate have this effect: "
+            "leave them out, or set label_smoothing_factor to 0"
         )
 
 
@@ -157,7 +148,6 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
     disable_adapter = LorgnetteModel.disable_adapter
     add_adapter = load_adapter = LorgnetteModel.add_adapter
     _finish_loading = LorgnetteModel._finish_loading
-    _save_beside = LorgnetteModel._save_beside
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> LorgnetteImageFeatures:
         """See [`LorgnetteModel.get_image_features`]."""
@@ -186,11 +176,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             from_package("assembly.adapter_sets", "set_bridge").set_bridge(self, name)
 
     def adopt_processor(self, processor: Any) -> None:
-        """Save this processor with the model, and end answers where it says.
-
-        Raises:
-            ValueError: it does not fit, see [`check_processor`].
-        """
+        """Save this processor with the model, and end answers where it says; raises what [`check_processor`] does."""
         self.check_processor(processor)
         self._processor = processor
         # a base LM knows no end of a turn, which the chat template of a processor may have
@@ -198,32 +184,6 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         known = known if isinstance(known, list) else [known]
         self.generation_config.eos_token_id = sorted({*known, *processor.stop_token_ids})
         self.generation_config.pad_token_id = processor.tokenizer.pad_token_id
-
-    def check_processor(self, processor: Any) -> None:
-        """Check that a processor makes this model's inputs.
-
-        Raises:
-            ValueError: another placeholder or another number of them, with both; tokens past the language model's table
-                of embeddings; a Q-Former that takes instructions and a processor without its tokenizer, or the reverse.
-        """
-        for field in ("image_token_id", "num_query_tokens"):
-            ours, theirs = getattr(self.config, field), getattr(processor, field)
-            if ours != theirs:
-                raise ValueError(
-                    f"The model's {field} is {ours}, the processor's {theirs}: they do not belong together"
-                )
-        check_token_ids(processor.tokenizer, processor.image_token_id, self.get_input_embeddings().num_embeddings)
-        config, tokenizer = self.config.qformer_config, processor.qformer_tokenizer
-        if config.use_qformer_text_input != (tokenizer is not None):
-            raise ValueError(
-                f"qformer_config.use_qformer_text_input is {config.use_qformer_text_input}, and the processor has "
-                f"{'no' if tokenizer is None else 'a'} qformer_tokenizer: instructions need both"
-            )
-        if tokenizer is not None and len(tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"qformer_config.vocab_size is {config.vocab_size}, and the processor's qformer_tokenizer has "
-                f"{len(tokenizer)} tokens"
-            )
 
     def _get_name(self) -> str:
         """A causal LM's: where Trainer smooths labels, it shifts them for models of these names alone."""
@@ -282,33 +242,18 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             `logits_to_keep` asks for some (0 for all).
 
         Raises:
-            ValueError: placeholders and images that do not match, labels on placeholders, pictures that are not finite;
-                each names the row. Sequences that the language model cannot separate, or weights in float16 that train.
+            ValueError: with the row, for placeholders and images that do not match, labels on placeholders and pictures
+                that are not finite. Sequences that the language model cannot separate; float16 weights that train.
             ImportError: `sequence_ids` or `shared_input_ids`, and the package is not installed.
         """
         # Trainer keeps the labels, and counts them, where it computes the loss itself
         if self.training and (labels is not None or kwargs.get("num_items_in_batch") is not None):
             self.check_trainable()
-        images = {
-            "pixel_values": pixel_values,
-            "vision_features": vision_features,
-            "pixel_attention_mask": pixel_attention_mask,
-            "spatial_shapes": spatial_shapes,
-            "image_rows": image_rows,
-            "qformer_input_ids": qformer_input_ids,
-            "qformer_attention_mask": qformer_attention_mask,
-        }
+        image_inputs = (pixel_values, vision_features, pixel_attention_mask, spatial_shapes, image_rows)
+        images = dict(zip(IMAGE_INPUTS, (*image_inputs, qformer_input_ids, qformer_attention_mask)))  # noqa: B905 (compiled)
+        tokens = (input_ids, inputs_embeds, attention_mask, position_ids, one_cache(past_key_values, cache))
         inputs, features = self._headless.lm_inputs(
-            input_ids,
-            attention_mask,
-            position_ids,
-            one_cache(past_key_values, cache),
-            inputs_embeds,
-            images,
-            row_index,
-            sequence_ids,
-            labels,
-            supervised_positions,
+            *tokens, images, row_index, sequence_ids, labels, supervised_positions
         )
         lm_forward = self.language_model
         if self.training and labels is not None and can_supervise(self.language_model, kwargs):
@@ -320,17 +265,11 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
                 rows = (shared_input_ids, input_ids, attention_mask, row_index, self.config.image_token_id)
                 inputs |= prefix.shared_inputs(self.language_model, inputs | kwargs, labels, *rows)
         outputs = lm_forward(return_dict=True, **inputs | kwargs)
-        states = {
-            "hidden_states": getattr(outputs, "hidden_states", None),
-            "attentions": getattr(outputs, "attentions", None),  # Mamba has none
-            "image_hidden_states": None if features is None else features.pooler_output,
-        }
+        states = states_of(outputs, features)
         if outputs.logits is None:
-            return LorgnetteLossOutput(loss=outputs.loss, **states)
-        past = {KV_CACHE: getattr(outputs, KV_CACHE, None)}
-        return LorgnetteCausalLMOutputWithPast(
-            loss=outputs.loss, logits=outputs.logits, image_outputs=features, **states, **past
-        )
+            kept = ("hidden_states", "attentions", "image_hidden_states")
+            return LorgnetteLossOutput(loss=outputs.loss, **{name: states[name] for name in kept})
+        return LorgnetteCausalLMOutputWithPast(loss=outputs.loss, logits=outputs.logits, **states)
 
     # ------------------------------------------------------------------------------------------------ generation
 
@@ -366,10 +305,8 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             input_ids, kwargs = training.prompts_of(input_ids, kwargs, self.generation_config.pad_token_id)
         check_prompts(kwargs)
         if input_ids is not None and input_ids.is_floating_point():
-            raise ValueError(
-                f"generate was given {input_ids.dtype} {tuple(input_ids.shape)} in the place of input_ids, the "
-                "prompts' ids (B, S): pictures go in as pixel_values=…"
-            )
+            given = f"{input_ids.dtype} {tuple(input_ids.shape)}"
+            raise ValueError(f"generate was given {given} in the place of input_ids: pictures go in as pixel_values=…")
         configs = (generation_config, self.generation_config)
         has_images = images["pixel_values"] is not None or images["vision_features"] is not None
         check_decoding(has_images or kwargs.get("inputs_embeds") is not None, kwargs, *configs)
@@ -377,11 +314,8 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             kwargs["tokenizer"] = self._known_processor("give its tokenizer=, which stop_strings need").tokenizer
         if has_images:
             if input_ids is None and kwargs.get("inputs_embeds") is None:
-                if (mask := kwargs.get("attention_mask")) is not None:
-                    raise ValueError(
-                        f"attention_mask {tuple(mask.shape)} was given without the input_ids that it is for: give "
-                        "both, or the images alone, which are asked the processor's own query"
-                    )
+                if kwargs.get("attention_mask") is not None:
+                    raise ValueError("attention_mask was given without the input_ids that it is for: give both")
                 input_ids, own = self._own_prompts(images)
                 images |= own
             row_index = kwargs.pop("row_index", None)
@@ -390,9 +324,8 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
 
     def _own_prompts(self, images: dict[str, torch.Tensor | None]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`(N, S)`, the processor's own query about each of N images; and the same for a Q-Former that reads it."""
-        processor = self._known_processor(
-            "give input_ids with the images' placeholders, or the model its processor: adopt_processor(…)"
-        )
+        what = "give input_ids with the images' placeholders, or the model its processor: adopt_processor(…)"
+        processor = self._known_processor(what)
         self.check_processor(processor)
         shown = next(
             images[name] for name in ("image_rows", "vision_features", "pixel_values") if images[name] is not None
@@ -422,10 +355,9 @@ LorgnetteModel.head_class = LorgnetteForConditionalGeneration
 
 
 class ImageTokenLogitsProcessor(LogitsProcessorList):
-    """Logits processors that see no placeholders: their id cannot be generated, nor be looked up in the scores.
+    """Logits processors that see no placeholders, whose id may be past the vocabulary, and cannot be generated.
 
-    The id may be past the vocabulary, where a repetition penalty's look-up would fail. In its place the processors see
-    a token that the row holds anyway, so that what they count as "already there" stays the same.
+    In their place they see a token that the row has anyway, so that what a repetition penalty counts stays the same.
     """
 
     def __init__(self, processors: LogitsProcessorList, image_token_id: int):
@@ -446,13 +378,9 @@ class ImageTokenLogitsProcessor(LogitsProcessorList):
 def _ignore_placeholder_labels(
     model: LorgnetteForConditionalGeneration, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Labels on placeholders are left out where a trainer computes the loss from states by itself.
+    """Leave labels on placeholders out where TRL computes the loss from states: it labels all of a row of messages.
 
-    TRL copies `input_ids` of rows of messages to `labels`, and calls `forward` with `fused_lm_head=True`, which it has
-    put in place of this model's. An id past the vocabulary would be looked up in the logits there.
-
-    Raises:
-        ValueError: such a call measures alone, in training: the loss came of a call without labels, and has them.
+    Raises a ValueError where such a call, in training, measures alone: then the loss was computed with these labels.
     """
     labels, input_ids = kwargs.get("labels"), kwargs.get("input_ids")
     if not kwargs.get("fused_lm_head") or labels is None or input_ids is None:
@@ -464,14 +392,10 @@ def _ignore_placeholder_labels(
     if model.training and not torch.is_grad_enabled():
         raise ValueError(
             f"{where}, and the trainer computes its loss outside of the model (label_smoothing_factor, "
-            "compute_loss_func), where they cannot be left out: give rows of prompt and completion, or "
-            "LorgnetteCollator as data_collator, which label none"
+            "compute_loss_func): give rows of prompt and completion, or LorgnetteCollator as data_collator"
         )
     logger.warning_once(
-        f"{where}: they are left out of the loss. The trainer's count of labels, by which it divides, has them: rows "
+        f"{where}: they are left out of the loss, and not of the trainer's count of labels, by which it divides. Rows "
         "of prompt and completion, or LorgnetteCollator as data_collator, have none"
     )
     return args, kwargs | {"labels": labels.masked_fill(labelled, IGNORED)}
-
-
-__all__ = ["LorgnetteCausalLMOutputWithPast", "LorgnetteForConditionalGeneration"]
