@@ -138,8 +138,6 @@ class LorgnettePreTrainedModel(PreTrainedModel):
             features, hidden_states=outputs.hidden_states if wanted else None, attentions=outputs.attentions
         )
 
-    # ------------------------------------------------------------------------------------------------ training
-
     def check_trainable(self) -> None:
         """Called where a loss is computed for training.
 
@@ -180,8 +178,6 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         """With the package: see [`~lorgnette.assembly.processor_checks.check_processor`]."""
         if IN_PACKAGE:
             from_package("assembly.processor_checks", "").check_processor(self, processor)
-
-    # ------------------------------------------------------------------------------------------------ loading
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any):
@@ -241,8 +237,6 @@ class LorgnettePreTrainedModel(PreTrainedModel):
             return self._processor.load()
         except OSError as error:
             raise OSError(f"{error}; {otherwise}") from error
-
-    # ------------------------------------------------------------------------------------------------ saving
 
     def save_pretrained(
         self,

@@ -45,12 +45,10 @@ IMAGE_INPUTS = (
 
 @dataclass
 class LorgnetteImageFeatures(BaseModelOutputWithPooling):
-    """What [`~LorgnetteForConditionalGeneration.get_image_features`] returns.
+    """The ViT's output, with vision features `(N, L, E)` as its last hidden state.
 
     Args:
-        last_hidden_state: `(N, L, E)` vision features, as the Q-Former reads them.
         pooler_output: `(N, Q, M)` visual tokens, as the language model reads them.
-        hidden_states, attentions: the ViT's, on request and where it was run.
         qformer_outputs: the Q-Former's, with its own hidden states and attention maps, on request.
     """
 
@@ -147,8 +145,6 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         check_loaded_lora(self, missing, unexpected)
         LorgnettePreTrainedModel._finish_loading(self, missing, unexpected)  # by name: the class with a head borrows it
 
-    # ------------------------------------------------------------------------------------------------ parts
-
     @property
     def max_text_length(self) -> int | None:
         """Tokens the LM has positions for, the placeholders' included; None where its config does not say."""
@@ -188,8 +184,6 @@ class LorgnetteModel(LorgnettePreTrainedModel):
 
     load_adapter = add_adapter
 
-    # ------------------------------------------------------------------------------------------------ forward
-
     @can_return_tuple
     def get_image_features(
         self,
@@ -202,7 +196,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         qformer_attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LorgnetteImageFeatures:
-        """Pictures to visual tokens.
+        """Pictures to visual tokens `(N, Q, M)`, the `pooler_output`.
 
         Args:
             pixel_values: `(N, 3, H, W)`; or, in their place, `vision_features` `(N, L, E)`, the ViT's output.
@@ -210,9 +204,6 @@ class LorgnetteModel(LorgnettePreTrainedModel):
             pixel_attention_mask, spatial_shapes: of SigLIP2's variable resolution.
             qformer_input_ids, qformer_attention_mask: `(N, T)` instruction for the Q-Former, one an image.
             kwargs: `output_attentions`, `output_hidden_states` of the ViT and of the Q-Former.
-
-        Returns:
-            [`LorgnetteImageFeatures`]; its `pooler_output` `(N, Q, M)` are the visual tokens.
 
         Raises:
             ValueError: both or neither of `pixel_values` and `vision_features`.
@@ -244,7 +235,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`(B, S)`, True at the `<image>` placeholders; found by their embedding, if it is in the table, without ids."""
+        """`(B, S)`, True at the `<image>` placeholders; found by their embedding where there are no ids."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         if inputs_embeds is None:
@@ -265,11 +256,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         supervised_positions: torch.Tensor | None = None,
         sequence_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, LorgnetteImageFeatures | None]:
-        """Token embeddings `(B, S, M)` with visual tokens at the placeholders, and the images' features.
-
-        Args:
-            images: of [`IMAGE_INPUTS`].
-        """
+        """Token embeddings `(B, S, M)` with visual tokens at the placeholders, and the features of `IMAGE_INPUTS`."""
         pictures = images["pixel_values"] if images["vision_features"] is None else images["vision_features"]
         is_pixels = images["vision_features"] is None and pictures is not None
         if is_pixels and images["spatial_shapes"] is None and pictures.ndim != 4:

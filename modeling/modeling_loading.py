@@ -203,9 +203,6 @@ def weight_files(name: str | Path, variant: str | None = None, **where: Any) -> 
     return get_checkpoint_shard_files(name, index, **where)[0]
 
 
-# ----------------------------------------------------------------------------------------------------------- backbones
-
-
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
     """`"bfloat16"` to torch's, a ValueError where it has none; `"auto"`, each checkpoint's own, and None stay."""
     if not isinstance(dtype, str) or dtype == "auto":
@@ -271,7 +268,7 @@ def read_language_model(name: str | Path | None, **keywords: Any) -> PreTrainedM
 
 
 def refuse_missing(name: Any, what: str, missing: Iterable[str]) -> None:
-    """Raise a ValueError where a checkpoint lacks weights of a backbone: transformers fills them with random numbers."""
+    """Raise a ValueError where a checkpoint lacks weights of a backbone: transformers would make them random."""
     lacking = sorted(key for key in missing if not is_unread(key))
     if lacking:
         raise ValueError(f"{name or 'The checkpoint'} lacks {len(lacking)} weights of {what} ({lacking[0]}, …)")

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration.configuration_lorgnette import LorgnetteConfig, from_package
+from ..configuration.configuration_lorgnette import IN_PACKAGE, LorgnetteConfig, from_package
 from .modeling_base import LorgnettePreTrainedModel
 from .modeling_checks import IGNORED, check_decoding, check_prompts, setting_of
 from .modeling_headless import IMAGE_INPUTS, LorgnetteImageFeatures, LorgnetteModel, one_cache, states_of
@@ -44,32 +44,11 @@ class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
     image_outputs: LorgnetteImageFeatures | None = None
 
     def __getitem__(self, key: Any) -> Any:
-        if key == "logits" and not torch.compiler.is_compiling():
-            _check_label_smoother(sys._getframe(1).f_locals, super().__getitem__(key).shape[-1])
-        return super().__getitem__(key)
-
-
-def _check_label_smoother(reader: dict[str, Any], vocab_size: int) -> None:
-    """Raise a ValueError where Trainer's `LabelSmoother` reads the logits, with labels that it would get wrong.
-
-    Args:
-        reader: the local variables of the function that reads the logits.
-    """
-    smoother, labels = reader.get("self"), reader.get("labels")
-    if type(smoother).__name__ != "LabelSmoother":
-        return
-    if isinstance(labels, torch.Tensor) and (labels >= vocab_size).any():
-        raise ValueError(
-            f"label_smoothing_factor is {smoother.epsilon}, and labels of the batch are on image placeholders (id "
-            f"{labels.max()}, past the vocabulary of {vocab_size}), where TRL puts them in rows of messages: give rows "
-            "of prompt and completion, LorgnetteCollator as data_collator, or no label smoothing"
-        )
-    if reader.get("shift_labels") is False:  # Trainer shifts them for models whose class it knows by name
-        raise ValueError(
-            f"label_smoothing_factor is {smoother.epsilon}, and Trainer would not shift the labels, so that each token "
-            "would learn to predict itself. torch_compile, other wrappers and predict_with_generate have this effect: "
-            "leave them out, or set label_smoothing_factor to 0"
-        )
+        value = super().__getitem__(key)
+        if key == "logits" and IN_PACKAGE and not torch.compiler.is_compiling():
+            smoothing = from_package("assembly.label_smoothing", "")
+            smoothing.check_label_smoother(sys._getframe(1).f_locals, value.shape[-1])
+        return value
 
 
 class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixin):
@@ -125,8 +104,6 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         """A `transformers.Blip2ForConditionalGeneration`: see [`~lorgnette.assembly.blip2.convert_generation`]."""
         return from_package("assembly.blip2", "from_blip2").convert_generation(cls, source, **kwargs)
 
-    # ------------------------------------------------------------------------------------------------ parts
-
     @property
     def base_model(self) -> LorgnetteModel:
         """The model without its head, of the same parts: trainers that compute a loss of their own run it."""
@@ -148,14 +125,8 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
     disable_adapter = LorgnetteModel.disable_adapter
     add_adapter = load_adapter = LorgnetteModel.add_adapter
     _finish_loading = LorgnetteModel._finish_loading
-
-    def get_image_features(self, *args: Any, **kwargs: Any) -> LorgnetteImageFeatures:
-        """See [`LorgnetteModel.get_image_features`]."""
-        return self._headless.get_image_features(*args, **kwargs)
-
-    def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """See [`LorgnetteModel.get_placeholder_mask`]."""
-        return self._headless.get_placeholder_mask(*args, **kwargs)
+    get_image_features = LorgnetteModel.get_image_features
+    get_placeholder_mask = LorgnetteModel.get_placeholder_mask
 
     def load_lm_adapter(self, source: str | Path, **kwargs: Any) -> None:
         """Replace LoRA by one of peft's: see [`~lorgnette.assembly.foreign_adapters.load_lm_adapter`]."""
@@ -191,8 +162,6 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
 
     def __repr__(self) -> str:
         return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
-
-    # ------------------------------------------------------------------------------------------------ forward
 
     @can_return_tuple
     def forward(
@@ -270,8 +239,6 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             kept = ("hidden_states", "attentions", "image_hidden_states")
             return LorgnetteLossOutput(loss=outputs.loss, **{name: states[name] for name in kept})
         return LorgnetteCausalLMOutputWithPast(loss=outputs.loss, logits=outputs.logits, **states)
-
-    # ------------------------------------------------------------------------------------------------ generation
 
     @torch.no_grad()
     def generate(
