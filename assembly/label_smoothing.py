@@ -23,8 +23,8 @@ def check_label_smoother(reader: dict[str, Any], vocab_size: int) -> None:
     if reader.get("shift_labels") is False:  # Trainer shifts them for models whose class it knows by name
         raise ValueError(
             f"label_smoothing_factor is {smoother.epsilon}, and Trainer would not shift the labels, so that each token "
-            "would learn to predict itself. torch_compile, other wrappers and predict_with_generate have this effect: "
-            "leave them out, or set label_smoothing_factor to 0"
+            "would learn to predict itself. torch_compile and other wrappers hide the model's class from it, and "
+            "Seq2SeqTrainer's predict_with_generate never does: leave them out, or set label_smoothing_factor to 0"
         )
 
 

@@ -14,13 +14,14 @@ def check_processor(model: PreTrainedModel, processor: Any) -> None:
             the reverse; the Q-Former's tokenizer has more tokens than the Q-Former, or uses the id of `[DEC]`.
     """
     config, tokenizer = model.config.qformer_config, processor.qformer_tokenizer
-    if not hasattr(model, "language_model") and not processor.is_stage1:
+    is_stage1 = not hasattr(model, "language_model")
+    if is_stage1 and not processor.is_stage1:
         raise ValueError("This is no stage-1 processor: make one with text=None and qformer= (the Q-Former's BERT)")
     for field in ("image_token_id", "num_query_tokens"):
         ours, theirs = getattr(model.config, field, None), getattr(processor, field)
         if ours != theirs:
             raise ValueError(f"The model's {field} is {ours}, the processor's {theirs}: they do not belong together")
-    if processor.is_stage1:
+    if is_stage1:
         room = config.vocab_size if config.dec_token_id is None else config.dec_token_id
         if len(tokenizer) > room and tokenizer.convert_tokens_to_ids("[DEC]") != config.dec_token_id:
             tokens = len(tokenizer)

@@ -260,7 +260,9 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         pictures = images["pixel_values"] if images["vision_features"] is None else images["vision_features"]
         is_pixels = images["vision_features"] is None and pictures is not None
         if is_pixels and images["spatial_shapes"] is None and pictures.ndim != 4:
-            raise ValueError(f"pixel_values is {tuple(pictures.shape)}; (N, 3, H, W) is needed, also for one picture")
+            raise ValueError(
+                f"pixel_values is {tuple(pictures.shape)}, and (N, 3, H, W) is needed, for one picture too"
+            )
         mask = checked_placeholders(
             self.get_placeholder_mask(input_ids, inputs_embeds),
             None if pictures is None else pictures.detach(),

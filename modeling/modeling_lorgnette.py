@@ -281,8 +281,9 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             kwargs["tokenizer"] = self._known_processor("give its tokenizer=, which stop_strings need").tokenizer
         if has_images:
             if input_ids is None and kwargs.get("inputs_embeds") is None:
-                if kwargs.get("attention_mask") is not None:
-                    raise ValueError("attention_mask was given without the input_ids that it is for: give both")
+                if (mask := kwargs.get("attention_mask")) is not None:
+                    given = f"attention_mask {tuple(mask.shape)}"
+                    raise ValueError(f"{given} was given without the input_ids that it is for: give both")
                 input_ids, own = self._own_prompts(images)
                 images |= own
             row_index = kwargs.pop("row_index", None)
