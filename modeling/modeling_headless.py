@@ -242,7 +242,9 @@ class LorgnetteModel(LorgnettePreTrainedModel):
             raise ValueError("Give input_ids, or inputs_embeds: the prompt, with placeholders for its images")
         table = self.get_input_embeddings()
         if self.config.image_token_id >= table.num_embeddings:
-            raise ValueError("Placeholders have no embedding, and are not found in inputs_embeds: give input_ids")
+            raise ValueError(
+                "Placeholders cannot be found in inputs_embeds: their id is past the table. Give input_ids"
+            )
         placeholder = table(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(-1)
 
