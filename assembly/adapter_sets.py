@@ -15,9 +15,8 @@ from transformers.utils import logging
 
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from ..modeling.modeling_loading import is_unread
-from ..modeling.modeling_lora import lora_weights
 from ..modeling.modeling_saving import refuse_offloaded, without_lora
-from .foreign_adapters import DetachedLora, replace_lora
+from .foreign_adapters import DetachedLora, lora_weights, replace_lora
 from .sources import from_pretrained_arguments
 
 

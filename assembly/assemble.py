@@ -8,10 +8,10 @@ from transformers import PreTrainedModel
 
 from ..configuration.configuration_lorgnette import LorgnetteConfig, LorgnetteQFormerConfig
 from ..configuration.configuration_retrieval import LorgnetteRetrievalConfig
-from ..modeling.modeling_checks import check_token_ids
 from ..modeling.modeling_loading import parse_dtype
 from .backbones import cast_parameters, load_bert, load_language_model, load_vision_model, next_free_token_id
 from .lora_targets import resolve_lora_config
+from .processor_checks import check_token_ids
 from .qformer_init import QFormerInit, load_bert_weights, qformer_fields
 
 

@@ -16,11 +16,11 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from ..modeling.modeling_checks import check_token_ids
 from ..modeling.modeling_loading import is_unread, read_language_model, read_vision_model, vision_model_class
 from ..modeling.modeling_saving import is_backbone_key
 from ..processing.prompt_encoding import IMAGE_TOKEN
 from .backbone_checks import check_language_model, check_vision_model, refuse_own_code
+from .processor_checks import check_token_ids
 from .processors import with_image_token
 from .sources import from_pretrained_arguments, load_tokenizer
 from .structure import refuse_other_structure

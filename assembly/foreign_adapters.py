@@ -1,4 +1,4 @@
-"""LoRA that is already trained, by peft alone or in another model, replaces the language model's."""
+"""LoRA of the language model in peft's own format: saved beside a model, and loaded in the place of its LoRA."""
 
 import copy
 from dataclasses import dataclass
@@ -7,26 +7,56 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import cached_file
 
 from ..assembly.sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteConfig
-from ..modeling.modeling_lora import (
-    LM_ADAPTER,
-    PEFT_PREFIX,
-    attach_lora,
-    lora_is_off,
-    lora_layers,
-    lora_weights,
-    refresh_ignored_keys,
-    switch_lora,
-)
-from ..modeling.modeling_saving import refuse_offloaded
+from ..modeling.modeling_lora import attach_lora, lora_is_off, lora_layers, switch_lora
+from ..modeling.modeling_saving import keys_to_ignore_on_save, refuse_offloaded
 from .lora_targets import outermost_lora_layers, resolve_lora_config
+
+
+LM_ADAPTER = "lm_adapter"  # the sub-folder of a saved model: at the top transformers would put it on the whole model
+PEFT_PREFIX = "base_model.model."  # what peft's own wrapper puts before the names of an LM's weights
+
+
+def lora_weights(language_model: PreTrainedModel, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of LoRA by their names in the LM, without the adapter's: `model.layers.0.….lora_A.weight`."""
+    return get_peft_model_state_dict(language_model, state_dict, save_embedding_layers=False)
+
+
+def save_lm_adapter(model: PreTrainedModel, folder: Path, state_dict: dict | None = None) -> None:
+    """Write into `lm_adapter/` of a folder what `peft.PeftModel.from_pretrained(lm, …)` loads.
+
+    Args:
+        model: with LoRA. Its config names the LM by its Hub id, or not at all.
+        state_dict: its weights, where they were gathered from several devices.
+    """
+    config, folder = model.config, folder / LM_ADAPTER
+    if state_dict is not None:
+        prefix = "language_model."
+        state_dict = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
+    weights = lora_weights(model.language_model, state_dict)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {PEFT_PREFIX + name: tensor.contiguous() for name, tensor in weights.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    adapter = LoraConfig(
+        **config.lora_config,
+        base_model_name_or_path=config.text_backbone,
+        revision=config.text_backbone_revision,
+        inference_mode=True,
+    )
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(value := getattr(adapter, name), set):  # peft's own, in another order in each process
+            setattr(adapter, name, sorted(value))
+    adapter.save_pretrained(str(folder))
 
 
 def load_lm_adapter(model: PreTrainedModel, source: str | Path, *, revision: str | None = None) -> None:
@@ -67,7 +97,8 @@ def replace_lora(
         model.config.lora_config = config_before
         put_back_lora(model.language_model, before)
         raise
-    refresh_ignored_keys(model)
+    if model.has_loaded_backbones:  # weights under LoRA have other names now
+        model._keys_to_ignore_on_save = keys_to_ignore_on_save(model)
     model.freeze()
     model.train(model.training)  # new layers are in train mode
     if lora_config is not None:

@@ -32,6 +32,9 @@ from ..modeling.modeling_saving import BACKBONES, is_backbone_key
 
 Shape = tuple[int, ...]
 
+# A model of a million layers takes hours to build, also without memory.
+_LARGEST = dict.fromkeys(SIZES, 2**24) | {"num_hidden_layers": 1_000, "num_query_tokens": 2**16}
+
 # What the weights of a folder were trained with: another value is another model, of which most load all the same
 _TRAINED_WITH = (
     "image_token_id",
@@ -207,8 +210,18 @@ def _shapes_in(file: str) -> dict[str, Shape]:
         return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
 
 
+def _check_sizes(name: str | Path, config: PreTrainedConfig) -> None:
+    """Raises a ValueError for a part of a size that no model has."""
+    for part in config.sub_configs:
+        for field, largest in _LARGEST.items():
+            value = field_of(getattr(config, part), field)
+            if isinstance(value, int) and value > largest:
+                raise ValueError(f"{name}: {part}.{field} is {value}; the limit is {largest}")
+
+
 def _shapes_of(cls: type[PreTrainedModel], name: str | Path, config: PreTrainedConfig) -> dict[str, Shape]:
     """The parameters of a model of this config, tied ones once."""
+    _check_sizes(name, config)
     try:
         with torch.device("meta"):
             skeleton = cls(copy.deepcopy(config))

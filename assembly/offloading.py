@@ -13,7 +13,7 @@ from accelerate import disk_offload, dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..modeling.modeling_loading import device_of_parts, load_in_parts, new_vision_model, parse_dtype
+from ..modeling.modeling_loading import load_in_parts, new_vision_model, parse_dtype
 from ..modeling.modeling_saving import BACKBONES
 
 
@@ -34,19 +34,34 @@ def load_on_devices(
             `offload_folder`.
     """
     placing = {key: kwargs[key] for key in _PLACING if kwargs.get(key) is not None}
-    device_of = device_of_parts(cls, placing["device_map"])
-    if device_of is not None:
-        placing["device_map"] = {"": device_of[cls.backbones[0]]}
+    devices = device_of_parts(cls, placing["device_map"])
+    if devices is not None:
+        placing["device_map"] = {"": devices[cls.backbones[0]]}
     config = kwargs.get("config")
     if not isinstance(config, PreTrainedConfig):
         config, _ = cls.config_class.from_pretrained(config or name, return_unused_kwargs=True, **kwargs)
     offloads = _is_offloading(cls, config, placing, kwargs.get("quantization_config"), kwargs.get("dtype"))
     if not (offloads or is_offloaded):
-        return load_in_parts(cls, name, *args, **kwargs)
+        return load_in_parts(cls, name, *args, devices=devices, **kwargs)
     rest = {key: value for key, value in kwargs.items() if key not in _PLACING}
     model, info = load_in_parts(cls, name, *args, **rest)
-    _dispatch(model, placing, None if device_of is None else device_of["vision_model"])
+    _dispatch(model, placing, None if devices is None else devices["vision_model"])
     return model, info
+
+
+def device_of_parts(cls: type[PreTrainedModel], device_map: Any) -> dict[str, Any] | None:
+    """The device of each backbone, where a device map names parts; None where it is of another kind."""
+    if not isinstance(device_map, dict) or not set(cls.backbones) & set(device_map):
+        return None
+    if missing := sorted(set(cls.backbones) - set(device_map)):
+        raise ValueError(f"device_map names {', '.join(sorted(device_map))}, and not {', '.join(missing)}")
+    first = cls.backbones[0]
+    if "disk" in (device_map[part] for part in cls.backbones if part != first):
+        raise ValueError(f"device_map: only the {BACKBONES[first][0]} can be offloaded to the disk")
+    for part, device in device_map.items():
+        if part not in cls.backbones and device != device_map[first]:
+            raise ValueError(f"device_map: {part} lies beside {first}; here on {device} and {device_map[first]}")
+    return {part: device_map[part] for part in cls.backbones}
 
 
 def _is_offloading(

@@ -44,14 +44,8 @@ CODE = {
 }
 _RELATIVE_IMPORT = re.compile(r"^(\s*)from \.+(?:\w+\.)*(\w+) import", flags=re.MULTILINE)
 
-# Upper limits of what gives a transformer its size. A model of a million layers takes hours to build.
-SIZES = {
-    "vocab_size": 2**24,
-    "hidden_size": 2**24,
-    "num_hidden_layers": 1_000,
-    "num_attention_heads": 2**16,
-    "intermediate_size": 2**24,
-}
+# what gives a transformer its size
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 MAX_QUERY_TOKENS = 2**16  # the processor writes as many placeholders per image
 
 
@@ -125,19 +119,14 @@ class LorgnetteQFormerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
-        for field in (*SIZES, "max_position_embeddings", "cross_attention_frequency"):
-            require_size(self, field)
+        require_sizes(self, *SIZES, "max_position_embeddings", "cross_attention_frequency")
+        require_sizes(self, "encoder_hidden_size", "num_query_tokens")
         for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it is a share, at least 0 and below 1")
-        for field in ("encoder_hidden_size", "num_query_tokens"):
-            if getattr(self, field) is not None:
-                require_size(self, field)
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) is not a multiple of "
-                f"num_attention_heads ({self.num_attention_heads})"
-            )
+        width, heads = self.hidden_size, self.num_attention_heads
+        if width % heads:
+            raise ValueError(f"hidden_size ({width}) is not a multiple of num_attention_heads ({heads})")
         if self.dec_token_id is not None and not 0 <= self.dec_token_id < self.vocab_size:
             raise ValueError(f"dec_token_id ({self.dec_token_id}) is outside the vocabulary ({self.vocab_size})")
 
@@ -180,33 +169,25 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         self.vision_config = _sub_config(self.vision_config, "vision_config", default="vit")
         if not hasattr(self.vision_config, "patch_size"):
-            raise ValueError(
-                f'vision_config.model_type "{self.vision_config.model_type}" has no patch_size: a wrong kind'
-            )
+            kind = self.vision_config.model_type
+            raise ValueError(f'vision_config.model_type "{kind}" has no patch_size: a wrong kind')
         if self.qformer_config is None:
             self.qformer_config = LorgnetteQFormerConfig()
         elif isinstance(self.qformer_config, dict):
             self.qformer_config = LorgnetteQFormerConfig(**self.qformer_config)
 
         for name in self.sub_configs:
-            for field in SIZES:
-                if isinstance(getattr(getattr(self, name), field, None), int):  # some have one for each layer
-                    require_size(getattr(self, name), field, f"{name}.")
-        require_size(self, "num_query_tokens")
+            require_sizes(getattr(self, name), *SIZES, part=f"{name}.")
+        require_sizes(self, "num_query_tokens")
         self._follow("encoder_hidden_size", self.vision_config.hidden_size, "vision_config.hidden_size")
         self._follow("num_query_tokens", self.num_query_tokens, "num_query_tokens")
 
-        layers = self.vision_config.num_hidden_layers
-        if self.vision_feature_layer is not None and not -layers - 1 <= self.vision_feature_layer <= layers:
-            raise ValueError(
-                f"vision_feature_layer ({self.vision_feature_layer}) is outside the ViT's {layers + 1} hidden states "
-                f"(vision_config.num_hidden_layers is {layers})"
-            )
+        layer, layers = self.vision_feature_layer, self.vision_config.num_hidden_layers
+        if layer is not None and not -layers - 1 <= layer <= layers:
+            raise ValueError(f"vision_feature_layer ({layer}) is outside the ViT's {layers + 1} hidden states")
         if self.vision_feature_select_strategy not in ("full", "default"):
-            raise ValueError(
-                f'vision_feature_select_strategy is "{self.vision_feature_select_strategy}"; it takes "full" (all '
-                'tokens) or "default" (patches alone)'
-            )
+            strategy = self.vision_feature_select_strategy
+            raise ValueError(f'vision_feature_select_strategy is "{strategy}"; it takes "full" or "default"')
         if self.saved_form not in (None, *SAVE_FORMATS):
             raise ValueError(f"saved_form is {self.saved_form!r}; it takes {', '.join(SAVE_FORMATS)}")
         if self.saved_form == "thin":
@@ -289,9 +270,8 @@ class LorgnetteConfig(LorgnetteBridgeConfig):
         self._check_image_token_id()
         self.image_token_in_table = self.image_token_id < self.text_config.vocab_size
         if self.text_config.is_encoder_decoder:
-            raise ValueError(
-                f'text_config.model_type "{self.text_config.model_type}" is an encoder-decoder; a causal LM is needed'
-            )
+            kind = self.text_config.model_type
+            raise ValueError(f'text_config.model_type "{kind}" is an encoder-decoder; a causal LM is needed')
         kwargs.setdefault("custom_pipelines", CUSTOM_PIPELINES)
         super().__post_init__(**kwargs)
 
@@ -328,28 +308,9 @@ def _sub_config(config: dict | PreTrainedConfig | None, name: str, default: str)
         raise ValueError(f'{name} is no config of the model_type "{model_type}": {error}') from error
 
 
-def require_size(config: PreTrainedConfig, field: str, where: str = "") -> None:
-    limits = SIZES | {"num_query_tokens": MAX_QUERY_TOKENS}
-    value, largest = getattr(config, field), limits.get(field, 2**24)
-    if value < 1:
-        raise ValueError(f"{where}{field} is {value}; it has to be at least 1")
-    if value > largest:
-        raise ValueError(f"{where}{field} is {value}; more than {largest} cannot be meant")
-
-
-__all__ = [
-    "AUTO_MAP",
-    "AUTO_PROCESSOR",
-    "CODE",
-    "CUSTOM_PIPELINES",
-    "IN_PACKAGE",
-    "MAX_QUERY_TOKENS",
-    "SAVE_FORMATS",
-    "SIZES",
-    "LorgnetteBridgeConfig",
-    "LorgnetteConfig",
-    "LorgnetteQFormerConfig",
-    "from_package",
-    "require_size",
-    "save_code",
-]
+def require_sizes(config: PreTrainedConfig, *fields: str, part: str = "") -> None:
+    """Raise a ValueError for a field below 1; one that is not a number, or None, is not looked at."""
+    for field in fields:
+        value = getattr(config, field, None)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{part}{field} is {value}; it has to be at least 1")

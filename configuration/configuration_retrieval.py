@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 
-from .configuration_lorgnette import AUTO_PROCESSOR, LorgnetteBridgeConfig, LorgnetteQFormerConfig, require_size
+from .configuration_lorgnette import AUTO_PROCESSOR, LorgnetteBridgeConfig, LorgnetteQFormerConfig, require_sizes
 
 
 @strict
@@ -42,7 +42,7 @@ class LorgnetteRetrievalConfig(LorgnetteBridgeConfig):
             self.qformer_config.dec_token_id = self.qformer_config.vocab_size - 1
         super().__post_init__(**kwargs)
         self.pad_token_id = self.qformer_config.pad_token_id  # where Trainer looks for it, and would otherwise warn
-        require_size(self, "image_text_hidden_size")
+        require_sizes(self, "image_text_hidden_size")
         for name in ("itc_weight", "itm_weight", "itg_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least 0")

@@ -83,8 +83,7 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     def initialize_weights(self) -> None:
         """As `PreTrainedModel.initialize_weights`, for each part as if it stood alone.
 
-        transformers skips modules without weights of their own where the outermost model is custom code, and so the
-        buffers that a decoder fills for its layers (Falcon-H1).
+        Otherwise transformers skips buffers that a decoder fills for its layers (Falcon-H1), as this is custom code.
         """
         for part in self.children():
             if isinstance(part, PreTrainedModel):
@@ -92,11 +91,7 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         super().initialize_weights()
 
     def named_children(self) -> Iterator[tuple[str, torch.nn.Module]]:
-        """As `nn.Module.named_children`. peft calls it to freeze each child where it adds a learned prompt or prefix.
-
-        Raises:
-            ValueError: peft is the caller, which nothing that it calls before tells.
-        """
+        """As `nn.Module.named_children`; a ValueError where peft calls it, as it does to add a prompt or a prefix."""
         if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] == "peft":
             raise ValueError(_PEFT_REFUSED.format(name=""))
         return super().named_children()
@@ -143,30 +138,24 @@ class LorgnettePreTrainedModel(PreTrainedModel):
             features, hidden_states=outputs.hidden_states if wanted else None, attentions=outputs.attentions
         )
 
-    # ------------------------------------------------------------------------------------------------ training
-
     def check_trainable(self) -> None:
         """Called where a loss is computed for training.
 
-        Raises:
-            ValueError: nothing trains, or weights in float16 train; names the first weight and the reason. Or the model
-                cannot be saved, see [`~modeling_saving.resolve_save_format`].
+        Raises a ValueError where nothing trains, weights in float16 train, or the model cannot be saved.
         """
         if not torch.is_grad_enabled():
             return
         trained = [(key, value) for key, value in self.named_parameters() if value.requires_grad]
         if not trained:
             raise ValueError(
-                f"Nothing of this {type(self).__name__} trains: all weights were frozen after it was loaded, as peft's "
-                "prepare_model_for_kbit_training does. A model here freezes by itself what is not to be trained: leave "
-                "that call out, or undo it with model.requires_grad_(True) and model.freeze()"
+                f"Nothing of this {type(self).__name__} trains: all weights were frozen, as peft's "
+                "prepare_model_for_kbit_training does. Leave that call out (frozen parts are frozen already), or undo "
+                "it with model.requires_grad_(True) and model.freeze()"
             )
-        half = [key for key, value in trained if value.dtype == torch.float16]
-        if half:
+        if half := [key for key, value in trained if value.dtype == torch.float16]:
             raise ValueError(
-                f"{len(half)} weights that train are float16 ({half[0]}, …). Adam's epsilon (1e-8) and the squares of "
-                "gradients below 2e-4 are 0 in it, and what is divided by them is not finite. Give dtype='float32' "
-                "where the model is built or loaded, and fp16=True or bf16=True to Trainer; or dtype='bfloat16'"
+                f"{len(half)} weights that train are float16 ({half[0]}, …), in which Adam's epsilon (1e-8) is 0. Give "
+                "dtype='float32' where the model is loaded, and fp16=True or bf16=True to Trainer; or dtype='bfloat16'"
             )
         if not self._is_saveable and not torch.compiler.is_compiling():
             # a model that is not quantised can be saved in full, whatever has changed in it
@@ -179,18 +168,16 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         return PeftConfigs(getattr(getattr(self, "language_model", None), "peft_config", None) or {})
 
     def _replicate_for_data_parallel(self) -> None:
-        """What `nn.DataParallel` calls, in which Trainer wraps a model where one process has several GPUs.
-
-        Raises:
-            RuntimeError: always. It would split every tensor of a batch, pictures and rows, into equal parts.
-        """
+        """What `nn.DataParallel` calls, in which Trainer wraps a model where one process has several GPUs: refused."""
         raise RuntimeError(
-            f"nn.DataParallel cannot run {type(self).__name__}: it cuts pictures and rows apart, of which a batch may "
-            "have different numbers. Start one process a GPU, with accelerate launch or torchrun, or show this process "
-            "one GPU: CUDA_VISIBLE_DEVICES=0"
+            f"nn.DataParallel cannot run {type(self).__name__}: it would cut pictures and rows apart. Start one "
+            "process a GPU, with accelerate launch or torchrun, or show this process one: CUDA_VISIBLE_DEVICES=0"
         )
 
-    # ------------------------------------------------------------------------------------------------ loading
+    def check_processor(self, processor: Any) -> None:
+        """With the package: see [`~lorgnette.assembly.processor_checks.check_processor`]."""
+        if IN_PACKAGE:
+            from_package("assembly.processor_checks", "").check_processor(self, processor)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any):
@@ -201,8 +188,7 @@ class LorgnettePreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: nothing is there, or no weights.
-            ValueError: weights of a backbone are missing; where the package is installed also what
-                `assembly/guards.py` refuses in a folder.
+            ValueError: weights of a backbone are missing; with the package also what `assembly/guards.py` refuses.
         """
         name = pretrained_model_name_or_path
         with_info = kwargs.pop("output_loading_info", False)
@@ -242,22 +228,15 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         self._keys_to_ignore_on_save = keys_to_ignore_on_save(self)
 
     def _known_processor(self, otherwise: str = "pass processor=") -> Any:
-        """The processor that the model was joined with, or that is bundled with it.
-
-        Raises:
-            ValueError: none is known; `otherwise` says what to do.
-            OSError: the bundled files do not make one.
-        """
-        if isinstance(self._processor, BundledProcessor):
-            try:
-                return self._processor.load()
-            except OSError as error:
-                raise OSError(f"{error}; {otherwise}") from error
+        """The processor that the model was joined with, or that is bundled with it; an error says what to do."""
         if self._processor is None:
             raise ValueError(f"No processor is known to this model: {otherwise}")
-        return self._processor
-
-    # ------------------------------------------------------------------------------------------------ saving
+        if not isinstance(self._processor, BundledProcessor):
+            return self._processor
+        try:
+            return self._processor.load()
+        except OSError as error:
+            raise OSError(f"{error}; {otherwise}") from error
 
     def save_pretrained(
         self,
@@ -271,8 +250,7 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     ) -> None:
         """As `PreTrainedModel.save_pretrained`; the folder loads where lorgnette is not installed.
 
-        The processor that the model was joined with, or loaded beside, is saved too, unless the folder has one. An
-        error half way leaves an older save as it was.
+        The processor is saved too, unless the folder has one. An error half way leaves an older save as it was.
 
         Args:
             save_format: `"thin"`: without the backbones, which are downloaded from the Hub when the model is loaded;
@@ -281,29 +259,14 @@ class LorgnettePreTrainedModel(PreTrainedModel):
                 model was loaded from a merged one, full otherwise.
 
         Raises:
-            ValueError: another format, or one that this model cannot be saved in, with the reason. `variant` or
-                `save_original_format` with the thin format.
+            ValueError: a format, or keywords for one, that this model cannot be saved in, with the reason.
             ImportError: `"merged"` without the package.
         """
-        save(
-            self,
-            super().save_pretrained,
-            save_directory,
-            is_main_process,
-            state_dict,
-            push_to_hub,
-            save_format,
-            kwargs,
-        )
+        arguments = (save_directory, is_main_process, state_dict, push_to_hub, save_format, kwargs)
+        save(self, super().save_pretrained, *arguments)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """As `PreTrainedModel.push_to_hub`; with the package see [`~lorgnette.publishing.model_push.push_model`]."""
         if IN_PACKAGE:
             return from_package("publishing.model_push", "").push_model(self, repo_id, **kwargs)
         return super().push_to_hub(repo_id, **kwargs)
-
-    def _save_beside(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None) -> None:
-        """Write what belongs to a saved model besides config, weights and processor."""
-
-
-__all__ = ["KV_CACHE", "LorgnettePreTrainedModel", "PeftConfigs"]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig
 
 
 # keywords and fields of a generation config with which token ids alone are read, or the prompt is rewritten
@@ -51,13 +51,9 @@ def checked_placeholders(
     num_query_tokens: int,
     image_token_id: int,
 ) -> torch.Tensor:
-    """The mask `(B, S)` of placeholders, that belong to the pictures `(N, …)`.
+    """The mask `(B, S)` of placeholders for pictures `(N, …)`; raises what [`check_placeholders`], [`check_finite`] do.
 
-    Args:
-        supervised_positions: `(K,)`, where in `labels` `(B, S)`, flat, the labels are; 0 for padding.
-
-    Raises:
-        ValueError: see [`check_placeholders`] and [`check_finite`]; `supervised_positions` that are others.
+    Raises a ValueError too for `supervised_positions` `(K,)` that are not where the flat labels `(B, S)` are.
     """
     shown = pictures if image_rows is None else image_rows
     num_images = None if shown is None else len(shown)
@@ -70,10 +66,8 @@ def checked_placeholders(
         expected = (labels.flatten() != IGNORED).nonzero().squeeze(1)
         given, expected = supervised_positions[supervised_positions > 0], expected[expected > 0]
         if not torch.equal(given, expected):
-            raise ValueError(
-                f"supervised_positions names {len(given)} positions, and labels has {len(expected)} labels, or others: "
-                "it lists all that are not -100, in order"
-            )
+            numbers = f"names {len(given)} positions, and labels has {len(expected)} labels, or others"
+            raise ValueError(f"supervised_positions {numbers}: it lists all that are not -100, in order")
     return mask.clone()
 
 
@@ -86,38 +80,32 @@ def check_placeholders(
     labels: torch.Tensor | None = None,
     sequence_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Check that each image has its `num_query_tokens` placeholders.
+    """The number of images of each row, `(B,)`, or of each of D packed sequences, `(D,)`.
 
     Args:
-        mask: `(B, S)`, True at placeholders.
-        num_query_tokens, image_token_id: the config's.
+        mask: `(B, S)`, True at placeholders; `num_query_tokens` of them an image.
         num_images: images of the whole batch, or None where there are none.
-        row_index: `(B,)` names of the rows in messages; `(D,)` of D packed sequences. Their positions by default.
-        labels: `(B, S)`; a label on a placeholder is an error.
-        sequence_ids: `(B, S)` of sequences that are packed into rows.
+        row_index: `(B,)` or `(D,)`, names of the rows in messages; their positions by default.
+        labels: `(B, S)`.
+        sequence_ids: `(B, S)`, the packed sequence of each token; below 0 for padding.
 
-    Returns:
-        the number of images of each row, `(B,)` or `(D,)`.
-
-    Raises:
-        ValueError: names the row and both counts.
+    Raises a ValueError, with the row and both counts, for another number of placeholders, or a label on one.
     """
     in_rows = count_in_rows(mask, sequence_ids)
     per_image, counts = num_query_tokens, in_rows.tolist()
-    wanted = (num_images or 0) * per_image
-    if sum(counts) != wanted or any(count % per_image for count in counts):
+    if sum(counts) != (num_images or 0) * per_image or any(count % per_image for count in counts):
         one_each = num_images == len(counts)
         wrong = [row for row, count in enumerate(counts) if count % per_image or (one_each and count != per_image)]
-        row = wrong[0] if wrong else max(range(len(counts)), key=counts.__getitem__)
+        row = wrong[0] if wrong else counts.index(max(counts))
         raise ValueError(
             f"{row_name(row, row_index)} has {counts[row]} image placeholders (id {image_token_id}); the batch "
             f"has {sum(counts)} for {num_images or 0} image(s), and each image takes {per_image}"
         )
     if labels is not None and labels.shape == mask.shape:
-        labelled = count_in_rows(mask & (labels != IGNORED), sequence_ids)
-        if labelled.any():
-            row = int(labelled.nonzero()[0])
-            raise ValueError(f"{row_name(row, row_index)} has labels on image placeholders: they have to be -100 there")
+        labelled = count_in_rows(mask & (labels != IGNORED), sequence_ids).nonzero()
+        if len(labelled):
+            row = row_name(int(labelled[0]), row_index)
+            raise ValueError(f"{row} has labels on image placeholders: they have to be -100 there")
     return in_rows // per_image
 
 
@@ -135,26 +123,20 @@ def check_finite(
     row_index: torch.Tensor | None,
     image_rows: torch.Tensor | None = None,
 ) -> None:
-    """Refuse pictures (or features) `(N, …)` with NaN or inf in them.
+    """Raise a ValueError, with image and row, for pictures (or features) `(N, …)` with NaN or inf in them.
 
     Args:
-        pictures: of all rows, in their order.
         images_per_row: `(B,)`; None for one each.
         row_index: as in [`check_placeholders`].
-        image_rows: `(N,)`, which of the pictures each image is; each its own by default.
-
-    Raises:
-        ValueError: names the image and its row.
+        image_rows: which of the pictures each image is; each its own by default.
     """
     broken = ~torch.isfinite(pictures.flatten(1)).all(dim=1)
-    if image_rows is not None:
-        broken = broken[image_rows]
-    if broken.any():
-        image = int(broken.nonzero()[0])
+    broken = (broken if image_rows is None else broken[image_rows]).nonzero()
+    if len(broken):
+        image = int(broken[0])
         row = image if images_per_row is None else int((images_per_row.cumsum(0) <= image).sum())
-        raise ValueError(
-            f"{row_name(row, row_index)}: image {image} of the batch has values that are not finite (NaN or inf)"
-        )
+        row = row_name(row, row_index)
+        raise ValueError(f"{row}: image {image} of the batch has values that are not finite (NaN or inf)")
 
 
 def check_context(
@@ -164,17 +146,7 @@ def check_context(
     row_index: torch.Tensor | None,
     sequence_ids: torch.Tensor | None = None,
 ) -> None:
-    """Refuse a row that is longer than the language model's context.
-
-    Args:
-        width: tokens of the longest row.
-        attention_mask: `(B, width)`.
-        config: for the language model's `max_position_embeddings`, where it has any.
-        row_index, sequence_ids: as in [`check_placeholders`].
-
-    Raises:
-        ValueError: names the row and both numbers.
-    """
+    """Raise a ValueError, with row and numbers, where one of `width` tokens exceeds `max_position_embeddings`."""
     context = getattr(config.text_config, "max_position_embeddings", None)
     if context is None or width <= context:
         return
@@ -191,24 +163,8 @@ def row_name(row: int, row_index: torch.Tensor | None) -> str:
     return f"Row {row} of the batch" if row_index is None else f"Row {int(row_index[row])} of the data set"
 
 
-def check_token_ids(tokenizer: PreTrainedTokenizerBase, image_token_id: int, num_embeddings: int) -> None:
-    """Check that the language model has an embedding for every token but the placeholder.
-
-    Raises:
-        ValueError: names the first token without one, and what to do.
-    """
-    ids = {id_: token for token, id_ in tokenizer.get_vocab().items() if id_ != image_token_id}
-    past = sorted(id_ for id_ in ids if id_ >= num_embeddings)
-    if past:
-        raise ValueError(
-            f"{len(past)} tokens of the tokenizer are past the language model's table of {num_embeddings} embeddings "
-            f"({ids[past[0]]!r} has the id {past[0]}): load the language model, call resize_token_embeddings("
-            f"{past[-1] + 1}) on it, and give from_backbones the resized model"
-        )
-
-
 def setting_of(name: str, kwargs: dict[str, Any], *configs: GenerationConfig | None) -> Any:
-    """A setting of `generate`, as transformers resolves it: a keyword, else the first config that has it, else None."""
+    """A setting of `generate`: a keyword, else that of the first config that has it, else None."""
     if name in kwargs:
         return kwargs[name]
     found = (getattr(config, name, None) for config in configs)
@@ -216,36 +172,23 @@ def setting_of(name: str, kwargs: dict[str, Any], *configs: GenerationConfig | N
 
 
 def check_decoding(embedded: bool, kwargs: dict[str, Any], *configs: GenerationConfig | None) -> None:
-    """Refuse, for a prompt with images, ways of decoding that do not read its embeddings.
+    """Raise a ValueError for ways of decoding that do not read embeddings, where a prompt is `embedded` (has images).
 
     Args:
-        embedded: whether the prompt has images, or is given as embeddings.
         kwargs: of `generate`.
         configs: the caller's generation config, and the model's.
-
-    Raises:
-        ValueError: names the settings.
     """
-    if not embedded:
-        if setting_of("assistant_early_exit", kwargs, *configs) is not None:
-            raise ValueError(
-                "assistant_early_exit ends in the midst of a language model, which is a part of this model: call "
-                "model.language_model.generate(…), which reads the same words"
-            )
-        return
-    blind = [name for name in _READS_IDS_ALONE if setting_of(name, kwargs, *configs) not in (None, False)]
+    used = [name for name in _READS_IDS_ALONE if setting_of(name, kwargs, *configs) not in (None, False)]
     if setting_of("cache_implementation", kwargs, *configs) == "paged":
-        blind.append('cache_implementation="paged"')
-    if blind:
-        raise ValueError(f"{', '.join(blind)}: this way of decoding sees token ids alone, not the images")
+        used.append('cache_implementation="paged"')
+    if embedded and used:
+        raise ValueError(f"{', '.join(used)}: this way of decoding sees token ids alone, not the images")
+    if "assistant_early_exit" in used:
+        raise ValueError("assistant_early_exit needs a bare language model: call model.language_model.generate(…)")
 
 
 def check_prompts(kwargs: dict[str, Any]) -> None:
-    """Refuse batches that `generate` cannot go on from.
-
-    Raises:
-        ValueError: packed rows; what training alone reads, without labels; prompts padded on the right.
-    """
+    """Raise a ValueError for packed rows, for prompts padded on the right, and for keywords of training."""
     if names := [name for name in ("shared_input_ids", "supervised_positions") if kwargs.get(name) is not None]:
         raise ValueError(f"{', '.join(names)} without labels: nothing says where the prompts of this batch end")
     if kwargs.get("sequence_ids") is not None:
@@ -257,18 +200,3 @@ def check_prompts(kwargs: dict[str, Any]) -> None:
             f"{row_name(int(padded.nonzero()[0]), kwargs.get('row_index'))} is padded on the right: generate goes on "
             "behind the last column, so prompts are padded on the left (padding_side='left')"
         )
-
-
-__all__ = [
-    "IGNORED",
-    "check_context",
-    "check_decoding",
-    "check_finite",
-    "check_placeholders",
-    "check_prompts",
-    "check_token_ids",
-    "checked_placeholders",
-    "row_name",
-    "setting_of",
-    "value_check",
-]

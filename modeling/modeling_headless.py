@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Unpack
 
 import torch
@@ -32,7 +31,7 @@ from ..configuration.configuration_lorgnette import LorgnetteConfig, from_packag
 from .modeling_base import KV_CACHE, LorgnettePreTrainedModel
 from .modeling_checks import check_context, checked_placeholders
 from .modeling_loading import new_vision_model
-from .modeling_lora import LM_ADAPTER, attach_lora, check_loaded_lora, disabled_lora, save_lm_adapter, switch_lora
+from .modeling_lora import attach_lora, check_loaded_lora, disabled_lora, switch_lora
 from .modeling_loss import in_process_group
 from .modeling_qformer import LorgnetteQFormerModel
 
@@ -46,12 +45,10 @@ IMAGE_INPUTS = (
 
 @dataclass
 class LorgnetteImageFeatures(BaseModelOutputWithPooling):
-    """What [`~LorgnetteForConditionalGeneration.get_image_features`] returns.
+    """The ViT's output, with vision features `(N, L, E)` as its last hidden state.
 
     Args:
-        last_hidden_state: `(N, L, E)` vision features, as the Q-Former reads them.
         pooler_output: `(N, Q, M)` visual tokens, as the language model reads them.
-        hidden_states, attentions: the ViT's, on request and where it was run.
         qformer_outputs: the Q-Former's, with its own hidden states and attention maps, on request.
     """
 
@@ -60,12 +57,9 @@ class LorgnetteImageFeatures(BaseModelOutputWithPooling):
 
 @dataclass
 class LorgnetteModelOutputWithPast(BaseModelOutputWithPast):
-    """What [`LorgnetteModel`] returns.
+    """What [`LorgnetteModel`] returns: `BaseModelOutputWithPast` of the language model's decoder, before its head.
 
     Args:
-        last_hidden_state: `(B, S, M)` hidden states of the language model's decoder, before its head.
-        cache: the language model's; `past_key_values` before transformers 5.24.
-        hidden_states, attentions: the language model's, on request.
         image_hidden_states: `(N, Q, M)` visual tokens, where there were images.
         image_outputs: outputs of ViT and Q-Former, as [`~LorgnetteModel.get_image_features`] returns them.
     """
@@ -75,11 +69,7 @@ class LorgnetteModelOutputWithPast(BaseModelOutputWithPast):
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """The cache that was given, by either name.
-
-    Raises:
-        ValueError: by both.
-    """
+    """The cache that was given, by either name; a ValueError where both are."""
     if past_key_values is not None and cache is not None:
         raise ValueError("past_key_values and cache are two names of one thing, and both were given")
     if past_key_values is not None and KV_CACHE == "cache":
@@ -87,12 +77,22 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
     return past_key_values if cache is None else cache
 
 
-class LorgnetteModel(LorgnettePreTrainedModel):
-    """[`LorgnetteForConditionalGeneration`] without its head, as `LlavaModel` is to LLaVA.
+def states_of(outputs: Any, features: LorgnetteImageFeatures | None) -> dict[str, Any]:
+    """The fields of outputs besides logits and loss, of a decoder or a causal LM that may lack some (Mamba does)."""
+    return {
+        "hidden_states": getattr(outputs, "hidden_states", None),
+        "attentions": getattr(outputs, "attentions", None),
+        "image_hidden_states": None if features is None else features.pooler_output,
+        "image_outputs": features,
+        KV_CACHE: getattr(outputs, KV_CACHE, None),
+    }
 
-    `AutoModel` loads it from the folder of a saved [`LorgnetteForConditionalGeneration`]: the parts and their keys are
-    the same. Its `language_model` is the whole causal LM, of which `forward` runs the decoder; so it can `generate`,
-    which lmms-eval, say, expects of what `AutoModel` loads.
+
+class LorgnetteModel(LorgnettePreTrainedModel):
+    """[`LorgnetteForConditionalGeneration`] without its head, as `LlavaModel` is to LLaVA: what `AutoModel` loads.
+
+    Parts and keys are the same. Its `language_model` is the whole causal LM, of which `forward` runs the decoder, so
+    that it can `generate` too.
 
     Args:
         config: [`LorgnetteConfig`].
@@ -145,12 +145,6 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         check_loaded_lora(self, missing, unexpected)
         LorgnettePreTrainedModel._finish_loading(self, missing, unexpected)  # by name: the class with a head borrows it
 
-    def _save_beside(self, folder: str | Path, state_dict: dict[str, torch.Tensor] | None) -> None:
-        if self.config.lora_config is not None:
-            save_lm_adapter(Path(folder, LM_ADAPTER), self.language_model, self.config, state_dict)
-
-    # ------------------------------------------------------------------------------------------------ parts
-
     @property
     def max_text_length(self) -> int | None:
         """Tokens the LM has positions for, the placeholders' included; None where its config does not say."""
@@ -190,8 +184,6 @@ class LorgnetteModel(LorgnettePreTrainedModel):
 
     load_adapter = add_adapter
 
-    # ------------------------------------------------------------------------------------------------ forward
-
     @can_return_tuple
     def get_image_features(
         self,
@@ -204,7 +196,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         qformer_attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LorgnetteImageFeatures:
-        """Pictures to visual tokens.
+        """Pictures to visual tokens `(N, Q, M)`, the `pooler_output`.
 
         Args:
             pixel_values: `(N, 3, H, W)`; or, in their place, `vision_features` `(N, L, E)`, the ViT's output.
@@ -212,9 +204,6 @@ class LorgnetteModel(LorgnettePreTrainedModel):
             pixel_attention_mask, spatial_shapes: of SigLIP2's variable resolution.
             qformer_input_ids, qformer_attention_mask: `(N, T)` instruction for the Q-Former, one an image.
             kwargs: `output_attentions`, `output_hidden_states` of the ViT and of the Q-Former.
-
-        Returns:
-            [`LorgnetteImageFeatures`]; its `pooler_output` `(N, Q, M)` are the visual tokens.
 
         Raises:
             ValueError: both or neither of `pixel_values` and `vision_features`.
@@ -246,11 +235,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """`(B, S)`, True at the `<image>` placeholders; found by their embedding where there are no ids.
-
-        Raises:
-            ValueError: neither is given; or the placeholder has no embedding, for its id is past the table.
-        """
+        """`(B, S)`, True at the `<image>` placeholders; found by their embedding where there are no ids."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         if inputs_embeds is None:
@@ -273,16 +258,12 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         supervised_positions: torch.Tensor | None = None,
         sequence_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, LorgnetteImageFeatures | None]:
-        """Token embeddings `(B, S, M)` with visual tokens at the placeholders, and the images' features.
-
-        Args:
-            images: of [`IMAGE_INPUTS`].
-        """
+        """Token embeddings `(B, S, M)` with visual tokens at the placeholders, and the features of `IMAGE_INPUTS`."""
         pictures = images["pixel_values"] if images["vision_features"] is None else images["vision_features"]
         is_pixels = images["vision_features"] is None and pictures is not None
         if is_pixels and images["spatial_shapes"] is None and pictures.ndim != 4:
             raise ValueError(
-                f"pixel_values is {tuple(pictures.shape)}, and (N, 3, H, W) is needed: for one picture (1, 3, H, W)"
+                f"pixel_values is {tuple(pictures.shape)}, and (N, 3, H, W) is needed, for one picture too"
             )
         mask = checked_placeholders(
             self.get_placeholder_mask(input_ids, inputs_embeds),
@@ -315,10 +296,10 @@ class LorgnetteModel(LorgnettePreTrainedModel):
     def lm_inputs(
         self,
         input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: Cache | None,
-        inputs_embeds: torch.Tensor | None,
         images: Mapping[str, torch.Tensor | None],
         row_index: torch.Tensor | None,
         sequence_ids: torch.Tensor | None,
@@ -377,12 +358,8 @@ class LorgnetteModel(LorgnettePreTrainedModel):
             supervised_positions, shared_input_ids: of [`LorgnetteCollator`]'s batches; all states are computed.
             kwargs: [`IMAGE_INPUTS`], see [`get_image_features`]; and keywords of the decoder.
 
-        Returns:
-            [`LorgnetteModelOutputWithPast`].
-
         Raises:
-            ValueError: as in [`~LorgnetteForConditionalGeneration.forward`]; a language model whose decoder is not a
-                part of its own.
+            ValueError: as in [`~LorgnetteForConditionalGeneration.forward`]; a language model without a decoder apart.
         """
         decoder = self.language_model.base_model
         if decoder is self.language_model:
@@ -390,26 +367,8 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         if self.training:
             self.check_trainable()
         images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS} | {"pixel_values": pixel_values}
-        inputs, features = self.lm_inputs(
-            input_ids,
-            attention_mask,
-            position_ids,
-            one_cache(past_key_values, cache),
-            inputs_embeds,
-            images,
-            row_index,
-            sequence_ids,
-        )
+        tokens = (input_ids, inputs_embeds, attention_mask, position_ids, one_cache(past_key_values, cache))
+        inputs, features = self.lm_inputs(*tokens, images, row_index, sequence_ids)
         del inputs["labels"]
         outputs = decoder(return_dict=True, **inputs | kwargs)
-        return LorgnetteModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            hidden_states=getattr(outputs, "hidden_states", None),
-            attentions=getattr(outputs, "attentions", None),  # Mamba has none
-            image_hidden_states=None if features is None else features.pooler_output,
-            image_outputs=features,
-            **{KV_CACHE: getattr(outputs, KV_CACHE, None)},
-        )
-
-
-__all__ = ["IMAGE_INPUTS", "LorgnetteImageFeatures", "LorgnetteModel", "LorgnetteModelOutputWithPast", "one_cache"]
+        return LorgnetteModelOutputWithPast(outputs.last_hidden_state, **states_of(outputs, features))

@@ -39,19 +39,10 @@ _IGNORED = ("_from_auto", "_from_pipeline", "adapter_kwargs", "low_cpu_mem_usage
             "trust_remote_code", "use_safetensors", "weights_only")  # fmt: skip
 
 
-def is_in_parts(name: str | Path | None, config: PreTrainedConfig | None = None, **kwargs: Any) -> bool:
-    """Whether [`load_in_parts`] has to load this: a thin model, or keywords that are for a part.
-
-    Args:
-        name: a folder or a Hub id; None where weights come from elsewhere.
-        config: the caller's, which does not say in which format the folder is.
-        kwargs: of `from_pretrained`.
-    """
-    if name is None:
-        return False
-    if kwargs.get("quantization_config") is not None or kwargs.get("device_map") is not None:
-        return True
-    return is_thin(name, config, **kwargs)
+def is_in_parts(name: str | Path | None, **kwargs: Any) -> bool:
+    """Whether [`load_in_parts`] has to load this: a thin model, or keywords that are for a part."""
+    for_part = kwargs.get("quantization_config") is not None or kwargs.get("device_map") is not None
+    return name is not None and (for_part or is_thin(name, **kwargs))
 
 
 def is_thin(name: str | Path, config: PreTrainedConfig | None = None, **kwargs: Any) -> bool:
@@ -61,36 +52,37 @@ def is_thin(name: str | Path, config: PreTrainedConfig | None = None, **kwargs: 
     except OSError:
         if config is None:
             raise
-        return False  # weights alone: what they lack shows when they are loaded
+        return False  # weights alone
     return fields.get("saved_form") == "thin"
 
 
 def load_in_parts(
-    cls: type[PreTrainedModel], name: str | Path, *args: Any, **kwargs: Any
+    cls: type[PreTrainedModel], name: str | Path, *args: Any, devices: dict[str, Any] | None = None, **kwargs: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model of class `cls` from its folder or Hub repository, with the backbones that it names if it is thin.
 
     Args:
+        devices: of each backbone as a whole, where a `device_map` has named parts.
         kwargs: as `PreTrainedModel.from_pretrained` takes them. `quantization_config` and `device_map` are for the
-            language model; LoRA lies over it, and the rest lies where it begins. A `device_map` that names parts,
-            `{"language_model": 0, "vision_model": 1}`, places each as a whole.
+            language model; LoRA lies over it, and the rest lies where it begins.
 
     Returns:
         the model in eval mode, and the loading info: `missing_keys` are weights that no file held.
 
     Raises:
         OSError: a backbone cannot be loaded; names it, its commit and what to do. Or `name` cannot.
-        ValueError: `quantization_config` for a model without a language model; a backbone without all its weights; a
-            `device_map` that names some parts, but not all, or separates Q-Former and language model, or what cannot be
-            offloaded.
-        ImportError: a part of the language model is offloaded, and the package is not installed.
+        ValueError: `quantization_config` for a model without a language model; a backbone without all its weights.
+        ImportError: `device_map` names parts or offloads one, and the package is not installed.
     """
     arguments = dict(kwargs)
     hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
     folder = {key: kwargs.pop(key) for key in _FOLDER if key in kwargs}
     where = hub | {key: value for key, value in folder.items() if value}
     placing = {key: kwargs.pop(key) for key in _PLACING if key in kwargs}
-    device_of = device_of_parts(cls, placing.get("device_map"))
+    names_parts = isinstance(placing.get("device_map"), dict) and set(cls.backbones) & set(placing["device_map"])
+    if names_parts and devices is None:
+        offloading = from_package("assembly.offloading", "A device_map that names parts")
+        return offloading.load_on_devices(cls, name, *args, **arguments)
     quantization, generation = kwargs.pop("quantization_config", None), kwargs.pop("generation_config", None)
     wished_dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
     variant = kwargs.pop("variant", None)
@@ -105,14 +97,15 @@ def load_in_parts(
     for part in cls.backbones:
         prefix = BACKBONES[part][1]
         keywords: dict[str, Any] = {"dtype": dtype, "config": getattr(config, f"{prefix}_config")}
-        keywords |= placing if device_of is None else {**placing, "device_map": {"": device_of[part]}}
+        keywords |= placing if devices is None else placing | {"device_map": {"": devices[part]}}
         if quantization is not None and not parts:
             keywords["quantization_config"] = quantization
         if config.saved_form == "thin":
             parts[part] = _load_backbone(part, config, name, hub, keywords)
         else:
             parts[part] = _READERS[part](None, state_dict=_take_backbone(part, weights), **keywords)
-        if _is_offloaded(parts[part]):  # LoRA would not be offloaded with it
+        used = set(map(str, (getattr(parts[part], "hf_device_map", None) or {}).values()))
+        if "disk" in used or ("cpu" in used and len(used) > 1):  # LoRA would not be offloaded with it
             offloading = from_package("assembly.offloading", "A model of which a part is offloaded")
             return offloading.load_on_devices(cls, name, *args, is_offloaded=True, **arguments)
         setattr(config, f"{prefix}_config", parts[part].config)
@@ -123,32 +116,8 @@ def load_in_parts(
     missing, unexpected = _load_own_weights(model, name, weights, dtype)
     if model.can_generate():
         model.generation_config = generation or GenerationConfig.from_pretrained(name, **where)
-    return model.eval(), {
-        "missing_keys": missing,
-        "unexpected_keys": unexpected,
-        "mismatched_keys": set(),
-        "error_msgs": [],
-    }
-
-
-def device_of_parts(cls: type[PreTrainedModel], device_map: Any) -> dict[str, Any] | None:
-    """The device of each backbone, where a device map names parts; None where it is of another kind."""
-    if not isinstance(device_map, dict) or not set(cls.backbones) & set(device_map):
-        return None
-    if missing := sorted(set(cls.backbones) - set(device_map)):
-        raise ValueError(f"device_map names {', '.join(sorted(device_map))}, and not {', '.join(missing)}")
-    first = cls.backbones[0]
-    if "disk" in (device_map[part] for part in cls.backbones if part != first):
-        raise ValueError(f"device_map: only the {BACKBONES[first][0]} can be offloaded to the disk")
-    for part, device in device_map.items():
-        if part not in cls.backbones and device != device_map[first]:
-            raise ValueError(f"device_map: {part} lies beside {first}; here on {device} and {device_map[first]}")
-    return {part: device_map[part] for part in cls.backbones}
-
-
-def _is_offloaded(part: PreTrainedModel) -> bool:
-    devices = set(map(str, (getattr(part, "hf_device_map", None) or {}).values()))
-    return "disk" in devices or ("cpu" in devices and len(devices) > 1)
+    info = {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": set(), "error_msgs": []}
+    return model.eval(), info
 
 
 def _resolve_config(
@@ -186,9 +155,8 @@ def missing_backbone(name: str | Path, what: str, source: str, revision: str, er
     """The message for a thin model whose backbone cannot be loaded."""
     return (
         f"{name} was saved thin, without its {what}, which is {source} at commit {revision} and cannot be loaded. "
-        f"Fetch it where the Hub can be reached: `hf download {source} --revision {revision}` (for a gated "
-        "repository after `hf auth login`); or have the model saved with save_pretrained(…, save_format='full') by "
-        f"someone who has it. {error}"
+        f"Fetch it with `hf download {source} --revision {revision}` (for a gated repository after `hf auth login`), "
+        f"or have the model saved with save_pretrained(…, save_format='full') by someone who has it. {error}"
     )
 
 
@@ -206,10 +174,8 @@ def _load_own_weights(
     lacking = {key for key in result.missing_keys if not is_backbone_key(model, key)}
     unknown = [key for key in result.unexpected_keys if ".lora_" in key]
     if unknown and any(".lora_" in key for key in lacking):
-        raise ValueError(
-            f"{name}: {len(unknown)} weights of LoRA have names of an older format ({unknown[0]}, …). Load it without "
-            "device_map and quantization_config and save it again"
-        )
+        older = f"{len(unknown)} weights of LoRA have names of an older format ({unknown[0]}, …)"
+        raise ValueError(f"{name}: {older}. Load it without device_map and quantization_config and save it again")
     if lacking:
         logger.warning(f"{name} lacks {len(lacking)} weights, which are as a new model's: {sorted(lacking)}")
     device = next(model.get_submodule(model.backbones[0]).parameters()).device
@@ -225,15 +191,7 @@ def _load_own_weights(
 
 
 def weight_files(name: str | Path, variant: str | None = None, **where: Any) -> list[str]:
-    """The safetensors of a folder or a Hub repository, as paths on this machine's disk.
-
-    Args:
-        variant: as `from_pretrained` has it: `model.fp16.safetensors` for `"fp16"`.
-        where: keywords of [`WHERE`].
-
-    Raises:
-        OSError: there are none.
-    """
+    """The safetensors of a folder or a Hub repository, as paths on this machine's disk; an OSError without any."""
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     if variant is not None:
         names = tuple(f"{stem}.{variant}.{ending}" for stem, _, ending in (file.rpartition(".") for file in names))
@@ -245,15 +203,8 @@ def weight_files(name: str | Path, variant: str | None = None, **where: Any) -> 
     return get_checkpoint_shard_files(name, index, **where)[0]
 
 
-# ----------------------------------------------------------------------------------------------------------- backbones
-
-
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
-    """`"bfloat16"` to torch's; `"auto"`, each checkpoint's own, and None stay.
-
-    Raises:
-        ValueError: torch has no such dtype.
-    """
+    """`"bfloat16"` to torch's, a ValueError where it has none; `"auto"`, each checkpoint's own, and None stay."""
     if not isinstance(dtype, str) or dtype == "auto":
         return dtype
     parsed = getattr(torch, dtype.removeprefix("torch."), None)
@@ -263,11 +214,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:
 
 
 def vision_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class of the ViT of this config.
-
-    Raises:
-        ValueError: transformers has none that stands alone.
-    """
+    """The class of the ViT of this config; a ValueError where transformers has none that stands alone."""
     if config.model_type == "blip_2_vision_model":  # AutoModel's list has BLIP-2's Q-Former, and not its ViT
         from transformers import Blip2VisionModel
 
@@ -283,14 +230,10 @@ def new_vision_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def read_vision_model(name: str | Path | None, config: PreTrainedConfig, **keywords: Any) -> PreTrainedModel:
-    """The ViT of this config out of a folder or a Hub repository, which may hold more than the ViT.
+    """The ViT of this config out of a folder or repository, which may hold more; a ValueError where it lacks weights.
 
     Args:
-        name: None where `state_dict` is among the keywords.
-        keywords: of `from_pretrained`.
-
-    Raises:
-        ValueError: its weights are not all there.
+        name: None where `state_dict` is among the keywords, which are those of `from_pretrained`.
     """
     if config.model_type == "blip_2_vision_model":  # which does not know the prefix that it has inside BLIP-2
         keywords = {"key_mapping": {r"^vision_model\.": ""}} | keywords
@@ -325,39 +268,15 @@ def read_language_model(name: str | Path | None, **keywords: Any) -> PreTrainedM
 
 
 def refuse_missing(name: Any, what: str, missing: Iterable[str]) -> None:
-    """Raise a ValueError where a checkpoint lacks weights of a backbone that anything reads.
-
-    transformers fills them with random numbers, and says so in a warning alone.
-    """
+    """Raise a ValueError where a checkpoint lacks weights of a backbone: transformers would make them random."""
     lacking = sorted(key for key in missing if not is_unread(key))
     if lacking:
         raise ValueError(f"{name or 'The checkpoint'} lacks {len(lacking)} weights of {what} ({lacking[0]}, …)")
 
 
 def is_unread(key: str) -> bool:
-    """Whether a weight of this name in the whole model pools the ViT's features into one vector, or masks: unread here.
-
-    Many checkpoints have no such weights, and each load draws others.
-    """
+    """Whether nothing here reads a weight of the whole model, as it pools the ViT's features, or masks patches."""
     return re.match(r"(vision_model\.)+((pooler|head)\.|(\w+\.)*mask_token$)", key) is not None
 
 
 _READERS = {"language_model": read_language_model, "vision_model": read_vision_model}
-
-
-__all__ = [
-    "WHERE",
-    "device_of_parts",
-    "is_in_parts",
-    "is_thin",
-    "is_unread",
-    "load_in_parts",
-    "missing_backbone",
-    "new_vision_model",
-    "parse_dtype",
-    "read_language_model",
-    "read_vision_model",
-    "refuse_missing",
-    "vision_model_class",
-    "weight_files",
-]

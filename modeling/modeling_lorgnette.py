@@ -21,10 +21,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
-from ..configuration.configuration_lorgnette import LorgnetteConfig, from_package
-from .modeling_base import KV_CACHE, LorgnettePreTrainedModel
-from .modeling_checks import IGNORED, check_decoding, check_prompts, check_token_ids, setting_of
-from .modeling_headless import IMAGE_INPUTS, LorgnetteImageFeatures, LorgnetteModel, one_cache
+from ..configuration.configuration_lorgnette import IN_PACKAGE, LorgnetteConfig, from_package
+from .modeling_base import LorgnettePreTrainedModel
+from .modeling_checks import IGNORED, check_decoding, check_prompts, setting_of
+from .modeling_headless import IMAGE_INPUTS, LorgnetteImageFeatures, LorgnetteModel, one_cache, states_of
 from .modeling_loss import LorgnetteLossOutput, can_supervise, supervised_loss
 
 
@@ -33,13 +33,9 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` of the language model, and the visual tokens it was given.
+    """`CausalLMOutputWithPast` of the language model, and the visual tokens that it was given.
 
     Args:
-        loss: the language model's own loss, where `labels` were given.
-        logits: `(B, S, vocabulary)`.
-        cache: the language model's; `past_key_values` before transformers 5.24.
-        hidden_states, attentions: the language model's, on request.
         image_hidden_states: `(N, Q, M)` visual tokens, where there were images.
         image_outputs: outputs of ViT and Q-Former, as [`~LorgnetteModel.get_image_features`] returns them.
     """
@@ -48,37 +44,11 @@ class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
     image_outputs: LorgnetteImageFeatures | None = None
 
     def __getitem__(self, key: Any) -> Any:
-        if key == "logits" and not torch.compiler.is_compiling():
-            _check_label_smoother(sys._getframe(1).f_locals, super().__getitem__(key).shape[-1])
-        return super().__getitem__(key)
-
-
-def _check_label_smoother(reader: dict[str, Any], vocab_size: int) -> None:
-    """Refuse what Trainer's `LabelSmoother` would get wrong: the model sees no labels where it computes the loss.
-
-    Args:
-        reader: the local variables of the function that reads the logits.
-
-    Raises:
-        ValueError: it is that one, and would compare each token's logits with that token; or has labels past the
-            vocabulary.
-    """
-    if type(reader.get("self")).__name__ != "LabelSmoother":
-        return
-    labels = reader.get("labels")
-    if isinstance(labels, torch.Tensor) and (labels >= vocab_size).any():
-        raise ValueError(
-            f"label_smoothing_factor is {reader['self'].epsilon}, and labels of the batch are on image placeholders "
-            f"(id {labels.max()}, past the vocabulary of {vocab_size}): TRL labels them in rows of messages. Give rows "
-            "of prompt and completion, LorgnetteCollator as data_collator, or no label smoothing"
-        )
-    if reader.get("shift_labels") is False:
-        raise ValueError(
-            f"label_smoothing_factor is {reader['self'].epsilon}, and Trainer would not shift the labels: it would "
-            "teach each token to predict itself, and not the next. It shifts them for models whose class it knows by "
-            "name, which torch_compile and other wrappers hide, and Seq2SeqTrainer's predict_with_generate never does: "
-            "set label_smoothing_factor to 0, or leave that out"
-        )
+        value = super().__getitem__(key)
+        if key == "logits" and IN_PACKAGE and not torch.compiler.is_compiling():
+            smoothing = from_package("assembly.label_smoothing", "")
+            smoothing.check_label_smoother(sys._getframe(1).f_locals, value.shape[-1])
+        return value
 
 
 class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixin):
@@ -134,8 +104,6 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         """A `transformers.Blip2ForConditionalGeneration`: see [`~lorgnette.assembly.blip2.convert_generation`]."""
         return from_package("assembly.blip2", "from_blip2").convert_generation(cls, source, **kwargs)
 
-    # ------------------------------------------------------------------------------------------------ parts
-
     @property
     def base_model(self) -> LorgnetteModel:
         """The model without its head, of the same parts: trainers that compute a loss of their own run it."""
@@ -157,15 +125,8 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
     disable_adapter = LorgnetteModel.disable_adapter
     add_adapter = load_adapter = LorgnetteModel.add_adapter
     _finish_loading = LorgnetteModel._finish_loading
-    _save_beside = LorgnetteModel._save_beside
-
-    def get_image_features(self, *args: Any, **kwargs: Any) -> LorgnetteImageFeatures:
-        """See [`LorgnetteModel.get_image_features`]."""
-        return self._headless.get_image_features(*args, **kwargs)
-
-    def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """See [`LorgnetteModel.get_placeholder_mask`]."""
-        return self._headless.get_placeholder_mask(*args, **kwargs)
+    get_image_features = LorgnetteModel.get_image_features
+    get_placeholder_mask = LorgnetteModel.get_placeholder_mask
 
     def load_lm_adapter(self, source: str | Path, **kwargs: Any) -> None:
         """Replace LoRA by one of peft's: see [`~lorgnette.assembly.foreign_adapters.load_lm_adapter`]."""
@@ -186,11 +147,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             from_package("assembly.adapter_sets", "set_bridge").set_bridge(self, name)
 
     def adopt_processor(self, processor: Any) -> None:
-        """Save this processor with the model, and end answers where it says.
-
-        Raises:
-            ValueError: it does not fit, see [`check_processor`].
-        """
+        """Save this processor with the model, and end answers where it says; raises what [`check_processor`] does."""
         self.check_processor(processor)
         self._processor = processor
         # a base LM knows no end of a turn, which the chat template of a processor may have
@@ -199,40 +156,12 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         self.generation_config.eos_token_id = sorted({*known, *processor.stop_token_ids})
         self.generation_config.pad_token_id = processor.tokenizer.pad_token_id
 
-    def check_processor(self, processor: Any) -> None:
-        """Check that a processor makes this model's inputs.
-
-        Raises:
-            ValueError: another placeholder or another number of them, with both; tokens past the language model's table
-                of embeddings; a Q-Former that takes instructions and a processor without its tokenizer, or the reverse.
-        """
-        for field in ("image_token_id", "num_query_tokens"):
-            ours, theirs = getattr(self.config, field), getattr(processor, field)
-            if ours != theirs:
-                raise ValueError(
-                    f"The model's {field} is {ours}, the processor's {theirs}: they do not belong together"
-                )
-        check_token_ids(processor.tokenizer, processor.image_token_id, self.get_input_embeddings().num_embeddings)
-        config, tokenizer = self.config.qformer_config, processor.qformer_tokenizer
-        if config.use_qformer_text_input != (tokenizer is not None):
-            raise ValueError(
-                f"qformer_config.use_qformer_text_input is {config.use_qformer_text_input}, and the processor has "
-                f"{'no' if tokenizer is None else 'a'} qformer_tokenizer: instructions need both"
-            )
-        if tokenizer is not None and len(tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"qformer_config.vocab_size is {config.vocab_size}, and the processor's qformer_tokenizer has "
-                f"{len(tokenizer)} tokens"
-            )
-
     def _get_name(self) -> str:
         """A causal LM's: where Trainer smooths labels, it shifts them for models of these names alone."""
         return "LlamaForCausalLM"
 
     def __repr__(self) -> str:
         return super().__repr__().replace(self._get_name(), type(self).__name__, 1)
-
-    # ------------------------------------------------------------------------------------------------ forward
 
     @can_return_tuple
     def forward(
@@ -282,33 +211,18 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             `logits_to_keep` asks for some (0 for all).
 
         Raises:
-            ValueError: placeholders and images that do not match, labels on placeholders, pictures that are not finite;
-                each names the row. Sequences that the language model cannot separate, or weights in float16 that train.
+            ValueError: with the row, for placeholders and images that do not match, labels on placeholders and pictures
+                that are not finite. Sequences that the language model cannot separate; float16 weights that train.
             ImportError: `sequence_ids` or `shared_input_ids`, and the package is not installed.
         """
         # Trainer keeps the labels, and counts them, where it computes the loss itself
         if self.training and (labels is not None or kwargs.get("num_items_in_batch") is not None):
             self.check_trainable()
-        images = {
-            "pixel_values": pixel_values,
-            "vision_features": vision_features,
-            "pixel_attention_mask": pixel_attention_mask,
-            "spatial_shapes": spatial_shapes,
-            "image_rows": image_rows,
-            "qformer_input_ids": qformer_input_ids,
-            "qformer_attention_mask": qformer_attention_mask,
-        }
+        image_inputs = (pixel_values, vision_features, pixel_attention_mask, spatial_shapes, image_rows)
+        images = dict(zip(IMAGE_INPUTS, (*image_inputs, qformer_input_ids, qformer_attention_mask)))  # noqa: B905 (compiled)
+        tokens = (input_ids, inputs_embeds, attention_mask, position_ids, one_cache(past_key_values, cache))
         inputs, features = self._headless.lm_inputs(
-            input_ids,
-            attention_mask,
-            position_ids,
-            one_cache(past_key_values, cache),
-            inputs_embeds,
-            images,
-            row_index,
-            sequence_ids,
-            labels,
-            supervised_positions,
+            *tokens, images, row_index, sequence_ids, labels, supervised_positions
         )
         lm_forward = self.language_model
         if self.training and labels is not None and can_supervise(self.language_model, kwargs):
@@ -320,19 +234,11 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
                 rows = (shared_input_ids, input_ids, attention_mask, row_index, self.config.image_token_id)
                 inputs |= prefix.shared_inputs(self.language_model, inputs | kwargs, labels, *rows)
         outputs = lm_forward(return_dict=True, **inputs | kwargs)
-        states = {
-            "hidden_states": getattr(outputs, "hidden_states", None),
-            "attentions": getattr(outputs, "attentions", None),  # Mamba has none
-            "image_hidden_states": None if features is None else features.pooler_output,
-        }
+        states = states_of(outputs, features)
         if outputs.logits is None:
-            return LorgnetteLossOutput(loss=outputs.loss, **states)
-        past = {KV_CACHE: getattr(outputs, KV_CACHE, None)}
-        return LorgnetteCausalLMOutputWithPast(
-            loss=outputs.loss, logits=outputs.logits, image_outputs=features, **states, **past
-        )
-
-    # ------------------------------------------------------------------------------------------------ generation
+            kept = ("hidden_states", "attentions", "image_hidden_states")
+            return LorgnetteLossOutput(loss=outputs.loss, **{name: states[name] for name in kept})
+        return LorgnetteCausalLMOutputWithPast(loss=outputs.loss, logits=outputs.logits, **states)
 
     @torch.no_grad()
     def generate(
@@ -366,10 +272,8 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             input_ids, kwargs = training.prompts_of(input_ids, kwargs, self.generation_config.pad_token_id)
         check_prompts(kwargs)
         if input_ids is not None and input_ids.is_floating_point():
-            raise ValueError(
-                f"generate was given {input_ids.dtype} {tuple(input_ids.shape)} in the place of input_ids, the "
-                "prompts' ids (B, S): pictures go in as pixel_values=…"
-            )
+            given = f"{input_ids.dtype} {tuple(input_ids.shape)}"
+            raise ValueError(f"generate was given {given} in the place of input_ids: pictures go in as pixel_values=…")
         configs = (generation_config, self.generation_config)
         has_images = images["pixel_values"] is not None or images["vision_features"] is not None
         check_decoding(has_images or kwargs.get("inputs_embeds") is not None, kwargs, *configs)
@@ -378,10 +282,8 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         if has_images:
             if input_ids is None and kwargs.get("inputs_embeds") is None:
                 if (mask := kwargs.get("attention_mask")) is not None:
-                    raise ValueError(
-                        f"attention_mask {tuple(mask.shape)} was given without the input_ids that it is for: give "
-                        "both, or the images alone, which are asked the processor's own query"
-                    )
+                    given = f"attention_mask {tuple(mask.shape)}"
+                    raise ValueError(f"{given} was given without the input_ids that it is for: give both")
                 input_ids, own = self._own_prompts(images)
                 images |= own
             row_index = kwargs.pop("row_index", None)
@@ -390,9 +292,8 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
 
     def _own_prompts(self, images: dict[str, torch.Tensor | None]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`(N, S)`, the processor's own query about each of N images; and the same for a Q-Former that reads it."""
-        processor = self._known_processor(
-            "give input_ids with the images' placeholders, or the model its processor: adopt_processor(…)"
-        )
+        what = "give input_ids with the images' placeholders, or the model its processor: adopt_processor(…)"
+        processor = self._known_processor(what)
         self.check_processor(processor)
         shown = next(
             images[name] for name in ("image_rows", "vision_features", "pixel_values") if images[name] is not None
@@ -422,10 +323,9 @@ LorgnetteModel.head_class = LorgnetteForConditionalGeneration
 
 
 class ImageTokenLogitsProcessor(LogitsProcessorList):
-    """Logits processors that see no placeholders: their id cannot be generated, nor be looked up in the scores.
+    """Logits processors that see no placeholders, whose id may be past the vocabulary, and cannot be generated.
 
-    The id may be past the vocabulary, where a repetition penalty's look-up would fail. In its place the processors see
-    a token that the row holds anyway, so that what they count as "already there" stays the same.
+    In their place they see a token that the row has anyway, so that what a repetition penalty counts stays the same.
     """
 
     def __init__(self, processors: LogitsProcessorList, image_token_id: int):
@@ -446,13 +346,9 @@ class ImageTokenLogitsProcessor(LogitsProcessorList):
 def _ignore_placeholder_labels(
     model: LorgnetteForConditionalGeneration, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Labels on placeholders are left out where a trainer computes the loss from states by itself.
+    """Leave labels on placeholders out where TRL computes the loss from states: it labels all of a row of messages.
 
-    TRL copies `input_ids` of rows of messages to `labels`, and calls `forward` with `fused_lm_head=True`, which it has
-    put in place of this model's. An id past the vocabulary would be looked up in the logits there.
-
-    Raises:
-        ValueError: such a call measures alone, in training: the loss came of a call without labels, and has them.
+    Raises a ValueError where such a call, in training, measures alone: then the loss was computed with these labels.
     """
     labels, input_ids = kwargs.get("labels"), kwargs.get("input_ids")
     if not kwargs.get("fused_lm_head") or labels is None or input_ids is None:
@@ -464,14 +360,10 @@ def _ignore_placeholder_labels(
     if model.training and not torch.is_grad_enabled():
         raise ValueError(
             f"{where}, and the trainer computes its loss outside of the model (label_smoothing_factor, "
-            "compute_loss_func), where they cannot be left out: give rows of prompt and completion, or "
-            "LorgnetteCollator as data_collator, which label none"
+            "compute_loss_func): give rows of prompt and completion, or LorgnetteCollator as data_collator"
         )
     logger.warning_once(
-        f"{where}: they are left out of the loss. The trainer's count of labels, by which it divides, has them: rows "
+        f"{where}: they are left out of the loss, and not of the trainer's count of labels, by which it divides. Rows "
         "of prompt and completion, or LorgnetteCollator as data_collator, have none"
     )
     return args, kwargs | {"labels": labels.masked_fill(labelled, IGNORED)}
-
-
-__all__ = ["LorgnetteCausalLMOutputWithPast", "LorgnetteForConditionalGeneration"]

@@ -25,11 +25,7 @@ from huggingface_hub.utils import filter_repo_objects
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import (
-    CONFIG_NAME,
-    PROCESSOR_NAME,
-    logging,
-)
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME, logging
 
 from ..configuration.configuration_lorgnette import CODE, IN_PACKAGE, SAVE_FORMATS, from_package
 
@@ -68,16 +64,8 @@ def keys_to_ignore_on_save(model: PreTrainedModel) -> set[str]:
     return keys_never_saved(model) | {key for key in model.state_dict() if is_backbone_key(model, key)}
 
 
-def trained_backbone_weights(model: PreTrainedModel) -> list[str]:
-    """The weights of backbones that have a gradient, and so will not be what the Hub holds."""
-    return [key for key, value in model.named_parameters() if value.requires_grad and is_backbone_key(model, key)]
-
-
 def backbone_checksums(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """A checksum of each backbone weight among the whole model's `weights`, by its name without LoRA.
-
-    Weights that are offloaded, sharded over devices or packed by a quantizer are left out: they cannot train.
-    """
+    """A checksum of each backbone weight by its name without LoRA; of none that is offloaded, sharded or packed."""
     plain = {
         without_lora(key): value.data
         for key, value in weights.items()
@@ -99,22 +87,20 @@ def changed_backbone_weights(model: PreTrainedModel, state_dict: Mapping[str, to
     Args:
         state_dict: the whole model's, where it was gathered from several devices.
     """
-    loaded = model._backbone_checksums
-    now = backbone_checksums(model, model.state_dict() if state_dict is None else state_dict) if loaded else {}
+    if not (loaded := model._backbone_checksums):
+        return []
+    now = backbone_checksums(model, model.state_dict() if state_dict is None else state_dict)
     named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
     present = {without_lora(key) for key in (*now, *(state_dict or ()), *(key for key, _ in named))}
-    gone = [key for key in loaded or () if key not in present]
-    return [key for key, checksum in now.items() if loaded.get(key) != checksum] + gone
+    changed = [key for key, checksum in now.items() if loaded.get(key) != checksum]
+    return changed + [key for key in loaded if key not in present]
 
 
 def keep_checksums(model: PreTrainedModel, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
-    """`fn` of an `nn.Module._apply` that renews the checksums of float32 weights which it casts to a narrower dtype.
-
-    A reload in that dtype has the same weights. A reload in a wider one has others, and their checksums differ.
-    """
-    checksums, keys = model._backbone_checksums, {}
-    if checksums:
-        keys = {id(value): without_lora(key) for key, value in (*model.named_parameters(), *model.named_buffers())}
+    """`fn` of an `nn.Module._apply`; weights that it narrows, as a reload in that dtype does, count as loaded."""
+    if not (checksums := model._backbone_checksums):
+        return fn
+    keys = {id(value): without_lora(key) for key, value in (*model.named_parameters(), *model.named_buffers())}
 
     def apply(tensor: torch.Tensor) -> torch.Tensor:
         result, key = fn(tensor), keys.get(id(tensor))
@@ -123,7 +109,7 @@ def keep_checksums(model: PreTrainedModel, fn: Callable[[torch.Tensor], torch.Te
             checksums[key] = _checksum(result.data)
         return result
 
-    return apply if checksums else fn
+    return apply
 
 
 def quantizer_of(model: PreTrainedModel) -> Any:
@@ -132,17 +118,7 @@ def quantizer_of(model: PreTrainedModel) -> Any:
 
 
 def resolve_save_format(model: PreTrainedModel, save_format: str | None, changed: list[str] | None = None) -> str:
-    """The format that `model` is saved in where `save_format`, or nothing, is asked for. Called before training too.
-
-    By default it is `thin` where every backbone is a Hub id with a commit, and `full` otherwise. A model that was
-    loaded merged, and has no LoRA since, is saved `merged`.
-
-    Args:
-        changed: see [`changed_backbone_weights`], which is called where this is None.
-
-    Raises:
-        ValueError: no such format; one that this model cannot be saved in, with the reason; no format holds all of it.
-    """
+    """The format of a save where `save_format`, or None, is asked for; a ValueError where it cannot hold the model."""
     if save_format is not None and save_format not in SAVE_FORMATS:
         raise ValueError(f"save_format is {save_format!r}; a model is saved as {', '.join(SAVE_FORMATS)}")
     lost = sorted(set(getattr(getattr(model, "language_model", None), "peft_config", ())) - {ADAPTER})
@@ -154,12 +130,10 @@ def resolve_save_format(model: PreTrainedModel, save_format: str | None, changed
         raise ValueError(f"This model cannot be saved thin: {obstacle}")
     if save_format == "thin" or (save_format is None and not obstacle):
         return "thin"
-    if quantizer_of(model) is not None:
-        raise ValueError(
-            f"The language model is quantised ({quantizer_of(model).quantization_config.quant_method}): only the thin "
-            "format can be saved"
-            + (f", and {obstacle}. Give from_backbones a Hub id, or no quantization_config" if obstacle else "")
-        )
+    if (quantizer := quantizer_of(model)) is not None:
+        why = f", and {obstacle}. Give from_backbones a Hub id, or no quantization_config" if obstacle else ""
+        method = quantizer.quantization_config.quant_method
+        raise ValueError(f"The language model is quantised ({method}): only the thin format can be saved{why}")
     if model.config.saved_form == "merged" and model.config.lora_config is None:
         return "merged"
     if save_format == "merged" and getattr(model.config, "lora_config", None) is None:
@@ -190,22 +164,15 @@ def why_not_thin(model: PreTrainedModel, changed: list[str]) -> str | None:
             return f"its {what} comes from a folder or from memory, not from a Hub repository at a commit"
         if not model.has_loaded_backbones:
             return f"its {what} is random, and not what {getattr(config, f'{prefix}_backbone')} holds"
-    trained = trained_backbone_weights(model)
-    if trained:
+    if trained := _trained_backbone_weights(model):
         return f"{len(trained)} weights of its backbones train ({trained[0]}, …)"
     if changed:
         return f"{len(changed)} weights of its backbones are no longer those that were loaded ({changed[0]}, …)"
     return None
 
 
-def _changed_backbones(model: PreTrainedModel, save_format: str, changed: list[str]) -> set[str]:
-    """The backbones that are no longer what the config names, which a save in this format would not show."""
-    if not model.has_loaded_backbones:
-        return set(model.backbones)
-    found = {key.split(".", 1)[0] for key in (*trained_backbone_weights(model), *changed)}
-    if model.config.saved_form == "merged" and save_format != "merged":  # there is new LoRA over what was merged
-        found.add("language_model")
-    return found
+def _trained_backbone_weights(model: PreTrainedModel) -> list[str]:
+    return [key for key, value in model.named_parameters() if value.requires_grad and is_backbone_key(model, key)]
 
 
 def save(
@@ -223,12 +190,12 @@ def save(
         warnings.warn("form= is deprecated: it is save_format= now", FutureWarning, stacklevel=3)
         form = kwargs.pop("form")
         save_format = save_format or form
-    if isinstance(model._processor, ProcessorMixin) and hasattr(model, "check_processor"):  # it may have new tokens
+    if isinstance(model._processor, ProcessorMixin):  # it may have new tokens
         model.check_processor(model._processor)
     changed = changed_backbone_weights(model, state_dict)
     save_format = resolve_save_format(model, save_format, changed)
-    for name in ("variant", "save_original_format") if save_format == "thin" else ():
-        if kwargs.pop(name, None):
+    for name in ("variant", "save_original_format"):
+        if kwargs.get(name) and save_format == "thin":
             raise ValueError(f"{name} is for the formats that transformers loads by itself, and this save is thin")
     if save_format == "full" and kwargs.get("save_original_format") and getattr(model.config, "lora_config", None):
         raise ValueError("save_original_format knows no names of weights under LoRA: save merged, or leave it out")
@@ -236,12 +203,13 @@ def save(
     with _config_and_weights(model, save_format, changed, state_dict) as arguments:
         if is_main_process:
             if IN_PACKAGE:
-                check_described = from_package("assembly.structure", "").check_described
-                check_described(model, save_format, arguments["state_dict"], ties=state_dict is None)
+                structure = from_package("assembly.structure", "")
+                structure.check_described(model, save_format, arguments["state_dict"], ties=state_dict is None)
             with atomic_directory(save_directory) as folder:
                 if model._processor is not None and not Path(save_directory, PROCESSOR_NAME).exists():
                     model._processor.save_pretrained(folder)
-                model._save_beside(folder, state_dict)
+                if IN_PACKAGE and getattr(model.config, "lora_config", None):
+                    from_package("assembly.foreign_adapters", "").save_lm_adapter(model, folder, state_dict)
                 save_pretrained(folder, **kwargs | arguments)
         else:  # takes part in gathering the weights, and writes nothing
             save_pretrained(save_directory, is_main_process=False, **kwargs | arguments)
@@ -262,11 +230,15 @@ def _config_and_weights(
         arguments of `PreTrainedModel.save_pretrained`.
     """
     config, ignored = model.config, model._keys_to_ignore_on_save
-    no_longer_named = _changed_backbones(model, save_format, changed)
+    # the backbones that are no longer what the config names
+    others = {key.split(".", 1)[0] for key in (*_trained_backbone_weights(model), *changed)}
+    if config.saved_form == "merged" and save_format != "merged":  # there is new LoRA over what was merged
+        others.add("language_model")
     model.config, model._keys_to_ignore_on_save = copy.deepcopy(config), keys_never_saved(model)
     model.config.saved_form = save_format
-    for part, (_, prefix) in ((part, BACKBONES[part]) for part in model.backbones):
-        if part in no_longer_named:
+    for part in model.backbones:
+        prefix = BACKBONES[part][1]
+        if part in others or not model.has_loaded_backbones:
             setattr(model.config, f"{prefix}_backbone", None)
             setattr(model.config, f"{prefix}_backbone_revision", None)
         # a path of this machine is not published
@@ -332,13 +304,7 @@ _PROCESSOR_FILES = (
 class BundledProcessor:
     """The files of a processor, and of code, that lie beside the weights of a loaded model: a save writes them too.
 
-    A local folder's are read at once, since Trainer deletes old checkpoints. A Hub repository's are downloaded when
-    they are needed.
-
-    Args:
-        name_or_path: Hub id or local folder.
-        model_type: which code belongs to the model.
-        hub_kwargs: `revision`, `cache_dir`, `token`, `local_files_only` of the load.
+    A local folder's are read at once, since Trainer deletes old checkpoints; a Hub repository's when they are needed.
     """
 
     def __init__(self, name_or_path: str | Path, model_type: str, **hub_kwargs: Any):
@@ -368,11 +334,7 @@ class BundledProcessor:
             Path(folder, name).write_bytes(content)
 
     def load(self) -> Any:
-        """The processor, the same object each time. Code of others that its files name is not run.
-
-        Raises:
-            OSError: the files do not make one.
-        """
+        """The processor, the same object each time; an OSError where the files make none. Their own code is not run."""
         from ..processing.processing_lorgnette import LorgnetteProcessor  # here alone: models need no processor
 
         if self._loaded is None:
@@ -382,22 +344,3 @@ class BundledProcessor:
                     raise OSError(f"No processor lies beside the weights of {self.name}")
                 self._loaded = LorgnetteProcessor.from_pretrained(folder, trust_remote_code=False)
         return self._loaded
-
-
-__all__ = [
-    "ADAPTER",
-    "BACKBONES",
-    "BundledProcessor",
-    "atomic_directory",
-    "backbone_checksums",
-    "changed_backbone_weights",
-    "is_backbone_key",
-    "keep_checksums",
-    "keys_never_saved",
-    "keys_to_ignore_on_save",
-    "quantizer_of",
-    "refuse_offloaded",
-    "resolve_save_format",
-    "save",
-    "without_lora",
-]
