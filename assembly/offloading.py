@@ -13,7 +13,7 @@ from accelerate import disk_offload, dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..modeling.modeling_loading import load_in_parts, new_vision_model, parse_dtype
+from ..modeling.modeling_loading import load_in_parts, parse_dtype, vision_model_class
 from ..modeling.modeling_saving import BACKBONES
 
 
@@ -73,7 +73,8 @@ def _is_offloading(
     if hasattr(own_config, "quantization_config"):
         quantization = own_config.quantization_config
         del own_config.quantization_config
-    build = AutoModelForCausalLM.from_config if "language_model" in cls.backbones else new_vision_model
+    has_language_model = "language_model" in cls.backbones
+    build = AutoModelForCausalLM.from_config if has_language_model else vision_model_class(own_config)._from_config
     with torch.device("meta"):
         bare = build(own_config).to(parse_dtype(config.dtype or torch.float32 if dtype in (None, "auto") else dtype))
     if isinstance(placing["device_map"], dict):

@@ -1,7 +1,4 @@
-"""`LorgnetteConfig`: a ViT, a Q-Former and a causal LM; and what the configs of both stages share.
-
-Also which source files are saved with a model, and how they ask for the package where they need it.
-"""
+"""The configs of a Q-Former and of the models around it; and which source files are saved with a model."""
 
 import importlib
 import re
@@ -50,10 +47,9 @@ MAX_QUERY_TOKENS = 2**16  # the processor writes as many placeholders per image
 
 
 def save_code(folder: str | Path, model_type: str) -> None:
-    """Write the source files of a kind of model into `folder`.
+    """Write the source files of a kind of model into `folder`: flat, as transformers loads remote code.
 
-    transformers loads remote code from one flat folder (`transformers/dynamic_module_utils.py`), so relative imports
-    are flattened. Remote code writes the files that transformers has copied beside it; a model's save adds the rest.
+    Remote code writes the files that transformers has copied beside it; a model's save adds the rest.
     """
     here = Path(__file__).parent
     for name in CODE[model_type]:
@@ -63,11 +59,7 @@ def save_code(folder: str | Path, model_type: str) -> None:
 
 
 def from_package(module: str, what: str) -> ModuleType:
-    """The module of the installed package to which code that travels with a model hands over.
-
-    Raises:
-        ImportError: lorgnette is not installed; the message names `what`.
-    """
+    """A module of the installed package; an ImportError that names `what` where there is none."""
     loaded = sys.modules.get(f"lorgnette.{module}")  # `torch.compile` traces no import
     if loaded is not None:
         return loaded
@@ -91,9 +83,6 @@ class LorgnetteQFormerConfig(PreTrainedConfig):
         use_qformer_text_input: whether there is a text half (embeddings and text feed-forward), for stage 1 and for
             instructions as InstructBLIP has them.
         dec_token_id: id of `[DEC]`, with which a text begins that is to be generated (stage 1, ITG).
-
-    Raises:
-        ValueError: two fields contradict each other, or one is out of its range.
     """
 
     model_type = "lorgnette_qformer"
@@ -143,8 +132,7 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
             train on). By default it is the ViT's `last_hidden_state`, which most pass through a final LayerNorm.
         vision_feature_select_strategy: as in `LlavaConfig`: `"full"` for all tokens (CLS, registers, patches),
             `"default"` for the patches alone.
-        vision_backbone, qformer_backbone: Hub ids of the weights, where they came from the Hub.
-        vision_backbone_revision, qformer_backbone_revision: their commits.
+        vision_backbone, qformer_backbone: Hub ids of the weights, where they came from there, with `…_revision`.
         saved_form: the save format of the folder: `"thin"` is without the backbones, `"full"` is everything,
             `"merged"` is everything with LoRA merged into the language model; None before the first save.
 
@@ -241,9 +229,6 @@ class LorgnetteConfig(LorgnetteBridgeConfig):
             follows from the id.
         lora_config: fields of `peft.LoraConfig`, or `None` for a language model without LoRA.
         text_backbone, text_backbone_revision: Hub id and commit of the LM, where it came from the Hub.
-
-    Raises:
-        ValueError: two fields contradict each other, or one is out of its range.
     """
 
     model_type = "lorgnette"

@@ -30,7 +30,6 @@ from .modeling_saving import (
 KV_CACHE = "cache" if any(field.name == "cache" for field in fields(CausalLMOutputWithPast)) else "past_key_values"
 _HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only")
 
-
 _PEFT_REFUSED = (
     "peft cannot put an adapter{name} on a whole lorgnette model: it would go to the ViT too, overwrite the trained "
     "LoRA, freeze the Q-Former and save neither of them. The language model has LoRA of its own: "
@@ -81,10 +80,7 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         return self
 
     def initialize_weights(self) -> None:
-        """As `PreTrainedModel.initialize_weights`, for each part as if it stood alone.
-
-        Otherwise transformers skips buffers that a decoder fills for its layers (Falcon-H1), as this is custom code.
-        """
+        """As `PreTrainedModel.initialize_weights`; of a part, as if it stood alone (Falcon-H1's decoder needs it)."""
         for part in self.children():
             if isinstance(part, PreTrainedModel):
                 part.initialize_weights()
@@ -108,15 +104,11 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
-        """The frozen ViT's features: `vision_feature_layer`, of all tokens or of the patches alone.
+        """The frozen ViT's features `(N, L, E)`, as `last_hidden_state`, without a graph.
 
         Args:
-            pixel_values: `(N, 3, H, W)`, or `(N, patches, values)` for SigLIP2's variable resolution.
-            pixel_attention_mask: `(N, patches)`, SigLIP2 only.
-            spatial_shapes: `(N, 2)` patches per side, SigLIP2 only.
-
-        Returns:
-            `last_hidden_state` `(N, L, E)`, without a graph; the ViT's `hidden_states` and `attentions` on request.
+            pixel_values: `(N, 3, H, W)`; or SigLIP2's variable resolution, `(N, patches, values)`, with
+                `pixel_attention_mask` `(N, patches)` and `spatial_shapes` `(N, 2)`.
         """
         config = self.config.vision_config
         layer = self.config.vision_feature_layer
@@ -186,9 +178,8 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         The backbones of a model that was saved thin are loaded from their repositories at their commits.
         `quantization_config` and `device_map` are for the language model: see [`~modeling_loading.load_in_parts`].
 
-        Raises:
-            OSError: nothing is there, or no weights.
-            ValueError: weights of a backbone are missing; with the package also what `assembly/guards.py` refuses.
+        Raises an OSError where nothing is there, or no weights; a ValueError where weights of a backbone are missing,
+        and, with the package, for what `assembly/guards.py` refuses.
         """
         name = pretrained_model_name_or_path
         with_info = kwargs.pop("output_loading_info", False)
@@ -258,12 +249,11 @@ class LorgnettePreTrainedModel(PreTrainedModel):
                 not needed. By default thin where every backbone came from the Hub and is unchanged, merged where the
                 model was loaded from a merged one, full otherwise.
 
-        Raises:
-            ValueError: a format, or keywords for one, that this model cannot be saved in, with the reason.
-            ImportError: `"merged"` without the package.
+        Raises a ValueError for a format that this model cannot be saved in, with the reason; an ImportError for
+        `"merged"` without the package.
         """
-        arguments = (save_directory, is_main_process, state_dict, push_to_hub, save_format, kwargs)
-        save(self, super().save_pretrained, *arguments)
+        kwargs |= {"is_main_process": is_main_process, "state_dict": state_dict, "push_to_hub": push_to_hub}
+        save(self, super().save_pretrained, save_directory, save_format, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """As `PreTrainedModel.push_to_hub`; with the package see [`~lorgnette.publishing.model_push.push_model`]."""

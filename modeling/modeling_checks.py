@@ -4,7 +4,7 @@ Those that a compiled model runs are operators of torch: a branch on a tensor's 
 operator is called from within it, at each step, and its Python is not traced. It returns a copy of what it has checked,
 so that nothing can be left out of the graph.
 
-An exported program has no checks: it is loaded where these operators are not, and ONNX has none such.
+An exported program has no checks, for it is loaded where these operators are not.
 """
 
 import functools

@@ -30,7 +30,7 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.configuration_lorgnette import LorgnetteConfig, from_package
 from .modeling_base import KV_CACHE, LorgnettePreTrainedModel
 from .modeling_checks import check_context, checked_placeholders
-from .modeling_loading import new_vision_model
+from .modeling_loading import vision_model_class
 from .modeling_lora import attach_lora, check_loaded_lora, disabled_lora, switch_lora
 from .modeling_loss import in_process_group
 from .modeling_qformer import LorgnetteQFormerModel
@@ -97,9 +97,6 @@ class LorgnetteModel(LorgnettePreTrainedModel):
     Args:
         config: [`LorgnetteConfig`].
         vision_model, language_model: loaded backbones whose configs are those in `config`; made anew where left out.
-
-    Raises:
-        ValueError: `config.lora_config` would train or rewrite base weights of the language model.
     """
 
     config: LorgnetteConfig
@@ -117,7 +114,9 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         super().__init__(config)
         # ahead of the ViT: transformers' common tests want the first checkpointed layer to be one that trains
         self.qformer = LorgnetteQFormerModel._from_config(config.qformer_config)
-        self.vision_model = vision_model if vision_model is not None else new_vision_model(config.vision_config)
+        if vision_model is None:
+            vision_model = vision_model_class(config.vision_config)._from_config(config.vision_config)
+        self.vision_model = vision_model
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.language_model = language_model
@@ -204,9 +203,6 @@ class LorgnetteModel(LorgnettePreTrainedModel):
             pixel_attention_mask, spatial_shapes: of SigLIP2's variable resolution.
             qformer_input_ids, qformer_attention_mask: `(N, T)` instruction for the Q-Former, one an image.
             kwargs: `output_attentions`, `output_hidden_states` of the ViT and of the Q-Former.
-
-        Raises:
-            ValueError: both or neither of `pixel_values` and `vision_features`.
         """
         if (pixel_values is None) == (vision_features is None):
             raise ValueError("Give either pixel_values or vision_features")
@@ -242,48 +238,9 @@ class LorgnetteModel(LorgnettePreTrainedModel):
             raise ValueError("Give input_ids, or inputs_embeds: the prompt, with placeholders for its images")
         table = self.get_input_embeddings()
         if self.config.image_token_id >= table.num_embeddings:
-            raise ValueError(
-                "Placeholders cannot be found in inputs_embeds: their id is past the table. Give input_ids"
-            )
+            raise ValueError("Placeholders cannot be found in inputs_embeds, as their id is past the table")
         placeholder = table(torch.tensor(self.config.image_token_id, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(-1)
-
-    def embed(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        images: Mapping[str, torch.Tensor | None],
-        row_index: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        supervised_positions: torch.Tensor | None = None,
-        sequence_ids: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, LorgnetteImageFeatures | None]:
-        """Token embeddings `(B, S, M)` with visual tokens at the placeholders, and the features of `IMAGE_INPUTS`."""
-        pictures = images["pixel_values"] if images["vision_features"] is None else images["vision_features"]
-        is_pixels = images["vision_features"] is None and pictures is not None
-        if is_pixels and images["spatial_shapes"] is None and pictures.ndim != 4:
-            raise ValueError(
-                f"pixel_values is {tuple(pictures.shape)}, and (N, 3, H, W) is needed, for one picture too"
-            )
-        mask = checked_placeholders(
-            self.get_placeholder_mask(input_ids, inputs_embeds),
-            None if pictures is None else pictures.detach(),
-            images["image_rows"],
-            row_index,
-            labels,
-            supervised_positions,
-            sequence_ids,
-            self.config.num_query_tokens,
-            self.config.image_token_id,
-        )
-        if inputs_embeds is None:
-            # replaced before the look-up: the placeholder's id may be past the end of the table
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
-        if pictures is None:
-            return inputs_embeds, None
-        features = self.get_image_features(**images)
-        visual_tokens = features.pooler_output.to(inputs_embeds)  # (N, Q, M)
-        return inputs_embeds.masked_scatter(mask.unsqueeze(-1), visual_tokens), features
 
     def _zero_visual_tokens(self) -> torch.Tensor:
         """The sum of visual tokens of zeros: under DDP a batch without images has to reach every trainable tensor."""
@@ -307,13 +264,23 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         supervised_positions: torch.Tensor | None = None,
     ) -> tuple[dict[str, Any], LorgnetteImageFeatures | None]:
         """The language model's inputs, and the features of the images in them; see [`forward`]."""
-        features = None
-        has_images = images["pixel_values"] is not None or images["vision_features"] is not None
+        features, pictures = None, images["vision_features"]
+        if pictures is None:
+            pictures, shapes = images["pixel_values"], images["spatial_shapes"]
+            if pictures is not None and pictures.ndim != 4 and shapes is None:
+                raise ValueError(f"pixel_values is {tuple(pictures.shape)}, and (N, 3, H, W) is needed")
         decoding = cache is not None and input_ids is not None and input_ids.shape[1] == 1
-        if has_images or (inputs_embeds is None and not decoding):
-            inputs_embeds, features = self.embed(
-                input_ids, inputs_embeds, images, row_index, labels, supervised_positions, sequence_ids
-            )
+        if pictures is not None or (inputs_embeds is None and not decoding):
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+            shown = (None if pictures is None else pictures.detach(), images["image_rows"])
+            numbers = (self.config.num_query_tokens, self.config.image_token_id)
+            mask = checked_placeholders(mask, *shown, row_index, labels, supervised_positions, sequence_ids, *numbers)
+            if inputs_embeds is None:  # the placeholder's id may be past the end of the table
+                inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
+            if pictures is not None:
+                features = self.get_image_features(**images)
+                visual_tokens = features.pooler_output.to(inputs_embeds)  # (N, Q, M)
+                inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), visual_tokens)
         elif inputs_embeds is None:  # one more generated token, which is no placeholder
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if self.training and features is None and in_process_group():
@@ -350,16 +317,10 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> LorgnetteModelOutputWithPast:
-        """The decoder's hidden states, `(B, S, M)`.
-
-        Args:
-            input_ids, attention_mask, pixel_values, inputs_embeds, sequence_ids, row_index: see
-                [`~LorgnetteForConditionalGeneration.forward`].
-            supervised_positions, shared_input_ids: of [`LorgnetteCollator`]'s batches; all states are computed.
-            kwargs: [`IMAGE_INPUTS`], see [`get_image_features`]; and keywords of the decoder.
+        """The decoder's hidden states, `(B, S, M)`; arguments as in [`~LorgnetteForConditionalGeneration.forward`].
 
         Raises:
-            ValueError: as in [`~LorgnetteForConditionalGeneration.forward`]; a language model without a decoder apart.
+            ValueError: as there; a language model without a decoder apart.
         """
         decoder = self.language_model.base_model
         if decoder is self.language_model:

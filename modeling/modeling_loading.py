@@ -69,10 +69,8 @@ def load_in_parts(
     Returns:
         the model in eval mode, and the loading info: `missing_keys` are weights that no file held.
 
-    Raises:
-        OSError: a backbone cannot be loaded; names it, its commit and what to do. Or `name` cannot.
-        ValueError: `quantization_config` for a model without a language model; a backbone without all its weights.
-        ImportError: `device_map` names parts or offloads one, and the package is not installed.
+    Raises an OSError for a backbone that cannot be loaded, with its commit and what to do; a ValueError for one without
+    all its weights; an ImportError where `device_map` names or offloads parts, and the package is not installed.
     """
     arguments = dict(kwargs)
     hub = {key: kwargs.pop(key) for key in _HUB if key in kwargs}
@@ -222,11 +220,6 @@ def vision_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     if type(config) not in MODEL_MAPPING:
         raise ValueError(f'transformers has no model of the kind "{config.model_type}" that stands alone: no ViT')
     return MODEL_MAPPING[type(config)]
-
-
-def new_vision_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A ViT of this config with random weights."""
-    return vision_model_class(config)._from_config(config)
 
 
 def read_vision_model(name: str | Path | None, config: PreTrainedConfig, **keywords: Any) -> PreTrainedModel:

@@ -1,8 +1,4 @@
-"""LoRA inside the language model: attached, switched on and off.
-
-peft's own functions are called. transformers' (`add_adapter`, `enable_adapters`, …) do the same and refuse, in each of
-its releases, other versions of peft.
-"""
+"""LoRA inside the language model, by peft's functions: those of transformers refuse, in each release, some of peft."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,4 @@
-"""`LorgnetteForConditionalGeneration`: a frozen ViT, a Q-Former, a linear projector and a causal LM with LoRA.
-
-`modeling_headless.py` has the data flow up to the language model's hidden states. Here are the head, the loss and
-`generate`.
+"""`LorgnetteForConditionalGeneration`: head, loss and `generate` over the decoder's states of `modeling_headless.py`.
 
 Shapes: B rows, N images of the whole batch in the order of their placeholders, S tokens, Q queries, M the LM's width.
 """
@@ -52,18 +49,12 @@ class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixin):
-    """A causal LM that reads pictures: stage 2, and use.
-
-    Build it with [`from_backbones`] or [`from_blip2`], load it with `from_pretrained`. Only the Q-Former, the projector
-    and LoRA train.
+    """A causal LM that reads pictures: stage 2, and use. Only the Q-Former, the projector and LoRA train.
 
     Args:
         config: [`LorgnetteConfig`].
         vision_model, language_model: loaded backbones whose configs are those in `config`; made anew where left out.
         headless: a model to put the head on, in place of the two.
-
-    Raises:
-        ValueError: `config.lora_config` would train or rewrite base weights of the language model.
     """
 
     config: LorgnetteConfig
@@ -189,14 +180,11 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         """Predict the next tokens.
 
         Args:
-            input_ids: `(B, S)` with `num_query_tokens` placeholders for each image.
-            attention_mask: `(B, S)`.
+            input_ids: `(B, S)` with `num_query_tokens` placeholders for each image; or `inputs_embeds` `(B, S, M)`.
             pixel_values: `(N, 3, H, W)`, the images of all rows in the order of their placeholders; or, in their place,
-                `vision_features` `(N, L, E)`, the ViT's output.
-            inputs_embeds: `(B, S, M)` in place of `input_ids`.
-            labels: `(B, S)`, -100 where nothing is to be learned.
-            pixel_attention_mask, spatial_shapes, image_rows, qformer_input_ids, qformer_attention_mask: see
+                `vision_features` `(N, L, E)`, the ViT's output. For the other inputs of images see
                 [`get_image_features`].
+            labels: `(B, S)`, -100 where nothing is to be learned.
             sequence_ids: `(B, S)` int64, of several sequences packed into a row: the one that each token belongs to,
                 numbered from 0 through the batch, and -1 for padding; in place of `attention_mask` and `position_ids`.
             supervised_positions: `(K,)` int64, where in `labels`, flat, those are that are not -100; 0 for padding.
@@ -251,15 +239,11 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
     ) -> Any:
         """As `GenerationMixin.generate`: prompt and continuation, `(B, S + new)`.
 
-        Each image is encoded once, before the loop over tokens and beams. Placeholders cannot be generated, and logits
+        Each image is encoded once, before the loop over tokens and beams. Placeholders are not generated, and logits
         processors (repetition penalty and the like) do not see them.
 
         A batch with `labels`, as `Seq2SeqTrainer(predict_with_generate=True)` gives it, is cut to its prompts, which
-        are padded on the left: S is their width. Images without `input_ids` are asked the processor's own query, each
-        in a row of its own; the processor is the one that the model was joined with or loaded beside.
-
-        Args:
-            kwargs: what `forward` reads of images, and transformers' keywords.
+        are padded on the left: S is their width. Images without `input_ids` are asked the processor's own query.
 
         Raises:
             ValueError: as in `forward`; prompts padded on the right, labels that are not one answer at the end of each
@@ -287,7 +271,9 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
                 input_ids, own = self._own_prompts(images)
                 images |= own
             row_index = kwargs.pop("row_index", None)
-            kwargs["inputs_embeds"], _ = self._headless.embed(input_ids, kwargs.get("inputs_embeds"), images, row_index)
+            tokens = (input_ids, kwargs.get("inputs_embeds"), None, None, None)
+            inputs, _ = self._headless.lm_inputs(*tokens, images, row_index, None)
+            kwargs["inputs_embeds"] = inputs["inputs_embeds"]
         return super().generate(input_ids, generation_config, **kwargs)
 
     def _own_prompts(self, images: dict[str, torch.Tensor | None]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -323,10 +309,7 @@ LorgnetteModel.head_class = LorgnetteForConditionalGeneration
 
 
 class ImageTokenLogitsProcessor(LogitsProcessorList):
-    """Logits processors that see no placeholders, whose id may be past the vocabulary, and cannot be generated.
-
-    In their place they see a token that the row has anyway, so that what a repetition penalty counts stays the same.
-    """
+    """Logits processors that see, in the place of placeholders, a token that the row has anyway; none is generated."""
 
     def __init__(self, processors: LogitsProcessorList, image_token_id: int):
         super().__init__(processors)

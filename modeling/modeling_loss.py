@@ -36,9 +36,6 @@ class LorgnetteLossOutput(ModelOutput):
 
     Reading its `logits` raises AttributeError, KeyError or IndexError, which says how to get some; `getattr(…, None)`
     is None. By number, and in a tuple, their place is the second, as it is in evaluation.
-
-    Args:
-        loss, hidden_states, attentions, image_hidden_states: see [`LorgnetteCausalLMOutputWithPast`].
     """
 
     loss: torch.Tensor | None = None
@@ -95,8 +92,7 @@ def supervised_loss(
     """What the LM's forward returns, but for logits.
 
     Args:
-        labels: `(B, S)`, -100 where nothing is to be learned.
-        supervised_positions: see [`supervised`].
+        labels, supervised_positions: see [`supervised`].
         num_items_in_batch: what the sum over positions is divided by; their number by default.
         decode: in place of the LM's decoder; it may leave out the states of first tokens, the same number in each row.
         inputs: of the decoder, `inputs_embeds` `(B, S, M)` and so on.

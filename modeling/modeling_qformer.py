@@ -219,10 +219,9 @@ class LorgnetteQFormerModel(PreTrainedModel):
         Args:
             encoder_hidden_states: `(B, L, E)` image features, or what [`project_image`] made of them; without them
                 there are no queries, and text alone.
-            encoder_attention_mask: `(B, L)`, 1 where there is an image token and 0 where there is padding.
-            input_ids: `(B, T)` text: an instruction (InstructBLIP, Dai et al. 2023, section 2.3), or stage 1's; needs
-                the text half.
-            attention_mask: `(B, T)` for `input_ids`.
+            encoder_attention_mask: `(B, L)`, 0 at padding.
+            input_ids, attention_mask: `(B, T)` text: an instruction (InstructBLIP, Dai et al. 2023, section 2.3), or
+                stage 1's.
             query_embeds: `(B or 1, Q, D)` instead of the model's own queries.
             causal_text: the text is to be generated: it may not look ahead, and the queries may not look at it.
             image_rows: `(B,)` int64, which of `(N, L, E)` image features each row looks at; row n at image n by
@@ -236,8 +235,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
 
         Raises:
             ValueError: text without a text half, a mask or `causal_text` without text, features of another width, no
-                queries for an image, neither image nor text; FlashAttention where it cannot mask: `causal_text`, or
-                padding in the image.
+                queries for an image, neither image nor text; FlashAttention with `causal_text`, or padding in an image.
         """
         # the first layer looks at the image, whatever the frequency: features, or its keys (N, heads, L, D / heads)
         image = encoder_hidden_states[0][0] if isinstance(encoder_hidden_states, list) else encoder_hidden_states

@@ -37,7 +37,7 @@ from .modeling_contrastive import (
     same_caption,
     similarities,
 )
-from .modeling_loading import new_vision_model
+from .modeling_loading import vision_model_class
 from .modeling_loss import supervised
 from .modeling_qformer import LorgnetteQFormerModel
 
@@ -123,7 +123,9 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
         super().__init__(config)
         width = config.qformer_config.hidden_size
         self.qformer = LorgnetteQFormerModel._from_config(config.qformer_config)
-        self.vision_model = vision_model if vision_model is not None else new_vision_model(config.vision_config)
+        if vision_model is None:
+            vision_model = vision_model_class(config.vision_config)._from_config(config.vision_config)
+        self.vision_model = vision_model
         if config.itc_weight:
             self.vision_projection = nn.Linear(width, config.image_text_hidden_size)
             self.text_projection = nn.Linear(width, config.image_text_hidden_size)
@@ -144,18 +146,6 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
     def from_blip2(cls, source: str | Path | PreTrainedModel, **kwargs: Any) -> "LorgnetteForImageTextRetrieval":
         """A `transformers.Blip2ForImageTextRetrieval`: see [`~lorgnette.assembly.blip2.convert_retrieval`]."""
         return from_package("assembly.blip2", "from_blip2").convert_retrieval(cls, source, **kwargs)
-
-    def check_processor(self, processor: Any) -> None:
-        """Raises ValueError for a processor of stage 2, or of other queries or more tokens than the Q-Former has."""
-        if not processor.is_stage1:
-            raise ValueError("This is no stage-1 processor: make one with text=None and qformer= (the Q-Former's BERT)")
-        ours, theirs = self.config.num_query_tokens, processor.num_query_tokens
-        if ours != theirs:
-            raise ValueError(f"The model's num_query_tokens is {ours}, the processor's {theirs}: they do not fit")
-        config, tokens = self.config.qformer_config, len(processor.qformer_tokenizer)
-        room = config.vocab_size if config.dec_token_id is None else config.dec_token_id
-        if tokens > room and processor.qformer_tokenizer.convert_tokens_to_ids("[DEC]") != config.dec_token_id:
-            raise ValueError(f"The Q-Former has room for {room} tokens; the processor's qformer_tokenizer has {tokens}")
 
     def freeze(self) -> None:
         super().freeze()

@@ -177,19 +177,16 @@ def _trained_backbone_weights(model: PreTrainedModel) -> list[str]:
 
 def save(
     model: PreTrainedModel,
-    save_pretrained: Callable[..., None],
+    save_pretrained: Callable,
     save_directory: str | Path,
-    is_main_process: bool,
-    state_dict: dict[str, torch.Tensor] | None,
-    push_to_hub: bool,
     save_format: str | None,
-    kwargs: dict[str, Any],
+    **kwargs: Any,
 ) -> None:
     """What [`~LorgnettePreTrainedModel.save_pretrained`] does; `save_pretrained` is transformers' own."""
-    if "form" in kwargs:
+    state_dict, is_main_process, push_to_hub = (kwargs.pop(n) for n in ("state_dict", "is_main_process", "push_to_hub"))
+    if form := kwargs.pop("form", None):
         warnings.warn("form= is deprecated: it is save_format= now", FutureWarning, stacklevel=3)
-        form = kwargs.pop("form")
-        save_format = save_format or form
+    save_format = save_format or form
     if isinstance(model._processor, ProcessorMixin):  # it may have new tokens
         model.check_processor(model._processor)
     changed = changed_backbone_weights(model, state_dict)
@@ -214,21 +211,15 @@ def save(
         else:  # takes part in gathering the weights, and writes nothing
             save_pretrained(save_directory, is_main_process=False, **kwargs | arguments)
     if push_to_hub:  # a push of its own: transformers' leaves out what was written before its save
-        repo_id = push_kwargs.pop("repo_id", Path(save_directory).resolve().name)
-        model.push_to_hub(
-            repo_id, save_format=save_format, state_dict=state_dict, token=kwargs.get("token"), **push_kwargs
-        )
+        push_kwargs |= {"save_format": save_format, "state_dict": state_dict, "token": kwargs.get("token")}
+        model.push_to_hub(push_kwargs.pop("repo_id", Path(save_directory).resolve().name), **push_kwargs)
 
 
 @contextmanager
 def _config_and_weights(
     model: PreTrainedModel, save_format: str, changed: list[str], state_dict: dict[str, torch.Tensor] | None
 ) -> Iterator[dict[str, Any]]:
-    """Within the block `model.config` and `_keys_to_ignore_on_save` are those of the save; its weights never change.
-
-    Yields:
-        arguments of `PreTrainedModel.save_pretrained`.
-    """
+    """Within the block `model.config` and `_keys_to_ignore_on_save` are those of the save; yields its arguments."""
     config, ignored = model.config, model._keys_to_ignore_on_save
     # the backbones that are no longer what the config names
     others = {key.split(".", 1)[0] for key in (*_trained_backbone_weights(model), *changed)}

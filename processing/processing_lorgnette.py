@@ -201,9 +201,7 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
             text: a prompt or B of them, in stage 1 the Q-Former's texts; by default [`build_prompt`]'s, one an image.
             queries: what is asked, or B of them, where `text` is left out, and for a Q-Former that reads instructions.
             timeout: seconds for the download of an image.
-            kwargs: as processors have them; truncation takes words, never placeholders. For vLLM,
-                `return_text_replacement_offsets` says where in `text` each `<image>` stands, and
-                `return_mm_token_type_ids` gives `(B, S)` with 1 at placeholders.
+            kwargs: as processors have them; truncation takes words, never placeholders.
 
         Returns:
             `input_ids`, `attention_mask` `(B, S)`; for images `pixel_values` `(N, 3, H, W)` and what else the image
@@ -251,8 +249,8 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         features = BatchFeature(features, tensor_type=text_kwargs.get("return_tensors"))
         if offsets and not self.is_stage1:
             replacement = IMAGE_TOKEN * self.num_query_tokens
-            told = [replacement_offsets(self.tokenizer, prompt, replacement) for prompt in texts]
-            features["text_replacement_offsets"] = told
+            offsets = [replacement_offsets(self.tokenizer, prompt, replacement) for prompt in texts]
+            features["text_replacement_offsets"] = offsets
         return features
 
     def _check_keywords(self, kwargs: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from ..assembly.sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteBridgeConfig, LorgnetteConfig
 from ..configuration.configuration_retrieval import LorgnetteRetrievalConfig
 from ..modeling.modeling_base import LorgnettePreTrainedModel
-from ..modeling.modeling_loading import new_vision_model
+from ..modeling.modeling_loading import vision_model_class
 from ..processing.image_loading import load_image_for
 from ..processing.prompt_encoding import error_context
 from .arguments import VisionArguments
@@ -32,7 +32,9 @@ class VisionTower(LorgnettePreTrainedModel):
 
     def __init__(self, config: LorgnetteBridgeConfig, vision_model: PreTrainedModel | None = None):
         super().__init__(config)
-        self.vision_model = vision_model if vision_model is not None else new_vision_model(config.vision_config)
+        if vision_model is None:
+            vision_model = vision_model_class(config.vision_config)._from_config(config.vision_config)
+        self.vision_model = vision_model
         self.post_init()
         self.freeze()
 

@@ -235,7 +235,8 @@ def test_noise_does_not_reach_placeholders():
     table = built.get_input_embeddings()
     table.register_forward_hook(lambda module, args, output: output + 1.0)
     images = dict.fromkeys(IMAGE_INPUTS) | {"pixel_values": batch["pixel_values"]}
-    embeds, features = built.base_model.embed(batch["input_ids"], None, images)
+    lm_inputs, features = built.base_model.lm_inputs(batch["input_ids"], None, None, None, None, images, None, None)
+    embeds = lm_inputs["inputs_embeds"]
     mask = built.get_placeholder_mask(batch["input_ids"])
     assert torch.equal(embeds[mask], features.pooler_output.flatten(0, 1))
     assert torch.equal(embeds[~mask], table.weight[batch["input_ids"][~mask]] + 1.0)
