@@ -29,7 +29,6 @@ from .modeling_saving import (
 # names, both given, its decoders read `cache` alone.
 KV_CACHE = "cache" if any(field.name == "cache" for field in fields(CausalLMOutputWithPast)) else "past_key_values"
 _HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only")
-
 _PEFT_REFUSED = (
     "peft cannot put an adapter{name} on a whole lorgnette model: it would go to the ViT too, overwrite the trained "
     "LoRA, freeze the Q-Former and save neither of them. The language model has LoRA of its own: "
