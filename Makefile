@@ -1,11 +1,11 @@
-# make demo   real backbones, real photographs, training, and a stranger who captions: about ten minutes on two CPU cores
+# make demo   real backbones, real photographs, training, and captions by a process without lorgnette: about ten minutes on two CPU cores
 # make quality-cifar, quality-emoji, …   what examples/quality measures, a row each; into results/quality and docs/quality.md
 # make test   the test suite without those tests that start many processes; make test-all: with them; make lint: the linter
 # make bench   transformers' BLIP-2 and ours on the same weights, in turn: the table of results/benchmarks
 # make growth   speed and memory over batch, image tokens, caption length and rows in the cache: plots beside it;
 #               nothing is begun after an hour; 31 GB of the temporary folder, or of ARGS="--scratch FOLDER", or less is measured
 # make conformance   transformers' own common tests, on our classes and on BLIP-2
-# make faults   commands that are killed at random moments and begun again, bad pictures, bf16 beside fp32, memory
+# make robustness   commands that are killed at random moments and begun again, bad pictures, bf16 beside fp32, memory
 # make compatibility   every LM and every ViT of the installed transformers, tiny, through all steps: docs/compatibility.md
 # make load   64 callers of a worker on this machine: right answers, memory, requests a second; three minutes
 # make docs   the pages of docs/ and the reference, from docstrings, into site/; a dead link is an error
@@ -38,7 +38,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo bench growth test test-all test-gpu clients conformance faults compatibility load matrix lint docs
+.PHONY: demo bench growth test test-all test-gpu clients conformance robustness compatibility load matrix lint docs
 .PHONY: prerequisites prerequisites-demo
 
 demo: prerequisites-demo $(VENV)/installed
@@ -65,17 +65,17 @@ growth: $(VENV)/installed
 conformance: $(VENV)/installed
 	$(BIN)/python -m conformance --cache "$(CACHE)" $(ARGS)
 
-faults: $(VENV)/installed
-	$(BIN)/python -m faults
-	$(BIN)/python -m faults.hostile --cache "$(CACHE)"
-	$(BIN)/python -m faults.numbers
-	GLIBC_TUNABLES= $(BIN)/python -m faults.memory # in small pages: one of 2 MiB is more than what is looked for
+robustness: $(VENV)/installed
+	$(BIN)/python -m robustness
+	$(BIN)/python -m robustness.hostile --cache "$(CACHE)"
+	$(BIN)/python -m robustness.numbers
+	GLIBC_TUNABLES= $(BIN)/python -m robustness.memory # in small pages: one of 2 MiB is more than what is looked for
 
 compatibility: $(VENV)/installed
-	$(BIN)/python -m faults.compatibility $(ARGS)
+	$(BIN)/python -m robustness.compatibility $(ARGS)
 
 load: $(VENV)/installed
-	$(BIN)/python -m faults.load $(ARGS)
+	$(BIN)/python -m robustness.load $(ARGS)
 
 clients: $(VENV)/installed
 	TORCH="$(if $(filter file,$(origin TORCH)),torch,$(TORCH))" $(BIN)/python -m pytest clients --cache "$(abspath $(CACHE))/clients" --log-cli-level INFO $(ARGS)

@@ -23,7 +23,7 @@ from examples.quality.steps import say
 from lorgnette.configuration.configuration_lorgnette import SAVE_FORMATS
 from lorgnette.modeling.modeling_saving import BACKBONES
 from lorgnette.publishing.export import draw, load
-from lorgnette.publishing.stranger import look
+from lorgnette.publishing.verify_export import reference_outputs
 
 
 COMMIT = "0" * 40  # of the stand-ins for the backbones' repositories
@@ -75,7 +75,7 @@ def measure(options: Options, scratch: Path) -> dict:
         model.save_pretrained(scratch / form, save_format=form)
         processor.save_pretrained(scratch / form)
     picture = str(draw(scratch / "picture.png"))
-    expected = look(model, processor, picture)["logits"]
+    expected = reference_outputs(model, processor, picture)["logits"]
     del model
 
     seconds: dict[str, list[float]] = {form: [] for form in SAVE_FORMATS}
@@ -91,7 +91,9 @@ def measure(options: Options, scratch: Path) -> dict:
                 seconds[form].append(took)
                 say(f"{form}, load {number} of {options.repeats}: {took:.2f} s")
             else:
-                apart[form] = (look(loaded.eval(), processor, picture)["logits"] - expected).abs().max().item()
+                apart[form] = (
+                    (reference_outputs(loaded.eval(), processor, picture)["logits"] - expected).abs().max().item()
+                )
             del loaded
     return {
         "forms": {

@@ -11,7 +11,7 @@ import tarfile
 from importlib.metadata import version
 from pathlib import Path
 
-from examples.sources.registry import check_sha256, whole
+from examples.sources.registry import check_sha256, scratch_directory
 
 
 PACKAGE = "transformers_tests"  # what `tests` of the distribution is called here
@@ -44,7 +44,7 @@ def common_tests(cache: Path) -> Path:
     wanted = version("transformers")
     target = cache / f"transformers-{wanted}-tests"
     if not target.exists():
-        with whole(target) as folder:
+        with scratch_directory(target) as folder:
             pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download", "--no-deps"]
             pip += ["--no-binary=:all:", "--no-build-isolation", "--dest", str(folder), f"transformers=={wanted}"]
             subprocess.run(pip, check=True, stdin=subprocess.DEVNULL)

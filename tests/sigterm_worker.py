@@ -1,4 +1,4 @@
-"""One of two processes is told to stop; both stop after the same step, and what they save is whole; see test_faults.py.
+"""One of two processes gets SIGTERM; both stop after the same step, and their save is complete; see test_robustness.py.
 
 torchrun --nproc_per_node 2 sigterm_worker.py FOLDER
 """

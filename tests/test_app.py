@@ -14,9 +14,9 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from huggingface_hub import SpaceCard
-from strangers import WITHOUT_LORGNETTE
 from tiny_inspection import STEPS, rows, train, untrained
 from tiny_training import write_backbones
+from without_lorgnette import WITHOUT_LORGNETTE
 
 from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor, cli
 from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline

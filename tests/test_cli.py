@@ -181,10 +181,10 @@ def test_serving(run, folder, monkeypatch):
         f"--bridge two={folder}/two --name one --port 0 --timeout 9 --internal-host cdn.local --api-key-env WORKER_KEY"
     )
     assert run("serve", str(folder / "one"), *options.split(), "--device", "cpu")[0] == 0
-    eyes, host, port, key = served["given"]
-    assert (list(eyes.processors), host, port, key) == (["one", "two"], "127.0.0.1", 0, "sesame")
-    assert (eyes.limits.timeout, eyes.hosts.internal, eyes.hosts.allowed) == (9.0, {"cdn.local"}, None)
-    eyes.batcher.stop()
+    engine, host, port, key = served["given"]
+    assert (list(engine.processors), host, port, key) == (["one", "two"], "127.0.0.1", 0, "sesame")
+    assert (engine.limits.timeout, engine.hosts.internal, engine.hosts.allowed) == (9.0, {"cdn.local"}, None)
+    engine.batcher.stop()
 
 
 def test_the_command_is_light_and_installed():

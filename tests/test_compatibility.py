@@ -1,4 +1,4 @@
-"""`python -m faults.compatibility`, on a few language models and ViTs; and what it does of one that fails."""
+"""`python -m robustness.compatibility`, on a few language models and ViTs; and what it does of one that fails."""
 
 import os
 import signal
@@ -7,9 +7,9 @@ import time
 import pytest
 from transformers import AutoModelForCausalLM, Emu3Config, LlamaConfig
 
-from faults import compatibility, compatibility_steps
-from faults.compatibility import LMS, VITS, Outcome, language_models, main, table, tried, vision_models
-from faults.tiny_configs import NotTinyError, tiny_model
+from robustness import compatibility, compatibility_steps
+from robustness.compatibility import LMS, VITS, Outcome, language_models, main, table, tried, vision_models
+from robustness.tiny_configs import NotTinyError, tiny_model
 
 
 def test_the_table(tmp_path, capsys):

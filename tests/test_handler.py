@@ -18,9 +18,9 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
-from strangers import WITHOUT_LORGNETTE
 from tiny import picture
 from tiny_serving import MAX_NEW_TOKENS, data_url, png, save_bridges, save_merged, serving_app
+from without_lorgnette import WITHOUT_LORGNETTE
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
 from lorgnette.assembly.endpoint import REQUIREMENTS, write_endpoint
@@ -229,13 +229,13 @@ def test_huggingface_hubs_visual_question_answering(handler, monkeypatch, tmp_pa
     [
         (
             {"prompt": "What?"},
-            "no field 'prompt' beside inputs; there are image, inputs, options, parameters, question",
+            "no field 'prompt' beside inputs, but image, inputs, options, parameters, question",
         ),
         ({"use_lora": False}, "no field 'use_lora' beside inputs"),
         ({"image": data_url()}, "image is another picture than inputs"),
         ({"question": 5}, "prompt is a int"),
         ({"question": "What?", "parameters": {"prompt": "Who?"}}, "prompt is given twice"),
-        ({"inputs": ASKED, "question": "What?"}, "no field 'question' beside inputs; there are inputs, options, par"),
+        ({"inputs": ASKED, "question": "What?"}, "no field 'question' beside inputs, but inputs, options, par"),
     ],
 )
 def test_what_stands_beside_inputs_is_not_passed_over(handler, beside, message):

@@ -79,8 +79,8 @@ def test_what_a_collator_does_wrong_is_seen_in_training(backbones, tmp_path):
     callback = InspectionCallback(training, rows(8))
     training.add_callback(callback)
     training.train()
-    assert "in_step" in {check.name for check in callback.last.failed}
-    assert any("inspection_in_step" in entry for entry in training.state.log_history)
+    assert "aligned" in {check.name for check in callback.last.failed}
+    assert any("inspection_aligned" in entry for entry in training.state.log_history)
 
 
 def test_rows_are_the_evaluation_datas_where_none_are_given(backbones, tmp_path):

@@ -185,7 +185,7 @@ class TestVision:
 
 
 class TestForward:
-    def test_soft_tokens_replace_the_placeholders_and_nothing_else(self):
+    def test_visual_tokens_replace_the_placeholders_and_nothing_else(self):
         built, batch = model(), inputs()
         with torch.no_grad():
             soft = built.get_image_features(batch["pixel_values"]).pooler_output

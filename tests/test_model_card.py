@@ -172,7 +172,7 @@ def test_figures_of_another_model_or_of_older_weights_are_refused(trained, tmp_p
         results_of(old, source)
     with pytest.raises(FileNotFoundError, match=r"There is no .*c\.json"):
         results_of(tmp_path / "c.json", source)
-    with pytest.raises(ValueError, match="tells of the model me/eyes"):  # the Hub's may be another version
+    with pytest.raises(ValueError, match="is about the model me/eyes"):  # the Hub's may be another version
         results_of(metrics_file(tmp_path / "d.json", "me/eyes"), source)
     # of data on this machine the folder's name alone
     for dataset, name in (("/data/pictures", "pictures"), (".", "a folder")):

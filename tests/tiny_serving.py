@@ -20,8 +20,8 @@ from tiny_forms import stirred
 from tiny_models import NUM_QUERY_TOKENS, QFORMER, language_model, vision_model
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
-from lorgnette.serving.eyes import Eyes, Limits
-from lorgnette.serving.hosts import Hosts
+from lorgnette.serving.allowed_hosts import AllowedHosts
+from lorgnette.serving.engine import InferenceEngine, Limits
 from lorgnette.serving.worker import build_app
 
 
@@ -47,22 +47,23 @@ def save_bridges(folder: Path) -> None:
 
 
 def save_merged(source: Path, folder: Path) -> None:
-    """One of them again, with LoRA folded into the language model."""
+    """One of them again, with LoRA merged into the language model."""
     LorgnetteForConditionalGeneration.from_pretrained(source).save_pretrained(folder, save_format="merged")
     LorgnetteProcessor.from_pretrained(source).save_pretrained(folder)
 
 
-def load(folder: Path, **limits) -> Eyes:
+def load(folder: Path, **limits) -> InferenceEngine:
     """Both bridges in one model; pictures may come from 127.0.0.1, and no other name of this machine."""
     chosen = Limits(**{"max_new_tokens": MAX_NEW_TOKENS} | limits)
-    hosts = Hosts(internal=["127.0.0.1"])
-    return Eyes.load(folder / "one", {"two": folder / "two"}, name="one", device="cpu", limits=chosen, hosts=hosts)
+    hosts = AllowedHosts(internal=["127.0.0.1"])
+    bridges = {"two": folder / "two"}
+    return InferenceEngine.load(folder / "one", bridges, name="one", device="cpu", limits=chosen, hosts=hosts)
 
 
 @contextmanager
-def serving(eyes: Eyes, api_key: str | None = None) -> Iterator[tuple[str, uvicorn.Server]]:
+def serving(engine: InferenceEngine, api_key: str | None = None) -> Iterator[tuple[str, uvicorn.Server]]:
     """A worker as `lorgnette serve` runs it, in a thread; its URL."""
-    with serving_app(build_app(eyes, api_key)) as started:
+    with serving_app(build_app(engine, api_key)) as started:
         yield started
 
 
@@ -83,16 +84,16 @@ def serving_app(app: ASGIApp) -> Iterator[tuple[str, uvicorn.Server]]:
 
 
 @contextmanager
-def held(eyes: Eyes) -> Iterator[tuple[threading.Event, threading.Semaphore]]:
+def held(engine: InferenceEngine) -> Iterator[tuple[threading.Event, threading.Semaphore]]:
     """Its model does not move before it is let go: what lets it, and what counts the batches that have begun."""
-    go, began, generate = threading.Event(), threading.Semaphore(0), eyes.batcher.model.generate
+    go, began, generate = threading.Event(), threading.Semaphore(0), engine.batcher.model.generate
 
     def wait_and_generate(*args, **kwargs):
         began.release()
         assert go.wait(60)
         return generate(*args, **kwargs)
 
-    eyes.batcher.model.generate = wait_and_generate
+    engine.batcher.model.generate = wait_and_generate
     try:
         yield go, began
     finally:

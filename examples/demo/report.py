@@ -107,7 +107,7 @@ def markdown(
         pieces: (what it is, where it came from, licence) of each backbone and of the pictures.
         commands: as they were run.
         seconds: each phase's time.
-        settings: anything else worth a line (seed, steps, the stranger's agreement …).
+        settings: anything else worth a line (seed, steps, the agreement without lorgnette …).
     """
     lines = ["# Demo report", "", f"**{verdict}.**", ""]
     lines += ["![contact sheet](contact_sheet.png)", "", "![loss](loss_curve.png)", ""]

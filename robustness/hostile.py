@@ -1,6 +1,6 @@
 """Every picture of Pillow's own tests, hundreds of them odd or broken, by processor, collator and pipeline.
 
-    python -m faults.hostile
+    python -m robustness.hostile
 
 Each file has a process of its own, forked from one that holds a tiny random model. It has to be answered each way, or
 refused with an exception that `load_image` documents, within 5 seconds and 1 GB of memory on top of what the process
@@ -26,7 +26,7 @@ from typing import Any
 from tiny_training import joined, write_backbones
 
 from examples.quality.steps import say
-from examples.sources.registry import Archive, fetch, read_members, whole
+from examples.sources.registry import Archive, fetch, read_members, scratch_directory
 from lorgnette import LorgnetteCollator, LorgnetteImageToTextPipeline
 from lorgnette.processing.image_loading import FORMATS
 
@@ -50,7 +50,7 @@ Way = Callable[[str], Any]
 
 
 def main(argv: list[str]) -> int:
-    parser = ArgumentParser(prog="python -m faults.hostile", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m robustness.hostile", description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where downloads are kept")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where table and outcomes go")
     args = parser.parse_args(argv)
@@ -86,7 +86,7 @@ def pictures(cache: Path) -> Path:
     target = cache / f"{PICTURES.name}-{PICTURES.version}-images"
     if not target.exists():
         archive = fetch(PICTURES, cache)
-        with whole(target) as folder:
+        with scratch_directory(target) as folder:
             for name, content in read_members(archive, lambda name: INSIDE in name):
                 path = folder / name.partition(INSIDE)[2]
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -194,7 +194,7 @@ class Caching(Case):
 
 
 class Exporting(Case):
-    """What the first case has trained, exported in full and tried by a stranger."""
+    """Export the first case's model in full, with the check by a process without lorgnette."""
 
     name = "export"
     title = "`hub_upload --export-dir`"
@@ -208,7 +208,7 @@ class Exporting(Case):
         folder = ".unfinished-export/export"
         written = max((path for path in seen if path.startswith(f"{folder}/")), key=seen.__getitem__)
         writing = [moment("while the export is written", seen, random, folder, written) for _ in range(self.kills - 1)]
-        return [*writing, moment("while a stranger tries it", seen, random, written, "export")]
+        return [*writing, moment("while a process without lorgnette checks it", seen, random, written, "export")]
 
     def left(self, output: Path, reference: Path, begun: int) -> Left:
         if (output / "export").exists():

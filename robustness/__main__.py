@@ -1,8 +1,8 @@
-"""Kill, begin again, compare: `python -m faults`, from the repository.
+"""Kill, restart, compare: `python -m robustness`, from the repository.
 
-Each case is a command, run once without interruption and then SIGKILLed at random moments, one process after another,
-until the last one comes to the end. Prints the tables and writes them to `results/faults.md`, with what they rest on in
-`faults.json` beside it. Exits with status 1 where a bit differs from the uninterrupted run, or something is left over.
+Each case is a command. It runs once without interruption, and then it is SIGKILLed at random moments and restarted
+until it finishes. Prints the tables and writes them to `results/robustness.md`, and the raw figures to
+`robustness.json` beside it. Exits with status 1 if a bit differs from the uninterrupted run, or a file is left over.
 """
 
 import json
@@ -29,11 +29,11 @@ ATTEMPTS = 5  # at a moment that passes before the kill arrives
 
 
 def main(argv: list[str]) -> int:
-    parser = ArgumentParser(prog="python -m faults", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m robustness", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where table and outcomes go")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="robustness-") as scratch:
         work = Path(scratch).resolve()
         write_parts(work)
         random = Random(args.seed)
@@ -41,8 +41,8 @@ def main(argv: list[str]) -> int:
     report = {"versions": {name: version(name) for name in ("transformers", "torch", "datasets")}, "seed": args.seed}
     text = table(report, outcomes)
     args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "faults.json").write_text(json.dumps(report | {"cases": outcomes}, indent=1) + "\n")
-    (args.results / "faults.md").write_text(text, encoding="utf-8")
+    (args.results / "robustness.json").write_text(json.dumps(report | {"cases": outcomes}, indent=1) + "\n")
+    (args.results / "robustness.md").write_text(text, encoding="utf-8")
     say(text)
     return 0 if all(passed(outcome) for outcome in outcomes) else 1
 

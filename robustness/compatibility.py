@@ -1,7 +1,7 @@
 """Every causal LM and every ViT of the installed transformers, tiny, through all that a model here goes through.
 
-    python -m faults.compatibility
-    python -m faults.compatibility --only llama,mamba,dinov2
+    python -m robustness.compatibility
+    python -m robustness.compatibility --only llama,mamba,dinov2
 
 Each is joined, trained for two steps, asked to continue a prompt, packed, saved merged, full and thin, and each save is
 loaded again. Writes which work, which are refused at the join and why, and which fail, to
@@ -44,7 +44,7 @@ class Running:
 
 
 def main(argv: list[str]) -> int:
-    parser = ArgumentParser(prog="python -m faults.compatibility", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m robustness.compatibility", description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="model types, with commas between them; all by default")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time, each on one thread")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for one model, before it is given up")
@@ -153,7 +153,7 @@ def table(outcomes: list[Outcome]) -> str:
     lines = [
         "# Which language models and ViTs go together with lorgnette",
         "",
-        f"Written by `python -m faults.compatibility`, with transformers {version('transformers')}, peft "
+        f"Written by `python -m robustness.compatibility`, with transformers {version('transformers')}, peft "
         f"{version('peft')} and torch {version('torch')}. Each is built tiny and random, joined, trained for two steps "
         "with LoRA, asked to continue a prompt, saved merged, full and thin, and each save loaded to the same logits. "
         "What is refused is refused at the join.",

@@ -1,4 +1,4 @@
-"""What `faults` measures: pictures one by one in processes of their own, bf16 beside fp32, memory over many steps."""
+"""What `robustness` measures: pictures in processes of their own, bf16 beside fp32, memory over many steps."""
 
 import ctypes
 import json
@@ -12,11 +12,11 @@ import torch
 import yaml
 from tiny_training import joined, pairs, write_backbones
 
-from faults import hostile, memory, numbers
-from faults.__main__ import kill_at
-from faults.killing import Moment
 from lorgnette import LorgnetteCollator
 from lorgnette.assembly.backbones import cast_parameters
+from robustness import hostile, memory, numbers
+from robustness.__main__ import kill_at
+from robustness.killing import Moment
 
 
 ANSWER = {"outcome": "answered", "message": "", "seconds": 0.1, "bytes": 2**20}

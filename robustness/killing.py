@@ -77,7 +77,7 @@ def run_and_kill(arguments: list[str], log: Path, environment: dict[str, str], w
 
 @contextmanager
 def _started(arguments: list[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen]:
-    """A process, and its end: that of its data loader workers and of an export's stranger as well."""
+    """A process; at the end it is killed with its data loader workers and an export's verification process."""
     with open(log, "w") as file:
         process = subprocess.Popen(
             [sys.executable, *arguments], stdout=file, stderr=file, env=environment, start_new_session=True

@@ -1,7 +1,7 @@
-"""Runs in a process that has never heard of lorgnette: loads a folder as a stranger would and reports what it saw.
+"""Loads a model's folder in a process without lorgnette, and reports the outputs.
 
-python stranger.py FOLDER INPUTS.safetensors OUTPUTS.json [PREFIX_OF_RESAVED_FOLDERS]
-python stranger.py STAGE_1_FOLDER INPUTS.safetensors OUTPUTS.safetensors RESAVED_FOLDER
+python load_without_lorgnette.py FOLDER INPUTS.safetensors OUTPUTS.json [PREFIX_OF_RESAVED_FOLDERS]
+python load_without_lorgnette.py STAGE_1_FOLDER INPUTS.safetensors OUTPUTS.safetensors RESAVED_FOLDER
 """
 
 import importlib.abc

@@ -1,6 +1,6 @@
 """Whether a worker under load gives each caller its own answer, loses none and keeps its memory; and how fast it is.
 
-    python -m faults.load
+    python -m robustness.load
 
 Starts `lorgnette serve` on tiny random backbones with two bridges, first one question at a time (`--max-batch 1`), then
 batched, and lets 64 callers ask for a minute each: both bridges, LoRA on and off, prompts of several lengths, pictures
@@ -225,7 +225,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     """Ask both workers; 1 where one of them did not hold."""
-    parser = ArgumentParser(prog="python -m faults.load", description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(prog="python -m robustness.load", description=__doc__.partition("\n")[0])
     parser.add_argument("--callers", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0, help="for each of the two workers")
     parser.add_argument("--output", type=Path, default=Path("results"))

@@ -20,10 +20,10 @@ from test_ddp import run_processes
 from tiny_training import joined, pairs, trainer, write_backbones, write_pairs
 from transformers import Trainer, TrainerCallback, set_seed
 
-from faults.cases import Left, Training
-from faults.comparing import differences
 from lorgnette.trainer.__main__ import main
 from lorgnette.trainer.checkpoints import checkpoint_to_resume, fault_of, train_from
+from robustness.cases import Left, Training
+from robustness.comparing import differences
 
 
 QFORMER = '{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}'
@@ -86,7 +86,7 @@ def cut_off():
 
 
 def test_the_comparison_sees_every_bit_and_no_clock(folder, tmp_path):
-    """What these tests and `make faults` rest on."""
+    """What these tests and `make robustness` rest on."""
     whole, copy = folder / "whole" / "checkpoint-4", tmp_path / "copy"
     shutil.copytree(whole, copy)
     state = json.loads((copy / "trainer_state.json").read_text())

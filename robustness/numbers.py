@@ -1,7 +1,7 @@
 """How far bf16 is from fp32, in a model's loss and logits.
 
-    python -m faults.numbers
-    python -m faults.numbers --model out/demo/model --dataset out/demo/pictures --split test
+    python -m robustness.numbers
+    python -m robustness.numbers --model out/demo/model --dataset out/demo/pictures --split test
 
 Without a model a tiny random one is measured, on noise. Prints a table and writes it to `results/numbers.md`, with the
 figures in `numbers.json` beside it. Exits with status 1 where they are further apart than [`TOLERANCE`].
@@ -54,7 +54,7 @@ WAYS = {"mixed": "fp32 weights, bf16 products (`bf16: true`)", "all": "bf16 weig
 
 
 def main(argv: list[str]) -> int:
-    parser = ArgumentParser(prog="python -m faults.numbers", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m robustness.numbers", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a saved model of stage 2: a folder")
     parser.add_argument("--dataset", help="pictures and texts for it, in any form that training takes")
     parser.add_argument("--split", default="test")

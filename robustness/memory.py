@@ -1,6 +1,6 @@
 """Whether memory grows, and whether losses stay finite, over thousands of steps and captions.
 
-    python -m faults.memory
+    python -m robustness.memory
 
 Trains both stages on tiny random backbones by `recipes/stage1.yaml` and `recipes/stage2.yaml`, in bf16, and captions
 pictures one by one, each in a process of its own: what an earlier one has freed would hide what a later one takes.
@@ -49,7 +49,7 @@ BATCHES = {"stage1": 16, "stage2": 4}  # smaller than the recipes': minutes, not
 
 
 def main(argv: list[str]) -> int:
-    parser = ArgumentParser(prog="python -m faults.memory", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m robustness.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--results", type=Path, default=Path("results"), help="where table and samples go")
     args = parser.parse_args(argv)
