@@ -257,7 +257,7 @@ def test_nothing_is_overwritten(backbones, pictures, cache, tmp_path):
     with pytest.raises(ValueError, match=f"{METADATA} cannot be read .*: write the feature cache anew"):
         load_pairs(DataArguments(dataset=str(cache)), evaluate=False, seed=0)
     (cache / METADATA).unlink()
-    with pytest.raises(FileNotFoundError, match=f"has lost its {METADATA}"):
+    with pytest.raises(FileNotFoundError, match=f"has no {METADATA}"):
         load_pairs(DataArguments(dataset=str(cache)), evaluate=False, seed=0)
 
 

@@ -146,7 +146,10 @@ class TestMessages:
             (chat("What?", [{"type": "image"}]), "has to be words"),
             (chat([{"type": "image"}], "A cat."), "1 parts .* 0 images"),
             (chat([{"type": "image"}], "A cat.", image=[tiny.picture()] * 2), "1 parts .* 2 images"),
-            (chat([{"type": "image", "image": tiny.picture()}], "A cat.", image=tiny.picture()), "in one place"),
+            (
+                chat([{"type": "image", "image": tiny.picture()}], "A cat.", image=tiny.picture()),
+                "all have to be in the messages",
+            ),
             (chat([{"type": "video"}], "A cat."), "video"),
         ],
     )
@@ -180,7 +183,7 @@ class TestBadRows:
         [
             ({"text": " "}, "'text' is empty"),
             ({"text": "\u200b"}, "'text' is '\\\\u200b', of which the tokenizer makes no tok"),  # a space of no width
-            ({"text": "the cat the cat"}, "6 tokens are more than the 5 there is room for"),
+            ({"text": "the cat the cat"}, "6 tokens are more than the maximum of 5"),
             ({"image": [tiny.picture(), tiny.picture()]}, "2 images; stage 1 learns from pairs"),
         ],
     )

@@ -236,7 +236,7 @@ def test_a_folder_that_is_no_model(trained, tmp_path):
     (tmp_path / "checkpoint-7").mkdir()
     with pytest.raises(FileNotFoundError, match=r"holds no model .* name one of its checkpoints \(checkpoint-7\)"):
         load(tmp_path)
-    with pytest.raises(ValueError, match="holds a model of type 'llama'; what is uploaded here is lorgnette"):
+    with pytest.raises(ValueError, match="holds a model of type 'llama'; supported: lorgnette"):
         load(trained.parent / "llama")
     folder = folder_of(tmp_path / "alone")
     with pytest.raises(FileNotFoundError, match=r"holds no processor_config\.json"):
@@ -366,7 +366,7 @@ def test_an_export_that_answers_otherwise_is_found_out(trained, tmp_path, monkey
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr("lorgnette.publishing.export.subprocess.run", sleep)
-    with pytest.raises(RuntimeError, match="not loaded and tried within 3600 seconds"):
+    with pytest.raises(RuntimeError, match="not loaded and checked within 3600 seconds"):
         check(model, processor, tmp_path)
 
 

@@ -164,7 +164,7 @@ def test_the_licence_is_what_the_backbones_agree_on(trained, tmp_path, monkeypat
 
 def test_figures_of_another_model_or_of_older_weights_are_refused(trained, tmp_path):
     source = trained[2]
-    with pytest.raises(ValueError, match=r"tells of the model .*other, not of"):
+    with pytest.raises(ValueError, match=r"is about the model .*other, not about"):
         results_of(metrics_file(tmp_path / "a.json", tmp_path / "other"), source)
     old = metrics_file(tmp_path / "b.json", source)
     os.utime(old, (1, 1))

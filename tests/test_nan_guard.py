@@ -53,7 +53,7 @@ def test_step_and_rows_are_named_and_no_weight_has_moved(tmp_path, value, accumu
     with pytest.raises(FloatingPointError) as caught, nan_guard(run):
         run.train()
     rows = ", ".join(map(str, seen[-1]))
-    told = f"the loss is {value} in global step 2 on rows {rows}; the weights are still those of the step before"
+    told = f"the loss is {value} in global step 2 on rows {rows}; the weights are those of the previous step"
     assert str(caught.value) == told
     assert len(seen) == accumulation + 1
     assert len(weights.after) == 1

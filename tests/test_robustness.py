@@ -265,7 +265,7 @@ def test_a_full_disk_stops_the_run_and_with_room_it_goes_on(folder, tmp_path, mo
     with pytest.raises((OSError, RuntimeError, SafetensorError)) as caught:
         main(stage2(folder, output))
     cut = output / ("checkpoint-2" if room < 1.2 else "checkpoint-4")
-    assert re.fullmatch(rf"{cut} is cut off; its disk has [\d,]+ free bytes", caught.value.__notes__[0])
+    assert re.fullmatch(rf"{cut} is incomplete; its disk has [\d,]+ free bytes", caught.value.__notes__[0])
     assert fault_of(cut) is not None
     assert fault_of(output / "checkpoint-2") is None or cut.name == "checkpoint-2"
     subprocess.run(["mount", "-o", f"remount,size={8 * size}", str(output.parent)], check=True)

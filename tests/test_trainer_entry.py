@@ -96,7 +96,7 @@ def test_a_mistake_in_the_recipe_is_one_message_and_status_2(recipe, capsys, tex
         (["--vision", "v", "--text", "t"], "dataset not given"),
         ([*BASE, "--learning_rat", "1"], "unknown option '--learning_rat' (did you mean learning_rate or qformer"),
         ([*BASE, "--config", "gone.yaml"], "cannot read the recipe gone.yaml"),
-        ([*BASE, "--model", "m"], "model 'm' is given: it has settled vision, text"),
+        ([*BASE, "--model", "m"], "model 'm' is given, which fixes vision, text"),
         ([*BASE, "--qformer_config", '{"use_qformer_text_input": true}'], "use_qformer_text_input needs qformer"),
         ([*BASE, "--lora", "r=4"], "lora is neither a mapping nor JSON"),
         ([*BASE, "--eval_strategy", "epoch"], "set eval_split, eval_dataset or eval_fraction"),
