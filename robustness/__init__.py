@@ -1,7 +1,7 @@
-"""What goes wrong on purpose: bad pictures, numbers and memory over many steps."""
+"""Robustness tests: killed runs, bad pictures, low precision, memory, load, and all architectures of transformers."""
 
 import sys
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the tiny backbones are those of the tests
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the tests' tiny backbones

@@ -214,7 +214,7 @@ def test_where_there_is_no_compiler_the_rows_say_so(tmp_path, monkeypatch):
 
 
 def test_a_side_that_does_not_compile_is_told_with_its_error_beside_the_other():
-    failed = {"theirs": compiled.told(ValueError("\nno such | operator\nand much more"))}
+    failed = {"theirs": compiled.error_cell(ValueError("\nno such | operator\nand much more"))}
     row = compiled._compared("a", 8, {"ours": [2.0, 4.0]}, failed, lambda taken: 1.0)
     row.goal = 1.5
     expected = "| a | not run: theirs, ValueError: no such / operator | ≥ 1.5: open | 2.67 |  |  |"

@@ -244,7 +244,7 @@ def test_a_folder_that_is_no_model(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "cut", ignore=shutil.ignore_patterns("checkpoint-*"))
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"cut/model\.safetensors is no whole safetensors file"):
+    with pytest.raises(ValueError, match=r"cut/model\.safetensors is not a complete safetensors file"):
         load(tmp_path / "cut")
     for content in ("[]", "{"):
         (folder / "config.json").write_text(content)

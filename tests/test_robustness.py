@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from lorgnette.trainer.__main__ import main
 from lorgnette.trainer.checkpoints import checkpoint_to_resume, fault_of, train_from
-from robustness.cases import Left, Training
+from robustness.cases import FolderState, Training
 from robustness.comparing import differences
 
 
@@ -116,20 +116,22 @@ def test_where_a_kill_fell_is_read_off_what_that_process_has_touched(folder, tmp
         time.sleep(0.05)  # more than a tick of the clock that stamps files
         return now
 
-    begun = begin()
-    assert case.left(output, reference, begun) == Left("in training, after checkpoint-4", "checkpoint-4", [])
+    started_at = begin()
+    assert case.state_after_kill(output, reference, started_at) == FolderState(
+        "in training, after checkpoint-4", "checkpoint-4", []
+    )
     (output / "checkpoint-2" / "optimizer.pt").unlink()
     fell = f"in the deletion of checkpoint-2, {count - 1} of {count} files left"
-    assert case.left(output, reference, begun) == Left(fell, "checkpoint-4", [])
-    assert case.left(output, reference, begin()).fell == "in training, after checkpoint-4"
-    begun = begin()
+    assert case.state_after_kill(output, reference, started_at) == FolderState(fell, "checkpoint-4", [])
+    assert case.state_after_kill(output, reference, begin()).fell == "in training, after checkpoint-4"
+    started_at = begin()
     (output / "checkpoint-4" / "trainer_state.json").unlink()
     fell = f"in the writing of checkpoint-4, {count - 1} of {count} files"
-    assert case.left(output, reference, begun) == Left(fell, "the start", [])
+    assert case.state_after_kill(output, reference, started_at) == FolderState(fell, "the start", [])
     shutil.copy2(reference / "checkpoint-2" / "optimizer.pt", output / "checkpoint-2")
     weights = output / "checkpoint-2" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
-    left = case.left(output, reference, begin())
+    left = case.state_after_kill(output, reference, begin())
     assert (left.whole, left.unlike) == ("checkpoint-2", ["checkpoint-2: model.safetensors"])
 
 
@@ -304,10 +306,10 @@ class Deadly(list):
 @pytest.mark.slow
 def test_a_worker_that_dies_is_an_error(folder, tmp_path):
     broken = run(folder, tmp_path / "out", rows=Deadly(pairs()), dataloader_num_workers=1)
-    begun = time.monotonic()
+    started_at = time.monotonic()
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
         go_on(broken)
-    assert time.monotonic() - begun < 300
+    assert time.monotonic() - started_at < 300
 
 
 @pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow)])

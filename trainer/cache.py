@@ -106,7 +106,7 @@ def write_cache(vision: VisionArguments, source: SourceArguments, args: CacheArg
         logger.info("%s is complete and has these settings: there is nothing left to do", folder)
         return
     if len(todo) < len(planned):
-        logger.info("%d of %d shards are whole already", len(planned) - len(todo), len(planned))
+        logger.info("%d of %d shards are complete already", len(planned) - len(todo), len(planned))
 
     datasets.disable_progress_bars()  # one for each part of each shard
     start, mine = time.monotonic(), todo[process.process_index :: process.num_processes]

@@ -28,8 +28,8 @@ from .evaluation import permutation_test, share_right
 HERE = Path(__file__).parent
 RECIPES = {"stage1": "recipes/demo-stage1.yaml", "stage2": "recipes/demo-stage2.yaml"}
 SHEET = 40  # held-out pictures that a process without lorgnette captions: the first eight of each class
-REPO_ID = "me/lorgnette-demo"  # that the export's card speaks of; nothing is uploaded
-LICENSE = "other"  # of the export: its parts have several, which the report lists
+REPO_ID = "me/lorgnette-demo"  # for the export's card; nothing is uploaded
+LICENSE = "other"  # of the export; the report lists the parts' licences
 BACKBONES = {
     "vision": (backbones.VISION, backbones.vision_folder),
     "text": (backbones.TEXT, backbones.text_folder),
@@ -38,7 +38,7 @@ BACKBONES = {
 
 
 class Stopwatch:
-    """Announces phases and keeps their times in `seconds`."""
+    """Prints phases and records their times in `seconds`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     names = ("pictures", "features", "stage1", "model", "evaluation", "export", "report")
     folders = {name: args.output / name for name in names}
     for folder in folders.values():
-        shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
     folders["report"].mkdir(parents=True)
     phase = Stopwatch()
 
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
-    """The demo's own options, and all others, which go to `lorgnette.trainer stage2`."""
+    """The demo's options, and all others for `lorgnette.trainer stage2`."""
     parser = ArgumentParser(
         prog="python -m examples.demo",
         description=__doc__,
@@ -171,13 +171,13 @@ def resolve_backbones(args: Namespace) -> tuple[dict[str, str], list[tuple[str, 
 
 
 def piece(name: str, archive: Archive) -> tuple[str, str, str]:
-    """A line of the report's table of pieces."""
+    """A line of the report's table of sources."""
     registry = {"pypi": "PyPI", "npm": "npm"}[archive.registry]
     return f"{name}: {archive.content}", f"{registry}, {archive.name} {archive.version}", archive.licence
 
 
 def caption_without_lorgnette(model_folder: Path, rows: Dataset) -> list[str]:
-    """The pipeline's answers, from another process, in another folder, in which lorgnette cannot be imported."""
+    """The pipeline's answers in a process that cannot import lorgnette, in another folder."""
     with tempfile.TemporaryDirectory() as elsewhere:
         pictures = Path(elsewhere, "pictures")
         pictures.mkdir()

@@ -1,7 +1,7 @@
 """Measure rows: `python -m examples.quality ROW …`, from the repository; `python -m examples.quality.table` shows them.
 
-A row takes real backbones and real pictures from the data set to its figures on held-out data, and leaves
-`results/quality/ROW.json` and a PNG of the losses. A row that is there already is not measured again.
+A row trains on real backbones and pictures, evaluates on held-out data, and writes `results/quality/ROW.json` and a PNG
+of the losses. A row with a result is not measured again.
 """
 
 import json
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(name: str, cache: Path, work: Path, results: Path) -> None:
-    """Trains and measures a row; writes `NAME.json` and `NAME.png` into `results`."""
+    """Train and measure a row; writes `NAME.json` and `NAME.png` into `results`."""
     row, steps = ROWS[name], Steps(work)
     sources = {part: str(folder(cache)) for part, (_, folder) in BACKBONES.items()}
     folders = take_steps(row, steps, sources, cache)
@@ -78,7 +78,7 @@ def run(name: str, cache: Path, work: Path, results: Path) -> None:
         "training": {stage: {"steps": log["global_step"], "epochs": log["epoch"]} for stage, log in logs.items()},
         "losses": {stage: losses(log["log_history"]) for stage, log in logs.items()},
         "commands": {step: done["command"] for step, done in steps.done.items()},
-        # what they read: a recipe may change after the row was measured
+        # the recipes' text, since a recipe may change later
         "recipes": {stage: recipe_of(row, stage).read_text(encoding="utf-8") for stage in stages},
         "backbones": {part: f"{a.content}: {a.registry}, {a.requirement}" for part, (a, _) in BACKBONES.items()},
         "mixed_precision": default_mixed_precision(),
@@ -97,7 +97,7 @@ def recipe_of(row: Row, stage: str) -> Path:
 
 
 def take_steps(row: Row, steps: Steps, sources: Mapping[str, str], cache: Path) -> dict[str, Path]:
-    """From the data to the answers: the folder of each step that the row has."""
+    """Run all steps from the data to the answers; returns each step's folder."""
     task, told = TASKS[row.dataset], options(row)
     folders = {}
 
