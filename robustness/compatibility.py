@@ -152,12 +152,12 @@ def counts(outcomes: list[Outcome]) -> str:
 def table(outcomes: list[Outcome]) -> str:
     """The Markdown table: a line for each model type."""
     lines = [
-        "# Which language models and ViTs go together with lorgnette",
+        "# Compatible language models and ViTs",
         "",
         f"Written by `python -m robustness.compatibility`, with transformers {version('transformers')}, peft "
         f"{version('peft')} and torch {version('torch')}. Each is built tiny and random, joined, trained for two steps "
-        "with LoRA, asked to continue a prompt, saved merged, full and thin, and each save loaded to the same logits. "
-        "What is refused is refused at the join.",
+        "with LoRA, used for generation, saved merged, full and thin, and each save loaded to the same logits. "
+        "`from_backbones` raises the refusals.",
     ]
     for kind in (LMS, VITS):
         ours = [outcome for outcome in outcomes if outcome.kind == kind]

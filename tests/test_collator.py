@@ -198,7 +198,7 @@ class TestBadRows:
         prompt, output = processor.encode_example(ROWS[1]["text"])
         limit = len(prompt) + len(output)
         LorgnetteCollator(processor, max_length=limit)(ROWS)
-        message = rf"row 1 .*: {limit} tokens are more than the maximum of {limit - 1}: {len(output)} of output, {QUERIES} for "
+        message = rf"row 1 .*: {limit} tokens are more than the maximum of {limit - 1}: {len(output)} of output, {QUERIES} "
         with pytest.raises(ValueError, match=message):
             LorgnetteCollator(processor, max_length=limit - 1)(ROWS)
         processor.tokenizer.model_max_length = limit - 1

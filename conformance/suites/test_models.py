@@ -36,7 +36,7 @@ class Common(test_modeling_common.ModelTesterMixin):
     additional_model_inputs = (
         "input_ids",
         "pixel_values",
-    )  # besides main_input_name, for mixins that make their own batch
+    )  # for mixins that make their own batch
 
     @classmethod
     def setUpClass(cls) -> None:

@@ -66,7 +66,7 @@ def score_shuffled(
 
 
 def read(folder: Path, split: str) -> Split:
-    """Features (N, L, D) and texts (N) of a split of a feature cache, without synthetic pairs, which baselines do not use."""
+    """Features (N, L, D) and texts (N) of a split of a feature cache, without synthetic pairs (not for baselines)."""
     rows, open_features = load_cache(folder, split), feature_opener(folder)
     if "synthetic" in rows.column_names:
         rows = rows.select(np.flatnonzero(~np.array(rows["synthetic"][:])), keep_in_memory=True)
