@@ -1,4 +1,4 @@
-# make demo   real backbones, real photographs, training, and captions by a process without lorgnette: about ten minutes on two CPU cores
+# make demo   real backbones and photographs, training, and captions without lorgnette: about ten minutes on two CPU cores
 # make quality-cifar, quality-emoji, …   one row of examples/quality each; into results/quality and docs/quality.md
 # make test   the test suite without the slow tests; make test-all: with them; make lint: the linter
 # make bench   transformers' BLIP-2 and ours on the same weights, alternately: the table of results/benchmarks

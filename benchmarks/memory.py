@@ -65,13 +65,13 @@ def kept(side: sides.Side, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
         "LM's layers": model.language_model.base_model,
     }
     running, found = ["LM's head, and between the parts"], dict.fromkeys(parts, 0)
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    counted = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     held = []  # keeps their addresses unique
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
+        if storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
             held.append(storage)
             found[running[-1]] = found.get(running[-1], 0) + storage.nbytes()
         return tensor

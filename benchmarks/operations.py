@@ -103,15 +103,15 @@ def vision(preset: Preset) -> float:
 
 def keys_and_values(preset: Preset) -> float:
     """Keys and values of a picture for cross-attention, and their weights' gradients; features need none."""
-    config, seen = preset.config().qformer_config, preset.config().vision_config
-    tokens = (seen.image_size // seen.patch_size) ** 2 + 1
-    return 2 * cross_attention_layers(config) * 2 * 2 * tokens * seen.hidden_size * config.hidden_size
+    config, vision_config = preset.config().qformer_config, preset.config().vision_config
+    tokens = (vision_config.image_size // vision_config.patch_size) ** 2 + 1
+    return 2 * cross_attention_layers(config) * 2 * 2 * tokens * vision_config.hidden_size * config.hidden_size
 
 
 def reading(preset: Preset, queries: int = 0, words: int = 0) -> float:
     """A forward and backward pass of the Q-Former, without the above."""
-    config, seen = preset.config().qformer_config, preset.config().vision_config
-    width, tokens = config.hidden_size, (seen.image_size // seen.patch_size) ** 2 + 1
+    config, vision_config = preset.config().qformer_config, preset.config().vision_config
+    width, tokens = config.hidden_size, (vision_config.image_size // vision_config.patch_size) ** 2 + 1
     layer = 2 * (queries + words) * (4 * width**2 + 2 * width * config.intermediate_size)
     layer += attention(queries + words, queries + words, width)
     looking = 2 * queries * 2 * width**2 + attention(queries, tokens, width)

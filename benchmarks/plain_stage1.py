@@ -130,8 +130,10 @@ class PlainStage1(nn.Module):
         """States `(B, T, D)` of a causal text that attends to the queries' keys and values."""
         qformer, attending = self.blip2.qformer, nn.functional.scaled_dot_product_attention
         states = qformer.dropout(qformer.layernorm(self.blip2.embeddings(input_ids=ids)))
-        seen = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril() & (mask[:, None] > 0)
-        seen = nn.functional.pad(seen, (kept[0].shape[1], 0), value=True)[:, None]  # (B, 1, T, Q + T)
+        visible = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril() & (
+            mask[:, None] > 0
+        )
+        visible = nn.functional.pad(visible, (kept[0].shape[1], 0), value=True)[:, None]  # (B, 1, T, Q + T)
         for layer, keys, values in zip(qformer.encoder.layer, kept[::2], kept[1::2], strict=True):
             attention = layer.attention.attention
             query, key, value = (
@@ -143,7 +145,7 @@ class PlainStage1(nn.Module):
                 )
             )
             dropout = attention.attention_dropout if self.training else 0.0
-            attended = attending(query, key, value, attn_mask=seen, dropout_p=dropout).transpose(1, 2).flatten(2)
+            attended = attending(query, key, value, attn_mask=visible, dropout_p=dropout).transpose(1, 2).flatten(2)
             states = layer.feed_forward_chunk(layer.attention.output(attended, states))
         return states
 
@@ -151,7 +153,7 @@ class PlainStage1(nn.Module):
         """The same in one pass with the queries, which do not attend to the text."""
         queries = self.blip2.query_tokens.shape[1]
         length = queries + ids.shape[1]
-        seen = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-        seen[:, :queries] = True
-        seen = seen & nn.functional.pad(mask > 0, (queries, 0), value=True)[:, None]
-        return self._both(features, ids, seen[:, None])[:, queries:]
+        visible = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        visible[:, :queries] = True
+        visible = visible & nn.functional.pad(mask > 0, (queries, 0), value=True)[:, None]
+        return self._both(features, ids, visible[:, None])[:, queries:]

@@ -88,8 +88,8 @@ def processor(preset: Preset, chat: bool = False) -> LorgnetteProcessor:
     )
     prompt: dict[str, str] = {"query": "", "chat_template": BLIP2_TEMPLATE}
     if chat:
-        said = {"system_prompt": words()[:SYSTEM_WORDS], "query": words()[:QUERY_WORDS]}
-        prompt = {name: " ".join(part) for name, part in said.items()} | {"chat_template": CHAT_TEMPLATE}
+        texts = {"system_prompt": words()[:SYSTEM_WORDS], "query": words()[:QUERY_WORDS]}
+        prompt = {name: " ".join(part) for name, part in texts.items()} | {"chat_template": CHAT_TEMPLATE}
     return LorgnetteProcessor(image_processor(preset), tokenizer, num_query_tokens=preset.num_query_tokens, **prompt)
 
 

@@ -106,10 +106,10 @@ def check_equal(theirs: Side, ours: Side, rows: Sequence[dict[str, Any]]) -> dic
     for side in (theirs, ours):
         side.model.eval()
     with torch.no_grad():
-        seen = {"vision_features": ours.model.get_vision_features(batch["pixel_values"]).last_hidden_state}
+        cached = {"vision_features": ours.model.get_vision_features(batch["pixel_values"]).last_hidden_state}
         expected = theirs.model(**batch).logits
         words = {name: tensor for name, tensor in batch.items() if name != "pixel_values"}
-        found = {"pictures": ours.model(**batch).logits, "features": ours.model(**words, **seen).logits}
+        found = {"pictures": ours.model(**batch).logits, "features": ours.model(**words, **cached).logits}
     real = batch["attention_mask"].bool()  # padding positions do not matter
     apart = {name: (logits - expected)[real].abs().max().item() for name, logits in found.items()}
     if not max(apart.values()) <= TOLERANCE:

@@ -30,7 +30,7 @@ def build_app(engine: InferenceEngine, api_key: str | None = None) -> FastAPI:
     Args:
         api_key: the key that callers send as `Authorization: Bearer …`; None requires no key.
     """
-    limits, metrics, started = engine.limits, engine.metrics, int(time.time())
+    limits, metrics, created = engine.limits, engine.metrics, int(time.time())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -79,7 +79,7 @@ def build_app(engine: InferenceEngine, api_key: str | None = None) -> FastAPI:
         choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
         return JSONResponse({**common, "object": "chat.completion", "choices": [choice], "usage": answer.usage})
 
-    kind = {"object": "model", "created": started, "owned_by": "lorgnette"}
+    kind = {"object": "model", "created": created, "owned_by": "lorgnette"}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -198,7 +198,10 @@ class TestBadRows:
         prompt, output = processor.encode_example(ROWS[1]["text"])
         limit = len(prompt) + len(output)
         LorgnetteCollator(processor, max_length=limit)(ROWS)
-        message = rf"row 1 .*: {limit} tokens are more than the maximum of {limit - 1}: {len(output)} of output, {QUERIES} "
+        message = (
+            rf"row 1 .*: {limit} tokens are more than the maximum of {limit - 1}: "
+            rf"{len(output)} of output, {QUERIES} for images"
+        )
         with pytest.raises(ValueError, match=message):
             LorgnetteCollator(processor, max_length=limit - 1)(ROWS)
         processor.tokenizer.model_max_length = limit - 1

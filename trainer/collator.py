@@ -264,9 +264,9 @@ class LorgnetteCollator:
         """How many tokens several prompts all begin with: before the first placeholder, and not all of any."""
         if len(prompts) == 1:
             return 0
-        places = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+        columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
         image = self.processor.image_token_id
-        return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1 and ids[0] != image, places))
+        return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1 and ids[0] != image, columns))
 
     def _load(self, image: Any) -> Image.Image:
         """A picture that the batch has several times is loaded once."""

@@ -47,13 +47,13 @@ def generate_texts(
             )  # longest first, so that a lack of memory shows at once
             answers = [""] * len(read)
             for start in range(0, len(read), batch_size):
-                places = order[start : start + batch_size]
-                prompts = collator.prompts([read[place] for place in places])
+                rows_of_batch = order[start : start + batch_size]
+                prompts = collator.prompts([read[row] for row in rows_of_batch])
                 inputs = {name: tensor.to(model.device) for name, tensor in prompts.items()}
                 ids = model.generate(**inputs, **keywords)  # (B, S + new)
                 new = ids[:, inputs["input_ids"].shape[1] :]
                 for place, answer in zip(
-                    places, collator.processor.batch_decode(new, skip_special_tokens=True), strict=True
+                    rows_of_batch, collator.processor.batch_decode(new, skip_special_tokens=True), strict=True
                 ):
                     answers[place] = answer.strip()
             yield from zip(read, answers, strict=True)

@@ -237,11 +237,13 @@ def text_metrics(names: Sequence[str]) -> dict[str, TextMetric]:
     Raises:
         ValueError: none named, one twice, an unknown name, or `recall`, which ranks scores; with those there are.
     """
-    known = [name for name, metric in METRICS.items() if issubclass(metric, TextMetric)]
+    text_metric_names = [name for name, metric in METRICS.items() if issubclass(metric, TextMetric)]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"metrics is {list(names)}; one or more different ones are needed of {', '.join(known)}")
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{unknown[0]!r} is no metric of generated texts; these are: {', '.join(known)}")
+        raise ValueError(
+            f"metrics is {list(names)}; one or more different ones are needed of {', '.join(text_metric_names)}"
+        )
+    if unknown := [name for name in names if name not in text_metric_names]:
+        raise ValueError(f"{unknown[0]!r} is no metric of generated texts; these are: {', '.join(text_metric_names)}")
     return {name: METRICS[name]() for name in names}
 
 

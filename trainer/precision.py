@@ -18,8 +18,8 @@ def default_mixed_precision(device: torch.device | None = None) -> str:
         device: by default the accelerator, or the CPU.
     """
     if device is None:
-        there = torch.accelerator.is_available()
-        device = torch.accelerator.current_accelerator() if there else torch.device("cpu")
+        has_accelerator = torch.accelerator.is_available()
+        device = torch.accelerator.current_accelerator() if has_accelerator else torch.device("cpu")
     return launched_mixed_precision() or ("bf16" if has_bf16_hardware(device) else "no")
 
 

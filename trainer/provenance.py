@@ -18,14 +18,14 @@ def hub_dataset(args: SourceArguments) -> dict[str, str | None]:
         `dataset_id`, `dataset_config` and `dataset_revision`, all None for local data.
     """
     fields = ("dataset", "dataset_config", "dataset_revision")
-    said = {name: getattr(args, name) for name in fields}
+    source = {name: getattr(args, name) for name in fields}
     if is_cache(args.dataset):
         metadata = read_metadata(args.dataset)
-        said = {name: metadata[name] for name in fields}
-    path = Path(said.pop("dataset")).expanduser()
+        source = {name: metadata[name] for name in fields}
+    path = Path(source.pop("dataset")).expanduser()
     if path.exists() or path.is_absolute():
         return {"dataset_id": None, "dataset_config": None, "dataset_revision": None}
-    return {"dataset_id": path.as_posix(), **said}
+    return {"dataset_id": path.as_posix(), **source}
 
 
 def write_training_data(folder: str | Path, args: SourceArguments, split: str, rows: int | None) -> None:

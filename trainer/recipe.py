@@ -109,6 +109,6 @@ def _accepts(hint: Any, kind: type) -> bool:
     return (typing.get_origin(hint) or hint) is kind
 
 
-def _did_you_mean(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
+def _did_you_mean(name: str, existing: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, existing, n=3)
     return f" (did you mean {' or '.join(close)}?)" if close else ""

@@ -87,10 +87,10 @@ class Generation(Common, TrainingTesterMixin):
 class OurGeneration(Ours, Generation):
     def test_causal_lm_loss_honors_shift_labels(self) -> None:
         words = {name: value[:, QUERIES:] for name, value in self.model_tester.inputs().items() if value.dim() == 2}
-        known = {self.model_tester.get_config().model_type: self.model_tester.model_class.__name__}
+        mapping = {self.model_tester.get_config().model_type: self.model_tester.model_class.__name__}
         with (
             mock.patch.object(self.model_tester, "inputs", return_value=words),
-            mock.patch.dict(test_modeling_common.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, known),
+            mock.patch.dict(test_modeling_common.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, mapping),
         ):
             super().test_causal_lm_loss_honors_shift_labels()
 

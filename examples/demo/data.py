@@ -20,10 +20,10 @@ def build(cache: Path, folder: Path) -> DatasetDict:
     first training batch, the held-out ones from its test batch.
     """
     training, held_out = cifar.read(cache)
-    known = balanced(training[1], TRAIN + VALIDATION)  # (classes, TRAIN + VALIDATION)
+    indices = balanced(training[1], TRAIN + VALIDATION)  # (classes, TRAIN + VALIDATION)
     splits = DatasetDict(
-        train=_rows(*training, known[:, :TRAIN]),
-        validation=_rows(*training, known[:, TRAIN:]),
+        train=_rows(*training, indices[:, :TRAIN]),
+        validation=_rows(*training, indices[:, TRAIN:]),
         test=_rows(*held_out, balanced(held_out[1], HELD_OUT)),
     )
     splits.save_to_disk(folder)

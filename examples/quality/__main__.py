@@ -98,7 +98,7 @@ def recipe_of(row: Row, stage: str) -> Path:
 
 def take_steps(row: Row, steps: Steps, sources: Mapping[str, str], cache: Path) -> dict[str, Path]:
     """Run all steps from the data to the answers; returns each step's folder."""
-    task, told = TASKS[row.dataset], options(row)
+    task, stage_options = TASKS[row.dataset], options(row)
     folders = {}
 
     def step(name: str, command: list[str]) -> str:
@@ -117,7 +117,7 @@ def take_steps(row: Row, steps: Steps, sources: Mapping[str, str], cache: Path) 
     for stage, text in (("stage1", []), ("stage2", ["--text", sources["text"]])):
         if stage == "stage2" or row.stage1:
             command = ["lorgnette.trainer", stage, "--config", str(recipe_of(row, stage))]
-            command += [*vision, *text, "--qformer", qformer, "--dataset", features, *told[stage]]
+            command += [*vision, *text, "--qformer", qformer, "--dataset", features, *stage_options[stage]]
             qformer = step(stage, command)
 
     for split in task.tests:

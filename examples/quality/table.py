@@ -43,7 +43,7 @@ def different(row: Row) -> str:
     """A row's difference from its data set's headline, as text."""
     headline = HEADLINES[row.dataset]
     layer = "the ViT's last layer" if row.layer is None else f"the ViT's layer {row.layer}"
-    said = {
+    descriptions = {
         "stage1": f"no stage 1; the Q-Former at {FRESH_QFORMER_LR}",
         "lora": "no LoRA",
         "queries": f"{row.queries} queries",
@@ -51,7 +51,7 @@ def different(row: Row) -> str:
         "synthetic": "made-up pairs added",
         "seed": f"seed {row.seed}",
     }
-    changed = [words for name, words in said.items() if getattr(row, name) != getattr(headline, name)]
+    changed = [words for name, words in descriptions.items() if getattr(row, name) != getattr(headline, name)]
     return ", ".join(changed) or f"{row.queries} queries, {layer}, seed {row.seed}"
 
 
