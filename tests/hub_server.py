@@ -172,16 +172,16 @@ def _routes(hub: Hub) -> FastAPI:
         repo_id = f"{wish.get('organization') or user}/{wish['name']}"
         if repo_id.split("/")[0] != user:
             raise HTTPException(403, f"You don't have the rights to create a model under {repo_id.split('/')[0]}")
-        told = {"url": f"{hub.url}/{repo_id}", "name": repo_id, "id": repo_id}
+        reply = {"url": f"{hub.url}/{repo_id}", "name": repo_id, "id": repo_id}
         with hub.lock:
             if repo_id in hub.repos:
-                return JSONResponse({"error": "You already created this model repo", **told}, 409)
+                return JSONResponse({"error": "You already created this model repo", **reply}, 409)
             if len(hub.repos) >= MAX_REPOS:
                 raise HTTPException(429, f"at most {MAX_REPOS} repositories")
             hub.repos[repo_id] = Repository(private=wish.get("visibility") == "private" or bool(wish.get("private")))
             attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES)
             hub.repos[repo_id].commit("main", {".gitattributes": Blob(attributes.encode(), False)}, "initial commit")
-        return JSONResponse(told)
+        return JSONResponse(reply)
 
     @app.delete("/api/repos/delete")
     async def delete(request: Request) -> dict:
@@ -219,10 +219,10 @@ def _routes(hub: Hub) -> FastAPI:
     # ------------------------------------------------------------------------------------------------ reading
 
     def entry(path: str, blob: Blob) -> dict[str, Any]:
-        told = {"type": "file", "path": path, "size": len(blob.content), "oid": blob.oid}
+        reply = {"type": "file", "path": path, "size": len(blob.content), "oid": blob.oid}
         if blob.lfs:
-            told["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": len(blob.pointer)}
-        return told
+            reply["lfs"] = {"oid": blob.sha256, "size": len(blob.content), "pointerSize": len(blob.pointer)}
+        return reply
 
     @app.get(api + "/tree/{revision}")
     @app.get(api + "/tree/{revision}/{folder:path}")
@@ -240,7 +240,7 @@ def _routes(hub: Hub) -> FastAPI:
                 entries[parent] = {"type": "directory", "path": parent, "size": 0, "oid": oid}
             entries[path] = entry(path, blob)
         if request.query_params.get("recursive", "false").lower() != "true":
-            entries = {path: told for path, told in entries.items() if path.count("/") == depth}
+            entries = {path: reply for path, reply in entries.items() if path.count("/") == depth}
         start, listed = int(request.query_params.get("cursor", 0)), list(entries.values())
         headers = {}
         if start + PAGE < len(listed):
@@ -303,15 +303,15 @@ def _routes(hub: Hub) -> FastAPI:
     @app.post(repo + ".git/info/lfs/objects/batch")
     async def batch(namespace: str, name: str, request: Request) -> dict:
         hub.repo(f"{namespace}/{name}", _token(request), write=True)
-        told = []
+        reply = []
         for wanted in json.loads(await body(request))["objects"]:
             oid = wanted["oid"]
-            told.append({"oid": oid, "size": wanted["size"], "authenticated": True})
+            reply.append({"oid": oid, "size": wanted["size"], "authenticated": True})
             if oid not in hub.objects:
                 actions = {"upload": {"href": f"{hub.url}/lfs/{oid}"}}
                 actions["verify"] = {"href": f"{hub.url}/{namespace}/{name}.git/info/lfs/verify"}
-                told[-1]["actions"] = actions
-        return {"transfer": "basic", "objects": told}
+                reply[-1]["actions"] = actions
+        return {"transfer": "basic", "objects": reply}
 
     @app.put("/lfs/{oid}")
     async def put(oid: str, request: Request) -> dict:
@@ -334,8 +334,8 @@ def _routes(hub: Hub) -> FastAPI:
     @app.post(repo + ".git/info/lfs/verify")
     async def verify(namespace: str, name: str, request: Request) -> dict:
         hub.repo(f"{namespace}/{name}", _token(request), write=True)
-        told = json.loads(await body(request))
-        if len(hub.objects.get(told["oid"], b"")) != told["size"]:
+        reply = json.loads(await body(request))
+        if len(hub.objects.get(reply["oid"], b"")) != reply["size"]:
             raise HTTPException(404, "There is no such object")
         return {}
 

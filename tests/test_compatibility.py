@@ -39,10 +39,10 @@ IN_WORDS = {
 
 def test_what_is_not_tried_or_needs_more_says_so_in_words(tmp_path):
     output = tmp_path / "compatibility.md"
-    known = sorted(IN_WORDS.keys() & {model_type for _, model_type, _ in [*language_models(), *vision_models()]})
-    assert main(["--only", ",".join(known), "--output", str(output)]) == 0
+    existing = sorted(IN_WORDS.keys() & {model_type for _, model_type, _ in [*language_models(), *vision_models()]})
+    assert main(["--only", ",".join(existing), "--output", str(output)]) == 0
     lines = {line.split("`")[1]: line for line in output.read_text(encoding="utf-8").splitlines() if "| `" in line}
-    assert sorted(lines) == known
+    assert sorted(lines) == existing
     assert [line for model_type, line in lines.items() if IN_WORDS[model_type] not in line] == []
 
 

@@ -114,9 +114,9 @@ def test_from_beginning_to_end_on_tiny_parts(tmp_path, monkeypatch, capfd):
     out = tmp_path / "out"
     options = ["--cache", tmp_path, "--output", out, "--vision", vision, "--text", text, "--qformer", tmp_path / "bert"]
     assert demo.main([*map(str, options), "--max_steps", "2"]) == 1
-    told = capfd.readouterr().out
-    assert "the answers without lorgnette equal the evaluation's on 40 of 40 pictures" in told
-    assert "FAILED: at least twice the shuffled exact match" in told.splitlines()[-1]
+    output = capfd.readouterr().out
+    assert "the answers without lorgnette equal the evaluation's on 40 of 40 pictures" in output
+    assert "FAILED: at least twice the shuffled exact match" in output.splitlines()[-1]
     assert {path.name for path in (out / "report").iterdir()} == {"report.md", "contact_sheet.png", "loss_curve.png"}
     assert "steps" in (out / "report" / "report.md").read_text()
     assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in (out / "export").iterdir()}

@@ -325,8 +325,8 @@ def test_arguments_of_from_pretrained_reach_all_parts(hub, tmp_path, config):
 def test_a_device_map_places_whole_parts(hub, tmp_path, form):
     joined().save_pretrained(tmp_path / form, save_format=form)
     loaded = load(tmp_path / form, device_map={"language_model": "cpu", "vision_model": "meta", "projector": "cpu"})
-    places = {key.split(".", 1)[0]: parameter.device.type for key, parameter in loaded.named_parameters()}
-    assert places == {"language_model": "cpu", "vision_model": "meta", "qformer": "cpu", "projector": "cpu"}
+    devices = {key.split(".", 1)[0]: parameter.device.type for key, parameter in loaded.named_parameters()}
+    assert devices == {"language_model": "cpu", "vision_model": "meta", "qformer": "cpu", "projector": "cpu"}
     with pytest.raises(ValueError, match="device_map names vision_model, and not language_model"):
         load(tmp_path / form, device_map={"vision_model": "cpu"})
     with pytest.raises(ValueError, match="qformer lies beside language_model; here on meta and cpu"):

@@ -346,10 +346,10 @@ def test_what_only_looks_like_a_path_is_published(tmp_path):
 
 def test_an_export_that_answers_otherwise_is_found_out(trained, tmp_path, monkeypatch):
     model, processor = load(trained)
-    seen = reference_outputs(model, processor, str(draw(tmp_path / "picture.png")))
+    outputs_file = reference_outputs(model, processor, str(draw(tmp_path / "picture.png")))
 
     def without_package(command, **_):
-        save_file({"logits": seen["logits"] + 1e-3}, command[-1])
+        save_file({"logits": outputs_file["logits"] + 1e-3}, command[-1])
         return type("Finished", (), {"returncode": 0})
 
     monkeypatch.setattr("lorgnette.publishing.export.subprocess.run", without_package)
@@ -382,8 +382,8 @@ def test_a_new_version_replaces_what_was_loaded_and_another_model_is_refused(hub
         (first / name).parent.mkdir()
         (first / name).write_text("{}")
     pushes = [(first, {}), (second, {}), (other, {}), (other, {"replace": True})]
-    told = json.dumps([(str(folder), options) for folder, options in pushes])
-    done = run_client(hub, tmp_path / "me", "-c", PUSHES, "me/versions", told)
+    pushes_json = json.dumps([(str(folder), options) for folder, options in pushes])
+    done = run_client(hub, tmp_path / "me", "-c", PUSHES, "me/versions", pushes_json)
     assert done.returncode == 0, done.stderr[-3000:]
     states = [set(files) for files in hub.repos["me/versions"].commits.values()]
     kept = {".gitattributes", "README.md", "config.json", "model.safetensors", "modeling_new.py"}

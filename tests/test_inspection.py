@@ -317,10 +317,10 @@ def test_the_report_is_one_file_and_says_what_was_found(spoilt, tmp_path):
     assert "url(" not in text
     assert "<b>mine</b>" not in text
     assert "model.freeze()" in text
-    told = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert told["passed"] is False
-    assert {check["name"]: check["passed"] for check in told["checks"]}["trainable"] is False
-    assert len(told["looks"][0]["queries"][0]) == 4
+    result = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert result["passed"] is False
+    assert {check["name"]: check["passed"] for check in result["checks"]}["trainable"] is False
+    assert len(result["looks"][0]["queries"][0]) == 4
 
 
 def test_a_model_with_a_nan_in_it_is_reported_on(spoilt, tmp_path):

@@ -57,11 +57,11 @@ def hub_cards(monkeypatch, folder: Path, **licenses: str | None) -> None:
     """Lets each backbone's card on the Hub say this licence."""
 
     def download(name: str, filename: str, revision: str | None = None) -> str:
-        part = next(part for part, known in BACKBONES.items() if known == name)
+        part = next(part for part, key in BACKBONES.items() if key == name)
         assert (filename, revision) == ("README.md", part[0] * 40)
-        said = licenses[part]
+        license_id = licenses[part]
         card = folder / f"{part}.md"
-        card.write_text(f"---\n{f'license: {said}' if said else 'tags: [x]'}\n---\nA card.")
+        card.write_text(f"---\n{f'license: {license_id}' if license_id else 'tags: [x]'}\n---\nA card.")
         return str(card)
 
     monkeypatch.setattr("lorgnette.assembly.card_metadata.hf_hub_download", download)
@@ -207,8 +207,8 @@ def test_training_arguments_are_read_without_running_anything_of_them(tmp_path):
     )
     arguments.trap = Trap(tmp_path / "sprung")
     torch.save(arguments, tmp_path / "training_args.bin")
-    told = training_of(tmp_path)
-    assert (told["learning rate"], told["seed"], told["mixed precision"]) == ("0.0003", "20261123", "none")
+    facts = training_of(tmp_path)
+    assert (facts["learning rate"], facts["seed"], facts["mixed precision"]) == ("0.0003", "20261123", "none")
     assert not (tmp_path / "sprung").exists()
 
 

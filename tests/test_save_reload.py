@@ -212,11 +212,11 @@ def test_a_stage1_folder(tmp_path):
     save_file(batch, tmp_path / "inputs.safetensors")
     folder = tmp_path / "a.b-1"
     for turn in ("first", "again"):
-        seen, resaved = tmp_path / f"{turn}.safetensors", tmp_path / f"resaved.{turn}"
-        run_without_lorgnette([folder, tmp_path / "inputs.safetensors", seen, resaved], tmp_path)
-        told = load_file(seen)
-        assert torch.equal(told["logits"], stage1(**batch).logits_per_image)
-        assert torch.equal(told["scores"], stage1.retrieve(images, texts, rerank=1))
+        recorded, resaved = tmp_path / f"{turn}.safetensors", tmp_path / f"resaved.{turn}"
+        run_without_lorgnette([folder, tmp_path / "inputs.safetensors", recorded, resaved], tmp_path)
+        outputs = load_file(recorded)
+        assert torch.equal(outputs["logits"], stage1(**batch).logits_per_image)
+        assert torch.equal(outputs["scores"], stage1.retrieve(images, texts, rerank=1))
         folder = resaved
 
 

@@ -231,10 +231,10 @@ def test_two_recipes_from_pictures_to_words(tmp_path, recipe, monkeypatch):
     )
     renamed.save_to_disk(tmp_path / "renamed")
     renamed = {"dataset": str(tmp_path / "renamed"), "output_dir": str(tmp_path / "found"), "split": "train"}
-    told = retrieval.measure(
+    report = retrieval.measure(
         retrieval.RetrievalArguments(model=str(tmp_path / "stage1"), batch_size=4, rerank=2, **renamed)
     )
-    assert (told["texts"], told["metrics"]) == (4, reports[0]["metrics"])
+    assert (report["texts"], report["metrics"]) == (4, reports[0]["metrics"])
 
     processor = LorgnetteProcessor.from_backbones(vision, None, qformer=tmp_path / "bert", num_query_tokens=4)
     LorgnetteForImageTextRetrieval.from_backbones(

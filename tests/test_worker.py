@@ -76,7 +76,7 @@ def ask(worker: str, **fields) -> httpx2.Response:
 
 
 def test_bridges_and_lora_answer_as_the_models_that_they_are(worker, host, expected):
-    seen = set()
+    recorded = set()
     for adapter in ("one", "two"):
         for use_lora in (True, False):
             for url in (data_url(3), f"{host}/picture/3"):
@@ -85,8 +85,8 @@ def test_bridges_and_lora_answer_as_the_models_that_they_are(worker, host, expec
                 assert answer["adapter"] == adapter
                 usage = answer["usage"]
                 assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 20
-            seen.add(answer["text"])
-    assert len(seen) == 4
+            recorded.add(answer["text"])
+    assert len(recorded) == 4
     assert ask(worker, image_url=data_url(3)).json()["text"] == expected("one", seed=3)
 
 
