@@ -83,12 +83,12 @@ def check_language_model(model: PreTrainedModel) -> None:
             f"inputs_embeds, and answers are generated with {KV_CACHE}"
         )
     table, was_training = model.get_input_embeddings(), model.training
-    # in evaluation bitsandbytes packs weights on a CPU in another way: they would no longer be what was loaded
+    # in eval mode bitsandbytes repacks weights on a CPU, which changes the loaded ones
     if table.weight.is_meta or getattr(model, "hf_quantizer", None) is not None:
         return
     ids = torch.arange(8, device=table.weight.device)[None] + model.config.vocab_size // 2
     embeds, mask, labels = table(ids), torch.ones_like(ids), ids.clone()
-    # no words, as pictures are none; given as copies, since CTRL scales in place
+    # no token's embedding, like visual tokens; passed as copies, since CTRL scales in place
     mixed = torch.cat([embeds[:, :1], (embeds[:, :6] + embeds[:, 1:7]) / 2, embeds[:, 7:]], dim=1)
     labels[:, :-1] = -100
     try:
@@ -98,16 +98,16 @@ def check_language_model(model: PreTrainedModel) -> None:
         whole = model(
             inputs_embeds=mixed.clone(), attention_mask=mask, labels=labels, return_dict=True, use_cache=False
         )
-        cached = model(
+        prefix = model(
             inputs_embeds=mixed[:, :-1].clone(), attention_mask=mask[:, :-1], return_dict=True, use_cache=True
         )
-        if (cache := getattr(cached, KV_CACHE, None)) is None:
+        if (cache := getattr(prefix, KV_CACHE, None)) is None:
             raise ValueError(f"it returns no {KV_CACHE}")
         cached = {KV_CACHE: cache, "use_cache": True, "return_dict": True}
-        if "position_ids" in keywords:  # as `generate` gives them
+        if "position_ids" in keywords:  # as `generate` passes them
             cached["position_ids"] = torch.full_like(ids[:, :1], ids.shape[1] - 1)
         rest = model(input_ids=ids[:, -1:], attention_mask=mask, **cached).logits
-    except Exception as error:  # each architecture has its own way to say that it wants something else
+    except Exception as error:  # architectures raise different exceptions
         raise ValueError(
             f"{name} cannot be joined: it does not go on from embeddings with a mask and a cache: "
             f"{type(error).__name__}: {error}"
@@ -115,18 +115,18 @@ def check_language_model(model: PreTrainedModel) -> None:
     finally:
         model.train(was_training)
     if whole.logits.dtype != torch.float32:
-        return  # rounding may do more there, and a mixture of experts may then choose others
+        return  # rounding is coarser, and may change a mixture of experts' choices
     next_token = torch.nn.functional.cross_entropy(whole.logits[:, -2], ids[:, -1])
     pairs = {
         "its logits of embeddings are not those of their ids": (of_embeds, by_ids),
         "later words change its logits after earlier ones, as in an encoder": (
-            cached.logits[:, -1],
+            prefix.logits[:, -1],
             whole.logits[:, -2],
         ),
         "its logits with a cache are not those without": (rest[:, -1], whole.logits[:, -1]),
         "its loss is not the cross entropy of the next token": (whole.loss, next_token),
     }
-    if getattr(model.config, "output_router_logits", False):  # there is another loss in it, which is wished
+    if getattr(model.config, "output_router_logits", False):  # the loss then includes the router's
         pairs.popitem()
     for what, (found, expected) in pairs.items():
         if (apart := (found - expected).abs().max() / expected.abs().max()) > 1e-3:

@@ -103,7 +103,7 @@ def ask(
         if picture is None:
             raise ValueError("Drop a picture first.")
         if not question.strip():
-            raise ValueError("There are no words in the question.")
+            raise ValueError("The question is empty.")
         if len(question) > MAX_CHARACTERS:
             raise ValueError(f"The question has {len(question)} characters; {MAX_CHARACTERS} are allowed.")
         prompts = [prompt_of(pipe, path, question, max_new_tokens) for path in (picture, other) if path is not None]

@@ -77,21 +77,21 @@ class EndpointHandler:
         """
         has_inputs = isinstance(data, dict) and "inputs" in data
         question = _question(data) if has_inputs else None
-        asked = _checked(*((data["inputs"], data.get("parameters"), question) if has_inputs else (data,)))
-        if asked["adapter"] not in ("", self.adapter):
-            raise ValueError(f"there is no adapter {asked['adapter'][:100]!r}; there is {self.adapter}")
-        if not asked["use_lora"] and self.model.config.saved_form == "merged":
+        request = _checked(*((data["inputs"], data.get("parameters"), question) if has_inputs else (data,)))
+        if request["adapter"] not in ("", self.adapter):
+            raise ValueError(f"there is no adapter {request['adapter'][:100]!r}; there is {self.adapter}")
+        if not request["use_lora"] and self.model.config.saved_form == "merged":
             raise ValueError("use_lora is false, but this model was saved merged: LoRA is part of the LM")
-        image = self._load(asked["image_url"])
-        inputs = self.processor(images=[[image]], queries=asked["prompt"], return_tensors="pt")
-        length, limit = inputs["input_ids"].shape[1], asked["max_new_tokens"]
+        image = self._load(request["image_url"])
+        inputs = self.processor(images=[[image]], queries=request["prompt"], return_tensors="pt")
+        length, limit = inputs["input_ids"].shape[1], request["max_new_tokens"]
         context = self.model.max_text_length or self.processor.tokenizer.model_max_length
         if length + limit > context:
             raise ValueError(f"{length} tokens and {limit} new ones are more than the {context} that the model reads")
         eos = self.model.generation_config.eos_token_id or []
         ends = sorted({*self.processor.stop_token_ids, *([eos] if isinstance(eos, int) else eos)})
         has_lora = self.model.config.lora_config is not None
-        with self.model.disable_adapter() if has_lora and not asked["use_lora"] else nullcontext():
+        with self.model.disable_adapter() if has_lora and not request["use_lora"] else nullcontext():
             ids = self.model.generate(
                 **inputs.to(device=self.model.device, dtype=self.model.dtype),
                 do_sample=False,
@@ -160,7 +160,7 @@ def _checked(inputs: Any, parameters: Any = None, question: Any = None) -> dict[
     if isinstance(url, str) and len(url) > MAX_URL and not url.startswith("data:"):
         raise ValueError(f"image_url has {len(url)} characters; {MAX_URL} are allowed")
     if prompt is not None and not prompt.strip():
-        raise ValueError("prompt has no words in it")
+        raise ValueError("prompt is empty")
     if prompt is not None and len(prompt) > 50_000:
         raise ValueError(f"prompt has {len(prompt)} characters; 50000 are allowed")
     if checked["stream"]:

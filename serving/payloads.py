@@ -58,7 +58,7 @@ def _check_url(url: str) -> str:
 
 def _check_text(text: str) -> str:
     if not text.strip():
-        raise ValueError("there are no words in it")
+        raise ValueError("the text is empty")
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{len(text)} characters are more than the {MAX_CHARACTERS} that are allowed")
     return text

@@ -30,10 +30,10 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Python counts these as public: Azure's metadata and DNS; protocol assignments, with Oracle's metadata
-_SURROUNDINGS = [ipaddress.ip_network(name) for name in ("168.63.129.16/32", "192.0.0.0/24")]
+_CLOUD_SERVICES = [ipaddress.ip_network(name) for name in ("168.63.129.16/32", "192.0.0.0/24")]
 
 
-_OF_URLS = str.maketrans("-_", "+/", "\r\n\t")
+_URL_SAFE_ALPHABET = str.maketrans("-_", "+/", "\r\n\t")
 
 
 def read_web_image(
@@ -67,7 +67,7 @@ def decode_base64(text: str) -> bytes:
     Raises:
         binascii.Error: invalid base64.
     """
-    digits = unquote(text).strip().translate(_OF_URLS).rstrip("=")
+    digits = unquote(text).strip().translate(_URL_SAFE_ALPHABET).rstrip("=")
     return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
 
 
@@ -98,7 +98,7 @@ def download(
     allowance, data = _Allowance(DOWNLOAD_SECONDS if timeout is None else timeout, max_bytes, guard), bytearray()
     opener = build_opener(_Http(allowance), _Https(allowance), _Redirects(allowance), *allowance.proxies)
     try:
-        request = Request(_as_browsers_send(url), headers={"User-Agent": "lorgnette"})
+        request = Request(_encode_url(url), headers={"User-Agent": "lorgnette"})
         with opener.open(request, timeout=allowance.seconds) as response:
             while chunk := response.read1(2**16):
                 data += chunk
@@ -109,7 +109,7 @@ def download(
         raise kind(f"cannot fetch {url[:200]}: {str(cause)[:300]}") from error
 
 
-def _as_browsers_send(url: str) -> str:
+def _encode_url(url: str) -> str:
     """Percent-encode spaces and non-ASCII characters, and encode the host as IDNA; urllib does neither."""
     parts = urlsplit(url)
     host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
@@ -233,7 +233,7 @@ def is_public(address: str) -> bool:
     return all(
         each.is_global
         and not (each.is_multicast or each.is_reserved or getattr(each, "is_site_local", False))
-        and not any(each in network for network in _SURROUNDINGS)
+        and not any(each in network for network in _CLOUD_SERVICES)
         for each in _ipv4_of(found)
     )
 

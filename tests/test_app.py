@@ -138,7 +138,7 @@ def test_who_stops_listening_stops_the_model(pipes, folder):
         ({"picture": None}, "Drop a picture first"),
         ({"picture": "broken.png"}, "broken.png: the picture cannot be read|broken.png: the picture is no picture"),
         ({"other": "broken.png"}, "broken.png: "),
-        ({"question": " "}, "no words"),
+        ({"question": " "}, "is empty"),
         ({"question": "a " * 50_000}, "has 100000 characters; 50000 are allowed"),
         ({"question": "a " * 999}, r"are \d+ tokens; with 8 of an answer that is more than the 256"),
     ],

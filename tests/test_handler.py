@@ -108,7 +108,7 @@ def test_it_answers_as_the_worker_does(handler, expected, use_lora):
         ({"image_url": "/etc/passwd"}, ValueError, "begins with http://"),
         ({"image_url": None}, ValueError, "image_url is missing"),
         ({"prompt": 5}, ValueError, "prompt is a int; a str is needed"),
-        ({"prompt": " "}, ValueError, "no words"),
+        ({"prompt": " "}, ValueError, "is empty"),
         ({"prompt": "a" * 2**20}, ValueError, "1048576 characters"),
         ({"prompt": "a" * 999}, ValueError, r"\d+ tokens and 8 new ones are more than the 256"),
         ({"adapter": "two"}, ValueError, "no adapter 'two'; there is default"),
@@ -291,7 +291,7 @@ def test_what_is_no_picture_is_not_repeated(handler, inputs, message):
         ({"generate_kwargs": {"num_beams": 4}}, "num_beams may be 1 alone"),
         ({"generate_kwargs": 5}, "generate_kwargs is a int; an object is needed"),
         ([], "parameters is a list; an object is needed"),
-        ({"prompt": " "}, "no words"),
+        ({"prompt": " "}, "is empty"),
     ],
 )
 def test_parameters_that_cannot_be_used(handler, parameters, message):

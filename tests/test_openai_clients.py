@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from tiny import picture
-from tiny_serving import data_url, held, load, metric, save_bridges, serving, wait_for
+from tiny_serving import blocked, data_url, load, metric, save_bridges, serving, wait_for
 
 from lorgnette import LorgnetteProcessor
 from lorgnette.serving.batching import Batcher, Request
@@ -300,7 +300,7 @@ def test_a_seed_gives_its_answer_alone_and_in_a_batch(worker, folder, greedy):
     assert len({*alone, greedy}) == len(SAMPLED) + 1
     engine = load(folder, max_new_tokens=MAX_NEW_TOKENS, max_batch=16)
     asked = [{}, *SAMPLED, {"temperature": 1.0}, {"temperature": 0}, {"temperature": 1e-6}]
-    with held(engine) as (go, began), serving(engine) as (url, _), ThreadPoolExecutor(len(asked) + 1) as pool:
+    with blocked(engine) as (go, began), serving(engine) as (url, _), ThreadPoolExecutor(len(asked) + 1) as pool:
         pool.submit(said, url)
         assert began.acquire(timeout=30)
         answers = [pool.submit(said, url, **fields) for fields in asked]
@@ -449,7 +449,7 @@ def test_a_turn_without_words(worker):
         refused = chat(worker, messages=[{"role": role, "content": None}, asked])
         assert refused.status_code == 422
         assert "content: it is null, which an assistant's alone may be" in refused.text
-    assert "there are no words in it" in chat(worker, messages=[call]).text
+    assert "the text is empty" in chat(worker, messages=[call]).text
 
 
 def test_a_picture_alone_is_asked_the_processors_query(worker, folder):

@@ -13,8 +13,8 @@ import pytest
 from tiny import picture
 from tiny_serving import (
     MAX_NEW_TOKENS,
+    blocked,
     data_url,
-    held,
     load,
     metric,
     picture_host,
@@ -178,7 +178,7 @@ BAD = {
     "no base64": ({"image_url": "data:image/png;base64,!!!"}, 422, "no_picture", "not valid base64"),
     "100 MP": ({"image_url": "HOST/huge"}, 422, "no_picture", "10000 x 10000 pixels are more than the 50000000"),
     "adapter": ({"adapter": "three"}, 404, "unknown_adapter", "no adapter 'three'; there are one, two"),
-    "empty prompt": ({"prompt": " "}, 422, "invalid_request", "body.prompt: there are no words in it"),
+    "empty prompt": ({"prompt": " "}, 422, "invalid_request", "body.prompt: the text is empty"),
     "1 MB of prompt": ({"prompt": "a" * 2**20}, 422, "invalid_request", "1048576 characters are more than the 50000"),
     "long prompt": ({"prompt": "a" * 999}, 400, "prompt_too_long", "with 8 new ones that is more than the 256"),
     "half a character": ({"prompt": "\ud800"}, 400, "unusable_prompt", "U+D800, a lone surrogate"),
@@ -330,14 +330,14 @@ def test_slow_hosts_and_slow_callers(folder, host):
 
 
 @pytest.fixture
-def held_engine(folder):
+def blocked_engine(folder):
     engine = load(folder, timeout=20.0, capacity=4, max_batch=1)
-    with held(engine) as (go, began):
+    with blocked(engine) as (go, began):
         yield engine, go, began
 
 
-def test_a_full_house_and_callers_that_hang_up(held_engine):
-    engine, go, began = held_engine
+def test_a_full_house_and_callers_that_hang_up(blocked_engine):
+    engine, go, began = blocked_engine
     with serving(engine) as (url, _), ThreadPoolExecutor(4) as pool:
         first = pool.submit(ask, url)
         assert began.acquire(timeout=30)
@@ -360,8 +360,8 @@ def test_a_full_house_and_callers_that_hang_up(held_engine):
         assert metric(url, "lorgnette_inside") == 0
 
 
-def test_a_stream_that_nobody_reads_any_more_ends(held_engine):
-    engine, go, began = held_engine
+def test_a_stream_that_nobody_reads_any_more_ends(blocked_engine):
+    engine, go, began = blocked_engine
     with serving(engine) as (url, _):
         where = urlsplit(url)
         caller = http.client.HTTPConnection(where.hostname, where.port, timeout=30)
@@ -377,8 +377,8 @@ def test_a_stream_that_nobody_reads_any_more_ends(held_engine):
         assert metric(url, "lorgnette_generated_tokens_total") <= MAX_NEW_TOKENS  # of the second alone
 
 
-def test_a_model_that_takes_too_long_or_fails(held_engine):
-    engine, go, _ = held_engine
+def test_a_model_that_takes_too_long_or_fails(blocked_engine):
+    engine, go, _ = blocked_engine
     engine.limits.timeout = 1.0
     with serving(engine) as (url, _):
         response = ask(url)
@@ -397,8 +397,8 @@ def test_a_model_that_takes_too_long_or_fails(held_engine):
         assert ask(url).status_code == 200  # the thread lives on
 
 
-def test_stopping_finishes_what_is_under_way(held_engine):
-    engine, go, began = held_engine
+def test_stopping_finishes_what_is_under_way(blocked_engine):
+    engine, go, began = blocked_engine
     with serving(engine) as (url, server), ThreadPoolExecutor(2) as pool:
         first = pool.submit(ask, url)
         assert began.acquire(timeout=30)

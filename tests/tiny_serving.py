@@ -84,8 +84,8 @@ def serving_app(app: ASGIApp) -> Iterator[tuple[str, uvicorn.Server]]:
 
 
 @contextmanager
-def held(engine: InferenceEngine) -> Iterator[tuple[threading.Event, threading.Semaphore]]:
-    """Its model does not move before it is let go: what lets it, and what counts the batches that have begun."""
+def blocked(engine: InferenceEngine) -> Iterator[tuple[threading.Event, threading.Semaphore]]:
+    """Block `generate` until the event is set; yields the event, and a semaphore that counts started batches."""
     go, began, generate = threading.Event(), threading.Semaphore(0), engine.batcher.model.generate
 
     def wait_and_generate(*args, **kwargs):
