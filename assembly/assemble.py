@@ -59,7 +59,7 @@ def assemble(
 
     Raises:
         ValueError: a backbone of the wrong kind or with code of its own, a ViT that draws random numbers, an LM
-            that does not go on from embeddings with a cache, backbones of two dtypes, LoRA targets that match
+            that does not continue from embeddings with a cache, backbones of two dtypes, LoRA targets that match
             nothing, a BERT of another shape, tokens that the LM has no embeddings for.
         OSError: a backbone cannot be found.
     """

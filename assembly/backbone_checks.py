@@ -109,7 +109,7 @@ def check_language_model(model: PreTrainedModel) -> None:
         rest = model(input_ids=ids[:, -1:], attention_mask=mask, **cached).logits
     except Exception as error:  # architectures raise different exceptions
         raise ValueError(
-            f"{name} cannot be joined: it does not go on from embeddings with a mask and a cache: "
+            f"{name} cannot be joined: it does not continue from embeddings with a mask and a cache: "
             f"{type(error).__name__}: {error}"
         ) from error
     finally:

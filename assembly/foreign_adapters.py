@@ -53,7 +53,7 @@ def replace_lora(
 
     Args:
         lora: its weights, or one that was on this language model before, which is put back as it is: building peft's
-            layers anew takes as long as a short answer.
+            layers again takes as long as a short answer.
 
     Raises:
         ValueError: weights are offloaded.

@@ -184,7 +184,7 @@ def _check_overrides(name: str | Path, config: PreTrainedConfig, where: dict[str
             if trained != requested and not ("backbone" in field and requested is None):  # which the folder says
                 raise ValueError(
                     f"{name}: {prefix}{field} is {trained!r} in its config, with which its weights were trained, and "
-                    f"{requested!r} was asked for: leave it out, or build such a model anew with from_backbones"
+                    f"{requested!r} was asked for: leave it out, or build such a model with from_backbones"
                 )
     for weight in ("itc_weight", "itm_weight"):
         if not getattr(own, weight, 1) and getattr(config, weight):

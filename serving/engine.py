@@ -158,7 +158,7 @@ class InferenceEngine:
             raise RefusedError(400, "lora_merged", message)
         limit = self.limits.max_new_tokens if question.max_new_tokens is None else question.max_new_tokens
         if limit > self.limits.max_new_tokens:
-            message = f"{limit} new tokens are asked for; {self.limits.max_new_tokens} are allowed"
+            message = f"{limit} new tokens are requested; {self.limits.max_new_tokens} are allowed"
             raise RefusedError(400, "too_many_tokens", message)
         limit = min(limit, question.at_most or limit)
         try:

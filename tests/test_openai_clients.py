@@ -177,7 +177,7 @@ def test_fields_that_would_change_the_answer(worker, name):
             {"generation_config": '{"max_new_tokens": 0}'},
             "body.generation_config.max_new_tokens: Input should be greater",
         ),
-        ({"max_tokens": MAX_NEW_TOKENS + 1}, "25 new tokens are asked for; 24 are allowed"),
+        ({"max_tokens": MAX_NEW_TOKENS + 1}, "25 new tokens are requested; 24 are allowed"),
     ],
 )
 def test_what_is_said_of_a_field(worker, fields, message):

@@ -200,7 +200,7 @@ BAD = {
     "no URL": ({"image_url": None}, 422, "invalid_request", "body.image_url: Input should be a valid string"),
     "a long URL": ({"image_url": "http://a/" + "b" * 9000}, 422, "invalid_request", "9009 characters are more"),
     "another field": ({"temperature": 1}, 422, "invalid_request", "body.temperature: Extra inputs"),
-    "too many tokens": ({"max_new_tokens": 9}, 400, "too_many_tokens", "9 new tokens are asked for; 8 are allowed"),
+    "too many tokens": ({"max_new_tokens": 9}, 400, "too_many_tokens", "9 new tokens are requested; 8 are allowed"),
     "no tokens": ({"max_new_tokens": 0}, 422, "invalid_request", "greater than or equal to 1"),
 }
 

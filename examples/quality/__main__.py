@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     for name in args.rows:
         result = args.results / f"{name}.json"
         if result.exists():
-            say(f"{name}: measured already, see {result}; delete it to measure anew")
+            say(f"{name}: measured already, see {result}; delete it to measure again")
         else:
             run(name, args.cache, args.work, args.results)
 
