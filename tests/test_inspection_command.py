@@ -52,7 +52,7 @@ def test_a_healthy_model_is_printed_and_written(folder, tmp_path, monkeypatch, c
     written = [f"--{kind}={tmp_path / f'report.{kind}'}" for kind in ("html", "json")]
     assert inspect(str(folder / "model"), *options, *written) == 0
     printed = capsys.readouterr().out
-    assert "1.png: it says " in " ".join(printed.split())
+    assert "1.png: answer " in " ".join(printed.split())
     assert "…" not in printed  # nothing is cut off in 80 columns
     assert "Answers depend on the picture" in printed
     assert "✗" not in printed
