@@ -1,45 +1,45 @@
-# make demo   real backbones, real photographs, training, and a stranger who captions: about ten minutes on two CPU cores
-# make quality-cifar, quality-emoji, …   what examples/quality measures, a row each; into results/quality and docs/quality.md
+# make demo   real backbones and photographs, training, and captions without lorgnette: about ten minutes on two CPU cores
+# make quality-cifar, quality-emoji, …   one row of examples/quality each; into results/quality and docs/quality.md
 # make test-fast   the core of every part, which tests/fast.txt names: under a minute on two CPU cores
-# make test   the test suite without those tests that start many processes; make test-all: with them; make lint: the linter
-# make bench   transformers' BLIP-2 and ours on the same weights, in turn: the table of results/benchmarks
+# make test   the test suite without the slow tests; make test-all: with them; make lint: the linter
+# make bench   transformers' BLIP-2 and ours on the same weights, alternately: the table of results/benchmarks
 # make growth   speed and memory over batch, image tokens, caption length and rows in the cache: plots beside it;
-#               nothing is begun after an hour; 31 GB of the temporary folder, or of ARGS="--scratch FOLDER", or less is measured
+#               no measurement starts after an hour; needs 31 GB in the temporary folder, or in ARGS="--scratch FOLDER"
 # make conformance   transformers' own common tests, on our classes and on BLIP-2
-# make faults   commands that are killed at random moments and begun again, bad pictures, bf16 beside fp32, memory
-# make compatibility   every LM and every ViT of the installed transformers, tiny, through all steps: docs/compatibility.md
+# make robustness   commands that are killed at random moments and restarted, bad pictures, bf16 beside fp32, memory
+# make compatibility   tests every LM and every ViT of the installed transformers, tiny, in all steps: docs/compatibility.md
 # make load   64 callers of a worker on this machine: right answers, memory, requests a second; three minutes
 # make docs   the pages of docs/ and the reference, from docstrings, into site/; a dead link is an error
-# make clients   vLLM's inspection, lmms-eval, and README's "Use" section, each in an environment of its own: gigabytes;
-#               with the newest torch, or what TORCH= names
+# make clients   vLLM's inspection, lmms-eval, and README's "Use" section, each in its own environment: gigabytes;
+#               with the newest torch, or TORCH=
 # make matrix   the tests with the lowest and the newest transformers, peft and accelerate, and a smoke test on later Pythons
 #
-# All work in a fresh clone: the virtual environment is made first.
+# All work in a fresh clone: they create the virtual environment first.
 
 PYTHON ?= python3
-# The one place that says which torch is installed; it goes to pip as it stands, options included (see docs/training.md).
+# The torch to install: arguments of pip, options included (see docs/training.md).
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 # Where the demo keeps its downloads, and its results
 CACHE ?= .cache
 OUTPUT ?= out/demo
-# Hub ids or folders in place of the demo's backbones
+# Hub ids or folders instead of the demo's backbones
 VISION ?=
 TEXT ?=
 QFORMER ?=
 # Further options: for `make demo` those of `lorgnette.trainer stage2`, for `make test` and `make test-all` those of pytest
 ARGS ?=
 
-# Threads that wait sleep, rather than spin: a little slower on an idle machine, much faster on a shared one
+# Waiting threads sleep instead of spinning: a little slower on an idle machine, much faster on a shared one
 export OMP_WAIT_POLICY ?= PASSIVE
-# glibc's allocator takes large pages and keeps what it was given (other allocators ignore this): page faults are what
-# costs in many virtual machines
+# glibc's allocator uses large pages and keeps memory (other allocators ignore this): page faults are expensive in many
+# virtual machines
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo bench growth test-fast test test-all test-gpu clients conformance faults compatibility load matrix lint docs
+.PHONY: demo bench growth test-fast test test-all test-gpu clients conformance robustness compatibility load matrix lint docs
 .PHONY: prerequisites prerequisites-demo
 
 demo: prerequisites-demo $(VENV)/installed
@@ -70,17 +70,17 @@ growth: $(VENV)/installed
 conformance: $(VENV)/installed
 	$(BIN)/python -m conformance --cache "$(CACHE)" $(ARGS)
 
-faults: $(VENV)/installed
-	$(BIN)/python -m faults
-	$(BIN)/python -m faults.hostile --cache "$(CACHE)"
-	$(BIN)/python -m faults.numbers
-	GLIBC_TUNABLES= $(BIN)/python -m faults.memory # in small pages: one of 2 MiB is more than what is looked for
+robustness: $(VENV)/installed
+	$(BIN)/python -m robustness
+	$(BIN)/python -m robustness.hostile --cache "$(CACHE)"
+	$(BIN)/python -m robustness.numbers
+	GLIBC_TUNABLES= $(BIN)/python -m robustness.memory # small pages: one of 2 MiB is larger than the growth to detect
 
 compatibility: $(VENV)/installed
-	$(BIN)/python -m faults.compatibility $(ARGS)
+	$(BIN)/python -m robustness.compatibility $(ARGS)
 
 load: $(VENV)/installed
-	$(BIN)/python -m faults.load $(ARGS)
+	$(BIN)/python -m robustness.load $(ARGS)
 
 clients: $(VENV)/installed
 	TORCH="$(if $(filter file,$(origin TORCH)),torch,$(TORCH))" $(BIN)/python -m pytest clients --cache "$(abspath $(CACHE))/clients" --log-cli-level INFO $(ARGS)
@@ -88,7 +88,7 @@ clients: $(VENV)/installed
 matrix: $(VENV)/installed
 	TORCH="$(TORCH)" $(BIN)/nox --noxfile .ci/noxfile.py --envdir "$(abspath $(CACHE))/matrix" $(ARGS)
 
-# those tests alone that need CUDA; skipped, with the reason, where there is none
+# only the tests that need CUDA; skipped, with the reason, without it
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
@@ -103,7 +103,7 @@ prerequisites prerequisites-demo:
 	@command -v "$(PYTHON)" >/dev/null || { echo "missing: $(PYTHON), a Python 3.11 or newer; name one with PYTHON=" >&2; exit 1; }
 	@"$(PYTHON)" examples/demo/prerequisites.py $(if $(filter %-demo,$@),--npm)
 
-# made once; a changed pyproject.toml installs into it again
+# created once; a changed pyproject.toml installs again
 $(VENV)/installed: pyproject.toml | prerequisites
 	"$(PYTHON)" -m venv "$(VENV)"
 	@echo "installing into $(VENV): takes some minutes the first time"

@@ -1,4 +1,4 @@
-"""Eyes for a text-only language model: a frozen ViT, a Q-Former that learns, and a causal LM with LoRA.
+"""Vision for a text-only language model: a frozen ViT, a Q-Former that trains, and a causal LM with LoRA.
 
 Names are imported on first use, so that `import lorgnette` itself loads neither torch nor transformers. It raises
 ImportError where what is installed is not what it needs, before anything is made of that.

@@ -1,7 +1,7 @@
-"""`lorgnette COMMAND`: one door to what the package does.
+"""The command line: `lorgnette COMMAND`.
 
-Commands that train, measure and publish hand their arguments on as they stand: to what `python -m lorgnette.trainer`
-runs (which stays for `accelerate launch`), and to `hub_upload`.
+Commands that train, measure and publish pass their arguments through unchanged: to `python -m lorgnette.trainer`, which
+`accelerate launch` uses too, and to `hub_upload`.
 """
 
 import importlib
@@ -21,20 +21,20 @@ from .trainer.messages import quiet_libraries, set_up_logging
 
 
 app = typer.Typer(
-    help="Eyes for a text-only language model: train, measure, publish and serve.",
+    help="Vision for a text-only language model: train, measure, publish and serve.",
     epilog="lorgnette COMMAND --help lists what each takes, with an example.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-# --help too goes to the parser behind
-_HANDED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+# the command's own parser handles --help too
+_PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_PLAIN = (OSError, ValueError, RuntimeError, TypeError, ImportError)  # whose messages say all
+_EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, TypeError, ImportError)  # their messages need no class name
 
 
-def _tell_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(version("lorgnette"))
         raise typer.Exit
 
@@ -44,20 +44,20 @@ def options(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
     _: Annotated[
-        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     context.obj["debug"] = debug
 
 
 def one_line(error: Exception) -> str:
-    """What an error is told by, in place of a trace."""
+    """An error as one line, printed in place of the traceback."""
     message = " ".join(str(error).split())
-    message = message if message and isinstance(error, _PLAIN) else f"{type(error).__name__}: {message}"
+    message = message if message and isinstance(error, _EXPECTED_ERRORS) else f"{type(error).__name__}: {message}"
     return f"lorgnette: error: {message} (lorgnette --debug … shows where)"
 
 
-@app.command(context_settings=_HANDED_ON)
+@app.command(context_settings=_PASS_THROUGH)
 def train(context: typer.Context) -> None:
     """Train stage 1 or stage 2 by a recipe.
 
@@ -70,37 +70,37 @@ def train(context: typer.Context) -> None:
         typer.echo(context.command.help)
         typer.echo("\nlorgnette train stage1 --help and lorgnette train stage2 --help list the options.")
         return
-    _hand_on(context, "lorgnette.trainer.__main__", context.args)
+    _pass_through(context, "lorgnette.trainer.__main__", context.args)
 
 
-@app.command(context_settings=_HANDED_ON)
+@app.command(context_settings=_PASS_THROUGH)
 def cache(context: typer.Context) -> None:
-    """Write what the frozen ViT sees to disk, for both stages to read in place of pictures.
+    """Write the features of the frozen ViT to disk; both stages read them in place of pictures.
 
     Example: lorgnette cache --config recipes/cache.yaml --dataset ./my-pictures --output_dir out/cache
     """
-    _hand_on(context, "lorgnette.trainer.__main__", ["cache", *context.args])
+    _pass_through(context, "lorgnette.trainer.__main__", ["cache", *context.args])
 
 
-@app.command(context_settings=_HANDED_ON)
+@app.command(context_settings=_PASS_THROUGH)
 def evaluate(context: typer.Context) -> None:
     """Generate texts for a data set with a saved model, and measure them.
 
     Example: lorgnette evaluate --model out/stage2 --dataset ./my-pictures --split test --metrics cider bleu
     """
-    _hand_on(context, "lorgnette.trainer.__main__", ["evaluate", *context.args])
+    _pass_through(context, "lorgnette.trainer.__main__", ["evaluate", *context.args])
 
 
 app.command()(inspect)
 
 
-@app.command(context_settings=_HANDED_ON)
+@app.command(context_settings=_PASS_THROUGH)
 def push(context: typer.Context) -> None:
-    """Publish a trained model on the Hub, tried and with its card; log in once with `hf auth login`.
+    """Check a trained model, write its card and publish it on the Hub; log in once with `hf auth login`.
 
     Example: lorgnette push out/stage2 --repo-id me/my-eyes --metrics out/evaluate/metrics.json
     """
-    _hand_on(context, "lorgnette.hub_upload", context.args, "run", prog="lorgnette push")
+    _pass_through(context, "lorgnette.hub_upload", context.args, "run", prog="lorgnette push")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -109,17 +109,17 @@ def export(
     source: Annotated[str, typer.Argument(metavar="OUT", help="A saved model, a run's folder or a checkpoint.")],
     folder: Annotated[str, typer.Argument(metavar="FOLDER", help="Where the export goes.")],
 ) -> None:
-    """Fill a clean folder with what `push` would send, tried by a process without lorgnette.
+    """Fill a new folder with what `push` would upload; a process without lorgnette loads and checks it.
 
     After the two folders come options of `lorgnette push`: --repo-id, which the card names, --save-format, --license …
 
     Example: lorgnette export out/stage2 out/export --repo-id me/my-eyes --save-format merged
     """
     arguments = [source, "--dry-run", "--export-dir", folder, *context.args]
-    _hand_on(context, "lorgnette.hub_upload", arguments, "run", prog="lorgnette push")
+    _pass_through(context, "lorgnette.hub_upload", arguments, "run", prog="lorgnette push")
 
 
-def _hand_on(
+def _pass_through(
     context: typer.Context, module: str, arguments: list[str], function: str = "main", **settings: str
 ) -> None:
     if "--help" in arguments:
@@ -131,11 +131,11 @@ def _hand_on(
 def caption(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id.")],
     pictures: Annotated[list[str], typer.Argument(metavar="PICTURE…", help="Files or URLs.")],
-    prompt: Annotated[str | None, typer.Option(help="What is asked; by default the model's own query.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The prompt; by default the model's own query.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many tokens an answer.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
 ) -> None:
-    """Say what is to be seen in pictures: a line each, the picture's name, a tab and the text.
+    """Caption pictures: one line each, with the picture's name, a tab and the text.
 
     Example: lorgnette caption out/stage2 cat.jpg https://example.org/dog.png --prompt "What animal is this?"
     """
@@ -148,15 +148,15 @@ def caption(
     from .processing.processing_lorgnette import LorgnetteProcessor
 
     set_up_logging(True)
-    place, keywords = from_pretrained_arguments(model, revision)
-    processor = LorgnetteProcessor.from_pretrained(place, **keywords)
-    loaded = LorgnetteForConditionalGeneration.from_pretrained(place, dtype="auto", **keywords).eval()
+    source, keywords = from_pretrained_arguments(model, revision)
+    processor = LorgnetteProcessor.from_pretrained(source, **keywords)
+    loaded = LorgnetteForConditionalGeneration.from_pretrained(source, dtype="auto", **keywords).eval()
     loaded.check_processor(processor)
     check_image_processor(processor.image_processor, processor.max_image_pixels)
-    say = LorgnetteImageToTextPipeline(model=loaded, processor=processor)
-    given = {"prompt": prompt, "max_new_tokens": max_new_tokens}
-    settings = {name: value for name, value in given.items() if value is not None}
-    answers = say((picture for picture in pictures), **settings)  # one at a time, as they come
+    captioner = LorgnetteImageToTextPipeline(model=loaded, processor=processor)
+    options = {"prompt": prompt, "max_new_tokens": max_new_tokens}
+    options = {name: value for name, value in options.items() if value is not None}
+    answers = captioner((picture for picture in pictures), **options)  # a generator: each answer is printed at once
     for picture, answer in zip(pictures, tqdm(answers, total=len(pictures), unit="picture", disable=None), strict=True):
         text = " ".join(answer[0]["generated_text"].split())
         tqdm.write(f"{picture}\t{text}", file=sys.stdout)
@@ -175,19 +175,19 @@ def serve(
         str | None, typer.Option(metavar="NAME", help="Environment variable with the key that callers have to send.")
     ] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(metavar="HOST", help="Fetch pictures from this host alone; repeatable.")
+        list[str] | None, typer.Option(metavar="HOST", help="Download pictures from this host only; repeatable.")
     ] = None,
     internal_host: Annotated[
         list[str] | None, typer.Option(metavar="HOST", help="A host of the private network, as in URLs; repeatable.")
     ] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds in which a question is answered or fails.")] = 25.0,
-    max_batch: Annotated[int, typer.Option(min=1, help="Questions that the model answers at a time.")] = 8,
-    capacity: Annotated[int, typer.Option(min=1, help="Questions in the house; the next gets a 503.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most that an answer may have.")] = 128,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for a request; then it fails.")] = 25.0,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests in one batch of the model.")] = 8,
+    capacity: Annotated[int, typer.Option(min=1, help="Requests in progress; the next gets a 503.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Upper limit on the new tokens of an answer.")] = 128,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:1 …; by default a GPU where there is one.")] = None,
 ) -> None:
-    """Answer web sites over HTTP: /v1/vision, and OpenAI's chat form at /v1/chat/completions.
+    """Serve the model over HTTP: /v1/vision, and OpenAI's chat completions at /v1/chat/completions.
 
     Example: lorgnette serve me/my-eyes --name q-former-v2 --bridge charts=out/charts --api-key-env WORKER_KEY
     """
@@ -196,18 +196,18 @@ def serve(
     if api_key_env is not None and not key:
         raise typer.BadParameter(f"--api-key-env: the environment has no {api_key_env}, or an empty one")
     if key is None and host not in _LOOPBACK:
-        typer.echo(f"whoever reaches {host}:{port} may ask: --api-key-env asks callers for a key", err=True)
+        typer.echo(f"anybody who reaches {host}:{port} can send requests: --api-key-env requires a key", err=True)
     _check_free(host, port)
     with _extra("serve"):
-        from .serving.eyes import Eyes, Limits
-        from .serving.hosts import Hosts
+        from .serving.allowed_hosts import AllowedHosts
+        from .serving.engine import InferenceEngine, Limits
         from .serving.worker import run
 
     set_up_logging(True)
     limits = Limits(timeout=timeout, max_batch=max_batch, capacity=capacity, max_new_tokens=max_new_tokens)
-    hosts = Hosts(allow_host, internal_host or ())
+    hosts = AllowedHosts(allow_host, internal_host or ())
     run(
-        Eyes.load(model, bridges, name=name, revision=revision, device=device, limits=limits, hosts=hosts),
+        InferenceEngine.load(model, bridges, name=name, revision=revision, device=device, limits=limits, hosts=hosts),
         host,
         port,
         key,
@@ -226,13 +226,13 @@ def page(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:1 …; by default a GPU where there is one.")] = None,
 ) -> None:
-    """Show a page to play with: answers, where in the picture they were read from, and what another picture gives.
+    """Serve a demo page: answers, attention maps of the picture, and the answer for a second picture.
 
     Example: lorgnette app out/stage2 --bridge charts=out/charts
     """
     bridges = _bridges(bridge)
     if host not in _LOOPBACK:
-        typer.echo(f"whoever reaches {host}:{port} may ask", err=True)
+        typer.echo(f"anybody who reaches {host}:{port} can send requests", err=True)
     _check_free(host, port)
     with _extra("app"):
         from .serving.app import SETTINGS, build
@@ -243,7 +243,7 @@ def page(
     loaded, processors = load(model, bridges, name="default", revision=revision, device=device)
     pipes = {}
     for name, processor in processors.items():
-        loaded.set_bridge(name)  # a pipeline keeps the generation config of the bridge that it finds
+        loaded.set_bridge(name)  # a pipeline copies the generation config of the active bridge
         pipes[name] = LorgnetteImageToTextPipeline(model=loaded, processor=processor, device=loaded.device)
     build(pipes, model, max_new_tokens).launch(server_name=host, server_port=port, **SETTINGS)
 
@@ -262,7 +262,7 @@ def _bridges(pairs: list[str] | None) -> dict[str, str]:
 
 
 def _check_free(host: str, port: int) -> None:
-    """Raises an OSError where nothing can listen: now, rather than when a model has been loaded."""
+    """Raise an OSError if the address is in use: before the model is loaded, not after."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
@@ -272,7 +272,7 @@ def _check_free(host: str, port: int) -> None:
 
 @contextmanager
 def _extra(name: str) -> Iterator[None]:
-    """Says of a package that is missing which extra it comes with."""
+    """Within the block, the error about a missing package names the extra that installs it."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -280,13 +280,13 @@ def _extra(name: str) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line: status 2 for a mistake in it or an error on the way, 1 where `inspect` saw a red check."""
+    """Run the command line. Exit status: 2 for a usage error or an exception, 1 if `inspect` finds a red check."""
     settings: dict[str, bool] = {}
     quiet_libraries()
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False, obj=settings)
     except TyperException as error:
-        typer.echo(f"lorgnette: error: {error.format_message()} (--help lists what there is)", err=True)
+        typer.echo(f"lorgnette: error: {error.format_message()} (--help lists the options)", err=True)
         status = error.exit_code
     except Exception as error:
         if settings["debug"]:

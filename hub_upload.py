@@ -1,9 +1,9 @@
 """Publish a trained model: `python hub_upload.py OUT --repo-id me/name`, or [`upload`] from Python.
 
-It exports OUT into a clean folder, tries that as a stranger would, writes its card, refuses what should not be
-published, pushes in one commit and reads the repository back. `--dry-run` does all but the last two. It sends nothing,
-but asks the Hub for the backbones' licences, unless one is given, and for the backbones themselves of a thin export.
-Log in once with `hf auth login`: the token is huggingface_hub's business, and is neither printed nor saved here.
+It exports OUT into a clean folder, writes its card, refuses files that should not be published, checks the folder in a
+process without lorgnette, pushes in one commit and verifies the repository. `--dry-run` skips the last two. It uploads
+nothing, but downloads the backbones' licences, unless `--license` is given, and the backbones of a thin export. Log in
+once with `hf auth login`; huggingface_hub keeps the token, and this program neither prints nor saves it.
 """
 
 import logging
@@ -20,9 +20,9 @@ from lorgnette.assembly.endpoint import write_endpoint
 from lorgnette.configuration.configuration_lorgnette import SAVE_FORMATS
 from lorgnette.modeling.modeling_saving import resolve_save_format
 from lorgnette.publishing.card import make_card
-from lorgnette.publishing.export import appearing_whole, check, load
+from lorgnette.publishing.export import atomic_directory, check, load
 from lorgnette.publishing.guards import check_card, check_folder
-from lorgnette.publishing.push import check_name, push, told_plainly
+from lorgnette.publishing.push import check_name, push, readable_hub_errors
 from lorgnette.publishing.space import write_space
 from lorgnette.trainer.messages import set_up_logging
 
@@ -40,34 +40,34 @@ def prepare(
     metrics: tuple[str | Path, ...] = (),
     picture: str | Path | None = None,
 ) -> list[str]:
-    """Fill an empty folder with all that a repository is to hold, and see to it that it works and may be published.
+    """Export a model with its card, and check that the folder works and can be published.
 
-    The folder appears when all is done; an error half way, a full disk for instance, leaves nothing of it.
+    The folder appears when all is done; an error, for example a full disk, leaves nothing behind.
 
     Args:
-        source: a saved model of either stage, or what Trainer left: a run's folder or a checkpoint.
-        repo_id: `owner/name`, which the card's examples name.
-        folder: where it goes; made where it is not there.
+        source: a saved model of either stage, a run's folder or a checkpoint.
+        repo_id: `owner/name`, for the card's examples.
+        folder: the target; created if it does not exist.
         save_format: `"thin"`, `"full"` or `"merged"`, as `save_pretrained` takes it; None leaves it to the model.
         license: one of the Hub's identifiers; by default the one that the backbones' cards agree on.
         metrics: `metrics.json` files of `lorgnette.trainer evaluate` or `retrieval`, of this model.
-        picture: the file that the model is tried on; a drawn one by default.
+        picture: the file for the check; a drawn one by default.
 
     Returns:
         the relative paths of the folder's files.
 
     Raises:
-        FileNotFoundError: no model, no processor, no such metrics or picture.
+        FileNotFoundError: the model, processor, metrics or picture does not exist.
         FileExistsError: `folder` is not empty.
         ValueError: a name that the Hub forbids, a model of another kind, no such save format, no licence, metrics of
             another model, a file that must not be published.
-        RuntimeError: a stranger gets something else from the folder than the model gives here, or nothing.
+        RuntimeError: a process without lorgnette gets other outputs from the folder than the model here, or none.
     """
     check_name(repo_id)
-    with appearing_whole(folder) as unfinished:
+    with atomic_directory(folder) as unfinished:
         model, processor = load(source)
         save_format = resolve_save_format(model, save_format)
-        # what may be missing or wrong is found before gigabytes are written
+        # find errors before writing gigabytes
         card = make_card(model, processor, repo_id, source, license=license, metrics=metrics, save_format=save_format)
         if picture is not None:
             processor.load_image(str(picture))
@@ -80,9 +80,12 @@ def prepare(
             write_space(unfinished, repo_id)
         files = check_folder(unfinished, private_paths=(source, folder))
         if save_format == "thin" != model.config.saved_form:
-            type(model).from_pretrained(unfinished)  # brings the backbones into the cache: the stranger asks no Hub
+            type(model).from_pretrained(unfinished)  # downloads the backbones: the process without lorgnette cannot
         logger.info(
-            "%s: %d files in the %s format; a process without lorgnette tries them now", source, len(files), save_format
+            "%s: %d files in the %s format; a process without lorgnette checks them now",
+            source,
+            len(files),
+            save_format,
         )
         check(model, processor, unfinished, picture, exact=save_format != "merged")
     return files
@@ -103,10 +106,10 @@ def upload(
     """[`prepare`] a folder and [`~lorgnette.publishing.push.push`] it; see there for arguments and further errors.
 
     Raises:
-        LocalTokenNotFoundError: nobody is logged in.
+        LocalTokenNotFoundError: there is no login.
     """
     check_name(repo_id)
-    with told_plainly():
+    with readable_hub_errors():
         HfApi().whoami()  # before minutes of work
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "export")
@@ -115,7 +118,7 @@ def upload(
 
 
 def main(argv: list[str]) -> None:
-    """As [`run`], but an error is one message and status 2."""
+    """Like [`run`], but an error becomes one message and status 2."""
     try:
         run(argv)
     except (OSError, ValueError, RuntimeError) as error:
@@ -124,34 +127,34 @@ def main(argv: list[str]) -> None:
 
 
 def run(argv: list[str], prog: str = "hub_upload.py") -> None:
-    """Do as the command line says. Raises what [`prepare`] and [`upload`] do.
+    """Run the command line. Raises what [`prepare`] and [`upload`] do.
 
     Args:
-        prog: what was typed before `argv`, for help and errors.
+        prog: the program's name, for help and errors.
     """
     parser = _Parser(prog=prog, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="OUT", help="a saved lorgnette model, a Trainer's output_dir or a checkpoint")
     parser.add_argument(
-        "--repo-id", required=True, metavar="OWNER/NAME", help="the repository; made where it is not there"
+        "--repo-id", required=True, metavar="OWNER/NAME", help="the repository; created if it does not exist"
     )
-    parser.add_argument("--private", action="store_true", help="make it private, if it is made")
+    parser.add_argument("--private", action="store_true", help="create it as private")
     parser.add_argument(
         "--save-format",
         "--form",
         choices=SAVE_FORMATS,
         help="as save_pretrained takes it; by default the model decides",
     )
-    parser.add_argument("--revision", help="a branch in place of main; made where it is not there")
+    parser.add_argument("--revision", help="a branch instead of main; created if it does not exist")
     parser.add_argument("--license", help="the Hub's identifier; by default what the backbones' cards agree on")
     parser.add_argument(
         "--metrics", nargs="+", default=(), metavar="metrics.json", help="measured results for the card"
     )
-    parser.add_argument("--picture", help="what the export is tried on; a drawn picture by default")
+    parser.add_argument("--picture", help="picture for the check of the export; a drawn one by default")
     parser.add_argument(
-        "--replace", action="store_true", help="even if the repository holds something else, which goes"
+        "--replace", action="store_true", help="delete the repository's other files, even another model's"
     )
-    parser.add_argument("--dry-run", action="store_true", help="export, check and show the card; nothing is sent")
-    parser.add_argument("--export-dir", help="with --dry-run: where the export stays")
+    parser.add_argument("--dry-run", action="store_true", help="export, check and show the card; upload nothing")
+    parser.add_argument("--export-dir", help="with --dry-run: keep the export in this folder")
     args = parser.parse_args(argv)
     if args.export_dir and not args.dry_run:
         parser.error("--export-dir goes with --dry-run")
@@ -179,7 +182,7 @@ def run(argv: list[str], prog: str = "hub_upload.py") -> None:
 
 class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """The error alone, without the usage, which is longer."""
+        """Print the error without the usage, which is longer."""
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
 
 

@@ -1,4 +1,4 @@
-"""The supported range, in environments of their own: `make matrix`."""
+"""Test the supported versions in separate environments: `make matrix`."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,11 @@ import nox
 from packaging.requirements import Requirement
 
 
-ROOT = Path(__file__).resolve().parents[1]  # nox starts where this file is
-nox.options.error_on_missing_interpreters = False  # a Python that this machine lacks is reported as skipped
+ROOT = Path(__file__).resolve().parents[1]  # nox starts in this file's folder
+nox.options.error_on_missing_interpreters = False  # report a missing Python as skipped
 nox.options.default_venv_backend = "venv"
 TORCH = os.environ.get("TORCH", "torch").split()
-# those whose lowest versions the whole suite runs with; the others' bounds are theirs
+# the suite runs with the lowest versions of these
 RANGED = ("transformers", "peft", "accelerate")
 SMOKE = ["project/test_package", "trainer/test_batches", "modeling/test_generate", "assembly/test_packing"]
 SMOKE += ["processing/test_pipeline_lorgnette", "modeling/test_save_reload", "trainer/test_training_invariants"]
@@ -35,7 +35,7 @@ def install(session: nox.Session, *pins: str) -> None:
 @nox.session(python="3.11")
 @nox.parametrize("versions", ["lowest", "newest"])
 def suite(session: nox.Session, versions: str) -> None:
-    """The test suite, with the lowest versions of what lorgnette is built on and with the newest."""
+    """The test suite, with the lowest and with the newest versions."""
     install(session, *(lowest_versions() if versions == "lowest" else ()))
     session.run("pytest", "--numprocesses", "auto", "--maxprocesses", "4", "-m", "not slow", *session.posargs)
 
@@ -47,13 +47,13 @@ def run_smoke_tests(session: nox.Session) -> None:
 
 @nox.session(python=["3.12", "3.13"])
 def smoke(session: nox.Session) -> None:
-    """Whether it installs, imports, trains, generates and is saved on later Pythons."""
+    """Installation, import, training, generation and saving on later Pythons."""
     install(session)
     run_smoke_tests(session)
 
 
 @nox.session(python="3.11", default=False)
 def lowest(session: nox.Session) -> None:
-    """The same with the lowest versions, which `suite` runs in full: for continuous integration."""
+    """Smoke tests with the lowest versions, for continuous integration; `suite` runs all tests."""
     install(session, *lowest_versions())
     run_smoke_tests(session)

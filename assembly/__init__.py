@@ -1,1 +1,1 @@
-"""What needs the package: making processors of their parts. The code that travels with a model hands over to it."""
+"""Assembly of models and processors from backbones, and other code that needs the installed package."""

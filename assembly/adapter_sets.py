@@ -1,7 +1,7 @@
-"""Adapter sets: several sets of Q-Former, projector and LoRA over one ViT and one language model, one of them in use.
+"""Adapter sets: several sets of Q-Former, projector and LoRA over one ViT and one language model, with one active.
 
-The others are kept beside the model, not in it: what trains, is saved or counts as a parameter is the one in use. The
-set that a model came with is called `"default"`. A save holds the set in use, which is `"default"` after a reload.
+Only the active set's modules are in the model: it trains, counts as parameters and is saved. A model's own set is
+called `"default"`. A save holds the active set, which is `"default"` after a reload.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .foreign_adapters import DetachedLora, lora_weights, replace_lora
 from .sources import from_pretrained_arguments
 
 
-# The config's fields about an adapter set; the others are of the backbones, or have to be the same for all.
+# Config fields of an adapter set; all others belong to the backbones, or must be equal in all sets.
 _FIELDS = (
     "qformer_config",
     "lora_config",
@@ -29,7 +29,7 @@ _FIELDS = (
     "qformer_backbone",
     "qformer_backbone_revision",
 )
-# What all adapter sets of a model share: the backbones' shapes, and the processor's inputs.
+# Fields that all adapter sets share: the backbones' shapes, and the processor's inputs.
 _SHARED = (
     *(f"vision_config.{name}" for name in ("model_type", "hidden_size", "num_hidden_layers")),
     *(f"text_config.{name}" for name in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")),
@@ -41,15 +41,14 @@ _SHARED = (
 
 @dataclass
 class AdapterSet:
-    """All that makes one model differ from another over the same ViT and LM.
+    """The parts in which models over the same ViT and LM differ.
 
     Args:
         fields: of the config.
         qformer, projector: the modules.
-        lora: weights, as [`lora_weights`] gives them, until it has been in use, and from then on peft's layers; none
-            without LoRA.
-        generation_config: what ends an answer, and how one is searched for.
-        processor: what the model saves along with itself; None where it knows of none.
+        lora: weights as [`lora_weights`] gives them, or peft's layers once the set has been active; None without LoRA.
+        generation_config: the set's generation config.
+        processor: saved with the model; may be None.
     """
 
     fields: dict[str, Any]
@@ -61,9 +60,9 @@ class AdapterSet:
 
 
 def load_bridge(model: PreTrainedModel, source: str | Path, name: str, *, revision: str | None = None) -> None:
-    """Load the adapter set of another saved model with the same ViT and LM; [`set_bridge`] puts it to use.
+    """Load the adapter set of another saved model with the same ViT and LM; [`set_bridge`] activates it.
 
-    The whole of that model is read once, to see that its ViT and LM are these, bit for bit.
+    Reads the other model once in full, to check that its ViT and LM are equal, bit for bit.
 
     Args:
         model: a [`LorgnetteForConditionalGeneration`].
@@ -91,7 +90,7 @@ def load_bridge(model: PreTrainedModel, source: str | Path, name: str, *, revisi
 
 
 def set_bridge(model: PreTrainedModel, name: str) -> None:
-    """Put an adapter set to use. LoRA stays off where it is off; an optimizer made before knows the other's weights.
+    """Activate an adapter set. LoRA stays disabled if it is; an existing optimizer still holds the other set's weights.
 
     Raises:
         ValueError: there is no adapter set of that name; weights are offloaded.
@@ -112,7 +111,7 @@ def set_bridge(model: PreTrainedModel, name: str) -> None:
 
 
 def _set_in_use(model: PreTrainedModel) -> AdapterSet:
-    """All of it but LoRA, which is on the language model."""
+    """The active set without its LoRA, which is on the language model."""
     return AdapterSet(
         fields={name: getattr(model.config, name) for name in _FIELDS},
         qformer=model.qformer,
@@ -124,27 +123,27 @@ def _set_in_use(model: PreTrainedModel) -> AdapterSet:
 
 
 def _check_shared(ours: LorgnetteConfig, theirs: LorgnetteConfig) -> None:
-    """Raises a ValueError that names the field in which two models differ, and both values."""
+    """Raise a ValueError for a field in which two models differ, with both values."""
     for path in _SHARED:
-        here, there = ours, theirs
+        this, other = ours, theirs
         for name in path.split("."):
-            here, there = getattr(here, name, None), getattr(there, name, None)
-        if here != there:
+            this, other = getattr(this, name, None), getattr(other, name, None)
+        if this != other:
             raise ValueError(
-                f"The adapter set's {path} is {there!r}, this model's {here!r}: they do not belong together"
+                f"The adapter set's {path} is {other!r}, this model's {this!r}: they do not belong together"
             )
 
 
 def _check_backbones(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
-    """Raises a ValueError that names the backbone whose weights differ, and how many of them."""
+    """Raise a ValueError for a backbone whose weights differ, with their number."""
     for part, name in (("vision_model", "ViT"), ("language_model", "language model")):
         if getattr(getattr(ours, part), "is_quantized", False):
-            here, there = ((c.text_backbone, c.text_backbone_revision) for c in (ours.config, theirs.config))
+            this, other = ((c.text_backbone, c.text_backbone_revision) for c in (ours.config, theirs.config))
             merged = "merged" in (ours.config.saved_form, theirs.config.saved_form)
-            if merged or None in here or here != there:
+            if merged or None in this or this != other:
                 raise ValueError(
                     "The language model is quantised, so that only its name can tell whether the adapter set belongs "
-                    f"to it: the set's is {there[0]} at {there[1]}, this one is {here[0]} at {here[1]}"
+                    f"to it: the set's is {other[0]} at {other[1]}, this one is {this[0]} at {this[1]}"
                     + (", and LoRA is merged into one of them" if merged else "")
                 )
             continue
@@ -164,7 +163,7 @@ def _check_backbones(ours: PreTrainedModel, theirs: PreTrainedModel) -> None:
 
 
 def _base_weights(model: PreTrainedModel, part: str) -> dict[str, torch.Tensor]:
-    """The weights of a backbone that anything reads, without LoRA, by the names that they have without it."""
+    """A backbone's used weights without LoRA, by their names without peft."""
     return {
         without_lora(name): tensor
         for name, tensor in model.get_submodule(part).state_dict().items()

@@ -1,4 +1,4 @@
-"""Pretrained parts are joined into a model: `from_backbones` of both stages."""
+"""`from_backbones` of both stages: join pretrained parts into a model."""
 
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,8 @@ def assemble(
         cls: the class of the model.
         vision: a ViT (ViT, DeiT, CLIP, SigLIP, SigLIP2, DINOv2 …): Hub id, local folder or loaded model.
         text: any causal LM: Hub id, local folder, `.gguf` file or loaded model.
-        qformer: what the Q-Former starts from: a BERT, or a stage-1 model ([`LorgnetteForImageTextRetrieval`] or
-            its folder), whose text half is left out unless `use_qformer_text_input`. Without it: random numbers.
+        qformer: initial weights of the Q-Former: a BERT, or a stage-1 model ([`LorgnetteForImageTextRetrieval`] or
+            its folder), whose text half is left out unless `use_qformer_text_input`. Random without it.
         qformer_config: fields of [`LorgnetteQFormerConfig`]; they win over the BERT's.
         num_query_tokens: visual tokens per image; by default stage 1's, as many as `processor` makes room for, or 32.
         lora: fields of `peft.LoraConfig`, or one; `{}` for peft's defaults on all attention projections; `None` for
@@ -59,7 +59,7 @@ def assemble(
 
     Raises:
         ValueError: a backbone of the wrong kind or with code of its own, a ViT that draws random numbers, an LM
-            that does not go on from embeddings with a cache, backbones of two dtypes, LoRA targets that match
+            that does not continue from embeddings with a cache, backbones of two dtypes, LoRA targets that match
             nothing, a BERT of another shape, tokens that the LM has no embeddings for.
         OSError: a backbone cannot be found.
     """

@@ -1,6 +1,7 @@
-"""What is asked of a pretrained part at the join, so that what is trained later can be saved, and loaded the same.
+"""Checks of pretrained parts in `from_backbones`, so that the trained model can be saved and reloaded.
 
-Signatures and one picture are asked, not lists of names: transformers has other models in each release.
+The checks test signatures and outputs instead of listing model names, since each release of transformers has new
+models.
 """
 
 import inspect
@@ -15,14 +16,14 @@ from ..configuration.configuration_lorgnette import SIZES
 from ..modeling.modeling_base import KV_CACHE
 
 
-def refuse_own_code(what: str, source: Any, auto_class: str, known: Collection[str], **keywords: Any) -> None:
-    """Refuse a part whose code is not a part of transformers: it would not be there where the saved model is loaded.
+def refuse_own_code(what: str, source: Any, auto_class: str, known_types: Collection[str], **keywords: Any) -> None:
+    """Refuse a part with remote code: a saved model would not carry that code.
 
-    A repository whose `model_type` transformers knows is read by transformers' own code, whatever else lies there.
+    A `model_type` that transformers knows loads with transformers' own code.
 
     Args:
         source: a Hub id or a folder, with `keywords` to find it; or a loaded model.
-        auto_class: the Auto class that reads it, and `known`, the model types that this class knows.
+        auto_class: the Auto class that reads it, and `known_types`, its model types.
 
     Raises:
         ValueError: names the class, or the `model_type`.
@@ -36,7 +37,7 @@ def refuse_own_code(what: str, source: Any, auto_class: str, known: Collection[s
     else:
         fields = {} if "gguf_file" in keywords else PreTrainedConfig.get_config_dict(source, **keywords)[0]
         model_type, brought = str(fields.get("model_type")), fields.get("auto_map") or {}
-        foreign = model_type not in CONFIG_MAPPING_NAMES or (auto_class in brought and model_type not in known)
+        foreign = model_type not in CONFIG_MAPPING_NAMES or (auto_class in brought and model_type not in known_types)
         # a whole model of this package in a part's place is another error, which comes later
         foreign = foreign and brought and not model_type.startswith("lorgnette")
         found = [f'transformers has no {auto_class} for its model_type "{model_type}"'] if foreign else []
@@ -49,7 +50,7 @@ def refuse_own_code(what: str, source: Any, auto_class: str, known: Collection[s
 
 @torch.no_grad()
 def check_language_model(model: PreTrainedModel) -> None:
-    """Ask a causal LM for what training and generation rest on, by its signature and with eight tokens.
+    """Check that a causal LM supports training and generation, by its signature and with eight tokens.
 
     Raises:
         ValueError: its forward does not take what it is given; it reads embeddings otherwise than their ids; later
@@ -82,46 +83,50 @@ def check_language_model(model: PreTrainedModel) -> None:
             f"inputs_embeds, and answers are generated with {KV_CACHE}"
         )
     table, was_training = model.get_input_embeddings(), model.training
-    # in evaluation bitsandbytes packs weights on a CPU in another way: they would no longer be what was loaded
+    # in eval mode bitsandbytes repacks weights on a CPU, which changes the loaded ones
     if table.weight.is_meta or getattr(model, "hf_quantizer", None) is not None:
         return
     ids = torch.arange(8, device=table.weight.device)[None] + model.config.vocab_size // 2
-    words, mask, labels = table(ids), torch.ones_like(ids), ids.clone()
-    # no words, as pictures are none; given as copies, since CTRL scales in place
-    seen = torch.cat([words[:, :1], (words[:, :6] + words[:, 1:7]) / 2, words[:, 7:]], dim=1)
+    embeds, mask, labels = table(ids), torch.ones_like(ids), ids.clone()
+    # no token's embedding, like visual tokens; passed as copies, since CTRL scales in place
+    mixed = torch.cat([embeds[:, :1], (embeds[:, :6] + embeds[:, 1:7]) / 2, embeds[:, 7:]], dim=1)
     labels[:, :-1] = -100
     try:
         model.eval()
         by_ids = model(input_ids=ids, attention_mask=mask, return_dict=True).logits
-        of_words = model(inputs_embeds=words.clone(), attention_mask=mask, return_dict=True).logits
-        whole = model(inputs_embeds=seen.clone(), attention_mask=mask, labels=labels, return_dict=True, use_cache=False)
-        begun = model(inputs_embeds=seen[:, :-1].clone(), attention_mask=mask[:, :-1], return_dict=True, use_cache=True)
-        if (cache := getattr(begun, KV_CACHE, None)) is None:
+        of_embeds = model(inputs_embeds=embeds.clone(), attention_mask=mask, return_dict=True).logits
+        whole = model(
+            inputs_embeds=mixed.clone(), attention_mask=mask, labels=labels, return_dict=True, use_cache=False
+        )
+        prefix = model(
+            inputs_embeds=mixed[:, :-1].clone(), attention_mask=mask[:, :-1], return_dict=True, use_cache=True
+        )
+        if (cache := getattr(prefix, KV_CACHE, None)) is None:
             raise ValueError(f"it returns no {KV_CACHE}")
         cached = {KV_CACHE: cache, "use_cache": True, "return_dict": True}
-        if "position_ids" in keywords:  # as `generate` gives them
+        if "position_ids" in keywords:  # as `generate` passes them
             cached["position_ids"] = torch.full_like(ids[:, :1], ids.shape[1] - 1)
         rest = model(input_ids=ids[:, -1:], attention_mask=mask, **cached).logits
-    except Exception as error:  # each architecture has its own way to say that it wants something else
+    except Exception as error:  # architectures raise different exceptions
         raise ValueError(
-            f"{name} cannot be joined: it does not go on from embeddings with a mask and a cache: "
+            f"{name} cannot be joined: it does not continue from embeddings with a mask and a cache: "
             f"{type(error).__name__}: {error}"
         ) from error
     finally:
         model.train(was_training)
     if whole.logits.dtype != torch.float32:
-        return  # rounding may do more there, and a mixture of experts may then choose others
+        return  # rounding is coarser, and may change a mixture of experts' choices
     next_token = torch.nn.functional.cross_entropy(whole.logits[:, -2], ids[:, -1])
     pairs = {
-        "its logits of embeddings are not those of their ids": (of_words, by_ids),
+        "its logits of embeddings are not those of their ids": (of_embeds, by_ids),
         "later words change its logits after earlier ones, as in an encoder": (
-            begun.logits[:, -1],
+            prefix.logits[:, -1],
             whole.logits[:, -2],
         ),
         "its logits with a cache are not those without": (rest[:, -1], whole.logits[:, -1]),
         "its loss is not the cross entropy of the next token": (whole.loss, next_token),
     }
-    if getattr(model.config, "output_router_logits", False):  # there is another loss in it, which is wished
+    if getattr(model.config, "output_router_logits", False):  # the loss then includes the router's
         pairs.popitem()
     for what, (found, expected) in pairs.items():
         if (apart := (found - expected).abs().max() / expected.abs().max()) > 1e-3:
@@ -130,14 +135,14 @@ def check_language_model(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def check_vision_model(model: PreTrainedModel, layer: int | None = None) -> None:
-    """Look at one picture, and at two of it.
+    """Check a ViT with one picture, and with a batch of two.
 
     Args:
-        layer: the `vision_feature_layer` that is wished; whether there is such a layer the config says.
+        layer: the `vision_feature_layer`.
 
     Raises:
-        ValueError: the ViT cannot look at it, gives no sequence of vectors as wide as its config says for each picture,
-            or another one the second time.
+        ValueError: the ViT cannot encode it, does not output a sequence of vectors with its config's width, or
+            outputs another one the second time.
     """
     if model.device.type == "meta":
         return
@@ -156,8 +161,8 @@ def check_vision_model(model: PreTrainedModel, layer: int | None = None) -> None
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         try:
             model.eval()
-            seen = model(**inputs, output_hidden_states=layer is not None, return_dict=True)
-            first, states = seen.last_hidden_state, getattr(seen, "hidden_states", None) or ()
+            outputs = model(**inputs, output_hidden_states=layer is not None, return_dict=True)
+            first, states = outputs.last_hidden_state, getattr(outputs, "hidden_states", None) or ()
             twice = {key: torch.cat([value, value]) for key, value in inputs.items()}
             second = model(**twice, return_dict=True).last_hidden_state
         except Exception as error:  # each architecture has its own way to say that it wants something else

@@ -28,7 +28,7 @@ from .structure import refuse_other_structure
 
 @dataclass
 class Backbone:
-    """A pretrained part, and where on the Hub it came from; `name` and `revision` are None for anything local."""
+    """A pretrained part with its Hub id and revision, which are None for local sources."""
 
     model: PreTrainedModel
     name: str | None = None
@@ -45,7 +45,7 @@ def load_vision_model(
     """A ViT: a vision model, or the vision tower of a CLIP, SigLIP or the like.
 
     Args:
-        layer: the `vision_feature_layer` that is to be read.
+        layer: the `vision_feature_layer`.
 
     Raises:
         ValueError: the model does not read pixels into a sequence of vectors, always the same ones of one picture, its
@@ -68,7 +68,7 @@ def load_vision_model(
 
 
 def _vision_model_in(model: PreTrainedModel) -> PreTrainedModel:
-    """The ViT that is, or is in, a loaded model: of the class that is made of its config where a save is loaded."""
+    """The ViT that is, or is inside, a loaded model, of the class that a reload builds from its config."""
     config = getattr(model.config, "vision_config", model.config)
     if not type(config).__module__.startswith("transformers."):
         refuse_own_code("ViT", model, "AutoModel", MODEL_MAPPING_NAMES)
@@ -91,7 +91,7 @@ def load_language_model(
     attn: str | None,
     quantization_config: Any = None,
 ) -> Backbone:
-    """A causal LM. A `.gguf` file is read by transformers, dequantised, and is a plain model from then on.
+    """A causal LM; transformers dequantises a `.gguf` file into a plain model.
 
     Raises:
         ValueError: it is no causal LM, it carries an adapter already, its weights are not all there, or it cannot be
@@ -146,7 +146,7 @@ def _refuse_encoder(config: PreTrainedConfig, name: str) -> None:
 
 
 def load_bert(source: str | Path | PreTrainedModel, revision: str | None) -> Backbone:
-    """The BERT that a Q-Former starts from.
+    """The BERT whose weights initialise a Q-Former.
 
     Raises:
         ValueError: it is a lorgnette model, or has code of its own.
@@ -188,9 +188,9 @@ def _has_tokenizer(name: str, revision: str | None) -> bool:
 
 
 def from_source(model: PreTrainedModel, source: str | Path, revision: str | None) -> Backbone:
-    """Keep the Hub id and the commit; a local folder is not recorded.
+    """Record the Hub id and the commit, but no local folder.
 
-    Nor is a repository of pickled weights: no model is loaded from them, so it is saved in full.
+    A repository with pickled weights is not recorded either: models do not load from it, so a save holds the backbone.
     """
     have = partial(
         cached_file, source, revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False
@@ -203,9 +203,9 @@ def from_source(model: PreTrainedModel, source: str | Path, revision: str | None
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Bring all parameters of a joined model into one dtype, but those of backbones that were loaded in it.
+    """Cast all parameters of a joined model to one dtype, except those of backbones loaded in it.
 
-    Buffers keep theirs, as in any `from_pretrained`: RoPE's frequencies are float32 in every model.
+    Buffers keep their dtype, as in `from_pretrained`: RoPE's frequencies are float32 in every model.
     """
     loaded_so = [name for name in model.backbones if model.get_submodule(name).dtype == dtype]
     for key, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""BLIP-2 models of transformers are converted: `from_blip2` of both stages.
+"""`from_blip2` of both stages: convert BLIP-2 models of transformers.
 
 The parts have the same shapes there (`transformers/models/blip_2/modeling_blip_2.py`), and nearly the same names:
 
@@ -120,13 +120,13 @@ def convert_retrieval(
     blip2 = _load(source, "Blip2ForImageTextRetrieval", revision, dtype, attn_implementation)
     if tokenizer is None and isinstance(source, (str, Path)):
         tokenizer = load_qformer_tokenizer(source, revision)
-    words = blip2.model.get_input_embeddings().num_embeddings
-    dec_token_id = _dec_token_id(tokenizer, words) if itg_weight else None
+    vocab_size = blip2.model.get_input_embeddings().num_embeddings
+    dec_token_id = _dec_token_id(tokenizer, vocab_size) if itg_weight else None
     config = LorgnetteRetrievalConfig(
         **_shared_fields(
             blip2,
             use_qformer_text_input=True,
-            vocab_size=max(words, dec_token_id + 1) if itg_weight else words,
+            vocab_size=max(vocab_size, dec_token_id + 1) if itg_weight else vocab_size,
             dec_token_id=dec_token_id,
         ),
         image_text_hidden_size=blip2.model.config.image_text_hidden_size,
@@ -145,7 +145,7 @@ def convert_retrieval(
             fresh.append("the head of ITG (text_head)")
     if itc_weight:
         fresh.append("the temperature of ITC (logit_scale)")
-    if itg_weight and dec_token_id == words:
+    if itg_weight and dec_token_id == vocab_size:
         fresh.append(f"the embedding of [DEC] (id {dec_token_id})")
     if fresh:
         logger.warning(f"BLIP-2's checkpoint does not hold, and training has to teach: {', '.join(fresh)}")
@@ -163,7 +163,7 @@ def _load(
     dtype: torch.dtype | str | None,
     attn_implementation: str | None,
 ) -> Backbone:
-    """A BLIP-2 model of the class named `kind`, looked at before its weights are read.
+    """Load a BLIP-2 model of the class named `kind`, after checking its config.
 
     Raises:
         ValueError: no BLIP-2, the other of its two classes, an encoder-decoder LM, weights that are missing.
@@ -223,16 +223,16 @@ def _take_qformer(model: PreTrainedModel, blip2: PreTrainedModel) -> None:
     if hasattr(blip2, "embeddings"):
         theirs |= {f"embeddings.{name}": tensor for name, tensor in blip2.embeddings.state_dict().items()}
     own = model.qformer.state_dict()
-    words = "embeddings.word_embeddings.weight"
-    if words in own and len(own[words]) > len(theirs[words]):  # [DEC] is ours: its row is put in, as it was drawn
-        theirs[words] = torch.cat([theirs[words], own[words][len(theirs[words]) :].to(theirs[words])])
+    name = "embeddings.word_embeddings.weight"
+    if name in own and len(own[name]) > len(theirs[name]):  # the row of [DEC] keeps its random initial values
+        theirs[name] = torch.cat([theirs[name], own[name][len(theirs[name]) :].to(theirs[name])])
     model.qformer.load_state_dict({name: theirs[name] for name in own})
 
 
-def _dec_token_id(tokenizer: PreTrainedTokenizerBase | None, words: int) -> int:
-    """The id of `[DEC]` in the Q-Former's tokenizer; where it has none, the one after all `words`."""
-    known = None if tokenizer is None else tokenizer.get_vocab().get("[DEC]")
-    return words if known is None else known
+def _dec_token_id(tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> int:
+    """The id of `[DEC]` in the Q-Former's tokenizer; if it has none, the one after the vocabulary."""
+    dec_token_id = None if tokenizer is None else tokenizer.get_vocab().get("[DEC]")
+    return vocab_size if dec_token_id is None else dec_token_id
 
 
 __all__ = ["convert_generation", "convert_retrieval"]

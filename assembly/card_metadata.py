@@ -1,4 +1,4 @@
-"""What a card tells the Hub that the model's config knows: every push writes it, and `hub_upload.py` adds to it."""
+"""Card metadata from a model's config: every push writes it, and `hub_upload.py` adds to it."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def card_metadata(config: PreTrainedConfig, save_format: str) -> dict[str, Any]:
     """Task, library, backbones and tags, as the Hub's cards have them.
 
     Args:
-        save_format: what the folder holds that the card is for.
+        save_format: of the card's folder.
     """
     backbones = list(dict.fromkeys(name for name, _ in backbones_of(config)))
     return {
@@ -39,19 +39,19 @@ def card_metadata(config: PreTrainedConfig, save_format: str) -> dict[str, Any]:
 
 
 def complete_card(card: ModelCard, config: PreTrainedConfig, save_format: str) -> None:
-    """Let a card that transformers has made, or found on the Hub, say what is known of the model.
+    """Add the model's metadata to a card of transformers or of the Hub.
 
-    The licence that it names stays; where it names none it is the one that the backbones agree on, if they do. Figures
-    go, since they are of older weights or without their data.
+    An existing licence stays; a missing one becomes the one that the backbones agree on, if they do. Removes figures,
+    since they belong to older weights or lack their data.
     """
-    known = card_metadata(config, save_format)
-    known["tags"] = list(dict.fromkeys([*(card.data.tags or ()), *known["tags"]]))
+    metadata = card_metadata(config, save_format)
+    metadata["tags"] = list(dict.fromkeys([*(card.data.tags or ()), *metadata["tags"]]))
     if card.data.license in NO_LICENSE:
         try:
-            known["license"] = license_of(config)
+            metadata["license"] = license_of(config)
         except ValueError as error:
             logger.warning(f"The card names no licence. {error}")
-    for name, value in known.items():
+    for name, value in metadata.items():
         if value is not None:
             setattr(card.data, name, value)
     card.data.eval_results = None
@@ -75,14 +75,14 @@ def license_of(config: PreTrainedConfig) -> str:
         if hasattr(config, f"{part}_config") and getattr(config, f"{part}_backbone", None) is None:
             raise ValueError(f"The {what} came from a folder, and its licence is not known: {ask}")
     found = {name: _license_on_hub(name, revision) for name, revision in backbones_of(config)}
-    said = ", ".join(f"{name}: {license or 'none that is known'}" for name, license in found.items())
+    licenses = ", ".join(f"{name}: {license or 'none that is known'}" for name, license in found.items())
     if len(set(found.values())) > 1 or {*NO_LICENSE, "other"} & set(found.values()):
-        raise ValueError(f"The licences of the backbones do not settle the model's ({said}): {ask}")
+        raise ValueError(f"The licences of the backbones do not settle the model's ({licenses}): {ask}")
     return next(iter(found.values()))
 
 
 def _license_on_hub(name: str, revision: str | None) -> str | None:
-    """What a repository's card says, from the cache where the Hub cannot be reached; None where it says nothing."""
+    """The licence in a repository's card, from the cache if the Hub cannot be reached; or None."""
     try:
         card = hf_hub_download(name, "README.md", revision=revision)
     except (EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError):

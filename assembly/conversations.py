@@ -1,4 +1,4 @@
-"""Conversations from what data sets and clients hold them in, as lists of messages with lists of parts."""
+"""Normalise conversations of data sets and clients to lists of messages with lists of parts."""
 
 import json
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ def _nth(position: int, conversation: Any) -> list[dict[str, Any]]:
 
 
 def messages_of(conversation: Any) -> list[dict[str, Any]]:
-    """A conversation as a list of messages, from what data sets hold it in.
+    """A conversation as a list of messages, from any format of data sets.
 
     Args:
         conversation: messages in a list, a tuple, an array or a column or table of pandas; a dict of lists, as
@@ -64,7 +64,7 @@ def messages_of(conversation: Any) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Lists and dicts for what holds the same in another way; anything else as it is."""
+    """Convert other containers to lists and dicts; anything else is unchanged."""
     if isinstance(value, (str, bytes)):
         try:
             value = json.loads(value)
@@ -84,7 +84,7 @@ def _plain(value: Any) -> Any:
 
 
 def _content(content: Any) -> Any:
-    """A string, or a list of parts that are strings or dicts; anything else as it is."""
+    """A string, or a list of parts that are strings or dicts; anything else is unchanged."""
     if isinstance(content, Mapping):
         content = _records(dict(content))
         content = [content] if isinstance(content, dict) else content

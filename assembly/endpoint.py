@@ -1,4 +1,4 @@
-"""The files by which an Inference Endpoint runs a saved model: `handler.py`, what it imports, `requirements.txt`."""
+"""Write the files of an Inference Endpoint: `handler.py`, its import, `requirements.txt`."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ _SERVING = Path(__file__).parents[1] / "serving"
 
 
 def write_endpoint(folder: str | Path) -> None:
-    """Write them into the folder of a stage-2 model."""
+    """Write the Endpoint's files into the folder of a stage-2 model."""
     for name in ("handler.py", "web_images.py"):
         shutil.copyfile(_SERVING / name, Path(folder, name))
     Path(folder, "requirements.txt").write_text("".join(f"{line}\n" for line in REQUIREMENTS), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Training examples as token ids: the prompt exactly as at inference, and the answer that is learnt."""
+"""Training examples as token ids: the prompt exactly as at inference, and the target answer."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ def encode_example(
     changes = "strftime_now" in chat_templates(processor.tokenizer)  # Llama 3's template writes the date
     if messages is not None or changes:
         ids = prompt_ids()
-    else:  # mostly one and the same for all rows
+    else:  # usually equal for all rows
         settings = (processor.query, processor.system_prompt, processor.num_query_tokens)
         ids = list(cached_per_tokenizer(processor.tokenizer, (query, system, num_images, *settings), prompt_ids))
     if output is None:

@@ -60,7 +60,7 @@ def save_lm_adapter(model: PreTrainedModel, folder: Path, state_dict: dict | Non
 
 
 def load_lm_adapter(model: PreTrainedModel, source: str | Path, *, revision: str | None = None) -> None:
-    """Put a LoRA that was trained on the bare language model, by peft alone, in the place of this model's.
+    """Replace this model's LoRA by one that peft trained on the bare language model.
 
     Args:
         model: a [`LorgnetteForConditionalGeneration`].
@@ -79,11 +79,11 @@ def load_lm_adapter(model: PreTrainedModel, source: str | Path, *, revision: str
 def replace_lora(
     model: PreTrainedModel, lora_config: dict[str, Any] | None, lora: "dict[str, torch.Tensor] | DetachedLora | None"
 ) -> "DetachedLora":
-    """Another LoRA, on or off as the present one is, or none at all; the present one is returned.
+    """Replace the LoRA, enabled or disabled as before, or remove it; returns the old one.
 
     Args:
         lora: its weights, or one that was on this language model before, which is put back as it is: building peft's
-            layers anew takes as long as a short answer.
+            layers again takes as long as a short answer.
 
     Raises:
         ValueError: weights are offloaded.
@@ -109,7 +109,7 @@ def replace_lora(
 def _put_on_lora(
     model: PreTrainedModel, lora_config: dict[str, Any] | None, lora: "dict[str, torch.Tensor] | DetachedLora | None"
 ) -> None:
-    """On a language model that has none."""
+    """Attach LoRA to a language model without one."""
     model.config.lora_config = lora_config
     if isinstance(lora, DetachedLora):
         put_back_lora(model.language_model, lora)
@@ -179,17 +179,17 @@ def read_lm_adapter(
 
 
 def load_lora_weights(language_model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> None:
-    """Copy into the LoRA of a language model what [`lora_weights`] gave of one of the same kind."""
+    """Load the weights of [`lora_weights`] into a language model's LoRA."""
     set_peft_model_state_dict(language_model, weights)
 
 
 @dataclass(frozen=True)
 class DetachedLora:
-    """A LoRA that was taken off a language model, whole, so that it can be put back on the same one at once.
+    """A LoRA that was detached from a language model, with its layers, for fast attachment to the same model.
 
     Args:
         layers: peft's, around the base layers, by the names of these in the LM; empty where there was none.
-        peft_config: what the language model told of it.
+        peft_config: the language model's record of it.
     """
 
     layers: dict[str, nn.Module]
@@ -197,7 +197,7 @@ class DetachedLora:
 
 
 def detach_lora(language_model: PreTrainedModel) -> DetachedLora:
-    """Take LoRA off again: the layers are the original ones, under their original names."""
+    """Detach LoRA: the layers are the original ones again, with their original names."""
     lora = DetachedLora(outermost_lora_layers(language_model), getattr(language_model, "peft_config", None))
     for name, layer in lora.layers.items():
         language_model.set_submodule(name, layer.get_base_layer())
@@ -208,7 +208,7 @@ def detach_lora(language_model: PreTrainedModel) -> DetachedLora:
 
 
 def put_back_lora(language_model: PreTrainedModel, lora: DetachedLora) -> None:
-    """Put a LoRA on again that was taken off this language model, which has none now."""
+    """Attach a LoRA again that was detached from this language model."""
     for name, layer in lora.layers.items():
         language_model.set_submodule(name, layer)
     if lora.peft_config is not None:
@@ -216,7 +216,7 @@ def put_back_lora(language_model: PreTrainedModel, lora: DetachedLora) -> None:
 
 
 def _bare_language_model(config: LorgnetteConfig) -> PreTrainedModel:
-    """The language model without LoRA and without weights, to look at its layers."""
+    """The language model without LoRA and weights, for its layers' names and shapes."""
     text_config = copy.deepcopy(config.text_config)
     if hasattr(text_config, "quantization_config"):
         del text_config.quantization_config
@@ -225,7 +225,7 @@ def _bare_language_model(config: LorgnetteConfig) -> PreTrainedModel:
 
 
 def _is_hub_id(name: str) -> bool:
-    """Whether a name is one on the Hub and no path: peft writes down either."""
+    """Whether a name is a Hub id and not a path; peft records either."""
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 

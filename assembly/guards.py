@@ -1,7 +1,7 @@
-"""Guards against a folder or a repository of somebody else: which files are read, and whether its config fits them.
+"""Checks of untrusted folders and repositories: the files to read, and whether the config matches them.
 
-Only safetensors are read, and no adapter that transformers would load by itself. Shapes are compared before any memory
-is allocated: transformers first fills what does not fit with random numbers, however large.
+Only safetensors are read, and no adapter that transformers would load automatically. Shapes are compared before memory
+is allocated, since transformers would initialise mismatched weights at random, however large.
 """
 
 import copy
@@ -35,7 +35,7 @@ Shape = tuple[int, ...]
 # A model of a million layers takes hours to build, also without memory.
 _LARGEST = dict.fromkeys(SIZES, 2**24) | {"num_hidden_layers": 1_000, "num_query_tokens": 2**16}
 
-# What the weights of a folder were trained with: another value is another model, of which most load all the same
+# Fields that the weights were trained with: another value is another model, although most would load
 _TRAINED_WITH = (
     "image_token_id",
     "num_query_tokens",
@@ -53,11 +53,11 @@ _OF_PARTS = (
     "model_type",
 )
 _OF_PARTS += ("num_key_value_heads", "num_query_tokens", "patch_size", "use_qformer_text_input")
-_LORA_OF_A_RUN = ("inference_mode", "init_lora_weights", "lora_dropout")  # may be others where training goes on
+_LORA_OF_A_RUN = ("inference_mode", "init_lora_weights", "lora_dropout")  # may change for further training
 
 
 def check_folder(cls: type[PreTrainedModel], name: str | Path, **kwargs: Any) -> None:
-    """Check what lies in a folder or a Hub repository, before `cls.from_pretrained(name, **kwargs)` loads it.
+    """Check a folder or a Hub repository before `cls.from_pretrained(name, **kwargs)` loads it.
 
     Raises:
         OSError: there is no config, there are no weights, or a backbone of a thin model cannot be found.
@@ -103,7 +103,7 @@ def safe_weight_files(name: str | Path, variant: str | None = None, **where: Any
 def check_fits(
     cls: type[PreTrainedModel], name: str | Path, files: list[str], thin: bool, where: dict[str, Any], **kwargs: Any
 ) -> PreTrainedConfig:
-    """Compare a model's config with the shapes that its files hold, before anything is loaded.
+    """Compare a model's config with the shapes in its files, before loading.
 
     Args:
         cls: the class that is to be loaded.
@@ -144,7 +144,7 @@ def check_fits(
 
 
 def check_backbone(part: str, config: PreTrainedConfig, name: str | Path, hub: dict[str, Any]) -> None:
-    """Check the backbone that a thin model names: its files, and whether it is what the model's config describes.
+    """Check a thin model's backbone: its files, and whether it matches the model's config.
 
     Raises:
         OSError: it cannot be found; says what to do.
@@ -159,13 +159,13 @@ def check_backbone(part: str, config: PreTrainedConfig, name: str | Path, hub: d
         raise OSError(missing_backbone(name, what, source, revision, error)) from error
     own, described = getattr(own, f"{prefix}_config", own), getattr(config, f"{prefix}_config")
     for field in (*SIZES, "head_dim", "image_size", "num_key_value_heads", "patch_size"):
-        here, there = field_of(described, field), field_of(own, field)
-        if here != there:
-            raise ValueError(f"{name}: its {what} {source} has {field} {there}, and not {here}, as the config says")
+        expected, found = field_of(described, field), field_of(own, field)
+        if expected != found:
+            raise ValueError(f"{name}: its {what} {source} has {field} {found}, and not {expected}, as the config says")
 
 
 def _check_overrides(name: str | Path, config: PreTrainedConfig, where: dict[str, Any]) -> None:
-    """Raises a ValueError for the first field of a config that says otherwise than the one beside the weights."""
+    """Raise a ValueError for the first field in which a config differs from the one beside the weights."""
     try:
         beside = PreTrainedConfig.get_config_dict(name, **where)[0]
     except OSError:
@@ -183,11 +183,11 @@ def _check_overrides(name: str | Path, config: PreTrainedConfig, where: dict[str
         fields.append(("lora_config.", *rank, sorted(vars(rank[0]).keys() - set(_LORA_OF_A_RUN))))
     for prefix, saved, asked, names in fields:
         for field in names:
-            here, there = field_of(saved, field), field_of(asked, field)
-            if here != there and not ("backbone" in field and there is None):  # which the folder says
+            trained, requested = field_of(saved, field), field_of(asked, field)
+            if trained != requested and not ("backbone" in field and requested is None):  # which the folder says
                 raise ValueError(
-                    f"{name}: {prefix}{field} is {here!r} in its config, with which its weights were trained, and "
-                    f"{there!r} was asked for: leave it out, or build such a model anew with from_backbones"
+                    f"{name}: {prefix}{field} is {trained!r} in its config, with which its weights were trained, and "
+                    f"{requested!r} was asked for: leave it out, or build such a model with from_backbones"
                 )
     for weight in ("itc_weight", "itm_weight"):
         if not getattr(own, weight, 1) and getattr(config, weight):

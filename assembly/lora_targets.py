@@ -1,4 +1,4 @@
-"""Which layers of a language model get LoRA, and whether a LoRA config leaves its base weights alone."""
+"""Select the layers that get LoRA, and check that a LoRA config leaves the base weights unchanged."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from transformers.utils import requires_backends
 from ..modeling.modeling_lora import lora_layers
 
 
-# What a `LoraConfig` and an adapter_config.json say about an adapter's origin and use, and not about LoRA itself.
+# Fields of a `LoraConfig` and an adapter_config.json about an adapter's origin and use, not about LoRA itself.
 _NO_SETTINGS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -59,7 +59,7 @@ def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str,
         language_model: the LM, before LoRA is attached.
 
     Returns:
-        a dict that JSON can hold: the fields that were given, and `target_modules` as a list of names or one regex.
+        a JSON-serialisable dict: the given fields, and `target_modules` as a list of names or one regex.
 
     Raises:
         TypeError: `lora` is neither a dict nor a `LoraConfig`.
@@ -68,20 +68,22 @@ def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str,
     requires_backends(resolve_lora_config, "peft")
     from peft import LoraConfig
 
-    known = {field.name for field in fields(LoraConfig)}
+    existing = {field.name for field in fields(LoraConfig)}
     if isinstance(lora, LoraConfig):
         defaults = LoraConfig()
         lora = {
-            name: value for name, value in lora.to_dict().items() if name in known and value != getattr(defaults, name)
+            name: value
+            for name, value in lora.to_dict().items()
+            if name in existing and value != getattr(defaults, name)
         }
     if not isinstance(lora, dict):
         raise TypeError(f"lora has to be a dict of peft.LoraConfig fields or a LoraConfig, not {type(lora).__name__}")
     if lora.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"lora describes an adapter of the type {lora['peft_type']}; LoRA is needed")
     lora = {name: value for name, value in lora.items() if name not in _NO_SETTINGS}
-    unknown = sorted(lora.keys() - known)
+    unknown = sorted(lora.keys() - existing)
     if unknown:
-        raise ValueError(f"lora has fields that peft.LoraConfig does not know: {unknown}; it knows {sorted(known)}")
+        raise ValueError(f"lora has fields that peft.LoraConfig does not know: {unknown}; it knows {sorted(existing)}")
 
     layers = linear_layers(language_model)
     resolved = {name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in lora.items()}
@@ -134,9 +136,9 @@ def resolve_lora_config(lora: Any, language_model: PreTrainedModel) -> dict[str,
 
 
 def check_lora_config(lora_config: dict[str, Any]) -> None:
-    """Refuse what would train or rewrite the base weights, which stay bit-identical here, or reach beyond the model.
+    """Refuse a LoRA config that would train or rewrite base weights, or read other files.
 
-    The config may be somebody else's. Fields at peft's defaults are allowed.
+    The config may be untrusted. Fields at peft's defaults are allowed.
 
     Raises:
         ValueError: names the field and its value.
@@ -201,7 +203,7 @@ def linear_layers(language_model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def read_layers(language_model: PreTrainedModel) -> set[nn.Module]:
-    """The linear layers through which a text has a gradient; all, where the LM has no numbers yet or is quantised."""
+    """The linear layers that a text's gradient reaches; all, if the LM has no weights yet or is quantised."""
     layers, outputs = linear_layers(language_model), {}
     table = language_model.get_input_embeddings().weight
     if table.is_meta or getattr(language_model, "hf_quantizer", None) is not None:
@@ -226,7 +228,7 @@ def read_layers(language_model: PreTrainedModel) -> set[nn.Module]:
 
 
 def layers_of_one_weight(layers: dict[str, nn.Module]) -> set[nn.Module]:
-    """Those that share their weight with another, as Zamba's repeated block does."""
+    """Layers that share their weight with another, as in Zamba's repeated block."""
     by_weight: dict[int, list[nn.Module]] = {}
     for layer in layers.values():
         by_weight.setdefault(id(layer.weight), []).append(layer)
@@ -263,7 +265,7 @@ def _match_targets(targets: str | list[str], layers: dict[str, nn.Module]) -> li
 
 
 def _kinds(layers: dict[str, nn.Module]) -> list[str]:
-    """Layer names without what repeats: `model.layers.0.self_attn.q_proj` and its like become `self_attn.q_proj`."""
+    """Distinct layer names without prefixes: `model.layers.0.self_attn.q_proj` becomes `self_attn.q_proj`."""
     return sorted({".".join(name.split(".")[-2:]) for name in layers})
 
 

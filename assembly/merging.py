@@ -1,4 +1,4 @@
-"""LoRA is merged into the language model's weights, for the save format `merged`."""
+"""Merge LoRA into the language model's weights, for the save format `merged`."""
 
 import copy
 

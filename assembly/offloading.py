@@ -1,6 +1,6 @@
 """Device maps that offload a part of the language model: accelerate dispatches the model when it is complete.
 
-transformers offloads while it loads, before LoRA is there, which would stay without weights.
+transformers offloads during loading, before LoRA is attached, which would stay without weights.
 """
 
 import copy

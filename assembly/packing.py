@@ -1,8 +1,8 @@
-"""Packing: several sequences in a row, in place of padding, with masks and positions that keep them apart.
+"""Packing: several sequences in a row, in place of padding, with masks and positions that separate them.
 
-Language models guess sequences from positions that start again, or do not, and then tokens see the sequences before
-their own. So the masks are made here, by `transformers.masking_utils`, and handed over with the positions: a token sees
-those before it in its own sequence, and of these what the LM's sliding window leaves.
+Some language models detect sequences by restarting positions; others do not, and tokens would attend to earlier
+sequences. So this module makes the masks with `transformers.masking_utils`, and passes them with the positions: a token
+attends to earlier tokens of its own sequence, within the LM's sliding window.
 
 Shapes: B rows, S tokens a row, D sequences in all, T tokens in all.
 """
@@ -26,7 +26,7 @@ MASKED_LAYERS = ("full_attention", "sliding_attention")  # of `config.layer_type
 
 
 def unmasked_layers(language_model: PreTrainedModel) -> list[str]:
-    """Kinds of layers in which tokens reach each other otherwise than a causal mask, or a sliding window, says."""
+    """Layer types that do not follow a causal or sliding-window mask."""
     kinds = getattr(language_model.config, "layer_types", None) or ()
     return [kind for kind in kinds if kind not in MASKED_LAYERS]
 
@@ -47,7 +47,7 @@ def checked_sequences(sequence_ids: torch.Tensor, starts: torch.Tensor) -> torch
 def check_sequences(
     sequence_ids: torch.Tensor, language_model: PreTrainedModel, keywords: dict[str, Any]
 ) -> torch.Tensor:
-    """Refuse what would let sequences see each other; `sequence_ids` otherwise.
+    """Raise if sequences could attend to each other; else return `sequence_ids`.
 
     Args:
         sequence_ids: `(B, S)`, see [`packed`].
@@ -94,7 +94,7 @@ def packed(
     inputs_embeds: torch.Tensor,
     labels: torch.Tensor | None,
 ) -> dict[str, Any]:
-    """What a causal LM is given so that no sequence sees another.
+    """The inputs of a causal LM in which no sequence attends to another.
 
     Args:
         sequence_ids: `(B, S)` int64, each token's sequence, numbered from 0 through the batch; -1 for padding.
@@ -130,8 +130,8 @@ def packed(
 
 def positions(sequence_ids: torch.Tensor) -> torch.Tensor:
     """`(B, S)` int64, counted from the beginning of each sequence."""
-    places = torch.arange(sequence_ids.shape[1], device=sequence_ids.device).expand_as(sequence_ids)
-    return places - places.masked_fill(~_starts(sequence_ids), 0).cummax(dim=1).values
+    columns = torch.arange(sequence_ids.shape[1], device=sequence_ids.device).expand_as(sequence_ids)
+    return columns - columns.masked_fill(~_starts(sequence_ids), 0).cummax(dim=1).values
 
 
 def _starts(sequence_ids: torch.Tensor) -> torch.Tensor:

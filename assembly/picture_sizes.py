@@ -1,4 +1,4 @@
-"""A guard for the settings of an image processor from somebody else's folder: none may fill the memory."""
+"""Check the sizes in an untrusted image processor's settings, which could exhaust the memory."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +9,7 @@ from ..processing.image_loading import MAX_IMAGE_PIXELS
 
 
 def check_image_processor(image_processor: Any, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
-    """Refuse an image processor that makes a huge picture of a small one.
+    """Refuse an image processor that enlarges a small picture beyond the limit.
 
     Args:
         image_processor: the ViT's.
@@ -28,7 +28,7 @@ def check_image_processor(image_processor: Any, max_pixels: int = MAX_IMAGE_PIXE
 
 
 def _sizes(image_processor: Any) -> Iterator[tuple[str, int, int]]:
-    """Each setting that decides a size, and the width and height that a square picture gets by it."""
+    """Each size setting, with the width and height that it gives a square picture."""
     for field, switch in (("size", "do_resize"), ("crop_size", "do_center_crop"), ("pad_size", "do_pad")):
         size = dict(getattr(image_processor, field, None) or {})
         if not size or not getattr(image_processor, switch, True):

@@ -86,7 +86,7 @@ def from_backbones(
     qformer_revision: str | None = None,
     **fields: Any,
 ) -> Processor:
-    """Make a processor of the backbones' own parts.
+    """Make a processor from the backbones' own parts.
 
     Args:
         cls: the processor's class.
@@ -112,8 +112,8 @@ def from_blip2(cls: type[Processor], source: str | Path, *, query: str = "", rev
     Args:
         cls: the processor's class.
         source: Hub id or local folder, with its image processor and tokenizer.
-        query: what a prompt asks by default; BLIP-2 is trained on `"Question: … Answer:"`, and on no words for a
-            caption.
+        query: the default query; BLIP-2 was trained on `"Question: … Answer:"`, and on an empty prompt for
+            captions.
         revision: branch, tag or commit on the Hub.
     """
     name, keywords = from_pretrained_arguments(source, revision)
@@ -127,7 +127,7 @@ def from_blip2(cls: type[Processor], source: str | Path, *, query: str = "", rev
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The LM's tokenizer with `<image>`, a pad token and left padding; a copy, where it lacks any of them.
+    """The LM's tokenizer with `<image>`, a pad token and left padding; a copy, if it lacks any of them.
 
     Raises:
         ValueError: it has neither a pad token nor an EOS token.
@@ -145,10 +145,10 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizer
 
 
 def with_image_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that has `<image>` as a special token.
+    """A copy with `<image>` as a special token.
 
-    It takes the place, and so the id, of a token that the vocabulary keeps free, since vLLM and others look every id up
-    in the LM's table. Where there is none it takes the next free id, which lies inside a table that is padded.
+    It gets the id of an unused token of the vocabulary, since vLLM and others look every id up in the embedding table.
+    Without an unused token it gets the next free id, which a padded table still holds.
     """
     tokenizer = copy.deepcopy(tokenizer)
     reserved = None if IMAGE_TOKEN in tokenizer.get_vocab() else _reserved_token(tokenizer)

@@ -1,4 +1,4 @@
-"""What a Q-Former is initialised from: random numbers, a BERT, or the Q-Former of a stage-1 model."""
+"""Initialise a Q-Former: at random, from a BERT, or from a stage-1 model."""
 
 import re
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ FIXED_FIELDS = {"num_query_tokens": 32, "vision_feature_layer": None, "vision_fe
 
 @dataclass
 class QFormerInit:
-    """A Q-Former's start, and what follows from it for the model it goes into.
+    """The source of a Q-Former's initial weights, and the config fields that follow from it.
 
     Args:
         backbone: a BERT, a [`LorgnetteForImageTextRetrieval`], or None for random numbers.
@@ -49,13 +49,13 @@ class QFormerInit:
 
     @property
     def stage1(self) -> LorgnetteForImageTextRetrieval | None:
-        """The stage-1 model, where it is one."""
+        """The stage-1 model, or None."""
         model = self.backbone.model if self.backbone else None
         return model if isinstance(model, LorgnetteForImageTextRetrieval) else None
 
     @property
     def name(self) -> str | None:
-        """Hub id of the BERT, of the stage-1 model's BERT where it is one."""
+        """Hub id of the BERT, or of the stage-1 model's BERT."""
         return self.stage1.config.qformer_backbone if self.stage1 else self.backbone and self.backbone.name
 
     @property
@@ -86,7 +86,7 @@ class QFormerInit:
             given: the three, as the caller gave them or at their defaults (None for `num_query_tokens`).
 
         Raises:
-            ValueError: stage 1 learned with another value than the one that is given.
+            ValueError: stage 1 was trained with another value than the given one.
         """
         if self.stage1 is None:
             default = processor.num_query_tokens if processor is not None else FIXED_FIELDS["num_query_tokens"]
@@ -94,16 +94,16 @@ class QFormerInit:
             return given | {"num_query_tokens": default if queries is None else queries}
         fixed = {name: getattr(self.stage1.config, name) for name in FIXED_FIELDS}
         for name, value in fixed.items():
-            said = given[name] is not None and (name == "num_query_tokens" or given[name] != FIXED_FIELDS[name])
-            if said and given[name] != value:
+            is_given = given[name] is not None and (name == "num_query_tokens" or given[name] != FIXED_FIELDS[name])
+            if is_given and given[name] != value:
                 raise ValueError(f"{name} is {given[name]!r}; the stage-1 Q-Former has learned with {value!r}")
         return fixed
 
     def check_vision(self, vision_model: PreTrainedModel) -> None:
-        """Check that stage 1 was trained on this very ViT, in the coarser of both dtypes.
+        """Check that stage 1 was trained on this ViT, in the coarser of both dtypes.
 
         Raises:
-            ValueError: it has not; names the first tensor that differs.
+            ValueError: it was not; names the first tensor that differs.
         """
         if self.stage1 is None:
             return
@@ -126,7 +126,7 @@ class QFormerInit:
 
 
 def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether two tensors are the same, but for the rounding of the dtype that rounds more."""
+    """Whether two tensors are equal up to the rounding of the coarser dtype."""
     dtypes = {first.dtype, second.dtype}
     coarser = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps) if len(dtypes) > 1 else first.dtype
     return torch.equal(first.to(second.device, coarser), second.to(coarser))
@@ -139,7 +139,7 @@ def is_stage1(source: str | Path, revision: str | None = None) -> bool:
     return config.get("model_type") == LorgnetteRetrievalConfig.model_type
 
 
-# What a Q-Former may change between the stages: it shapes no weight.
+# Fields that may change between the stages, since no weight's shape depends on them.
 MUTABLE_FIELDS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range")
 
 
@@ -177,13 +177,13 @@ def load_bert_weights(qformer: LorgnetteQFormerModel, bert: PreTrainedModel) -> 
     """Start from a BERT (BLIP-2, section 3.1): copy self-attention and feed-forward, not cross-attention.
 
     The query feed-forward starts as a copy of the text one. BERT's first token type, which it adds to every token,
-    is added to the position embeddings. What was copied, and what was not, is logged.
+    is added to the position embeddings. Logs what was copied, and what was not.
 
     Args:
         bert: a model with BERT's parameter names, at least as many layers and the same widths.
 
     Raises:
-        ValueError: it is no BERT, has another shape or too few layers; names the first tensor that does not fit.
+        ValueError: not a BERT, another shape or too few layers; names the first tensor that does not fit.
     """
     kind, source, own = bert.config.model_type, bert.base_model.state_dict(), qformer.state_dict()
     if qformer.config.use_qformer_text_input and kind != "bert":
@@ -199,7 +199,7 @@ def load_bert_weights(qformer: LorgnetteQFormerModel, bert: PreTrainedModel) -> 
         and words is not None
         and words.shape[0] == qformer.config.vocab_size - 1
     ):
-        # [DEC] is ours: its row is put in, as it was drawn
+        # the row of [DEC] keeps its random initial values
         drawn = own["embeddings.word_embeddings.weight"][qformer.config.dec_token_id :]
         source["embeddings.word_embeddings.weight"] = torch.cat([words, drawn.to(words)])
     taken: dict[str, torch.Tensor] = {}

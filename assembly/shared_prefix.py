@@ -1,8 +1,8 @@
-"""What all rows of a batch begin with is run once, not once a row.
+"""Compute the common prefix of all rows of a batch once, not once per row.
 
 In `<SYSTEM> <QUERY> <IMAGE> <OUTPUT>` the tokens before the first picture are often the same in all rows. A causal LM's
-states at them depend on nothing that follows, so that one row's keys and values serve all. Values and gradients are
-those of the plain run; dropout inside the language model, where there is any, is drawn once for the shared tokens.
+states at them do not depend on later tokens, so all rows can share one row's keys and values. Values and gradients are
+those of the plain run; dropout inside the language model is drawn once for the shared tokens.
 
 Shapes: B rows, S tokens a row, the first P of them shared, M the LM's width.
 """
@@ -27,10 +27,10 @@ NOT_SHARED = ("position_ids", KV_CACHE, "output_attentions", "output_hidden_stat
 
 
 def can_share(language_model: PreTrainedModel, inputs: Mapping[str, Any]) -> bool:
-    """Whether this LM can go on from keys and values of another pass, with gradients through both.
+    """Whether this LM can continue from keys and values of another pass, with gradients through both.
 
-    Gradient checkpointing keeps neither; a state that is carried from token to token is no key and no value; weights in
-    shards (FSDP, ZeRO-3) come back for gradients through a layer's output, and those of keys and values go past it.
+    Not with gradient checkpointing, which keeps neither; not with recurrent states; not with sharded weights (FSDP,
+    ZeRO-3), which are gathered for gradients of a layer's output, while those of keys and values bypass it.
 
     Args:
         inputs: of the call; some settle positions, or ask for what is there of all of them.
@@ -111,7 +111,7 @@ def decode_rest(
     attention_mask: torch.Tensor | None = None,
     **inputs: Any,
 ) -> BaseModelOutputWithPast:
-    """What the decoder makes of the tokens after the shared ones.
+    """Run the decoder on the tokens after the shared ones.
 
     Args:
         decoder: a causal LM's, without its head.

@@ -1,4 +1,4 @@
-"""How a model is named: a Hub id, a local folder, or a GGUF file, which transformers wants as folder and name."""
+"""Sources of a model: a Hub id, a local folder, or a GGUF file, which transformers takes as folder and file name."""
 
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ QFORMER_TOKENIZER = "qformer_tokenizer"  # the folder in a processor's that hold
 
 
 def from_pretrained_arguments(source: str | Path, revision: str | None = None) -> tuple[str, dict[str, Any]]:
-    """What any `from_pretrained` is to be called with for `source`: the first argument, and keywords.
+    """The first argument and the keywords of `from_pretrained` for `source`.
 
     Raises:
-        FileNotFoundError: a `.gguf` file that is not there, or what can only be a path and is not there either.
+        FileNotFoundError: a `.gguf` file or a path that does not exist.
     """
     path = Path(source)
     if path.suffix != ".gguf":
-        # transformers would say of a mistyped path that it is no Hub id
+        # for a mistyped path, transformers' error would be about Hub ids
         is_path = isinstance(source, Path) or str(source).startswith((".", "~")) or path.is_absolute()
         if (is_path or str(source).count("/") > 1) and not path.is_dir():
             raise FileNotFoundError(f"There is no folder {source}")
@@ -29,10 +29,10 @@ def from_pretrained_arguments(source: str | Path, revision: str | None = None) -
 
 
 def load_part(auto_class: Any, what: str, name: str | Path, **keywords: Any) -> Any:
-    """What an Auto class makes of a folder or Hub repository with transformers' own code, without a question on stdin.
+    """Load a folder or Hub repository with an Auto class and transformers' own code, without a prompt on stdin.
 
     Raises:
-        ValueError: there is code of its own, which a saved model would not bring along.
+        ValueError: it has remote code, which a saved model would not carry.
     """
     try:
         return auto_class.from_pretrained(name, trust_remote_code=False, **keywords)
@@ -48,7 +48,7 @@ def load_part(auto_class: Any, what: str, name: str | Path, **keywords: Any) -> 
 def load_tokenizer(
     source: str | Path | PreTrainedTokenizerBase | None, revision: str | None = None
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model that is named; a loaded one, or None, is returned."""
+    """The tokenizer of a named model; a loaded one, or None, is returned unchanged."""
     if not isinstance(source, (str, Path)):
         return source
     name, keywords = from_pretrained_arguments(source, revision)

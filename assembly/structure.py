@@ -1,4 +1,4 @@
-"""Whether a model is what a reload makes of its config: the same modules, names and shapes of weights, and ties."""
+"""Check that a model equals what a reload builds from its config: modules, names and shapes of weights, and ties."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -13,16 +13,26 @@ from ..modeling.modeling_loading import is_unread
 from ..modeling.modeling_saving import is_backbone_key, keys_never_saved
 
 
-# whose hooks and patches compute what the config says
-_KNOWN = ("accelerate", "bitsandbytes", "deepspeed", "kernels", "liger_kernel", "peft", "torch", "transformers", "trl")
+# their hooks and patches do not change the results
+_TRUSTED_PACKAGES = (
+    "accelerate",
+    "bitsandbytes",
+    "deepspeed",
+    "kernels",
+    "liger_kernel",
+    "peft",
+    "torch",
+    "transformers",
+    "trl",
+)
 
 
 def refuse_other_structure(what: str, model: PreTrainedModel, unread: Callable[[str], bool]) -> None:
-    """Refuse a loaded part that was changed by hand: a reload builds it of its config, and would not know.
+    """Refuse a loaded part that was changed by hand, since a reload rebuilds it from its config.
 
     Args:
         what: its name in errors.
-        unread: whether nothing reads a weight of this name, so that it may be there or not.
+        unread: whether a weight of this name is unused, so that it may exist or not.
 
     Raises:
         ValueError: a module of another class than its config says, or with a hook that changes what it computes; a
@@ -44,25 +54,25 @@ def refuse_other_structure(what: str, model: PreTrainedModel, unread: Callable[[
 
 
 def without_weights(build: Callable[[], nn.Module]) -> nn.Module:
-    """A model on the meta device.
+    """Build a model on the meta device.
 
     Raises:
-        ValueError: its config is none that a model can be built of.
+        ValueError: no model can be built from its config.
     """
     try:
         with torch.device("meta"):
             return build()
-    except Exception as error:  # each class refuses what it does in its own way
+    except Exception as error:  # classes raise different exceptions
         raise ValueError(f"no model can be built of its config: {error or type(error).__name__}") from error
 
 
 def difference(
     weights: Mapping[str, torch.Tensor], skeleton: nn.Module, ignored: Callable[[str], bool], ties: bool
 ) -> str | None:
-    """The first way in which `weights` are not those of `skeleton`, which has none; None where they are.
+    """The first difference of `weights` from those of `skeleton`, a model on the meta device; None if there is none.
 
     Args:
-        ties: whether to look at which weights are one and the same; copies of them do not tell.
+        ties: whether to compare ties; False for copies of the weights, which lose them.
     """
     expected = skeleton.state_dict(keep_vars=True)
     for key in sorted(weights.keys() ^ expected.keys()):
@@ -70,34 +80,34 @@ def difference(
             return f"{key} is {'there, and is none of its weights' if key in weights else 'missing'}"
     shared = sorted(weights.keys() & expected.keys())
     for key in shared:
-        here, there = tuple(weights[key].shape), tuple(expected[key].shape)
-        if here != there:
-            return f"{key} is {here}, and {there} by its config"
+        ours, theirs = tuple(weights[key].shape), tuple(expected[key].shape)
+        if ours != theirs:
+            return f"{key} is {ours}, and {theirs} by its config"
     if ties:
-        here, there = _tied({key: weights[key] for key in shared}), _tied({key: expected[key] for key in shared})
+        ours, theirs = _tied({key: weights[key] for key in shared}), _tied({key: expected[key] for key in shared})
         for key in shared:
-            if here[key] != there[key]:
-                tied, other = ("is", "is not") if here[key] > there[key] else ("is not", "is")
-                return f"{key} {tied} tied to {min(here[key] ^ there[key])}, and by its config it {other}"
+            if ours[key] != theirs[key]:
+                tied, other = ("is", "is not") if ours[key] > theirs[key] else ("is not", "is")
+                return f"{key} {tied} tied to {min(ours[key] ^ theirs[key])}, and by its config it {other}"
     return None
 
 
 def _tied(weights: dict[str, torch.Tensor]) -> dict[str, set[str]]:
-    """Each weight's name, and the names of all that are the same tensor."""
+    """Each weight's name, and the names of the weights tied to it."""
     groups: dict[Any, set[str]] = {}
-    places = {}
+    storages = {}
     for key, value in weights.items():
         plain = type(value) in (torch.Tensor, nn.Parameter) and not value.is_meta and value.numel()
-        places[key] = (value.data_ptr(), value.shape) if plain else id(value)
-        groups.setdefault(places[key], set()).add(key)
-    return {key: groups[place] - {key} for key, place in places.items()}
+        storages[key] = (value.data_ptr(), value.shape) if plain else id(value)
+        groups.setdefault(storages[key], set()).add(key)
+    return {key: groups[storage] - {key} for key, storage in storages.items()}
 
 
 def _other_class(model: nn.Module, skeleton: nn.Module, unread: Callable[[str], bool]) -> str | None:
-    here, there = dict(model.named_modules()), dict(skeleton.named_modules())
-    for name in sorted(here.keys() | there.keys()):
+    ours, theirs = dict(model.named_modules()), dict(skeleton.named_modules())
+    for name in sorted(ours.keys() | theirs.keys()):
         kinds = [f"{type(parts[name]).__module__}.{type(parts[name]).__qualname__}" if name in parts else "not there"
-                 for parts in (here, there)]  # fmt: skip
+                 for parts in (ours, theirs)]  # fmt: skip
         if kinds[0] != kinds[1] and not unread(f"{name}."):
             return f"its module {name} is {kinds[0]}, and by its config {kinds[1]}"
     return None
@@ -110,7 +120,7 @@ def _hooked(model: nn.Module) -> str | None:
             while isinstance(hook, partial):
                 hook = hook.func
             origin = getattr(hook, "__module__", None) or type(hook).__module__
-            if origin.split(".")[0] not in _KNOWN:
+            if origin.split(".")[0] not in _TRUSTED_PACKAGES:
                 return f"its module {name} has a hook or a forward of its own, from {origin}"
     return None
 
@@ -118,10 +128,10 @@ def _hooked(model: nn.Module) -> str | None:
 def check_described(
     model: PreTrainedModel, save_format: str, weights: dict[str, torch.Tensor] | None, ties: bool
 ) -> None:
-    """Called with the config of a save, and the weights that it is to write, None for all.
+    """Check the config of a save against the weights that it writes (None for all).
 
     Raises:
-        ValueError: a model of that config has other weights, or none can be built; a reload would be another model.
+        ValueError: a model of that config has other weights, or cannot be built; a reload would differ.
     """
     config = copy.deepcopy(model.config)
     if thin := save_format == "thin":  # and its language model may be quantised

@@ -1,4 +1,4 @@
-"""The prompts of a batch of training: `Seq2SeqTrainer(predict_with_generate=True)` gives `generate` the answers too."""
+"""Cut a training batch to prompts: `Seq2SeqTrainer(predict_with_generate=True)` passes answers to `generate` too."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def prompts_of(
         pad_token_id: for rows of unequal length; 0 by default.
 
     Returns:
-        `input_ids` `(B, P)`, and the keywords with an `attention_mask` `(B, P)` and nothing that training alone reads.
+        `input_ids` `(B, P)`, and the keywords with an `attention_mask` `(B, P)` without the keys of training.
 
     Raises:
         ValueError: labels without `input_ids`; a row whose labels are not one answer at its end, or leave no prompt;
@@ -33,17 +33,17 @@ def prompts_of(
     kwargs = {name: value for name, value in kwargs.items() if name not in (*_OF_TRAINING, "sequence_ids")}
     if input_ids is None or input_ids.shape != labels.shape:
         raise ValueError("labels say where prompts end in input_ids of the same shape, which are not given")
-    there = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
+    is_token = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
     prompts = []
     for row in range(len(input_ids)):
-        answer = (labels[row] != IGNORED)[there[row]]
+        answer = (labels[row] != IGNORED)[is_token[row]]
         length = len(answer) - int(answer.sum())
         if length == 0 or bool(answer[:length].any()):
             raise ValueError(
                 f"{row_name(row, rows)} has {int(answer.sum())} labels among {len(answer)} tokens, which are not one "
                 "answer behind a prompt: give generate the prompt alone, without labels"
             )
-        prompts.append(input_ids[row][there[row]][:length])
+        prompts.append(input_ids[row][is_token[row]][:length])
     width = max(map(len, prompts))
     ids = input_ids.new_full((len(prompts), width), pad_token_id or 0)
     kwargs["attention_mask"] = torch.zeros_like(ids)

@@ -1,1 +1,1 @@
-"""What is claimed of speed and quality, as commands that measure it."""
+"""Benchmarks of speed, memory and size."""

@@ -1,9 +1,9 @@
-"""How much faster an epoch is on the feature cache than on the pictures, and whether the losses are the same.
+"""Measure the speed-up of an epoch by the feature cache, and compare the losses.
 
     python -m benchmarks.cache --vision VIT --text LM --qformer BERT --dataset PICTURES [--image_size 224]
 
-Both stages are trained by the package's own commands on the same rows, pictures and cache in turn. What Trainer says an
-epoch took counts: the model is built and saved outside of it. Writing the cache is told apart: it is done once.
+Trains both stages with the package's commands on the same rows, alternately from pictures and from the cache. Counts
+Trainer's time of an epoch, without building and saving the model. Writing the cache is reported separately.
 """
 
 import json
@@ -25,13 +25,13 @@ from lorgnette.trainer.arguments import SourceArguments, Stage1Arguments, Stage2
 from lorgnette.trainer.feature_cache import read_metadata
 
 
-# stage -> its module, its arguments, and the dtypes whose losses have to stay within a distance of the pictures'
+# stage -> its module, its arguments, and for each dtype the largest allowed difference of losses
 STAGES = {"stage2": (stage2, Stage2Arguments), "stage1": (stage1, Stage1Arguments)}
 TOLERANCE = {"float32": 1e-5, "float16": 2e-2}
-TIMED = "float16"  # what a cache is by default
-# No dropout, as in the demo's recipes: a CPU has no fast attention with it.
+TIMED = "float16"  # the default dtype of a cache
+# no dropout, as in the demo's recipes: fast attention on a CPU has none
 QFORMER = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-# Small steps: what is compared is the features, and large ones from a random start make any difference grow.
+# a small learning rate: large steps from random weights would amplify differences
 RECIPE = {"num_train_epochs": 1, "learning_rate": 1e-5, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
 
 
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
 
 
 def measure(options: Options, scratch: Path) -> dict:
-    """Write the caches, then train on pictures and caches in turn."""
+    """Write the caches, then train alternately on pictures and caches."""
     pictures, vision = scratch / "pictures", options.vision
     load_from_disk(options.dataset)["train"].select(range(options.rows)).save_to_disk(pictures)
     if options.image_size is not None:

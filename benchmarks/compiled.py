@@ -1,8 +1,8 @@
-"""Stage 2's step, and captions with a static cache, of both sides under `torch.compile`: `benchmarks.run --compile`.
+"""Benchmark `torch.compile` for both sides: stage 2's step, captions with a static cache: `benchmarks.run --compile`.
 
-Both are compiled alike, with inductor's defaults, and have no dropout, so that a compiled step has to give the loss of
-the one as it is. `generate` with a static cache compiles the step of a token, on GPUs; on a CPU it does so with a flag
-of transformers' own tests, which both are given. It leaves the look at the picture and the prompt as they are.
+Both are compiled with inductor's defaults and without dropout, so that the compiled step must give the eager loss. On
+GPUs `generate` with a static cache compiles the decoding step; on a CPU both sides get a flag of transformers' tests
+that enables it. The vision encoding and the prefill stay eager.
 """
 
 import os
@@ -32,53 +32,51 @@ Failed = dict[str, str]
 
 
 def measure(bench: Any, theirs: Side, ours: Side) -> None:
-    """Adds the rows to a `benchmarks.run.Bench`; where nothing can be compiled, with the reason."""
+    """Add the rows to a `benchmarks.run.Bench`, with the reason if nothing can be compiled."""
     built = {"theirs": theirs, "ours": ours}
-    with mock.patch.dict(
-        os.environ, TORCHINDUCTOR_CACHE_DIR=str(bench.scratch / "inductor")
-    ):  # nothing of earlier runs
-        reason = why_not(bench.device)
+    with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(bench.scratch / "inductor")):  # forget earlier runs
+        reason = reason_not_to_compile(bench.device)
         if reason is not None:
             for path in paths(bench.options.sizes):
                 bench.add(Row(path, not_run=reason))
             return
         for side in built.values():
-            bench.quicken(side)
+            bench.use_fast_dtype(side)
         steps(bench, built)
         for side in built.values():
-            bench.quicken(side, trained=True)
+            bench.use_fast_dtype(side, trained=True)
         for size in bench.options.sizes:
-            torch.compiler.reset()  # a second size would make sizes symbolic
+            torch.compiler.reset()  # a second size would make shapes dynamic
             captions(bench, built, size)
 
 
 def paths(sizes: Sequence[int]) -> list[str]:
-    """The rows that there are to be."""
+    """The paths of all rows."""
     of_captions = [path.format(size) for size in sizes for path in (CAPTIONS, FIRST_CAPTIONS)]
     return [STEP, *AGAINST.values(), FIRST_STEP, *of_captions]
 
 
-def why_not(device: str) -> str | None:
-    """What is in the way of compiling anything here, a C++ compiler that is missing say; None if nothing is."""
+def reason_not_to_compile(device: str) -> str | None:
+    """Why nothing can be compiled here, for example a missing C++ compiler; else None."""
     try:
-        torch.compile(_little, dynamic=False)(torch.ones(8, device=device))
-    except Exception as error:  # of whatever kind a backend's is: it goes into the table
-        return told(error)
+        torch.compile(_probe, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:  # any backend error goes into the table
+        return error_cell(error)
     return None
 
 
-def _little(x: torch.Tensor) -> torch.Tensor:
+def _probe(x: torch.Tensor) -> torch.Tensor:
     return (x * 2 + 1).relu()
 
 
-def told(error: Exception) -> str:
-    """A cell of a table: the kind of the error, and the line that says what it was."""
+def error_cell(error: Exception) -> str:
+    """The error's type and main line, for a table cell."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no more is said'}".replace("|", "/")[:300]
 
 
 def steps(bench: Any, built: Mapping[str, Side]) -> None:
-    """Forward and backward passes over one batch, each side as it is and compiled, in turn."""
+    """Forward and backward passes over one batch, each side eager and compiled, alternately."""
     count, rows = bench.options.batch_size, bench.pairs[: bench.options.batch_size]
     built = {
         name: Side(side.model, replace(side.collator, pad_to_multiple_of=MULTIPLE)) for name, side in built.items()
@@ -94,8 +92,8 @@ def steps(bench: Any, built: Mapping[str, Side]) -> None:
         try:
             first[name], found = _timed(compiled, bench.device)
             _check_near("the loss is", found, loss, bench.bf16)
-        except Exception as error:  # of whatever kind: it goes into the table
-            failed[name] = told(error)
+        except Exception as error:  # any error goes into the table
+            failed[name] = error_cell(error)
             continue
         runs[f"{name}, compiled"] = compiled
         graphs[name] = {"graphs": counters["stats"]["unique_graphs"], "breaks": dict(counters["graph_break"])}
@@ -118,11 +116,11 @@ def steps(bench: Any, built: Mapping[str, Side]) -> None:
 
 
 def captions(bench: Any, built: Mapping[str, Side], size: int) -> None:
-    """Captions of so many pictures at once."""
+    """Captions of a batch of pictures."""
     tokens, device = bench.options.tokens, bench.device
     inputs = sides.prompts(built["ours"].collator.processor, bench.rows[:size], built["ours"].model.device)
-    how = CompileConfig(mode="reduce-overhead" if device == "cuda" else "default")  # graphs of CUDA, its own default
-    how._compile_all_devices = True  # else on GPUs alone
+    how = CompileConfig(mode="reduce-overhead" if device == "cuda" else "default")  # CUDA graphs, the default
+    how._compile_all_devices = True  # by default only on GPUs
     static = {"cache_implementation": "static", "compile_config": how}
     first, failed = {}, Failed()
     counters.clear()
@@ -138,10 +136,10 @@ def captions(bench: Any, built: Mapping[str, Side], size: int) -> None:
         expected = with_logits().logits
         try:
             first[name], found = _timed(partial(with_logits, **static), device)
-            for place in range(min(2, tokens)):  # the prompt's, and the first that the compiled step makes
+            for place in range(min(2, tokens)):  # the prefill's, and the compiled step's first
                 _check_near("logits are", found.logits[place], expected[place], bench.bf16)
-        except Exception as error:  # of whatever kind: it goes into the table
-            failed[name] = told(error)
+        except Exception as error:  # any error goes into the table
+            failed[name] = error_cell(error)
     runs = {name: side for name, side in built.items() if name not in failed}
     taken = generation.captions(runs, inputs, tokens, bench.options.rounds, device, **static)["all"]
     operations, moved = generation.needed(built["ours"].model, inputs, tokens)
@@ -152,7 +150,7 @@ def captions(bench: Any, built: Mapping[str, Side], size: int) -> None:
 
 
 def _timed(work: Any, device: str) -> tuple[float, Any]:
-    """Seconds, and what came of it."""
+    """Seconds, and the result."""
     floor.wait(device)
     start = time.perf_counter()
     found = work()
@@ -162,14 +160,14 @@ def _timed(work: Any, device: str) -> tuple[float, Any]:
 
 def _check_near(what: str, found: torch.Tensor, expected: torch.Tensor, bf16: bool) -> None:
     largest = expected.abs().max().item()
-    allowed = 2**-4 * largest if bf16 else sides.TOLERANCE * max(1, largest)  # bf16 is rounded in other places
+    allowed = 2**-4 * largest if bf16 else sides.TOLERANCE * max(1, largest)  # bf16 is rounded at other places
     apart = (found - expected).abs().max().item()
     if not apart <= allowed:
         raise ValueError(f"{what} apart from the plain run's by {apart:.2g}; allowed is {allowed:.2g}")
 
 
 def _compared(path: str, pairs: int, taken: Mapping[str, list[float]], failed: Failed, reached: Any) -> Row:
-    """Ours against theirs, or what there is of them and why there is no more."""
+    """Ours against theirs; or the existing figures, and why others are missing."""
     if not failed:
         return speed(path, pairs, taken["ours"], taken["theirs"], reached=reached(taken["ours"]))
     speeds = {name: pairs / statistics.median(times) for name, times in taken.items()}

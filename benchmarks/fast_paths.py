@@ -1,11 +1,11 @@
-"""Stage 2 on rows that have more to leave out than BLIP-2's prompts and COCO's captions: theirs, ours, ours without it.
+"""Benchmark stage 2's fast paths on rows that suit them: BLIP-2, ours, and ours without the fast path.
 
-    chat prompts    `<SYSTEM> <QUERY> <IMAGE> <OUTPUT>` in ChatML: what comes before the picture is the same in all rows
-                    of a batch, and ours runs it once. Blip2Processor writes no such prompt, and so theirs is given our
-                    collator's batches, which its model takes as they are: the same tokens
+    chat prompts    `<SYSTEM> <QUERY> <IMAGE> <OUTPUT>` in ChatML: the prefix before the picture is the same in
+                    all rows of a batch, and ours computes it once. Blip2Processor cannot write such prompts, so
+                    BLIP-2 gets our collator's batches: the same tokens
     mixed lengths   captions of 3 to 100 words, many short and few long: ours packs them, theirs pads
 
-Seconds are those of forward and backward passes over batches that are there already, one a round.
+Seconds are those of forward and backward passes over prepared batches, one per round.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,10 +28,10 @@ PACK_TO = 256  # tokens
 
 @dataclass
 class Case:
-    """Rows of one kind, and what trains on them.
+    """Rows of one kind, and the sides that train on them.
 
     Args:
-        plain: ours, but for the path that `against` names.
+        plain: ours without the fast path that `against` names.
     """
 
     name: str
@@ -44,18 +44,18 @@ class Case:
 
 @dataclass
 class RunInEachRow:
-    """Batches that do not say what their prompts begin with alike."""
+    """Batches without `shared_input_ids`."""
 
     collator: LorgnetteCollator
 
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
         batch = self.collator(rows)
-        batch.pop("shared_input_ids", None)  # of one row there are none
+        batch.pop("shared_input_ids", None)  # a batch of one row has none
         return batch
 
 
 def cases(preset: Preset, theirs: Side, ours: Side, rows: Sequence[dict[str, Any]], seed: int) -> list[Case]:
-    """Both kinds, of the pictures in these rows."""
+    """The two cases, with the pictures of these rows."""
     chat = LorgnetteCollator(data.processor(preset, chat=True))
     in_each = RunInEachRow(chat)
     mixed = [row | {"text": text} for row, text in zip(rows, data.captions(len(rows), seed, mixed=True), strict=True)]
@@ -80,17 +80,17 @@ def cases(preset: Preset, theirs: Side, ours: Side, rows: Sequence[dict[str, Any
 
 
 def check_equal(case: Case, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """How far our logits, and the losses of each way of training, are from theirs.
+    """The largest differences of our logits and losses from theirs.
 
     Raises:
-        ValueError: by more than `sides.TOLERANCE`, or batches differ.
+        ValueError: a difference exceeds `sides.TOLERANCE`, or batches differ.
     """
     apart = sides.check_equal(case.theirs, case.plain, rows)
     losses = {}
     for name in ("theirs", "ours", "plain"):
         side: Side = getattr(case, name)
         side.model.eval()
-        side.model.training = True  # the way that training goes, and no dropout
+        side.model.training = True  # the training path, without dropout
         batch = {key: tensor.to(next(side.model.parameters()).device) for key, tensor in side.collator(rows).items()}
         with torch.no_grad():
             losses[name] = side.model(**batch)["loss"].item()
@@ -101,7 +101,7 @@ def check_equal(case: Case, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def measure(bench: Any, case: Case) -> None:
-    """Adds a case's rows to a `benchmarks.run.Bench`, which has features of the same pictures."""
+    """Add a case's rows to a `benchmarks.run.Bench`, which has features of the same pictures."""
     count, device = bench.options.batch_size, bench.device
     features = [bench.cached[number] | {"text": row["text"]} for number, row in enumerate(case.rows)]
     ways = {
@@ -117,7 +117,7 @@ def measure(bench: Any, case: Case) -> None:
         ]
         for name, (side, rows) in ways.items()
     }
-    # gradients are there afterwards
+    # allocates gradients
     operations = {name: floor.operations(by_round[0]) for name, by_round in steps.items()}
 
     def timed(name: str, number: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""What is on disk, and how long it takes to come from there: checkpoints, loading, imports."""
+"""Benchmark sizes of checkpoints, loading and import times."""
 
 import copy
 import subprocess
@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, Blip2ForConditionalGeneration, PreTrainedModel
 
 from benchmarks.floor import seconds
-from benchmarks.forms import COMMIT, TOLERANCE, stand_in
+from benchmarks.forms import COMMIT, TOLERANCE, add_to_hub_cache
 from benchmarks.generation import caption
 from benchmarks.sides import Batch, Side
 from benchmarks.training import in_turn
@@ -24,17 +24,19 @@ IMPORTS = {
 
 
 def name_backbones(ours: Side, theirs: Side, folder: Path) -> None:
-    """Put ViT and LM into a Hub cache of this run's own, so that ours can be saved without them."""
+    """Put ViT and LM into a temporary Hub cache, so that ours can be saved without them."""
     parts = {"vision": theirs.model.vision_model, "text": without_lora(theirs.model.language_model)}
     for name, part in parts.items():
         part.save_pretrained(folder / name)
-        setattr(ours.model.config, f"{name}_backbone", stand_in(folder / "hub", f"benchmark/{name}", folder / name))
+        setattr(
+            ours.model.config, f"{name}_backbone", add_to_hub_cache(folder / "hub", f"benchmark/{name}", folder / name)
+        )
         setattr(ours.model.config, f"{name}_backbone_revision", COMMIT)
     ours.model.mark_backbones_loaded()
 
 
 def without_lora(model: PreTrainedModel) -> PreTrainedModel:
-    """The LM that LoRA lies over."""
+    """The LM under LoRA."""
     plain = type(model)(copy.deepcopy(model.config)).to(model.dtype)
     weights = {name.replace(".base_layer.", "."): value for name, value in model.state_dict().items()}
     plain.load_state_dict({name: value for name, value in weights.items() if ".lora_" not in name})
@@ -42,7 +44,7 @@ def without_lora(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def merge(theirs: Side) -> None:
-    """Put LoRA into the LM's weights: with LoRA beside them, `from_pretrained` would not find these."""
+    """Merge LoRA into the LM's weights: `from_pretrained` would not find weights under LoRA."""
     for layer in theirs.model.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.merge()
@@ -50,7 +52,7 @@ def merge(theirs: Side) -> None:
 
 
 def checkpoint_bytes(theirs: Side, ours: Side, folder: Path) -> dict[str, int]:
-    """Of the weights: theirs whole, since nothing less comes back by itself, ours without its backbones."""
+    """Bytes of the weights: theirs in full, since nothing less can be reloaded, ours without the backbones."""
     theirs.model.save_pretrained(folder / "theirs")
     ours.model.save_pretrained(folder / "thin", save_format="thin")
     return {"theirs": weights_in(folder / "theirs"), "ours": weights_in(folder / "thin")}
@@ -69,11 +71,11 @@ def first_caption(
     repeats: int,
     device: str,
 ) -> dict[str, list[float]]:
-    """Seconds from `from_pretrained` to the caption of one picture, in each form that ours is saved in, and of theirs.
+    """Seconds from `from_pretrained` to the caption of one picture, for each of our save formats and for theirs.
 
     Args:
-        expected: each side's logits; training has led the two apart by now.
-        folder: has what `checkpoint_bytes` left there.
+        expected: each side's logits, which differ after training.
+        folder: the one that `checkpoint_bytes` wrote.
 
     Raises:
         ValueError: a folder gives other logits.
@@ -84,12 +86,12 @@ def first_caption(
         return kind.from_pretrained(folder / name, cache_dir=folder / "hub", local_files_only=True).to(device)
 
     for name, allowed in {"theirs": TOLERANCE["merged"], **TOLERANCE}.items():
-        if name not in ("theirs", "thin"):  # which are there already
+        if name not in ("theirs", "thin"):  # they exist already
             ours.model.save_pretrained(folder / name, save_format=name)
         own = expected["theirs" if name == "theirs" else "ours"]
-        if name in ("theirs", "merged") and ours.model.dtype != torch.float32:  # LoRA and weight are rounded together
+        if name in ("theirs", "merged") and ours.model.dtype != torch.float32:  # merged weights are rounded once
             allowed = 2**-4 * own.abs().max().item()
-        apart = (logits_of(load(name), inputs) - own).abs().max().item()  # and the files have been read once
+        apart = (logits_of(load(name), inputs) - own).abs().max().item()  # and the files are in the page cache
         if not apart <= allowed:
             raise ValueError(f"the logits of {name} are apart by {apart:.2g}; allowed is {allowed}")
     runs = {
@@ -105,7 +107,7 @@ def logits_of(model: nn.Module, inputs: Batch) -> torch.Tensor:
 
 
 def import_seconds(rounds: int) -> dict[str, list[float]]:
-    """Of what a user imports to train, in processes of their own; this one has read all of these files before."""
+    """Import seconds of a training script's imports, in new processes; the files are in the page cache."""
 
     def timed(line: str) -> list[float]:
         code = f"import time; start = time.perf_counter(); {line}; print(time.perf_counter() - start)"

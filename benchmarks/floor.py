@@ -1,4 +1,4 @@
-"""What the machine can do at best, as measured: matrix products and copies; and what a path needs of it."""
+"""Measure the machine's peak rates of matrix products and copies, and count a path's operations."""
 
 import time
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def check_memory(preset: Preset, name: str, batch_size: int, device: str) -> int
         the estimate, in bytes.
 
     Raises:
-        ValueError: it is more than what is free; with the estimate, what it is for, and what there is.
+        ValueError: the estimate exceeds the free memory; with both numbers.
     """
     needed = bytes_needed(preset, batch_size)
     free = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
@@ -36,7 +36,7 @@ def check_memory(preset: Preset, name: str, batch_size: int, device: str) -> int
 
 
 def seconds(work: Callable[[], object], device: str, repeats: int = 1) -> list[float]:
-    """How long each of some calls takes, to the end of what it has set the device to do."""
+    """Seconds of each call, including the device's work."""
     taken = []
     for _ in range(repeats):
         wait(device)
@@ -53,14 +53,14 @@ def wait(device: str) -> None:
 
 
 def matrix_rate(device: str, dtype: torch.dtype, size: int) -> float:
-    """Floating-point operations a second of one product of square matrices: the best of some."""
+    """Floating-point operations a second of a product of square matrices: the best of several."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     torch.mm(a, b)
     return 2 * size**3 / min(seconds(lambda: torch.mm(a, b), device, 15))
 
 
 def bandwidth(device: str, size: int) -> float:
-    """Bytes a second, read and written, of one copy of `size` bytes: the best of some."""
+    """Bytes a second, read and written, of a copy of `size` bytes: the best of several."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -70,6 +70,6 @@ def bandwidth(device: str, size: int) -> float:
 def operations(work: Callable[[], object]) -> int:
     """Floating-point operations of the matrix products in a call, backward passes included."""
     counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH):  # the CPU's fused attention is not counted; this one is products
+    with counter, sdpa_kernel(SDPBackend.MATH):  # the counter does not see the CPU's fused attention
         work()
     return counter.get_total_flops()

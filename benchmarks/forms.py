@@ -1,10 +1,9 @@
-"""How large a saved model is in each of its forms, and how long loading it takes.
+"""Measure the size and loading time of a saved model in each save format.
 
     python -m benchmarks.forms --model MODEL --vision VIT --text LM
 
-MODEL is a saved one with LoRA; VIT and LM are the folders of its backbones, which stand for their repositories in a Hub
-cache of this run's own. The forms are loaded in turn, from files that were read before, and all have to give the same
-logits.
+MODEL is a saved model with LoRA; VIT and LM are the folders of its backbones, which go into a temporary Hub cache. The
+formats are loaded alternately, from files in the page cache, and all must give the same logits.
 """
 
 import json
@@ -23,11 +22,11 @@ from examples.quality.steps import say
 from lorgnette.configuration.configuration_lorgnette import SAVE_FORMATS
 from lorgnette.modeling.modeling_saving import BACKBONES
 from lorgnette.publishing.export import draw, load
-from lorgnette.publishing.stranger import look
+from lorgnette.publishing.verify_export import reference_outputs
 
 
-COMMIT = "0" * 40  # of the stand-ins for the backbones' repositories
-# The largest difference of a logit that a form may make: none but by folding LoRA into the weights
+COMMIT = "0" * 40  # commit of the backbones in the temporary Hub cache
+# the largest allowed difference of a logit: only merging changes numbers
 TOLERANCE = {"thin": 0.0, "full": 0.0, "merged": 1e-3}
 
 
@@ -63,24 +62,26 @@ def main(argv: list[str]) -> int:
 
 
 def measure(options: Options, scratch: Path) -> dict:
-    """Save the forms, then load them in turn; bytes, seconds and how far the logits are from the model's."""
+    """Save all formats, then load them alternately; returns bytes, seconds and differences of logits."""
     model, processor = load(options.model)
     for part in model.backbones:
         _, prefix = BACKBONES[part]
         setattr(
-            model.config, f"{prefix}_backbone", stand_in(scratch / "hub", f"demo/{prefix}", getattr(options, prefix))
+            model.config,
+            f"{prefix}_backbone",
+            add_to_hub_cache(scratch / "hub", f"demo/{prefix}", getattr(options, prefix)),
         )
         setattr(model.config, f"{prefix}_backbone_revision", COMMIT)
     for form in SAVE_FORMATS:
         model.save_pretrained(scratch / form, save_format=form)
         processor.save_pretrained(scratch / form)
     picture = str(draw(scratch / "picture.png"))
-    expected = look(model, processor, picture)["logits"]
+    expected = reference_outputs(model, processor, picture)["logits"]
     del model
 
     seconds: dict[str, list[float]] = {form: [] for form in SAVE_FORMATS}
     apart = {}
-    for number in range(options.repeats + 1):  # the first finds files that nobody has read yet
+    for number in range(options.repeats + 1):  # the first load reads files from disk
         for form in SAVE_FORMATS:
             start = time.perf_counter()
             loaded = AutoModelForImageTextToText.from_pretrained(
@@ -91,7 +92,9 @@ def measure(options: Options, scratch: Path) -> dict:
                 seconds[form].append(took)
                 say(f"{form}, load {number} of {options.repeats}: {took:.2f} s")
             else:
-                apart[form] = (look(loaded.eval(), processor, picture)["logits"] - expected).abs().max().item()
+                apart[form] = (
+                    (reference_outputs(loaded.eval(), processor, picture)["logits"] - expected).abs().max().item()
+                )
             del loaded
     return {
         "forms": {
@@ -107,8 +110,8 @@ def measure(options: Options, scratch: Path) -> dict:
     }
 
 
-def stand_in(cache: Path, repo_id: str, folder: Path) -> str:
-    """Put a backbone's folder into a Hub cache as the only commit of `repo_id`."""
+def add_to_hub_cache(cache: Path, repo_id: str, folder: Path) -> str:
+    """Add a backbone's folder to a Hub cache as the only commit of `repo_id`."""
     repository = cache / f"models--{repo_id.replace('/', '--')}"
     (repository / "snapshots").mkdir(parents=True)
     (repository / "snapshots" / COMMIT).symlink_to(folder.resolve(), target_is_directory=True)

@@ -1,4 +1,4 @@
-"""Greedy captions of models in turn: how long the first token takes, and all of them."""
+"""Benchmark greedy captions, models alternately: time to the first token, and to all."""
 
 import time
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from benchmarks.training import in_turn
 
 
 class _FirstToken(StoppingCriteria):
-    """Ends nothing; notes when it was first asked, which is after the first token."""
+    """Never stops; records the time of its first call, after the first token."""
 
     def __init__(self, device: str):
         self.device, self.at = device, None
@@ -28,7 +28,7 @@ class _FirstToken(StoppingCriteria):
 
 
 def caption(model: nn.Module, inputs: Batch, tokens: int, **keywords: Any) -> Any:
-    """`(B, S + tokens)` ids, none shorter: random weights would end when they like."""
+    """`(B, S + tokens)` ids, all of full length: random weights would stop at random."""
     return model.generate(
         **inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, use_cache=True, **keywords
     )
@@ -62,9 +62,9 @@ def captions(
 
 
 def needed(model: PreTrainedModel, inputs: Batch, tokens: int) -> tuple[int, int]:
-    """Operations of captions of so many tokens, and the bytes of the LM's weights, which each token reads.
+    """Operations of captions with so many tokens, and the bytes of the LM's weights, which each token reads.
 
-    Prompts are alike, so that one row is counted for all.
+    All prompts are equal, so one row is counted.
     """
     alone = {name: tensor[:1] for name, tensor in inputs.items()}
     counted = operations(partial(caption, model, alone, tokens)) * len(inputs["input_ids"])

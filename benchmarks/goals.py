@@ -1,4 +1,4 @@
-"""What the figures are to be, by preset and device, and by the paths of the table."""
+"""The goals for the figures, by preset and device, and by the table's paths."""
 
 _BOTH = {
     "stage 2, uncached, pairs/s": 1.5,

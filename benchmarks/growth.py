@@ -1,12 +1,12 @@
-"""How it grows: a training step over batch, image tokens and caption length, and a feature cache over its rows.
+"""Benchmark scaling: a training step over batch size, image tokens and caption length, and a feature cache over rows.
 
     python -m benchmarks.growth [--shapes tiny smollm2] [--batch_sizes 1 2 4 …] [--cache_rows 1000 10000 100000]
 
-Pairs a second, and the memory that a step takes at once, of stage 2 with random weights, one size changed at a time;
-from pictures, and from the ViT's features. A cache is opened and its rows are read in any order. Writes
-`results/benchmarks/growth.json`, `.md` and `.png`. What does not fit into memory or on the disk, or would begin after
-`--minutes`, is left out, and said. What all of it takes at least is said before anything is measured: minutes, and room
-on the disk, where one cache lies at a time (100,000 rows of `smollm2` are 30.3 GB, of `tiny` 0.1 GB).
+Measures pairs a second and peak memory of a step of stage 2 with random weights, varying one size at a time, from
+pictures and from cached features; and random reads of a cache. Writes
+`results/benchmarks/growth.json`, `.md` and `.png`. Skips and reports what does not fit into
+memory or on the disk, or would start after `--minutes`. Prints the minimum minutes and disk space before measuring; one
+cache exists at a time (100,000 rows of `smollm2` are 30.3 GB, of `tiny` 0.1 GB).
 """
 
 import itertools
@@ -44,7 +44,7 @@ from lorgnette.modeling.modeling_checks import IGNORED
 from lorgnette.trainer.feature_cache import COLUMN, METADATA, feature_opener, load_cache, planned_shards
 
 
-SUPER_LINEAR = 1.1  # a cost that grows with more than this power of what grows
+SUPER_LINEAR = 1.1  # report costs that grow with a larger power of the size
 DASHES = {"pictures": ("o", "-"), "features": ("s", "--"), "cache": ("^", ":")}  # marker and line
 AXES = {"batch": "pairs in a batch", "image": "image tokens", "caption": "tokens of a caption", "cache": "rows cached"}
 
@@ -66,7 +66,7 @@ class Options:
     output: Path = field(default=Path("results/benchmarks"))
 
 
-UNTIMED = 2  # steps: operations are counted in the first, memory in the second
+UNTIMED = 2  # steps before timing: the first counts operations, the second memory
 
 
 @dataclass
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> int:
 
 
 def needed(options: Options, scratch: Path) -> str:
-    """What the whole takes at least: minutes by operations alone, and bytes on the disk."""
+    """The minimum requirements: minutes for the operations, and bytes on the disk."""
     operations = 0.0
     for shape in options.shapes:
         for _, pairs, image, words in sizes(options):
@@ -118,7 +118,7 @@ def needed(options: Options, scratch: Path) -> str:
 
 
 def sizes(options: Options) -> list[tuple[str, int, int, int]]:
-    """What changes, and pairs, image tokens and tokens of a caption; those of one number of image tokens in a row."""
+    """The varied size, pairs, image tokens and caption tokens; grouped by the number of image tokens."""
     batch, image, caption = options.usual
     found = [("batch", size, image, caption) for size in options.batch_sizes]
     found += [("caption", batch, image, size) for size in options.caption_tokens]
@@ -126,8 +126,8 @@ def sizes(options: Options) -> list[tuple[str, int, int, int]]:
 
 
 def steps(shape: str, options: Options, until: float = math.inf) -> Iterator[Point]:
-    """Forward and backward passes of stage 2, none begun after that moment of `time.monotonic`."""
-    for tokens, group in itertools.groupby(sizes(options), key=lambda size: size[2]):  # a model for each
+    """Forward and backward passes of stage 2, none started after `until` of `time.monotonic`."""
+    for tokens, group in itertools.groupby(sizes(options), key=lambda size: size[2]):  # one model for each
         room = tokens + max(options.usual[2], *options.caption_tokens) + 1
         preset, model = with_room(replace(PRESETS[shape], num_query_tokens=tokens), room), None
         for axis, pairs, _, words in group:
@@ -138,19 +138,19 @@ def steps(shape: str, options: Options, until: float = math.inf) -> Iterator[Poi
             except ValueError as error:
                 left_out = str(error)
             for kind in ("pictures", "features"):
-                point = Point(shape, axis, kind, size, left_out=left_out or too_late(options, until))
+                point = Point(shape, axis, kind, size, left_out=left_out or time_limit_reason(options, until))
                 if point.left_out is None:
                     model = build(preset, options.seed) if model is None else model
                     measure(model, point, pairs, words, options.repeats)
                 yield point
 
 
-def too_late(options: Options, until: float) -> str | None:
+def time_limit_reason(options: Options, until: float) -> str | None:
     return f"the {options.minutes:g} minutes were over" if time.monotonic() > until else None
 
 
 def with_room(preset: Preset, tokens: int) -> Preset:
-    """The same with an LM that has positions for so many tokens; they are no weights where there is RoPE."""
+    """The preset with an LM that has positions for so many tokens; with RoPE they are no weights."""
     fields = preset.text.to_dict()
     room = max(tokens, fields["max_position_embeddings"])
     return replace(preset, text=type(preset.text).from_dict(fields | {"max_position_embeddings": room}))
@@ -171,7 +171,7 @@ def measure(model: LorgnetteForConditionalGeneration, point: Point, pairs: int, 
     def step() -> None:
         model(**batch).loss.backward()
 
-    point.operations = floor.operations(step)  # gradients are there afterwards, and are added to
+    point.operations = floor.operations(step)  # allocates gradients; later steps add to them
     point.bytes = memory.step_bytes(step, "cpu")
     point.pairs_per_s = pairs / statistics.median(floor.seconds(step, "cpu", repeats))
     model.zero_grad()
@@ -196,10 +196,10 @@ def feature_shape(vision: Any) -> tuple[int, int]:
 
 
 def caches(shape: str, options: Options, scratch: Path, until: float = math.inf) -> Iterator[Point]:
-    """Features in float16, as `lorgnette.trainer cache` lays them out; `pairs_per_s` are rows read in any order."""
+    """Feature caches in float16, as `lorgnette.trainer cache` writes them; `pairs_per_s` counts random reads."""
     for rows in options.cache_rows:
         point, folder = (
-            Point(shape, "cache", "cache", rows, left_out=too_late(options, until)),
+            Point(shape, "cache", "cache", rows, left_out=time_limit_reason(options, until)),
             scratch / f"{shape}-{rows}",
         )
         size, free = cache_bytes(shape, rows), shutil.disk_usage(scratch).free
@@ -217,12 +217,12 @@ def cache_bytes(shape: str, rows: int) -> int:
 
 
 def read(folder: Path, rows: int, options: Options) -> tuple[float, int]:
-    """Rows a second, and what opening the cache and reading them has left in memory."""
+    """Rows a second, and the memory that opening and reading the cache takes."""
     before = anonymous_bytes()
     dataset, opened = load_cache(folder, "train"), feature_opener(folder)
     generator, count = random.Random(options.seed), 64 * options.usual[0]
 
-    def some() -> None:  # others each time: those of the time before are in memory
+    def some() -> None:  # other rows each time: earlier ones are in memory
         for place in generator.choices(range(rows), k=count):
             opened(dataset[place][COLUMN], place)
 
@@ -243,13 +243,13 @@ def write_cache(folder: Path, rows: int, shape: tuple[int, int]) -> None:
 
 
 def anonymous_bytes() -> int:
-    """What this process holds besides mapped files."""
+    """This process's memory without mapped files."""
     found = psutil.Process().memory_info()
     return found.rss - found.shared
 
 
 def turns(points: Sequence[Point]) -> list[dict[str, Any]]:
-    """Where a step's time or memory grows by more than `SUPER_LINEAR` between two sizes, and its operations' power."""
+    """Sizes between which time or memory grows by more than `SUPER_LINEAR`, with the power of the operations."""
     found = []
 
     def line(point: Point) -> tuple[str, str, str]:

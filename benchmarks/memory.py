@@ -1,6 +1,6 @@
-"""What a training step takes beside weights, gradients and the optimizer's state: activations and what is passing.
+"""Measure a training step's memory besides weights, gradients and optimizer state: activations and temporaries.
 
-`python -m benchmarks.memory` tells which parts of both models keep it.
+`python -m benchmarks.memory` prints it for the parts of both models.
 """
 
 import json
@@ -21,11 +21,10 @@ from benchmarks.shapes import PRESETS
 
 
 def step_bytes(step: Callable[[], object], device: str) -> int:
-    """The most that is allocated at once during a forward and backward pass, above what there was before it.
+    """The peak of additional memory during a forward and backward pass.
 
-    `step` has been called before: its gradients are there and are added to, so that they do not count. On a CPU the
-    profiler's record of torch's allocations is what is read: resident memory would tell what malloc keeps as well,
-    whoever asked for it.
+    Call `step` once before, so that its gradients exist and do not count. On a CPU it reads torch's allocations from
+    the profiler, since resident memory includes what malloc keeps.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -42,13 +41,13 @@ def step_bytes(step: Callable[[], object], device: str) -> int:
 
 
 def allocations(events: list[dict]) -> list[dict]:
-    """What a trace says of the CPU's memory, in the order of time."""
+    """A trace's CPU memory events, in order of time."""
     found = [event for event in events if event.get("name") == "[memory]" and event["args"]["Device Type"] == 0]
     return sorted(found, key=lambda event: event["ts"])
 
 
 def peak(changes: list[int]) -> int:
-    """The largest sum of a beginning of these, 0 at least: bytes allocated (above 0) and freed (below)."""
+    """The largest prefix sum, at least 0, of bytes allocated (positive) and freed (negative)."""
     most = now = 0
     for change in changes:
         now += change
@@ -57,7 +56,7 @@ def peak(changes: list[int]) -> int:
 
 
 def kept(side: sides.Side, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
-    """Bytes that a forward pass keeps for the way back, by the part that runs; parameters are there, and left out."""
+    """Bytes that a forward pass saves for backward, by part, without parameters."""
     model, batch = side.model.train(), side.collator(list(rows))
     parts = {
         "ViT": model.vision_model,
@@ -66,13 +65,13 @@ def kept(side: sides.Side, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
         "LM's layers": model.language_model.base_model,
     }
     running, found = ["LM's head, and between the parts"], dict.fromkeys(parts, 0)
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    held = []  # so that no other tensor comes to lie where one of them lay
+    counted = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    held = []  # keeps their addresses unique
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
+        if storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
             held.append(storage)
             found[running[-1]] = found.get(running[-1], 0) + storage.nbytes()
         return tensor

@@ -1,9 +1,9 @@
-"""What a training step asks for at least: its operations by part, from shapes alone: `python -m benchmarks.operations`.
+"""Count a training step's minimum operations by part, from shapes alone: `python -m benchmarks.operations`.
 
 A product of an `(n, a)` and an `(a, b)` matrix is 2 n a b operations. Its backward pass is as many again for the
-gradient of what comes in, where that has one, and as many for the weight's, where it trains: three times in all for the
-Q-Former, twice for a frozen LM behind something that trains, once for a frozen ViT. What is no matrix product is left
-out, as `torch.utils.flop_counter` leaves it out, by which the benchmark itself counts.
+input's gradient, if needed, and as many for the weight's, if it trains: a factor of three for the Q-Former, two for a
+frozen LM after trained parts, one for a frozen ViT. Only matrix products count, as in `torch.utils.flop_counter`, which
+the benchmark uses.
 """
 
 import sys
@@ -20,7 +20,7 @@ from lorgnette.modeling.modeling_checks import IGNORED
 from lorgnette.modeling.modeling_loss import POSITIONS_MULTIPLE
 
 
-Parts = dict[str, dict[str, float]]  # a way of doing it: operations of a batch by part
+Parts = dict[str, dict[str, float]]  # variant -> operations of a batch by part
 
 
 @dataclass
@@ -31,13 +31,13 @@ class Options:
 
 
 def stage2(preset: Preset, rows: list[dict[str, Any]]) -> Parts:
-    """Of a step of `theirs`, `uncached` and `cached` over the same rows."""
+    """Operations of a step of `theirs`, `uncached` and `cached` over the same rows."""
     batch = LorgnetteCollator(data.processor(preset))(rows)
     return stage2_of(preset, *batch["input_ids"].shape, int((batch["labels"] != IGNORED).sum()))
 
 
 def stage2_of(preset: Preset, pairs: int, length: int, supervised: int) -> Parts:
-    """Of rows of so many tokens, placeholders included, and with so many labels in all of them."""
+    """Operations for rows of so many tokens, placeholders included, and so many labels in total."""
     text = preset.config().text_config
     width, layers = text.hidden_size, text.num_hidden_layers
     keys = width // text.num_attention_heads * getattr(text, "num_key_value_heads", text.num_attention_heads)
@@ -55,7 +55,7 @@ def stage2_of(preset: Preset, pairs: int, length: int, supervised: int) -> Parts
         "LoRA": pairs * layers * 3 * 2 * length * lora,
     }
     head = 2 * 2 * width * text.vocab_size
-    uncached = common | {"LM's head": filled_up(supervised) * head}
+    uncached = common | {"LM's head": padded_positions(supervised) * head}
     return {
         "theirs": common | {"LM's head": pairs * length * head},
         "uncached": uncached,
@@ -64,7 +64,7 @@ def stage2_of(preset: Preset, pairs: int, length: int, supervised: int) -> Parts
 
 
 def stage1(preset: Preset, rows: list[dict[str, Any]]) -> Parts:
-    """Of a step of `separate`, `plain` and `ours`; see plain_stage1.py."""
+    """Operations of a step of `separate`, `plain` and `ours`; see plain_stage1.py."""
     batch, qformer = LorgnetteCollator(data.stage1_processor(preset))(rows), preset.config().qformer_config
     (pairs, words), predicted = batch["input_ids"].shape, int(batch["attention_mask"][:, 1:].sum())
     queries, width, keys = preset.num_query_tokens, qformer.hidden_size, pairs * keys_and_values(preset)
@@ -75,9 +75,9 @@ def stage1(preset: Preset, rows: list[dict[str, Any]]) -> Parts:
         "ViT": pairs * vision(preset),
         "Q-Former, keys and values of pictures": keys,
         "Q-Former, queries and texts": alone + 4 * both,  # ITC's text, ITC and ITG, and ITM
-        "head of ITG": filled_up(predicted) * token,
+        "head of ITG": padded_positions(predicted) * token,
     }
-    # ITC and ITG, and three times the pairs in ITM
+    # ITC and ITG, and ITM with three times the pairs
     again = {"Q-Former, keys and values of pictures": 4 * keys, "head of ITG": predicted * token}
     separate = {
         "ViT": 3 * ours["ViT"],
@@ -87,9 +87,9 @@ def stage1(preset: Preset, rows: list[dict[str, Any]]) -> Parts:
     return {"separate": ours | again | separate, "plain": ours | again, "ours": ours}
 
 
-def filled_up(places: int) -> int:
-    """So many places a head sees where a loss asks for fewer."""
-    return places + -places % POSITIONS_MULTIPLE
+def padded_positions(positions: int) -> int:
+    """Positions of a head, padded to a multiple."""
+    return positions + -positions % POSITIONS_MULTIPLE
 
 
 def vision(preset: Preset) -> float:
@@ -102,34 +102,34 @@ def vision(preset: Preset) -> float:
 
 
 def keys_and_values(preset: Preset) -> float:
-    """What cross-attention reads of a picture, and the gradients of these weights; features have none."""
-    config, seen = preset.config().qformer_config, preset.config().vision_config
-    tokens = (seen.image_size // seen.patch_size) ** 2 + 1
-    return 2 * looking_layers(config) * 2 * 2 * tokens * seen.hidden_size * config.hidden_size
+    """Keys and values of a picture for cross-attention, and their weights' gradients; features need none."""
+    config, vision_config = preset.config().qformer_config, preset.config().vision_config
+    tokens = (vision_config.image_size // vision_config.patch_size) ** 2 + 1
+    return 2 * cross_attention_layers(config) * 2 * 2 * tokens * vision_config.hidden_size * config.hidden_size
 
 
 def reading(preset: Preset, queries: int = 0, words: int = 0) -> float:
-    """A pass through the Q-Former, there and back, without the above."""
-    config, seen = preset.config().qformer_config, preset.config().vision_config
-    width, tokens = config.hidden_size, (seen.image_size // seen.patch_size) ** 2 + 1
+    """A forward and backward pass of the Q-Former, without the above."""
+    config, vision_config = preset.config().qformer_config, preset.config().vision_config
+    width, tokens = config.hidden_size, (vision_config.image_size // vision_config.patch_size) ** 2 + 1
     layer = 2 * (queries + words) * (4 * width**2 + 2 * width * config.intermediate_size)
     layer += attention(queries + words, queries + words, width)
     looking = 2 * queries * 2 * width**2 + attention(queries, tokens, width)
-    return 3 * (config.num_hidden_layers * layer + looking_layers(config) * looking)
+    return 3 * (config.num_hidden_layers * layer + cross_attention_layers(config) * looking)
 
 
-def looking_layers(config: Any) -> int:
+def cross_attention_layers(config: Any) -> int:
     """Layers with cross-attention."""
     return len(range(0, config.num_hidden_layers, config.cross_attention_frequency))
 
 
 def attention(queries: int, keys: int, width: int) -> float:
-    """Scores, and the sum of values by them; masks spare nothing."""
+    """Attention scores and the weighted sum of values; masks save nothing."""
     return 2 * 2 * queries * keys * width
 
 
 def table(parts: Parts, pairs: int, reference: str) -> str:
-    """Markdown: 10⁹ operations a pair, and what is left of the `reference`'s."""
+    """Markdown: 10⁹ operations a pair, and the ratio to the `reference`."""
     names = list(next(iter(parts.values())))
     lines = [f"| 10⁹ operations a pair | {' | '.join(parts)} |", "|---" * (len(parts) + 1) + "|"]
     for name in names:

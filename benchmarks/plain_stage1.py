@@ -1,10 +1,10 @@
-"""Stage 1 as one would write it of transformers' BLIP-2: what ours is compared with.
+"""A plain stage 1 from transformers' BLIP-2: the baseline for ours.
 
-The layers, embeddings and heads are those of `transformers.Blip2ForImageTextRetrieval`; what it lacks, the head of ITG
-and the temperature, is taken from ours, and so are the losses, which are functions of embeddings and logits. Two ways:
+The layers, embeddings and heads are those of `transformers.Blip2ForImageTextRetrieval`; the head of ITG and the
+temperature, which it lacks, and the losses, functions of embeddings and logits, are ours. Two variants:
 
-    reuse      one ViT pass; the text of ITG sees the keys and values that the queries of ITC left behind, as in LAVIS
-    separate   each of ITC, ITM and ITG looks at the picture by itself: three ViT passes, and all passes in full
+    reuse      one ViT pass; the text of ITG reuses the keys and values of ITC's queries, as in LAVIS
+    separate   each of ITC, ITM and ITG encodes the picture itself: three ViT passes, and no reuse
 
 Shapes: B pairs, Q queries, T text tokens, L image tokens, D the Q-Former's width.
 """
@@ -25,7 +25,7 @@ from lorgnette.modeling.modeling_contrastive import (
 
 
 class PlainStage1(nn.Module):
-    """Args: blip2: its parts are used; ours: what BLIP-2 lacks is copied; separate: which of the two ways."""
+    """Args: blip2: its parts are used; ours: source of the parts that BLIP-2 lacks; separate: the variant."""
 
     def __init__(self, blip2: Blip2ForImageTextRetrieval, ours: LorgnetteForImageTextRetrieval, separate: bool):
         super().__init__()
@@ -40,7 +40,7 @@ class PlainStage1(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """`(B, T)` ids and mask, `(B, 3, H, W)` pictures, to the three losses and their sum."""
-        features = self._look(pixel_values)
+        features = self._vision_features(pixel_values)
         queries, kept = self._queries(features, keep=not self.separate)
         image_embeds = nn.functional.normalize(self.blip2.vision_projection(queries).float(), dim=-1)
         cls = self._text(input_ids, attention_mask)[:, 0]
@@ -56,12 +56,12 @@ class PlainStage1(nn.Module):
         }
         hardness = similarity.detach() * scale.detach()
         if self.separate:
-            features = self._look(pixel_values)
+            features = self._vision_features(pixel_values)
         losses["loss_itm"] = self._match(features, input_ids, attention_mask, hardness, candidates)
         decoded = input_ids.clone()
         decoded[:, 0] = self.dec_token_id
         if self.separate:
-            states = self._causal(self._look(pixel_values), decoded, attention_mask)
+            states = self._causal(self._vision_features(pixel_values), decoded, attention_mask)
         else:
             states = self._continue(kept, decoded, attention_mask)
         predicted = attention_mask[:, 1:] > 0
@@ -69,12 +69,12 @@ class PlainStage1(nn.Module):
         losses["loss_itg"] = generation_loss(logits, input_ids[:, 1:][predicted])
         return {"loss": sum(losses.values()), **losses}
 
-    def _look(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def _vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             return self.blip2.vision_model(pixel_values).last_hidden_state  # (B, L, E)
 
     def _queries(self, features: torch.Tensor, keep: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """States `(B, Q, D)`, and if wanted the keys and values `(B, Q, D)` of each layer, a key before its value."""
+        """States `(B, Q, D)`, and, with `keep`, the keys and values `(B, Q, D)` of each layer, alternately."""
         kept: list[torch.Tensor] = []
         hooks = [
             getattr(layer.attention.attention, name).register_forward_hook(lambda *call: kept.append(call[-1]))
@@ -111,7 +111,7 @@ class PlainStage1(nn.Module):
         hardness: torch.Tensor,
         candidates: torch.Tensor,
     ) -> torch.Tensor:
-        """Pairs, each image with a wrong text, each text with a wrong image: 3 B rows."""
+        """Right pairs, images with wrong texts, texts with wrong images: 3 B rows."""
         generator = None if self.training else torch.Generator(hardness.device).manual_seed(0)
         has_text, wrong_texts = draw_negatives(hardness, candidates, generator)
         has_image, wrong_images = draw_negatives(hardness.T, candidates.T, generator)
@@ -127,11 +127,13 @@ class PlainStage1(nn.Module):
         return matching_loss(logits, torch.cat([torch.ones_like(pairs), wrong]))
 
     def _continue(self, kept: list[torch.Tensor], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """States `(B, T, D)` of a text that sees its past and, by their keys and values, the queries."""
+        """States `(B, T, D)` of a causal text that attends to the queries' keys and values."""
         qformer, attending = self.blip2.qformer, nn.functional.scaled_dot_product_attention
         states = qformer.dropout(qformer.layernorm(self.blip2.embeddings(input_ids=ids)))
-        seen = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril() & (mask[:, None] > 0)
-        seen = nn.functional.pad(seen, (kept[0].shape[1], 0), value=True)[:, None]  # (B, 1, T, Q + T)
+        visible = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril() & (
+            mask[:, None] > 0
+        )
+        visible = nn.functional.pad(visible, (kept[0].shape[1], 0), value=True)[:, None]  # (B, 1, T, Q + T)
         for layer, keys, values in zip(qformer.encoder.layer, kept[::2], kept[1::2], strict=True):
             attention = layer.attention.attention
             query, key, value = (
@@ -143,15 +145,15 @@ class PlainStage1(nn.Module):
                 )
             )
             dropout = attention.attention_dropout if self.training else 0.0
-            attended = attending(query, key, value, attn_mask=seen, dropout_p=dropout).transpose(1, 2).flatten(2)
+            attended = attending(query, key, value, attn_mask=visible, dropout_p=dropout).transpose(1, 2).flatten(2)
             states = layer.feed_forward_chunk(layer.attention.output(attended, states))
         return states
 
     def _causal(self, features: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The same in one pass with the queries, which do not see the text."""
+        """The same in one pass with the queries, which do not attend to the text."""
         queries = self.blip2.query_tokens.shape[1]
         length = queries + ids.shape[1]
-        seen = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-        seen[:, :queries] = True
-        seen = seen & nn.functional.pad(mask > 0, (queries, 0), value=True)[:, None]
-        return self._both(features, ids, seen[:, None])[:, queries:]
+        visible = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        visible[:, :queries] = True
+        visible = visible & nn.functional.pad(mask > 0, (queries, 0), value=True)[:, None]
+        return self._both(features, ids, visible[:, None])[:, queries:]

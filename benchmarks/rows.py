@@ -1,4 +1,4 @@
-"""Pairs to be fast on: pictures of noise, and captions with the lengths of COCO's, or with very different ones."""
+"""Benchmark data: pictures of noise, and captions with COCO's lengths, or with very mixed ones."""
 
 from io import BytesIO
 from typing import Any
@@ -16,7 +16,7 @@ from lorgnette.assembly.processors import BLIP2_TEMPLATE
 
 WORDS_MEAN, WORDS_SD = 10.5, 2.4  # of COCO's captions
 PICTURE = (640, 480)  # COCO's usual size
-MEDIAN, LONGEST = 10.5, 100  # words, of captions of mixed lengths; a logarithm of them has a standard deviation of 1
+MEDIAN, LONGEST = 10.5, 100  # words of captions of mixed lengths, whose logarithm has a standard deviation of 1
 _SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 _ROLES = ("system", "user", "assistant")
 # before the picture as many tokens as SmolLM2-135M-Instruct's own system message and "Describe the picture." are
@@ -29,7 +29,7 @@ _SYLLABLES = [a + b for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u", "
 
 
 def words(count: int = 2000) -> list[str]:
-    """Made-up words of one to three syllables, the shorter ones first."""
+    """Artificial words of one to three syllables, the shorter ones first."""
     generator = np.random.default_rng(0)
     made = {"".join(generator.choice(_SYLLABLES, generator.integers(1, 4))): None for _ in range(2 * count)}
     return sorted(made, key=len)[:count]
@@ -48,10 +48,10 @@ def rows(count: int, seed: int) -> list[dict[str, Any]]:
 
 
 def captions(count: int, seed: int, mixed: bool = False) -> list[str]:
-    """Several are never all of one length. Short words are more frequent than long ones.
+    """Random captions of different lengths; short words are more frequent.
 
     Args:
-        mixed: many short ones and few long ones, from 3 to `LONGEST` words, in place of COCO's lengths.
+        mixed: many short and few long captions, from 3 to `LONGEST` words, instead of COCO's lengths.
     """
     generator = np.random.default_rng(seed)
     vocabulary = words()
@@ -68,13 +68,13 @@ def processor(preset: Preset, chat: bool = False) -> LorgnetteProcessor:
     """Stage 2's, with BLIP-2's prompts: pictures, BOS, caption, EOS.
 
     Args:
-        chat: with `<SYSTEM> <QUERY> <IMAGE> <OUTPUT>` in ChatML instead; ids mean the same.
+        chat: with `<SYSTEM> <QUERY> <IMAGE> <OUTPUT>` in ChatML instead, with the same ids.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=min(4096, preset.text.vocab_size - 1),  # <image> has to be a row of BLIP-2's table
+        vocab_size=min(4096, preset.text.vocab_size - 1),  # BLIP-2's embedding table must have a row for <image>
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=_SPECIAL,
         show_progress=False,
@@ -88,13 +88,13 @@ def processor(preset: Preset, chat: bool = False) -> LorgnetteProcessor:
     )
     prompt: dict[str, str] = {"query": "", "chat_template": BLIP2_TEMPLATE}
     if chat:
-        said = {"system_prompt": words()[:SYSTEM_WORDS], "query": words()[:QUERY_WORDS]}
-        prompt = {name: " ".join(part) for name, part in said.items()} | {"chat_template": CHAT_TEMPLATE}
+        texts = {"system_prompt": words()[:SYSTEM_WORDS], "query": words()[:QUERY_WORDS]}
+        prompt = {name: " ".join(part) for name, part in texts.items()} | {"chat_template": CHAT_TEMPLATE}
     return LorgnetteProcessor(image_processor(preset), tokenizer, num_query_tokens=preset.num_query_tokens, **prompt)
 
 
 def stage1_processor(preset: Preset) -> LorgnetteProcessor:
-    """Stage 1's: a BERT's tokenizer that knows `[DEC]`."""
+    """Stage 1's processor: a BERT's tokenizer with `[DEC]`."""
     kept = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *words()]
     size = preset.config().qformer_config.vocab_size
     tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(kept[:size])}, bos_token="[DEC]")

@@ -1,11 +1,11 @@
-"""How fast, how large: transformers' BLIP-2 and ours on the same weights and rows, in one process, in turn.
+"""Benchmark speed and memory: transformers' BLIP-2 and ours on the same weights and rows, alternately in one process.
 
     python -m benchmarks.run [--device cpu|cuda] [--preset tiny|smollm2|blip2-opt-2.7b] [--compile]
 
-Writes a table, a chart and all raw figures into `results/benchmarks`. Before anything is timed, both have to make the
-same batches and the same logits. What each figure is, and what the two sides are given, stands in the files beside this
-one: `sides.py`, `training.py`, `fast_paths.py`, `plain_stage1.py`, `memory.py`, `generation.py`, `files.py`; goals in
-`goals.py`. `--compile` makes a table of its own, of both sides under `torch.compile`: `compiled.py`.
+Writes a table, a chart and all raw figures into `results/benchmarks`. Before any timing, both must give equal batches
+and logits. The modules here define the figures and the setup of both sides: `sides.py`, `training.py`, `fast_paths.py`,
+`plain_stage1.py`, `memory.py`, `generation.py`, `files.py`; goals in `goals.py`. `--compile` writes a separate table
+with `torch.compile` for both sides: `compiled.py`.
 """
 
 import json
@@ -83,7 +83,7 @@ class Options:
 
 
 class Bench:
-    """What all parts of the benchmark go by, and the figures that they leave behind."""
+    """The settings of all parts of the benchmark, and their figures."""
 
     def __init__(self, options: Options, scratch: Path):
         self.options, self.scratch, self.device = options, scratch, options.device
@@ -100,7 +100,9 @@ class Bench:
         size = {"cuda": 8192, "cpu": 2048}[self.device] if options.preset != "tiny" else 256
         dtype = torch.bfloat16 if self.bf16 else torch.float32
         self.rate = floor.matrix_rate(self.device, dtype, size)
-        self.bandwidth = floor.bandwidth(self.device, 2**28 if options.preset != "tiny" else 2**20)  # past any cache
+        self.bandwidth = floor.bandwidth(
+            self.device, 2**28 if options.preset != "tiny" else 2**20
+        )  # larger than any cache
         self.raw["machine"] = {"operations_per_s": self.rate, "bytes_per_s": self.bandwidth, "bf16": self.bf16}
         self.rows = make_rows(max(largest, trained), options.seed)
         self.pairs = self.rows[:trained]  # those that are trained on
@@ -124,13 +126,13 @@ class Bench:
             folder=self.scratch / "trainer",
         )
 
-    def quicken(self, side: sides.Side, trained: bool = False) -> None:
-        """Weights in bf16 where the machine has units for it; autocast sees to those that train."""
+    def use_fast_dtype(self, side: sides.Side, trained: bool = False) -> None:
+        """Cast frozen weights to bf16 if the machine has fast bf16; autocast handles trained ones."""
         if self.bf16:
             sides.to_bf16(side.model, trained)
 
     def reached(self, operations: int, taken: list[float], moved: int = 0) -> float:
-        """The share of the machine's best that so many operations, or bytes read, in the median time are."""
+        """The fraction of the machine's peak that so many operations, or bytes read, in the median time are."""
         return max(operations / self.rate, moved / self.bandwidth) / statistics.median(taken)
 
 
@@ -159,22 +161,22 @@ def main(argv: list[str]) -> int:
 
 
 def compare(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
-    """All but stage 1 and imports."""
+    """All parts except stage 1 and imports."""
     cases = fast_paths.cases(bench.preset, theirs, ours, bench.pairs, bench.options.seed)
     for case in cases:
         bench.raw[f"{case.name}_apart"] = fast_paths.check_equal(case, case.rows[:2])
     for side in (theirs, ours):
-        bench.quicken(side)
+        bench.use_fast_dtype(side)
     stage2(bench, theirs, ours)
     for case in cases:
         fast_paths.measure(bench, case)
     loading(bench, theirs, ours)
-    speaking(bench, theirs, ours)
-    keeping(bench, theirs, ours)
+    measure_captions(bench, theirs, ours)
+    measure_checkpoints(bench, theirs, ours)
 
 
 def stage2(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
-    """Training: pairs a second, and what a step takes."""
+    """Training: pairs a second, and the memory of a step."""
     options, count = bench.options, bench.options.batch_size
     cached = bench.cached = training.CachedRows(ours, bench.pairs, bench.scratch / "features")
     runs = {
@@ -216,11 +218,11 @@ def loading(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
     bench.add(speed("data loader, pairs/s", len(bench.rows), taken["ours"], taken["theirs"]), seconds=taken)
 
 
-def speaking(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
+def measure_captions(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
     """Captions a second, and the time to the first token."""
     options = bench.options
     for side in (theirs, ours):
-        bench.quicken(side, trained=True)
+        bench.use_fast_dtype(side, trained=True)
         generation.caption(
             side.model.eval(), sides.prompts(ours.collator.processor, bench.rows[:1], ours.model.device), 2
         )
@@ -238,8 +240,8 @@ def speaking(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
             bench.add(row, seconds=times, operations=operations)
 
 
-def keeping(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
-    """Checkpoints, and how long it takes from one to a caption."""
+def measure_checkpoints(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
+    """Sizes of checkpoints, and the time from one to a caption."""
     options = bench.options
     inputs = sides.prompts(ours.collator.processor, bench.rows[:1], ours.model.device)
     expected = {name: files.logits_of(side.model, inputs) for name, side in (("theirs", theirs), ("ours", ours))}

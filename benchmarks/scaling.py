@@ -1,4 +1,4 @@
-"""What grows with processes, parameters and pictures, in bytes: each formula of docs/scaling.md and what is measured.
+"""Check the formulas of docs/scaling.md: bytes that grow with processes, parameters and pictures.
 
     python -m benchmarks.scaling --stage1 MODEL --model MODEL --features CACHE
 
@@ -42,7 +42,7 @@ class Options:
 def main(argv: list[str]) -> int:
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses(argv)
     with tempfile.TemporaryDirectory() as scratch:
-        # first: processes are forked, and that is safe only while this one has started no threads
+        # first, since forking is safe only before threads start
         debug_launcher(step, (options, Path(scratch, "step.json")), num_processes=options.processes)
         measured = json.loads(Path(scratch, "step.json").read_text(encoding="utf-8"))
         rows = exchanged(options, measured) + saved(options, Path(scratch)) + cached(options)
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 
 def step(options: Options, result: Path) -> None:
-    """One forward and backward pass of stage 1 under DDP; what this process received, in bytes, into `result`."""
+    """One forward and backward pass of stage 1 under DDP; writes the bytes that this process received to `result`."""
     model = AutoModel.from_pretrained(options.stage1).train()
     collator = LorgnetteCollator(AutoProcessor.from_pretrained(options.stage1), text_column=options.text_column)
     arguments = DataArguments(dataset=str(options.features), text_column=options.text_column)
@@ -74,7 +74,7 @@ def step(options: Options, result: Path) -> None:
         return real(parts, tensor)
 
     def all_reduce(tensor, real=distributed.all_reduce, **ddp):
-        if not ddp:  # the contrast's own; the hook counts DDP's
+        if not ddp:  # the contrast's; the hook counts DDP's
             count("reduced", [tensor])
         return real(tensor, **ddp)
 
@@ -99,7 +99,7 @@ def step(options: Options, result: Path) -> None:
 
 
 def exchanged(options: Options, measured: dict[str, int]) -> list[tuple[str, str, int, int]]:
-    """What a process receives in a training step of stage 1."""
+    """Bytes that a process receives in a training step of stage 1."""
     w, b, q, d, t, p = (measured[name] for name in "WBQDTP")
     embeddings = w * b * (q + 1) * d * 4
     return [
@@ -111,7 +111,7 @@ def exchanged(options: Options, measured: dict[str, int]) -> list[tuple[str, str
 
 
 def saved(options: Options, scratch: Path) -> list[tuple[str, str, int, int]]:
-    """What a checkpoint of stage 2 takes on disk, thin and in full, and AdamW's state in it."""
+    """Bytes of a checkpoint of stage 2, thin and full, and of AdamW's state in it."""
     model = AutoModelForImageTextToText.from_pretrained(options.model)
     model.freeze()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -121,9 +121,9 @@ def saved(options: Options, scratch: Path) -> list[tuple[str, str, int, int]]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     torch.save(optimizer.state_dict(), scratch / "optimizer.pt")
-    tensors = {value.data_ptr(): value for value in model.state_dict().values()}  # an LM's tied words once
+    tensors = {value.data_ptr(): value for value in model.state_dict().values()}  # tied embeddings count once
     kept = sum(value.numel() * value.element_size() for value in tensors.values())
-    for _, prefix in BACKBONES.values():  # whatever they were: it is for the size
+    for _, prefix in BACKBONES.values():  # the values do not matter for the size
         setattr(model.config, f"{prefix}_backbone", f"some/{prefix}")
         setattr(model.config, f"{prefix}_backbone_revision", "0" * 40)
     for form in ("thin", "full"):
@@ -137,7 +137,7 @@ def saved(options: Options, scratch: Path) -> list[tuple[str, str, int, int]]:
 
 
 def cached(options: Options) -> list[tuple[str, str, int, int]]:
-    """What the cache holds for each picture."""
+    """Bytes of the cache for each picture."""
     metadata = read_metadata(options.features)
     tokens, width = metadata["feature_shape"]
     size = torch.empty((), dtype=getattr(torch, metadata["dtype"])).element_size()

@@ -1,4 +1,4 @@
-"""Backbones of true shapes and random weights, for speed alone: `python -m benchmarks.shapes SHAPE FOLDER`."""
+"""Backbones with real shapes and random weights, for speed: `python -m benchmarks.shapes SHAPE FOLDER`."""
 
 import sys
 from argparse import ArgumentParser
@@ -24,7 +24,7 @@ VISION: dict[str, PreTrainedConfig] = {
     "vit-s-16": ViTConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536),
     "vit-b-16": ViTConfig(),
 }
-# BLIP-2's own starts at 1e-10 and gives the same features for all pictures
+# BLIP-2's default of 1e-10 gives equal features for all pictures
 _DRAWN = {"initializer_range": 0.02}
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _VIT_B_16 = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
@@ -34,7 +34,7 @@ _TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 
 @dataclass(frozen=True)
 class Preset:
-    """A BLIP-2: what `transformers.Blip2Config` is given, and the attention projections that LoRA goes to."""
+    """A BLIP-2: fields of `transformers.Blip2Config`, and LoRA's target modules."""
 
     vision: dict[str, Any]
     qformer: dict[str, Any]
@@ -54,7 +54,7 @@ class Preset:
         )
 
     def without_dropout(self) -> "Preset":
-        """The same, and each run of it gives the same numbers."""
+        """The preset without dropout, so that runs are deterministic."""
         text = type(self.text).from_dict(self.text.to_dict() | {"dropout": 0.0})  # OPT's
         return replace(self, text=text, qformer=self.qformer | _NO_DROPOUT)
 
@@ -100,7 +100,7 @@ PRESETS = {
 
 
 def write_vision(shape: str, folder: Path) -> Path:
-    """A ViT of 16 x 16 patches at 224 px, 197 tokens, with its image processor; made once."""
+    """Write a ViT of 16 x 16 patches at 224 px, 197 tokens, with its image processor, unless it exists."""
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
         ViTImageProcessorPil().save_pretrained(folder)
@@ -109,10 +109,10 @@ def write_vision(shape: str, folder: Path) -> Path:
 
 
 def bytes_needed(preset: Preset, batch_size: int) -> dict[str, int]:
-    """What the benchmark takes at its peak, in bytes, by what it is for: an estimate from shapes alone.
+    """Estimate the benchmark's peak bytes from shapes alone, by purpose.
 
-    Both models stand beside each other in float32, one of them trains, and its step keeps some dozen widths and two
-    feed-forwards a layer and token, and the logits of all positions three times over.
+    Both models are in memory in float32, and one trains: its step keeps about twelve widths and two feed-forwards per
+    layer and token, and three copies of all logits.
     """
     config = preset.config()
     with torch.device("meta"):

@@ -1,8 +1,7 @@
-"""The two that are compared: `transformers.Blip2ForConditionalGeneration` with peft's LoRA, and ours, of equal weights.
+"""The two sides: `transformers.Blip2ForConditionalGeneration` with peft's LoRA, and ours, with equal weights.
 
-Theirs is what a user would put together: frozen ViT and LM, LoRA in the LM's attention, `Blip2Processor`, a collator
-that pads. It is given what plain settings help it: sdpa, no cache of keys and values while it trains, frozen weights in
-bf16 where the machine has units for that.
+Theirs is a usual setup: frozen ViT and LM, LoRA in the LM's attention, `Blip2Processor`, a padding collator. It gets
+    the fast settings: sdpa, no KV cache in training, frozen weights in bf16 if the machine has fast bf16.
 """
 
 import copy
@@ -29,7 +28,7 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass
 class Side:
-    """A model, and what makes its batches of rows."""
+    """A model and its collator."""
 
     model: nn.Module
     collator: Callable[[list[dict[str, Any]]], Batch]
@@ -37,10 +36,10 @@ class Side:
 
 @dataclass
 class PlainCollator:
-    """Rows for BLIP-2, padded on the right; the caption and the EOS after it are to be learnt.
+    """Collates rows for BLIP-2, right-padded; labels cover the caption and EOS.
 
     Args:
-        pad_to_multiple_of: as of ours, and of transformers' collators: few widths, for a compiled model.
+        pad_to_multiple_of: as in ours and in transformers' collators.
     """
 
     processor: Blip2Processor
@@ -51,7 +50,7 @@ class PlainCollator:
         images = [Image.open(BytesIO(row["image"]["bytes"])).convert("RGB") for row in rows]
         texts = [f" {row['text']}{tokenizer.eos_token}" for row in rows]
         batch = dict(self.processor(images=images, text=texts, padding=True, return_tensors="pt"))
-        missing = -batch["input_ids"].shape[1] % self.pad_to_multiple_of  # it counts words alone
+        missing = -batch["input_ids"].shape[1] % self.pad_to_multiple_of  # it counts only text tokens
         for name, padding in (("input_ids", tokenizer.pad_token_id), ("attention_mask", 0)):
             batch[name] = nn.functional.pad(batch[name], (0, missing), value=padding)
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -74,26 +73,26 @@ def build(preset: Preset, seed: int) -> tuple[Side, Side]:
     for part in (theirs.qformer, theirs.language_projection):
         part.requires_grad_(True)
     theirs.query_tokens.requires_grad_(True)
-    theirs.language_model.config.use_cache = False  # while it trains; `generate` goes by its generation_config
+    theirs.language_model.config.use_cache = False  # for training; `generate` uses generation_config
     own = dict(ours.language_model.named_parameters())
     with torch.no_grad():
         for name, parameter in theirs.language_model.named_parameters():
-            if "lora_" in name:  # B starts at zero, and LoRA would do nothing
+            if "lora_" in name:  # B starts at zero, which makes LoRA a no-op
                 own[name].copy_(parameter.normal_(std=0.02))
     tokenizer = copy.deepcopy(processor.tokenizer)
-    tokenizer.padding_side = "right"  # ours is set for generation
+    tokenizer.padding_side = "right"  # ours is in eval mode
     plain = Blip2Processor(processor.image_processor, tokenizer, processor.num_query_tokens)
     return Side(theirs, PlainCollator(plain)), Side(ours, LorgnetteCollator(processor))
 
 
 def check_equal(theirs: Side, ours: Side, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """See to it that both make the same batches, and the same logits of them.
+    """Check that both give equal batches and logits.
 
     Returns:
-        how far our logits are from theirs at most: of pictures, and of the ViT's features in their place.
+        the largest difference of logits, from pictures and from cached features.
 
     Raises:
-        ValueError: they differ: batches at all, logits by more than `TOLERANCE`; or their trained weights do in number.
+        ValueError: batches differ, logits differ by more than `TOLERANCE`, or the numbers of trained weights differ.
     """
     device = next(theirs.model.parameters()).device
     batch, own = theirs.collator(list(rows)), ours.collator(list(rows))
@@ -107,11 +106,11 @@ def check_equal(theirs: Side, ours: Side, rows: Sequence[dict[str, Any]]) -> dic
     for side in (theirs, ours):
         side.model.eval()
     with torch.no_grad():
-        seen = {"vision_features": ours.model.get_vision_features(batch["pixel_values"]).last_hidden_state}
+        cached = {"vision_features": ours.model.get_vision_features(batch["pixel_values"]).last_hidden_state}
         expected = theirs.model(**batch).logits
         words = {name: tensor for name, tensor in batch.items() if name != "pixel_values"}
-        found = {"pictures": ours.model(**batch).logits, "features": ours.model(**words, **seen).logits}
-    real = batch["attention_mask"].bool()  # what stands on padding is nobody's
+        found = {"pictures": ours.model(**batch).logits, "features": ours.model(**words, **cached).logits}
+    real = batch["attention_mask"].bool()  # padding positions do not matter
     apart = {name: (logits - expected)[real].abs().max().item() for name, logits in found.items()}
     if not max(apart.values()) <= TOLERANCE:
         raise ValueError(f"logits are apart by {apart}; allowed is {TOLERANCE}: a speed of a wrong result is no speed")
@@ -123,12 +122,12 @@ def trained_parameters(model: nn.Module) -> int:
 
 
 def to_bf16(model: nn.Module, trained: bool) -> None:
-    """Cast the parameters that do not train, and if wanted those that do; buffers stay, as in any `from_pretrained`."""
+    """Cast the frozen parameters, and with `trained` all; buffers keep their dtype, as in `from_pretrained`."""
     for parameter in model.parameters():
         if trained or not parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def prompts(processor: LorgnetteProcessor, rows: Sequence[dict[str, Any]], device: torch.device) -> Batch:
-    """What both models' `generate` is given: pictures and BOS."""
+    """The inputs of both models' `generate`: pictures and BOS."""
     return {name: tensor.to(device) for name, tensor in LorgnetteCollator(processor).prompts(list(rows)).items()}

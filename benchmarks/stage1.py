@@ -1,4 +1,4 @@
-"""Stage 1 in turn with both plain ways of it, after all three have given the same losses."""
+"""Benchmark stage 1 against both plain variants, after checking that all three give equal losses."""
 
 import copy
 from functools import partial
@@ -18,7 +18,7 @@ from lorgnette import LorgnetteCollator, LorgnetteForImageTextRetrieval
 
 
 def build(preset: Preset, seed: int) -> dict[str, Side]:
-    """Ours, `plain` and `separate`, of equal weights, on the CPU; the ViT, which is frozen, is one for all."""
+    """Ours, `plain` and `separate`, with equal weights, on the CPU; they share the frozen ViT."""
     torch.manual_seed(seed)
     config, processor = preset.config(), stage1_processor(preset)
     config.qformer_config.use_qformer_text_input = True
@@ -34,10 +34,10 @@ def build(preset: Preset, seed: int) -> dict[str, Side]:
 
 
 def check_equal(built: dict[str, Side], rows: list[dict[str, Any]]) -> dict[str, float]:
-    """How far each loss is from ours at most, in eval mode, where the same negatives are drawn.
+    """The largest difference of each loss from ours, in eval mode, which draws the same negatives.
 
     Raises:
-        ValueError: by more than `sides.TOLERANCE`, or another number of parameters trains.
+        ValueError: a difference exceeds `sides.TOLERANCE`, or the numbers of trained parameters differ.
     """
     losses, trained = {}, {}
     for name, side in built.items():
@@ -59,14 +59,14 @@ def check_equal(built: dict[str, Side], rows: list[dict[str, Any]]) -> dict[str,
 
 
 def measure(bench: Any) -> None:
-    """Adds the rows of stage 1 to a `benchmarks.run.Bench`."""
+    """Add the rows of stage 1 to a `benchmarks.run.Bench`."""
     count = bench.options.batch_size
     built = build(bench.preset, bench.options.seed)
     for side in built.values():
         side.model.to(bench.device)
     bench.raw["stage1_losses_apart"] = check_equal(built, bench.rows[:count])
     for side in built.values():
-        bench.quicken(side)
+        bench.use_fast_dtype(side)
     taken = training.in_turn({name: partial(bench.train, side) for name, side in built.items()}, bench.options.rounds)
     operations = {}
     for name, side in built.items():

@@ -1,4 +1,4 @@
-"""The table that the benchmark ends with: as Markdown, as JSON, as a chart."""
+"""The benchmark's table, as Markdown, JSON and chart."""
 
 import statistics
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ class Row:
     """One path's figures.
 
     Args:
-        path: what is measured, unit included.
-        ours, theirs: medians; theirs None where there is nothing to compare with.
-        ratios: ours over theirs, of each pair of runs; none where they say nothing.
+        path: the quantity, with its unit.
+        ours, theirs: medians; theirs None without a comparison.
+        ratios: ours over theirs, of each pair of runs; may be empty.
         more_is_better: whether a ratio above the goal meets it; else one below.
-        goal: of the ratio, or without ratios of ours; None where none is set.
-        reached: the share of what the machine could do that ours gets, of 1; None where that says nothing.
+        goal: for the ratio, or without ratios for ours; may be None.
+        reached: fraction of the machine's peak rate that ours reaches; may be None.
         not_run: why there are no figures.
     """
 
@@ -47,14 +47,14 @@ class Row:
 
 
 def speed(path: str, pairs: int, ours: Sequence[float], theirs: Sequence[float], reached: float | None = None) -> Row:
-    """A row of `pairs` in so many seconds, run by run."""
+    """A row for a rate: `pairs` in so many seconds, run by run."""
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     medians = [pairs / statistics.median(times) for times in (ours, theirs)]
     return Row(path, *medians, ratios, reached=reached)
 
 
 def cost(path: str, ours: Sequence[float], theirs: Sequence[float] = ()) -> Row:
-    """A row of what should be small, run by run: seconds, bytes."""
+    """A row for a cost, run by run: seconds or bytes."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)] if theirs else []
     return Row(path, statistics.median(ours), statistics.median(theirs) if theirs else None, ratios, False)
 

@@ -1,4 +1,4 @@
-"""Seconds of the stock Trainer's steps, of several models in turn on the same rows."""
+"""Time the stock Trainer's steps for several models, alternately on the same rows."""
 
 import gc
 import time
@@ -18,7 +18,7 @@ LONG = 30.0  # seconds
 
 
 class CachedRows:
-    """Rows with the ViT's features in place of pictures, on disk as the feature cache has them: bytes, in float16."""
+    """Rows with cached features in place of pictures, in the feature cache's format: bytes, in float16."""
 
     def __init__(self, side: Side, rows: Sequence[dict[str, Any]], folder: Path):
         self.dtype, kept = torch.float16, []
@@ -45,17 +45,17 @@ class _Clock(TrainerCallback):
         self.device, self.times = device, []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._look()
+        self._record_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._look()
+        self._record_time()
 
-    def _look(self) -> None:
+    def _record_time(self) -> None:
         wait(self.device)
         self.times.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Of each step, from its loading to its end."""
+        """Seconds of each step, including data loading."""
         return [end - start for start, end in zip(self.times, self.times[1:], strict=False)]
 
 
@@ -64,8 +64,8 @@ def train(
 ) -> list[float]:
     """Seconds of `steps` steps.
 
-    On a GPU after one that is not counted, in which kernels are loaded. What a first step does besides, the optimizer's
-    state is made in it, is little beside a CPU's seconds, and the same for all.
+    On a GPU after one uncounted step, which loads kernels. On a CPU the first step counts; creating the optimizer's
+    state takes little time, and the same on both sides.
     """
     clock, uncounted = _Clock(device), int(device == "cuda")
     arguments = TrainingArguments(
@@ -93,11 +93,11 @@ def train(
 
 
 def in_turn(runs: Mapping[str, Callable[[int], list[float]]], rounds: int) -> dict[str, list[float]]:
-    """Call each, time and again, forwards and backwards in turn; what they return, round after round.
+    """Call the runs repeatedly, in alternating order; returns the results by round.
 
     Args:
-        runs: by name; each is given the number of the round.
-        rounds: at most; after two, none is begun once `LONG` seconds have passed.
+        runs: by name; each gets the number of the round.
+        rounds: maximum; after two, none starts once `LONG` seconds have passed.
     """
     found: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
@@ -111,9 +111,9 @@ def in_turn(runs: Mapping[str, Callable[[int], list[float]]], rounds: int) -> di
 
 
 def step_of(side: Side, rows: Sequence[dict[str, Any]], device: str, bf16: bool) -> Callable[[], torch.Tensor]:
-    """A forward and backward pass over the same batch at each call, as the Trainer's are: gradients add up.
+    """A function that runs forward and backward over the same batch as Trainer does, accumulating gradients.
 
-    It returns the loss.
+    The function returns the loss.
     """
     batch = {name: tensor.to(device) for name, tensor in side.collator(list(rows)).items()}
     side.model.train()

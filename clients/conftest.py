@@ -1,4 +1,4 @@
-"""Environments for other people's programs, kept between runs, and the models that they are given."""
+"""Environments for third-party programs, kept between runs, and the models for them."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ TORCH = os.environ.get("TORCH", "torch").split()
 
 @pytest.fixture(scope="session")
 def install(request) -> Callable[..., Path]:
-    """Make an environment of what is named, or bring it up to the newest that fits; gives its Python."""
+    """Create an environment with these requirements, or upgrade it; returns its Python."""
     cache = Path(request.config.getoption("--cache")).resolve()
 
     def environment(name: str, *requirements: str, own_torch: bool = False) -> Path:
@@ -46,7 +46,7 @@ def install(request) -> Callable[..., Path]:
 
 @pytest.fixture
 def run(tmp_path) -> Callable[..., str]:
-    """Run an environment's Python where no Hub but a loopback one can be reached; gives what it printed."""
+    """Run an environment's Python with no Hub except a local one; returns its output."""
 
     def python(executable: Path, *command: object, hub: str | None = None) -> str:
         dropped = ("PYTHONPATH", "PYTHONHOME", "HF_TOKEN")
@@ -76,7 +76,7 @@ def hub():
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory, hub) -> dict[str, Path]:
-    """One model in each form, and the backbones of the thin one on the Hub."""
+    """One model in each save format, and the backbones of the thin one on the Hub."""
     place, tokenizer = tmp_path_factory.mktemp("models"), chat_tokenizer()
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     parts = {"vit": (vision_model(), image_processor()), "llama": (language_model(**ids), tokenizer)}

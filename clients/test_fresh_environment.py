@@ -1,4 +1,4 @@
-"""README's "Use" section, word for word, where somebody has typed `pip install torch transformers peft pillow`."""
+"""README's "Use" section, verbatim, after `pip install torch transformers peft pillow`."""
 
 import re
 import shutil
@@ -12,7 +12,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def snippets(heading: str) -> list[str]:
-    """The Python of one section of the README."""
+    """The Python code of one section of the README."""
     section = README.read_text(encoding="utf-8").split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
     return re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""lmms-eval's own `--model huggingface`, on a task made here; and a pipeline that wants torchvision, as it does."""
+"""lmms-eval's own `--model huggingface`, on a local task; and a pipeline that needs torchvision, as lmms-eval does."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
 
 
 TASK = Path(__file__).with_name("lmms_task")
-# its evaluator imports a module of filelock's that version 4 has not
+# its evaluator imports a module that filelock 4 lacks
 REQUIREMENTS = ("lmms-eval==0.7.3", "peft", "filelock<4")
 ANY_TO_ANY = """
 import importlib.util, json, sys

@@ -1,4 +1,4 @@
-"""vLLM's transformers backend. Its wheel has no CPU kernels, so that no engine runs here; its inspection does."""
+"""vLLM's transformers backend: only its inspection, since its wheel has no CPU kernels for the engine."""
 
 from pathlib import Path
 

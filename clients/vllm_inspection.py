@@ -1,4 +1,4 @@
-"""Run by vLLM's Python: what its transformers backend makes of a model's folder, up to where its kernels begin.
+"""Run by vLLM's Python: load a model's folder with its transformers backend, up to the kernels.
 
 python vllm_inspection.py FOLDER
 """
@@ -38,7 +38,7 @@ for (offset, length), item, pixels in zip(places, inputs["mm_kwargs"]["image"], 
     assert set(inputs["prompt_token_ids"][offset : offset + length]) == {own.image_token_id}
     assert torch.equal(item["pixel_values"].data[0], pixels)
 
-# what the backend builds, and runs without a head
+# the backend builds this model, and runs it without a head
 model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
 assert model.config.image_token_in_table
 with torch.no_grad():

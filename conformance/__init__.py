@@ -1,1 +1,1 @@
-"""transformers' own common tests, run on this package's classes and beside them on BLIP-2's."""
+"""Run transformers' common tests on this package's classes, and on BLIP-2's for comparison."""

@@ -1,8 +1,8 @@
 """Run transformers' common tests on our classes and on BLIP-2: `python -m conformance`, from the repository.
 
-Prints a table and writes it to `results/conformance.md` with the raw outcome of each test in `conformance.json` beside
-it. Exits with status 1 where something passes for BLIP-2 and not for us, unless [`NOT_FOR`] has the reason, or where
-more than half as much fails as for BLIP-2.
+Prints a table and writes it to `results/conformance.md`, and the outcome of each test to `conformance.json` beside it.
+Exits with status 1 if a test passes for BLIP-2 and not for us, unless [`NOT_FOR`] has the reason, or if we fail more
+than half as many tests as BLIP-2.
 """
 
 import json
@@ -21,8 +21,8 @@ from .source import common_tests
 
 
 SUITES = Path(__file__).with_name("suites")
-PROCESSOR = "ProcessorTest"  # BLIP-2's is not beside it
-# test class -> what it is called in the table
+PROCESSOR = "ProcessorTest"  # without a BLIP-2 counterpart
+# test class -> its name in the table
 OURS = {
     "LorgnetteTest": "LorgnetteForConditionalGeneration",
     "LorgnetteWithLoraTest": "… with LoRA",
@@ -57,12 +57,12 @@ def run(tests: Path, pytest_options: list[str]) -> dict[str, dict[str, list[str]
         report = Path(scratch, "report.xml")
         paths = [str(tests.resolve()), os.getcwd(), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
-        environment |= {"OMP_NUM_THREADS": "1"}  # tiny models: threads cost more than they save
+        environment |= {"OMP_NUM_THREADS": "1"}  # threads slow tiny models down
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--numprocesses", "auto"]
-        command += ["-o", "addopts=--import-mode=importlib"]  # transformers' markers are not ours: no strictness
+        command += ["-o", "addopts=--import-mode=importlib"]  # transformers' markers are unknown here
         command += ["--maxprocesses", "4", "--tb", "no", "--junitxml", str(report), *pytest_options, str(SUITES)]
         finished = subprocess.run(command, env=environment, check=False)
-        if finished.returncode not in (0, 1):  # 1: some tests failed, which the table tells
+        if finished.returncode not in (0, 1):  # 1: some tests failed, as the table shows
             raise RuntimeError(f"pytest ended with status {finished.returncode}")
         return read(report)
 
@@ -104,7 +104,7 @@ def skipped(tests: dict[str, list[str]]) -> list[tuple[str, str]]:
 
 
 def behind(outcomes: dict[str, dict[str, list[str]]]) -> list[str]:
-    """What should not have happened, a line each; a test that was not run counts as one that did not pass."""
+    """The failures, a line each; a test that did not run counts as failed."""
     wrong, theirs = [], outcomes.get(THEIRS, {})
     passed = [test for test, (outcome, _) in theirs.items() if outcome == "passed"]
     allowed = sum(outcome == "failed" for outcome, _ in theirs.values()) / 2

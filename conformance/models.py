@@ -1,4 +1,4 @@
-"""Tiny random models in the form that transformers' testers take: ours and BLIP-2's, of the same parts and sizes."""
+"""Tiny random models for transformers' testers: ours and BLIP-2's, with the same parts and sizes."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ from lorgnette import (
 )
 
 
-# test -> why ours is another
+# test -> why ours differs
 OVERRIDES = {
     "test_can_init_all_missing_weights": (
         "a file without the backbones' weights is an error here: the mixin's random ones are allowed for the test, and "
@@ -38,7 +38,7 @@ OVERRIDES = {
     ),
     "test_torch_save_load": "the Q-Former is a part, and in no auto class, by which the mixin looks for it",
 }
-# test class -> the beginning of a test's name -> why ours is not put to it
+# test class -> prefix of a test's name -> why it is not run on ours
 NOT_FOR: dict[str, dict[str, str]] = {
     "LorgnetteTest": {
         "test_enable_input_require_grads_with_gradient_checkpointing": (
@@ -109,7 +109,7 @@ def skip_what_is_not_for(case: TestCase) -> None:
 WIDTH, HEADS, LAYERS, VOCABULARY = 32, 4, 2, 99
 IMAGE, PATCH, QUERIES, TEXT = 32, 8, 4, 10
 PATCHES = (IMAGE // PATCH) ** 2
-BATCH = 7  # the mixins fill smaller batches up with random ids, which are no placeholders
+BATCH = 7  # the mixins pad smaller batches with random ids, which are not placeholders
 
 _ENCODER = {
     "hidden_size": WIDTH,
@@ -123,7 +123,7 @@ _QFORMER = _ENCODER | {"encoder_hidden_size": WIDTH, "vocab_size": VOCABULARY, "
 
 
 class Tester(ABC):
-    """What the mixins ask of every model tester; `parent` is the test case."""
+    """The mixins' interface of a model tester; `parent` is the test case."""
 
     model_class: type
     batch_size, is_training = BATCH, True
@@ -135,7 +135,7 @@ class Tester(ABC):
 
     @abstractmethod
     def get_config(self) -> PreTrainedConfig:
-        """A new config, of the sizes above."""
+        """A new config with the sizes above."""
 
     @abstractmethod
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -197,7 +197,7 @@ class Blip2Tester(GenerationTester):
 
 
 class RetrievalTester(Tester):
-    """Stage 1: `(B, T)` texts, each another, beside as many pictures."""
+    """Stage 1: `(B, T)` different texts, and as many pictures."""
 
     model_class = LorgnetteForImageTextRetrieval
     seq_length = encoder_seq_length = TEXT
@@ -220,7 +220,7 @@ class QFormerTester(Tester):
     """The Q-Former with its text half: `(B, L, E)` features and `(B, T)` texts."""
 
     model_class = LorgnetteQFormerModel
-    is_training = False  # it has no loss of its own
+    is_training = False  # it has no loss
     seq_length = encoder_seq_length = QUERIES + TEXT
 
     def get_config(self) -> LorgnetteQFormerConfig:

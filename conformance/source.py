@@ -1,6 +1,6 @@
-"""transformers' common tests, out of the source distribution of the version that is installed.
+"""transformers' common tests, from the source distribution of the installed version.
 
-The distribution lacks some modules that these tests import. What stands in for them here tests nothing.
+The distribution lacks some modules that these tests import; stubs replace them.
 """
 
 import os
@@ -11,11 +11,11 @@ import tarfile
 from importlib.metadata import version
 from pathlib import Path
 
-from examples.sources.registry import check_sha256, whole
+from examples.sources.registry import check_sha256, scratch_directory
 
 
-PACKAGE = "transformers_tests"  # what `tests` of the distribution is called here
-# The versions that this package is tested with. pip compares any other with the hash that the index gives.
+PACKAGE = "transformers_tests"  # package name for the distribution's `tests`
+# for the tested versions; pip checks any other with the index's hash
 SHA256 = {
     "5.17.0": "a153be279169b55b92d8000bf4af294aed684503d091cca7804da2dd8a9de000",
     "5.24.0": "906cb8c3cb2123575e263962586a4d21a979ce97feeb95fe6aaf66fe6ae88bf3",
@@ -37,14 +37,14 @@ MISSING = {
 
 
 def common_tests(cache: Path) -> Path:
-    """The folder in `cache` that has the tests as the package `transformers_tests`, after downloading them once.
+    """The folder in `cache` with the tests as the package `transformers_tests`; downloads them once.
 
-    Raises ValueError for a file with another hash than the pinned one, subprocess.CalledProcessError where pip fails.
+    Raises ValueError for a file with another hash than the pinned one, subprocess.CalledProcessError if pip fails.
     """
     wanted = version("transformers")
     target = cache / f"transformers-{wanted}-tests"
     if not target.exists():
-        with whole(target) as folder:
+        with scratch_directory(target) as folder:
             pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "download", "--no-deps"]
             pip += ["--no-binary=:all:", "--no-build-isolation", "--dest", str(folder), f"transformers=={wanted}"]
             subprocess.run(pip, check=True, stdin=subprocess.DEVNULL)
@@ -57,7 +57,7 @@ def common_tests(cache: Path) -> Path:
 
 
 def _unpack(archive: Path, package: Path) -> None:
-    """Write the Python files of the distribution's `tests`, and what they lack, into `package`."""
+    """Write the Python files of the distribution's `tests`, and stubs, into `package`."""
     with tarfile.open(archive) as members:
         for member in members:
             inside = re.fullmatch(r"[^/]+/tests/(.+\.py)", member.name)

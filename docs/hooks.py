@@ -1,4 +1,4 @@
-"""What `make docs` adds to mkdocs: the package under its name, links into the repository, [`Name`] in docstrings."""
+"""mkdocs hooks of `make docs`: the package under its name, links into the repository, [`Name`] in docstrings."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ from mkdocs.structure.files import File
 
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / ".cache" / "docs" / "lorgnette"  # what is installed, under the name that it is imported by
+PACKAGE = ROOT / ".cache" / "docs" / "lorgnette"  # the package under its import name
 OUTWARD = re.compile(r"\]\(((?:\.\./)+[^)#\s]+)")  # a link to a file outside docs/
 NAME = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")
 logger = get_plugin_logger("hooks")  # in strict mode a warning fails the build
@@ -40,14 +40,14 @@ def on_page_markdown(markdown, page, config, files):
 
 
 class Names(griffe.Extension):
-    """Makes [`Name`] a link where the reference has that name; a name that is not in the package is a warning."""
+    """Turns [`Name`] into a link if the reference has that name; warns about names that are not in the package."""
 
     def on_package(self, *, pkg, **_):
         objects = [pkg]
-        for item in objects:  # it grows on the way
+        for item in objects:  # it grows during the loop
             objects += [member for member in item.members.values() if not member.is_alias]
         paths = {}
-        for path in reversed([item.path.split(".") for item in objects]):  # of two objects of a name the outer one
+        for path in reversed([item.path.split(".") for item in objects]):  # of two objects with one name the outer one
             paths |= {".".join(path[start:]): ".".join(path) for start in range(len(path))}
         for item in objects:
             if item.docstring:

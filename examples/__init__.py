@@ -1,1 +1,1 @@
-"""How to use lorgnette: a stock fine-tuning script, and the demo (`make demo`)."""
+"""Examples: a fine-tuning script with the stock Trainer, the demo (`make demo`), and measurements of quality."""

@@ -1,4 +1,4 @@
-"""Join a ViT and a language model, teach them to describe pictures with the stock Trainer, and save the result."""
+"""Join a ViT and a language model, train captioning with the stock Trainer, and save the result."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, Lorg
 class Options:
     vision: str = "google/siglip2-base-patch16-224"
     text: str = "HuggingFaceTB/SmolLM2-360M-Instruct"
-    qformer: str = "google-bert/bert-base-uncased"  # what the Q-Former starts from
+    qformer: str = "google-bert/bert-base-uncased"  # initial weights of the Q-Former
     dataset: str = "jxie/flickr8k"
     text_column: str = "caption_0"
     output_dir: str = "out/finetune"
@@ -27,7 +27,7 @@ model = LorgnetteForConditionalGeneration.from_backbones(
 )
 rows = load_dataset(options.dataset, split="train")
 rows = rows.cast_column("image", Image(decode=False))  # the processor decodes
-rows = rows.add_column("index", list(range(len(rows))))  # so that an error names the row
+rows = rows.add_column("index", list(range(len(rows))))  # errors then name the row
 
 trainer = Trainer(
     model=model,
@@ -37,7 +37,7 @@ trainer = Trainer(
         bf16=options.bf16,
         per_device_train_batch_size=8,
         learning_rate=1e-4,
-        remove_unused_columns=False,  # the collator reads the dataset's own columns
+        remove_unused_columns=False,  # the collator reads the dataset's columns
     ),
     train_dataset=rows,
     data_collator=LorgnetteCollator(processor, text_column=options.text_column),

@@ -1,1 +1,1 @@
-"""See inside a model: what it is made of, whether it is wired as it should be, and where in a picture it looks."""
+"""Inspect a model: its components, checks of its weights and training data, and attention maps."""

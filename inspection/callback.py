@@ -1,4 +1,4 @@
-"""Inspections while the stock Trainer trains: figures and pictures to the tracker, a report into `output_dir`."""
+"""Inspections during training: figures and pictures go to the tracker, a report to `output_dir`."""
 
 from collections.abc import Mapping, Sequence
 from itertools import islice
@@ -14,7 +14,7 @@ from ..trainer.collator import LorgnetteCollator
 from .check_weights import Original
 from .drawing import overlay, sheet
 from .inspector import Inspection, inspect_model
-from .maps import Look
+from .maps import Attribution
 from .report import write_html
 from .trackers import send_pictures
 
@@ -24,17 +24,16 @@ class InspectionCallback(TrainerCallback):
 
         trainer.add_callback(InspectionCallback(trainer, every=200))
 
-    The frozen parts are compared with what they were when training began. `inspection_queries`, `inspection_sees` … are
-    1 where the check is green and 0 where it is red; they and the figures behind them go through `trainer.log`, so that
-    every tracker has them, and `log_history`. TensorBoard, trackio and Weights & Biases are shown where the model
-    looks, too; `output_dir/inspection/step-N.html` holds it all in any case. No weight moves, and no random number is
-    drawn, so that training goes on as it would without. The first process does it, and the others wait; it has to have
-    the whole model, which it has not under FSDP. Where another callback ends training early, its last step may not be
-    one that is looked at.
+    The frozen parts are compared with their state at the start of training. `inspection_queries`, `inspection_sees` …
+    are 1 if the check is green and 0 if it is red; `trainer.log` writes them and their figures to every tracker and to
+    `log_history`. TensorBoard, trackio and Weights & Biases also get the attention maps;
+    `output_dir/inspection/step-N.html` has everything. Weights and random states stay unchanged, so training continues
+    as without the callback. The first process runs the inspection and the others wait; it needs the whole model, so
+    FSDP does not work. If another callback ends training early, the last step may not be inspected.
 
     Args:
-        trainer: its `data_collator` is the one whose labels are looked at, its `processing_class` the processor.
-        rows: what is asked about; by default the first 16 of the evaluation data, or without any of the training data.
+        trainer: the inspection checks its `data_collator` and uses its `processing_class`.
+        rows: rows to inspect; by default the first 16 of the evaluation data, or of the training data if there is none.
         every: steps between inspections.
 
     Raises:
@@ -75,7 +74,7 @@ class InspectionCallback(TrainerCallback):
         model: LorgnetteForConditionalGeneration,
         **kwargs: Any,
     ) -> None:
-        # at the end of training a tracker may have closed the run
+        # at the end of training a tracker may have closed the run already
         if state.global_step % self.every == 0 or control.should_training_stop:
             self._inspect(args, state, control, model)
 
@@ -100,26 +99,29 @@ class InspectionCallback(TrainerCallback):
             quiet=True,
         )
         write_html(self.last, Path(args.output_dir, "inspection", f"step-{step}.html"))
-        due = control.should_log
+        should_log = control.should_log
         self.trainer.log(scalars(self.last))
-        control.should_log = due  # logging has ticked it off, and the loss is still to be logged
-        pictures = {f"inspection/{number}": drawn(seen) for number, seen in enumerate(self.last.looks)}
+        control.should_log = should_log  # trainer.log resets it, and the loss is not logged yet
+        pictures = {
+            f"inspection/{number}": attribution_sheet(attribution)
+            for number, attribution in enumerate(self.last.attributions)
+        }
         for callback in self.trainer.callback_handler.callbacks:
             send_pictures(callback, pictures, step)
 
 
-def drawn(seen: Look) -> Image.Image:
-    """What each word was read from, and the queries of the last layer that looks."""
-    maps = {f"word {place}: {word.text.strip()}": word.patches for place, word in enumerate(seen.words)}
-    maps |= {f"query {place}": values for place, values in enumerate(seen.queries[-1])}
-    return sheet([(title, overlay(seen.picture, values)) for title, values in maps.items()])
+def attribution_sheet(attribution: Attribution) -> Image.Image:
+    """A contact sheet: the map of each word, and of the queries in the last layer with cross-attention."""
+    maps = {f"word {number}: {word.text.strip()}": word.patches for number, word in enumerate(attribution.words)}
+    maps |= {f"query {number}": values for number, values in enumerate(attribution.queries[-1])}
+    return sheet([(title, overlay(attribution.picture, values)) for title, values in maps.items()])
 
 
 def scalars(inspection: Inspection) -> dict[str, float]:
-    """The figures of an inspection that are single numbers, by the names that trackers get.
+    """The scalar figures of an inspection, by their names in trackers.
 
-    Of a check its verdict (1 green, 0 red; none where it was not run) and its numbers, one level deep:
-    `inspection_sees`, `inspection_sees_gap`, `inspection_sees_losses_shuffled` …; of a list of numbers the mean.
+    For each check its result (1 green, 0 red; left out if not run) and its numbers, one level deep: `inspection_sees`,
+    `inspection_sees_gap`, `inspection_sees_losses_shuffled` …; for a list of numbers the mean.
     """
     found: dict[str, float] = {}
     for check in inspection.checks:
@@ -137,13 +139,13 @@ def scalars(inspection: Inspection) -> dict[str, float]:
     return found
 
 
-# of which figures trackers are told
+# the figures that trackers get
 SCALARS = {
     "lora_size": ("by_kind",),
     "gradients": ("norms",),
     "prompt": ("with_lora", "without_lora"),
-    "in_step": ("largest_difference",),
-    "soft_norm": ("ratio",),
+    "aligned": ("largest_difference",),
+    "visual_norm": ("ratio",),
     "queries": ("mean_cosine", "effective_rank", "between_pictures"),
     "sees": ("losses", "gap", "p_value"),
 }

@@ -1,4 +1,4 @@
-"""What a check is, and what all of them have in common."""
+"""The result of a check, and helpers of all checks."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,15 +12,15 @@ from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 
 @dataclass(frozen=True)
 class Check:
-    """One thing about a model that is right, wrong, or could not be looked at.
+    """The result of one check: passed, failed, or not run.
 
     Args:
         name: a short name, the same in all reports: `frozen`, `gradients` …
-        title: the same as a statement, which is true where the check passes.
-        passed: None where it was not run.
-        finding: what was seen, with the numbers.
-        advice: what to do where it failed; what it needs where it was not run.
-        figures: numbers, lists of them and texts that JSON can hold.
+        title: a statement that is true if the check passes.
+        passed: None if it was not run.
+        finding: the result, with the numbers.
+        advice: what to do if it failed; what it needs if it was not run.
+        figures: JSON-serialisable numbers, lists and texts.
     """
 
     name: str
@@ -32,11 +32,8 @@ class Check:
 
 
 @contextmanager
-def undisturbed(model: LorgnetteForConditionalGeneration) -> Iterator[None]:
-    """Eval mode and random numbers of one's own; afterwards the mode and the random state are what they were.
-
-    Gradients are cleared at the end.
-    """
+def preserved_state(model: LorgnetteForConditionalGeneration) -> Iterator[None]:
+    """Run the block in eval mode with a fixed seed; at the end restore mode and random state, and clear gradients."""
     mode = model.training
     device = model.device
     with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
@@ -49,13 +46,13 @@ def undisturbed(model: LorgnetteForConditionalGeneration) -> Iterator[None]:
             model.zero_grad(set_to_none=True)
 
 
-def belongs_to_training(name: str) -> bool:
-    """Whether a parameter of that name is to train: of the Q-Former, the projector, or LoRA in the language model."""
+def should_train(name: str) -> bool:
+    """Whether a parameter should train: those of the Q-Former, the projector, and LoRA in the language model."""
     return name.startswith(("qformer.", "projector.")) or (name.startswith("language_model.") and "lora_" in name)
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to, as reports call it."""
+    """The part that a parameter belongs to, by its name in reports."""
     if name == "qformer.query_tokens.weight":
         return "queries"
     top = name.split(".", 1)[0]
@@ -65,6 +62,6 @@ def part_of(name: str) -> str:
 PARTS = {"vision_model": "ViT", "qformer": "Q-Former", "projector": "projector", "language_model": "language model"}
 
 
-def some(names: list[str], count: int = 3) -> str:
+def first_few(names: list[str], count: int = 3) -> str:
     """The first few of a list of names, for a message."""
     return ", ".join(names[:count]) + (", …" if len(names) > count else "")

@@ -11,30 +11,30 @@ def inspect(
         str, typer.Argument(metavar="MODEL", help="A saved model of stage 2, or a checkpoint: a folder or a Hub id.")
     ],
     image: Annotated[
-        list[str] | None, typer.Option(help="A picture to look at: a file or URL. May be repeated.")
+        list[str] | None, typer.Option(help="A picture to explain: a file or URL. May be repeated.")
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Pictures and texts, in any form that training takes.")] = None,
-    split: Annotated[str, typer.Option(help="Of the dataset; better one that was not trained on.")] = "test",
+    dataset: Annotated[str | None, typer.Option(help="Pictures and texts, in any format that training takes.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset; better one that was not trained on.")] = "test",
     image_column: Annotated[str, typer.Option(help="Column with the pictures.")] = "image",
     text_column: Annotated[str, typer.Option(help="Column with the texts.")] = "text",
-    query_column: Annotated[str | None, typer.Option(help="Column with what is asked of each picture.")] = None,
-    messages_column: Annotated[str | None, typer.Option(help="Column with chats, in place of the two.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of the dataset that are looked at.")] = 32,
+    query_column: Annotated[str | None, typer.Option(help="Column with the query of each row.")] = None,
+    messages_column: Annotated[str | None, typer.Option(help="Column with chats, in source of the two.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Number of rows of the dataset to use.")] = 32,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that go through the model at once.")] = 8,
-    vision: Annotated[str | None, typer.Option(help="Where the ViT came from; left out, what the config says.")] = None,
-    text: Annotated[str | None, typer.Option(help="Where the LM came from; left out, what the config says.")] = None,
+    vision: Annotated[str | None, typer.Option(help="Source of the ViT; by default the config's.")] = None,
+    text: Annotated[str | None, typer.Option(help="Source of the LM; by default the config's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps …; left out, the first that is there.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps …; by default an accelerator, if any.")] = None,
     html: Annotated[
         Path | None, typer.Option(dir_okay=False, writable=True, help="Write the report there: one file, pictures too.")
     ] = None,
     json: Annotated[Path | None, typer.Option(dir_okay=False, writable=True, help="Write all figures there.")] = None,
 ) -> None:
-    """See inside a model: its parts, checks of its wiring, and where in a picture it looks.
+    """Inspect a model: its parts, checks of its weights and labels, and attention maps.
 
     Example: lorgnette inspect out/stage2 --dataset ./my-pictures --image cat.jpg --html report.html
 
-    The exit status is 1 where a check is red.
+    The exit status is 1 if a check is red.
     """
     from itertools import islice
 
@@ -54,21 +54,21 @@ def inspect(
 
     set_up_logging(True)
     for path in filter(None, (html, json)):
-        path.parent.mkdir(parents=True, exist_ok=True)  # now rather than when all is done
-    place, keywords = from_pretrained_arguments(model, revision)
-    processor = LorgnetteProcessor.from_pretrained(place, **keywords)
-    loaded = LorgnetteForConditionalGeneration.from_pretrained(place, **keywords)
+        path.parent.mkdir(parents=True, exist_ok=True)  # fails now rather than at the end
+    source, keywords = from_pretrained_arguments(model, revision)
+    processor = LorgnetteProcessor.from_pretrained(source, **keywords)
+    loaded = LorgnetteForConditionalGeneration.from_pretrained(source, **keywords)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     loaded.to(device or accelerator or "cpu")
-    found = []
+    data_rows = []
     if dataset is not None:
         columns = {"image_column": image_column, "text_column": text_column}
         columns |= {"query_column": query_column, "messages_column": messages_column}
-        found = list(islice(load_rows(RowArguments(dataset=dataset, **columns), split), rows))
+        data_rows = list(islice(load_rows(RowArguments(dataset=dataset, **columns), split), rows))
     inspection = inspect_model(
         loaded,
         processor,
-        found,
+        data_rows,
         collator=LorgnetteCollator(
             processor, image_column=image_column, text_column=text_column, query_column=query_column
         ),

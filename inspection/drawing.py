@@ -1,4 +1,4 @@
-"""Pictures for reports: a map laid over its picture, numbers as colours, and many of them in a sheet."""
+"""Pictures for reports: map overlays, heat maps and contact sheets."""
 
 import base64
 import io
@@ -13,10 +13,10 @@ COLOURS = np.array([(13, 8, 60), (106, 20, 110), (190, 55, 82), (246, 140, 30), 
 
 
 def overlay(picture: Image.Image, values: np.ndarray, size: int = 112) -> Image.Image:
-    """A map laid over its picture, which is left without its own colours; the map's largest value is as bright as any.
+    """A map over its greyscale picture, scaled by the map's maximum.
 
     Args:
-        values: `(h, w)`, none below 0; what is not finite is drawn as nothing.
+        values: `(h, w)`, not negative; non-finite values count as 0.
         size: pixels of the longer side.
     """
     values = np.nan_to_num(values)
@@ -32,33 +32,33 @@ def overlay(picture: Image.Image, values: np.ndarray, size: int = 112) -> Image.
 
 def colours(shares: np.ndarray) -> np.ndarray:
     """`(…)` numbers from 0 to 1 to `(…, 3)` colours from 0 to 255."""
-    places = np.linspace(0, 1, len(COLOURS))
-    return np.stack([np.interp(shares, places, channel) for channel in COLOURS.T], axis=-1)
+    levels = np.linspace(0, 1, len(COLOURS))
+    return np.stack([np.interp(shares, levels, channel) for channel in COLOURS.T], axis=-1)
 
 
 def matrix(values: np.ndarray, low: float, high: float, size: int = 224) -> Image.Image:
-    """A `(rows, columns)` table as squares of colour, from `low` to `high`."""
+    """A heat map of `(rows, columns)` values between `low` and `high`."""
     shares = ((np.asarray(values, dtype=float) - low) / (high - low)).clip(0, 1)
     small = Image.fromarray(colours(shares).astype(np.uint8))
     return small.resize((size, round(size * small.height / small.width)), Image.Resampling.NEAREST)
 
 
 def sheet(titled: Sequence[tuple[str, Image.Image]], columns: int = 6, gap: int = 8) -> Image.Image:
-    """Pictures side by side, each with its title above it: what a tracker is given."""
+    """A contact sheet of titled pictures, for trackers."""
     width, height = (max(size) for size in zip(*(picture.size for _, picture in titled), strict=True))
     rows, title = -(-len(titled) // columns), 14
     columns = min(columns, len(titled))
     page = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + title + gap) + gap), "white")
     draw = ImageDraw.Draw(page)
-    for place, (text, picture) in enumerate(titled):
-        left, top = gap + place % columns * (width + gap), gap + place // columns * (height + title + gap)
+    for number, (text, picture) in enumerate(titled):
+        left, top = gap + number % columns * (width + gap), gap + number // columns * (height + title + gap)
         draw.text((left, top), text.encode("latin-1", "replace").decode("latin-1")[: width // 6], fill="black")
         page.paste(picture, (left, top + title))
     return page
 
 
-def drawn() -> Image.Image:
-    """A house under the sun, 320 x 240: a picture for whoever has none."""
+def sample_picture() -> Image.Image:
+    """A drawn house under the sun, 320 x 240: the default test picture."""
     image = Image.new("RGB", (320, 240), (140, 190, 240))
     pen = ImageDraw.Draw(image)
     pen.rectangle((0, 170, 320, 240), fill=(90, 150, 70))
@@ -69,7 +69,7 @@ def drawn() -> Image.Image:
 
 
 def data_uri(picture: Image.Image, lossless: bool = False) -> str:
-    """A picture as text that HTML can hold."""
+    """A picture as a data URI."""
     buffer = io.BytesIO()
     kind = "png" if lossless else "jpeg"
     picture.save(buffer, kind, **({} if lossless else {"quality": 85}))

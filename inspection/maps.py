@@ -1,17 +1,17 @@
-"""Where in a picture the model looks: by query and layer, and for a word of its answer.
+"""Attribution maps over a picture: by query and layer, and by word of the answer.
 
 *Queries.* The weights of the Q-Former's cross-attention, mean over heads.
 
-*Words.* Attention rollout (Abnar & Zuidema 2020, equation 1) with each head weighed by its gradient as Chefer et al.
-2021 ("Generic Attention-model Explainability", equation 5) do: a layer mixes positions by `I + mean over heads of
-(gradient ⊙ attention)⁺`, the gradient being that of the word's logits. The layers of the language model, multiplied,
-say from which soft tokens a word was read; those of the Q-Former, with its cross-attention adding what is read from the
-picture, from which patches each soft token was. One product of both is the word's map.
+*Words.* Attention rollout (Abnar & Zuidema 2020, equation 1) with heads weighted by their gradients as in Chefer et al.
+2021 ("Generic Attention-model Explainability", equation 5): a layer mixes positions by `I + mean over heads of
+(gradient ⊙ attention)⁺`, the gradient being that of the word's logits. The product over the language model's
+layers attributes a word to visual tokens; the product over the Q-Former's layers, with its cross-attention added,
+attributes visual tokens to patches. The product of both is the word's map.
 
-A patch's feature has seen the whole picture, since the ViT's own layers mix patches and are not followed: a map says
-where features were read, and not where in the picture all that is in them came from.
+The maps do not trace through the ViT, whose layers mix patches: a map shows which features were read, and not which
+pixels the features depend on.
 
-Nothing of lorgnette is imported here: this file also goes to where a model's code is remote code.
+This file imports nothing of lorgnette: uploads also hold it for models that load with remote code.
 
 Shapes: Q queries, L image tokens, h x w patches, S tokens, T of them the answer's.
 """
@@ -29,33 +29,33 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 @dataclass(frozen=True)
 class WordMap:
-    """Where a word of the answer was read from.
+    """The attribution of one word of the answer.
 
     Args:
         text: the word, with the white space before it.
-        probability: of its tokens, one after the other.
-        soft: `(Q,)` shares of the soft tokens; they add up to 1.
-        patches: `(h, w)` shares of the patches; they and what was read elsewhere (CLS, registers) add up to 1.
+        probability: product over its tokens.
+        visual_tokens: `(Q,)` shares of the visual tokens; they add up to 1.
+        patches: `(h, w)` shares of the patches; with the shares of CLS and registers they add up to 1.
     """
 
     text: str
     probability: float
-    soft: np.ndarray
+    visual_tokens: np.ndarray
     patches: np.ndarray
 
 
 @dataclass(frozen=True)
-class Look:
-    """How the model looks at one picture.
+class Attribution:
+    """The attribution of the model's answer for one picture.
 
     Args:
-        name: of the file that was given, or of the row.
-        picture: as the ViT sees it: resized, cropped, and back from its normalisation.
-        layers: numbers of the Q-Former's layers that look at the picture.
+        name: of the file or the row.
+        picture: the ViT's input: resized, cropped, and denormalised.
+        layers: numbers of the Q-Former's layers with cross-attention.
         queries: `(layers, Q, h, w)` attention, mean over heads.
-        elsewhere: `(layers, Q)` attention to tokens that are no patches.
-        answer: what the model says, decoded greedily.
-        words: of the answer, in their order; none where the language model has no attention maps.
+        elsewhere: `(layers, Q)` attention to tokens that are not patches.
+        answer: the greedily decoded answer.
+        words: of the answer, in order; empty if the language model returns no attention maps.
     """
 
     name: str
@@ -74,25 +74,25 @@ def maps_of(
     answer: str,
     max_words: int = 8,
     name: str = "a picture",
-) -> Look:
-    """See where the model looked for an answer of its own; of several pictures, at the first.
+) -> Attribution:
+    """Attribute the model's own answer to its picture; of several pictures, to the first.
 
-    Attention is computed plainly (`attn_implementation="eager"`) meanwhile, whatever the model has otherwise.
+    Switches to `attn_implementation="eager"` meanwhile.
 
     Args:
         model: a `LorgnetteForConditionalGeneration` in eval mode.
         processor: its `LorgnetteProcessor`.
-        prompt: one row with a picture, on the model's device: what `generate` was given.
-        answer: what it said.
-        max_words: of the answer that are followed back.
+        prompt: one row with a picture, on the model's device: the inputs of `generate`.
+        answer: the generated text.
+        max_words: attribute at most so many words.
         name: of the picture.
     """
     answer_ids = processor.encode_answer(answer) if answer else []
-    with plain_attention(model), torch.enable_grad(), followed(model):
-        return _look(model, processor, name, prompt, answer, answer_ids, max_words)
+    with eager_attention(model), torch.enable_grad(), query_gradients(model):
+        return _attribute(model, processor, name, prompt, answer, answer_ids, max_words)
 
 
-def _look(
+def _attribute(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     name: str,
@@ -100,63 +100,64 @@ def _look(
     answer: str,
     answer_ids: list[int],
     max_words: int,
-) -> Look:
+) -> Attribution:
     queries = model.config.num_query_tokens
     image = {k: v for k, v in prompt.items() if k not in ("input_ids", "attention_mask", "qformer_input_ids",
                                                            "qformer_attention_mask")}  # fmt: skip
-    told = {k: v for k, v in prompt.items() if k.startswith("qformer_")}
+    instruction = {k: v for k, v in prompt.items() if k.startswith("qformer_")}
     features = model.get_vision_features(
         **{key: value for key, value in image.items() if key != "image_rows"}
     ).last_hidden_state  # (N, L, E)
     first, (height, width) = _patches(model, image, features.shape[1])
-    seen = model.get_image_features(
+    vision = model.get_image_features(
         vision_features=features,
         pixel_attention_mask=image.get("pixel_attention_mask"),
         image_rows=image.get("image_rows"),
         output_attentions=True,
-        **told,
+        **instruction,
     )
-    cross = list(seen.qformer_outputs.cross_attentions)  # (N, heads, Q, L) each
-    own = list(seen.qformer_outputs.attentions)  # (N, heads, Q + T, Q + T) each
-    looks = torch.stack([layer[0].detach().float().mean(0) for layer in cross])  # (layers, Q, L)
-    patches = looks[..., first : first + height * width].unflatten(-1, (height, width))
+    cross = list(vision.qformer_outputs.cross_attentions)  # (N, heads, Q, L) each
+    own = list(vision.qformer_outputs.attentions)  # (N, heads, Q + T, Q + T) each
+    query_maps = torch.stack([layer[0].detach().float().mean(0) for layer in cross])  # (layers, Q, L)
+    patches = query_maps[..., first : first + height * width].unflatten(-1, (height, width))
 
     ids = torch.cat([prompt["input_ids"], torch.tensor([answer_ids], device=model.device, dtype=torch.long)], dim=1)
     placeholders = ids == model.config.image_token_id
     embedded = model.get_input_embeddings()(ids.masked_fill(placeholders, 0))
-    embedded = embedded.masked_scatter(placeholders.unsqueeze(-1), seen.pooler_output.to(embedded))
+    embedded = embedded.masked_scatter(placeholders.unsqueeze(-1), vision.pooler_output.to(embedded))
     outputs = model.language_model(
         inputs_embeds=embedded, attention_mask=torch.ones_like(ids), use_cache=False, output_attentions=True
     )
     words = []
-    spoken = [layer for layer in outputs.attentions or () if layer is not None]  # (1, heads, S, S) each
-    with_image = [number for number, layer in enumerate(model.qformer.encoder.layer) if layer.has_cross_attention]
-    start, places = prompt["input_ids"].shape[1], placeholders[0].nonzero()[:queries, 0]
-    for text, tokens in _words(processor, answer_ids)[:max_words] if spoken else []:
+    self_attention = [layer for layer in outputs.attentions or () if layer is not None]  # (1, heads, S, S) each
+    cross_layers = [number for number, layer in enumerate(model.qformer.encoder.layer) if layer.has_cross_attention]
+    start, positions = prompt["input_ids"].shape[1], placeholders[0].nonzero()[:queries, 0]
+    for text, tokens in _words(processor, answer_ids)[:max_words] if self_attention else []:
         before = torch.arange(start - 1 + tokens.start, start - 1 + tokens.stop, device=model.device)
-        said = ids[0, before + 1]
-        logits = outputs.logits[0, before]  # (T', vocabulary), what these tokens were chosen from
-        chosen = logits.gather(1, said[:, None]).sum()
-        gradients = torch.autograd.grad(chosen, [*spoken, *own, *cross], retain_graph=True)
+        word_ids = ids[0, before + 1]
+        logits = outputs.logits[0, before]  # (T', vocabulary)
+        chosen = logits.gather(1, word_ids[:, None]).sum()
+        gradients = torch.autograd.grad(chosen, [*self_attention, *own, *cross], retain_graph=True)
         mixes = [
             (gradient.float() * weights.detach().float()).clamp(min=0)[0].mean(0)
-            for gradient, weights in zip(gradients, [*spoken, *own, *cross], strict=True)
+            for gradient, weights in zip(gradients, [*self_attention, *own, *cross], strict=True)
         ]
-        soft = rollout(mixes[: len(spoken)])[before][:, places].sum(0)  # (Q,)
-        read = read_from_picture(mixes[len(spoken) : len(spoken) + len(own)], mixes[-len(cross) :], with_image, queries)
-        soft, read = _shares(soft), _shares(soft @ read)
+        visual = rollout(mixes[: len(self_attention)])[before][:, positions].sum(0)  # (Q,)
+        of_qformer = mixes[len(self_attention) : len(self_attention) + len(own)]
+        read = rollout_to_image(of_qformer, mixes[-len(cross) :], cross_layers, queries)
+        visual, read = _shares(visual), _shares(visual @ read)
         words.append(
             WordMap(
                 text,
-                logits.float().log_softmax(-1).gather(1, said[:, None]).sum().exp().item(),
-                soft.cpu().numpy(),
+                logits.float().log_softmax(-1).gather(1, word_ids[:, None]).sum().exp().item(),
+                visual.cpu().numpy(),
                 read[first : first + height * width].unflatten(0, (height, width)).cpu().numpy(),
             )
         )
-    return Look(
+    return Attribution(
         name,
-        picture_seen(processor, image, (height, width), _patch_size(model)),
-        tuple(with_image),
+        denormalized_picture(processor, image, (height, width), _patch_size(model)),
+        tuple(cross_layers),
         patches.cpu().numpy(),
         (1 - patches.sum((-1, -2))).clamp(min=0).cpu().numpy(),
         answer,
@@ -165,10 +166,10 @@ def _look(
 
 
 def rollout(mixes: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`(S, S)` what each position of the last layer holds of each of the first: the product of `I + A` of all layers.
+    """`(S, S)` attention rollout: the product of `I + A` over all layers.
 
     Args:
-        mixes: `(S, S)` for each layer, from the first on, rows reading from columns.
+        mixes: `(S, S)` for each layer in order; rows attend to columns.
     """
     relevance = torch.eye(len(mixes[0]), device=mixes[0].device)
     for mix in mixes:
@@ -176,29 +177,29 @@ def rollout(mixes: Sequence[torch.Tensor]) -> torch.Tensor:
     return relevance
 
 
-def read_from_picture(
-    own: Sequence[torch.Tensor], cross: Sequence[torch.Tensor], with_image: Sequence[int], queries: int
+def rollout_to_image(
+    own: Sequence[torch.Tensor], cross: Sequence[torch.Tensor], cross_layers: Sequence[int], queries: int
 ) -> torch.Tensor:
-    """`(Q, L)` what each query holds of each image token after the last layer.
+    """`(Q, L)` rollout of each query to the image tokens.
 
     Args:
-        own: `(Q + T, Q + T)` self-attention of each layer; queries come first, and T tokens of an instruction after.
+        own: `(Q + T, Q + T)` self-attention of each layer; queries first, then T tokens of an instruction.
         cross: `(Q, L)` cross-attention of each layer that has any.
-        with_image: the numbers of those layers.
+        cross_layers: the numbers of those layers.
         queries: Q.
     """
     read = torch.zeros(own[0].shape[0], cross[0].shape[1], device=own[0].device)
-    looks = dict(zip(with_image, cross, strict=True))
+    cross_of = dict(zip(cross_layers, cross, strict=True))
     for number, mix in enumerate(own):
         read = read + mix @ read
-        if number in looks:
-            read = torch.cat([read[:queries] + looks[number][:queries], read[queries:]])
+        if number in cross_of:
+            read = torch.cat([read[:queries] + cross_of[number][:queries], read[queries:]])
     return read[:queries]
 
 
 @contextmanager
-def plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Language model and Q-Former compute attention so that its weights can be had; afterwards as before."""
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Switch language model and Q-Former to eager attention, which returns its weights; restore at the end."""
     parts: list[Any] = [model.language_model, model.qformer]
     before = [part.config._attn_implementation for part in parts]
     try:
@@ -211,8 +212,8 @@ def plain_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def followed(model: PreTrainedModel) -> Iterator[None]:
-    """Gradients come as far as the queries, from which all attention maps are made, whether or not these train."""
+def query_gradients(model: PreTrainedModel) -> Iterator[None]:
+    """Enable gradients of the queries, which all attention maps depend on; restore at the end."""
     queries = model.qformer.query_tokens.weight
     trains = queries.requires_grad
     try:
@@ -222,15 +223,15 @@ def followed(model: PreTrainedModel) -> Iterator[None]:
         queries.requires_grad_(trains)
 
 
-def picture_seen(
+def denormalized_picture(
     processor: ProcessorMixin, image: Mapping[str, torch.Tensor], grid: tuple[int, int], patch: tuple[int, int]
 ) -> Image.Image:
-    """The first picture of a batch as the ViT sees it: what was normalised is brought back to colours.
+    """The first picture of a batch, denormalised.
 
     Args:
         image: `pixel_values` `(N, 3, H, W)`, or `(N, patches, values)` for SigLIP2's variable resolution.
-        grid: patches high and wide.
-        patch: pixels of a patch, high and wide.
+        grid: number of patches (height, width).
+        patch: pixels of a patch (height, width).
     """
     pixels = image["pixel_values"][0].float().cpu()
     if pixels.ndim == 2:
@@ -239,7 +240,7 @@ def picture_seen(
     settings = processor.image_processor
     rescaled = getattr(settings, "do_rescale", True)
     if getattr(settings, "do_normalize", False):
-        rescaled = rescaled or max(settings.image_mean) <= 1  # floats from 0 to 1 were given
+        rescaled = rescaled or max(settings.image_mean) <= 1  # the inputs were floats from 0 to 1
         mean, std = (torch.tensor(list(value)).view(-1, 1, 1) for value in (settings.image_mean, settings.image_std))
         pixels = pixels * std + mean
     levels = 255 if rescaled else 1
@@ -248,7 +249,7 @@ def picture_seen(
 
 
 def _patches(model: PreTrainedModel, image: Mapping[str, torch.Tensor], tokens: int) -> tuple[int, tuple[int, int]]:
-    """Which of the image tokens is the first patch, and how many there are, high and wide."""
+    """The index of the first patch among the image tokens, and the grid (height, width)."""
     if "spatial_shapes" in image:
         height, width = image["spatial_shapes"][0].tolist()
         return 0, (height, width)
@@ -263,23 +264,23 @@ def _patch_size(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def _words(processor: ProcessorMixin, answer_ids: list[int]) -> list[tuple[str, range]]:
-    """The words of an answer and the tokens that each is made of; what ends the answer is none."""
+    """The words of an answer and their token ranges, up to the first special token."""
     words: list[tuple[str, range]] = []
     special = set(processor.tokenizer.all_special_ids) | set(processor.stop_token_ids)
-    said, first = "", 0
-    for place, token in enumerate(answer_ids):
+    decoded, first = "", 0
+    for position, token in enumerate(answer_ids):
         if token in special:
             break
-        longer = processor.tokenizer.decode(answer_ids[: place + 1])
+        longer = processor.tokenizer.decode(answer_ids[: position + 1])
         if longer.endswith("\ufffd"):  # half a character
             continue
-        piece, said = longer[len(said) :], longer
+        piece, decoded = longer[len(decoded) :], longer
         if words and not piece[:1].isspace():
             text, tokens = words[-1]
-            words[-1] = (text + piece, range(tokens.start, place + 1))
+            words[-1] = (text + piece, range(tokens.start, position + 1))
         else:
-            words.append((piece, range(first, place + 1)))
-        first = place + 1
+            words.append((piece, range(first, position + 1)))
+        first = position + 1
     return words
 
 
@@ -288,4 +289,12 @@ def _shares(values: torch.Tensor) -> torch.Tensor:
     return values / total if total > 0 else values
 
 
-__all__ = ["Look", "WordMap", "maps_of", "picture_seen", "plain_attention", "read_from_picture", "rollout"]
+__all__ = [
+    "Attribution",
+    "WordMap",
+    "denormalized_picture",
+    "eager_attention",
+    "maps_of",
+    "rollout",
+    "rollout_to_image",
+]

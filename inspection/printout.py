@@ -1,4 +1,4 @@
-"""An inspection on a terminal."""
+"""Print an inspection to the terminal."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,7 +14,7 @@ STYLES = {"learned": "bold green", "picture": "cyan", "prompt": "dim"}
 
 
 def print_inspection(inspection: Inspection, console: Console | None = None) -> None:
-    """Print anatomy, checks and what was seen of some pictures.
+    """Print components, checks and attributions.
 
     Args:
         console: stdout by default.
@@ -30,19 +30,21 @@ def print_inspection(inspection: Inspection, console: Console | None = None) -> 
             console.print(Text(f"→ {check.advice}", style="yellow" if check.passed is False else "dim"))
         if check.name == "labels" and check.figures:
             console.print(Text.assemble(*((text, STYLES[kind]) for text, kind in check.figures["example"])))
-    for seen in inspection.looks:
-        console.print(f"\n{escape(seen.name)}: it says [bold]{escape(seen.answer) or '(nothing)'}[/]")
-        for word in seen.words:
+    for attribution in inspection.attributions:
+        console.print(f"\n{escape(attribution.name)}: answer [bold]{escape(attribution.answer) or '(nothing)'}[/]")
+        for word in attribution.words:
             row, column = divmod(int(word.patches.argmax()), word.patches.shape[1])
-            where = f"most from soft token {int(word.soft.argmax())} and the patch in row {row}, column {column}"
+            where = (
+                f"most from visual token {int(word.visual_tokens.argmax())} and the patch in row {row}, column {column}"
+            )
             console.print(Text(f"  {word.text.strip()}: probability {word.probability:.2f}, {where}", style="dim"))
 
 
 def _flow(inspection: Inspection) -> Text:
     text = Text()
-    for station in inspection.flow:
-        text.append(f"  ─ {station.part} ─▶ " if station.part else "  ", style="cyan")
-        text.append(human_shape(station.shape), style="bold").append(f" {station.what}\n")
+    for tensor in inspection.flow:
+        text.append(f"  ─ {tensor.part} ─▶ " if tensor.part else "  ", style="cyan")
+        text.append(human_shape(tensor.shape), style="bold").append(f" {tensor.what}\n")
     return text
 
 
@@ -53,6 +55,6 @@ def _parts(inspection: Inspection) -> Table:
         table.add_column(heading, justify=justify, overflow="fold")
     for part in inspection.parts:
         trains = "all" if part.trainable == part.parameters else f"{part.trainable:,}" if part.trainable else "frozen"
-        places = (", ".join(part.dtypes), ", ".join(part.devices), part.source)
-        table.add_row(part.name, f"{part.parameters:,}", trains, human_size(part.bytes), *map(escape, places))
+        columns = (", ".join(part.dtypes), ", ".join(part.devices), part.source)
+        table.add_row(part.name, f"{part.parameters:,}", trains, human_size(part.bytes), *map(escape, columns))
     return table

@@ -1,4 +1,4 @@
-"""An inspection as one HTML file that needs nothing else, and as JSON."""
+"""Write an inspection as one self-contained HTML file, and as JSON."""
 
 import json
 import math
@@ -10,33 +10,33 @@ from PIL import Image
 
 from .drawing import data_uri, matrix, overlay
 from .inspector import Inspection
-from .maps import Look
+from .maps import Attribution
 
 
 MARKS = {True: "green", False: "red", None: "not run"}
 
 
 def write_html(inspection: Inspection, path: str | Path) -> None:
-    """Write the report; all pictures are in the file, and nothing is fetched when it is opened."""
+    """Write the report: one self-contained file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(as_html(inspection), encoding="utf-8")
 
 
 def write_json(inspection: Inspection, path: str | Path) -> None:
-    """Write all figures, the maps' included, and no pictures."""
+    """Write all figures, including the maps', without pictures."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_spelt(inspection.as_json()), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(_json_values(inspection.as_json()), indent=1, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
-def _spelt(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: they are written as words."""
+def _json_values(value: Any) -> Any:
+    """Replace NaN and infinities by strings, since JSON has none."""
     if isinstance(value, dict):
-        return {key: _spelt(item) for key, item in value.items()}
+        return {key: _json_values(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_spelt(item) for item in value]
+        return [_json_values(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -58,12 +58,12 @@ def as_html(inspection: Inspection) -> str:
         marks=MARKS,
         figures=figures,
         cosines=data_uri(matrix(cosines, -0.2, 1.0), lossless=True) if cosines else None,
-        looks=[_drawn(seen) for seen in inspection.looks],
+        attributions=[_rendered(attribution) for attribution in inspection.attributions],
     )
 
 
 def human_size(count: int) -> str:
-    """Bytes as people write them."""
+    """Bytes with a binary unit."""
     size = float(count)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
@@ -77,26 +77,28 @@ def human_shape(shape: tuple[int, ...]) -> str:
     return " \u00d7 ".join(f"{size:,}" for size in shape)
 
 
-def _drawn(seen: Look) -> dict[str, Any]:
-    """A look with its maps as pictures."""
+def _rendered(one: Attribution) -> dict[str, Any]:
+    """An attribution with its maps as data URIs."""
 
     def over(values: Any, size: int) -> str:
-        return data_uri(overlay(seen.picture, values, size))
+        return data_uri(overlay(one.picture, values, size))
 
     return {
-        "name": seen.name,
-        "picture": data_uri(seen.picture.resize(_longest(seen.picture, 224), Image.Resampling.BICUBIC)),
-        "answer": seen.answer,
+        "name": one.name,
+        "picture": data_uri(one.picture.resize(_scaled_size(one.picture, 224), Image.Resampling.BICUBIC)),
+        "answer": one.answer,
         "words": [
             {
                 "text": word.text.strip(),
                 "probability": word.probability,
                 "map": over(word.patches, 168),
                 "elsewhere": max(0.0, 1 - float(word.patches.sum())) if word.patches.sum() > 0 else 0.0,
-                "soft": [float(share) / max(float(word.soft.max()), 1e-12) for share in word.soft],
-                "shares": [float(share) for share in word.soft],
+                "visual_tokens": [
+                    float(share) / max(float(word.visual_tokens.max()), 1e-12) for share in word.visual_tokens
+                ],
+                "shares": [float(share) for share in word.visual_tokens],
             }
-            for word in seen.words
+            for word in one.words
         ],
         "layers": [
             {
@@ -104,11 +106,11 @@ def _drawn(seen: Look) -> dict[str, Any]:
                 "elsewhere": float(elsewhere.mean()),
                 "queries": [over(values, 84) for values in maps],
             }
-            for number, maps, elsewhere in zip(seen.layers, seen.queries, seen.elsewhere, strict=True)
+            for number, maps, elsewhere in zip(one.layers, one.queries, one.elsewhere, strict=True)
         ],
     }
 
 
-def _longest(picture: Image.Image, size: int) -> tuple[int, int]:
+def _scaled_size(picture: Image.Image, size: int) -> tuple[int, int]:
     scale = size / max(picture.size)
     return max(1, round(picture.width * scale)), max(1, round(picture.height * scale))

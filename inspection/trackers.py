@@ -1,4 +1,4 @@
-"""Pictures to the trackers of the stock Trainer, which only sends them figures."""
+"""Send pictures to the Trainer's trackers; the Trainer itself sends only numbers."""
 
 from collections.abc import Mapping
 from functools import singledispatch
@@ -11,10 +11,10 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 @singledispatch
 def send_pictures(tracker: TrainerCallback, pictures: Mapping[str, Image.Image], step: int) -> None:
-    """Show a run's tracker pictures by their names, at the Trainer's global step.
+    """Send named pictures to a tracker, at the Trainer's global step.
 
     Args:
-        tracker: a callback of `transformers.integrations` that is reporting; one of another class is sent nothing.
+        tracker: a reporting callback of `transformers.integrations`; other classes get nothing.
     """
 
 

@@ -1,1 +1,1 @@
-"""What is between a trained folder and a repository on the Hub: export, check, card, guards, push."""
+"""From a trained folder to a Hub repository: export, verification, card, guards, push."""

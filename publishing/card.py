@@ -1,4 +1,4 @@
-"""Fills `model_card.md` for a model from its config, its parts and what was recorded of it."""
+"""Fill `model_card.md` from a model's config, its parts and its training records."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from .records import Result, datasets_of, results_of, training_of
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"
 
-# submodule -> what the card calls it, and the prefix of the config's fields about it
+# submodule -> its name in the card, and the prefix of its config fields
 _PARTS = {
     "vision_model": ("frozen ViT", "vision"),
     "qformer": ("Q-Former", "qformer"),
@@ -34,17 +34,17 @@ def make_card(
     metrics: tuple[str | Path, ...] = (),
     save_format: str = "full",
 ) -> ModelCard:
-    """The card of a model that is to be published as `repo_id`.
+    """The card of a model for `repo_id`.
 
     Args:
-        source: the folder that the model was loaded from; what Trainer left there is told.
-        license: of the Hub's identifiers; by default the one that the backbones' cards agree on.
+        source: the folder that the model was loaded from; the card reports Trainer's records there.
+        license: one of the Hub's identifiers; by default the one that the backbones' cards agree on.
         metrics: `metrics.json` files of `lorgnette.trainer evaluate` or `retrieval`.
-        save_format: what the exported folder holds.
+        save_format: of the exported folder.
 
     Raises:
         ValueError: no licence was given and the backbones' are unknown or differ; metrics of another model.
-        FileNotFoundError: no such metrics.
+        FileNotFoundError: a metrics file does not exist.
     """
     config, name = model.config, repo_id.split("/")[-1]
     metadata = card_metadata(config, save_format)
@@ -70,7 +70,7 @@ def make_card(
         num_query_tokens=config.num_query_tokens,
         lora=lora,
         requirements=[line for line in REQUIREMENTS if lora or not line.startswith("peft")],
-        query=repr(processor.query),  # as Python writes it, in Python code
+        query=repr(processor.query),  # a Python literal, for the code example
         reads_query=config.qformer_config.use_qformer_text_input,
         training=training_of(source),
         results=results,
@@ -78,10 +78,10 @@ def make_card(
 
 
 def parts_of(model: LorgnettePreTrainedModel, lora: bool) -> list[dict[str, Any]]:
-    """Of each part its role, origin, architecture and numbers of weights: all, and those that trained.
+    """Each part's role, origin, architecture, and numbers of all and of trained weights.
 
     Args:
-        lora: whether the language model's LoRA stands apart where the model goes.
+        lora: whether the export has separate LoRA weights.
     """
     parts = []
     for name, (role, prefix) in _PARTS.items():
@@ -90,12 +90,12 @@ def parts_of(model: LorgnettePreTrainedModel, lora: bool) -> list[dict[str, Any]
             continue
         if name == "language_model" and lora:
             role += " with LoRA"
-        kept = [weight for key, weight in module.named_parameters() if lora or ".lora_" not in key]
+        parameters = [weight for key, weight in module.named_parameters() if lora or ".lora_" not in key]
         part = {
             "role": role,
             "architecture": type(module).__name__.removeprefix("Lorgnette"),
-            "weights": sum(weight.numel() for weight in kept),
-            "trained": sum(weight.numel() for weight in kept if weight.requires_grad),
+            "weights": sum(weight.numel() for weight in parameters),
+            "trained": sum(weight.numel() for weight in parameters if weight.requires_grad),
         }
         if prefix is not None:
             part["source"] = getattr(model.config, f"{prefix}_backbone")

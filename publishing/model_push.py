@@ -29,7 +29,7 @@ def push_model(
     tags: list[str] | None = None,
     **kwargs: Any,
 ) -> CommitInfo:
-    """As `PushToHubMixin.push_to_hub` (`transformers/utils/hub.py`), with a card that says what the config knows.
+    """Like `PushToHubMixin.push_to_hub` (`transformers/utils/hub.py`), with a card filled from the config.
 
     Args:
         save_format, state_dict: see [`~LorgnettePreTrainedModel.save_pretrained`].

@@ -1,4 +1,4 @@
-"""What training and evaluation have written down, read for a model's card. What is not there is not told."""
+"""Read the records of training and evaluation for a model's card; missing records are left out."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ class Result:
     """One measured figure."""
 
     metric: str  # the metric's short name: cider, bleu …
-    figure: str  # what the figure is called: cider, bleu_4 …
+    figure: str  # the figure's name: cider, bleu_4 …
     value: float
     scale: str
     dataset: str
@@ -26,40 +26,40 @@ class Result:
     dataset_config: str | None
     dataset_revision: str | None
     split: str
-    how: str  # decoding, or the way of ranking
+    how: str  # decoding, or the ranking method
 
 
 def training_of(source: str | Path) -> dict[str, Any]:
-    """What is known of a run, by the words for it, in order: of its data, length, settings and losses.
+    """A run's data, length, settings and losses, by their labels in the card.
 
     Args:
-        source: what Trainer saved: a run's folder or a checkpoint of it.
+        source: a run's folder or a checkpoint of it, as Trainer saved it.
     """
-    source, told = Path(source), {}
+    source, facts = Path(source), {}
     data = _training_data(source)
     if data.get("dataset_id"):
         parts = (data["dataset_id"], data["dataset_config"], data["split"])
-        told["data"] = ", ".join(filter(None, parts))
+        facts["data"] = ", ".join(filter(None, parts))
     if data.get("rows"):
-        told["rows"] = f"{data['rows']:,}"
-    state = _object_if_there(source / TRAINER_STATE_NAME)
+        facts["rows"] = f"{data['rows']:,}"
+    state = _object_if_exists(source / TRAINER_STATE_NAME)
     if state:
-        told["steps"] = f"{state['global_step']:,}"
-        told["epochs"] = f"{state['epoch']:.4g}"
+        facts["steps"] = f"{state['global_step']:,}"
+        facts["epochs"] = f"{state['epoch']:.4g}"
     if (source / TRAINING_ARGS_NAME).is_file():
         arguments = vars(_opaque(source / TRAINING_ARGS_NAME))
-        told |= _settings(arguments)
+        facts |= _settings(arguments)
         if arguments.get("load_best_model_at_end") and state.get("best_global_step"):
-            told["the weights are those of step"] = f"{state['best_global_step']:,}"
-    for name, words in (("loss", "last training loss"), ("eval_loss", "last evaluation loss")):
+            facts["the weights are those of step"] = f"{state['best_global_step']:,}"
+    for name, label in (("loss", "last training loss"), ("eval_loss", "last evaluation loss")):
         logged = [(entry["step"], entry[name]) for entry in state.get("log_history", ()) if name in entry]
         if logged:
-            told[words] = f"{logged[-1][1]:.4f} (step {logged[-1][0]:,})"
-    return told
+            facts[label] = f"{logged[-1][1]:.4f} (step {logged[-1][0]:,})"
+    return facts
 
 
 def datasets_of(source: str | Path) -> list[str]:
-    """Hub ids of the data that a run learned from."""
+    """Hub ids of a run's training data."""
     dataset = _training_data(Path(source)).get("dataset_id")
     return [dataset] if dataset else []
 
@@ -69,8 +69,7 @@ def results_of(metrics: str | Path, source: str | Path) -> list[Result]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no such report; it tells of another model than `source`, or of weights that have been
-            replaced since.
+        ValueError: the file is not such a report, is about another model than `source`, or is older than the weights.
     """
     path, source = Path(metrics), Path(source)
     if not path.is_file():
@@ -78,9 +77,9 @@ def results_of(metrics: str | Path, source: str | Path) -> list[Result]:
     report = read_json_object(path)
     lacking = {"model", "dataset", "metrics"} - set(report)
     if lacking:
-        raise ValueError(f"{path} is no metrics.json of an evaluation: it has no {', '.join(sorted(lacking))}")
+        raise ValueError(f"{path} is not a metrics.json of an evaluation: it has no {', '.join(sorted(lacking))}")
     if Path(report["model"]).resolve() != source.resolve():
-        raise ValueError(f"{path} tells of the model {report['model']}, not of {source}")
+        raise ValueError(f"{path} is about the model {report['model']}, not about {source}")
     newest = max((file.stat().st_mtime for file in source.glob("*.safetensors")), default=0.0)
     if path.stat().st_mtime < newest:
         raise ValueError(f"{path} is older than the weights in {source}: measure them again")
@@ -111,20 +110,20 @@ def _how(report: dict[str, Any], name: str) -> str:
 
 
 def _settings(arguments: dict[str, Any]) -> dict[str, str]:
-    """Of training arguments those that a reader would ask for."""
-    told = {}
+    """The main training arguments."""
+    facts = {}
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "weight_decay", "seed"):
         if name in arguments:
             value = arguments[name]
-            told[name.replace("_", " ")] = f"{value:g}" if isinstance(value, float) else str(value)
+            facts[name.replace("_", " ")] = f"{value:g}" if isinstance(value, float) else str(value)
     if isinstance(schedule := arguments.get("lr_scheduler_type"), _Opaque):
-        told["learning rate schedule"] = schedule.values[0]
-    told["mixed precision"] = "bf16" if arguments.get("bf16") else "fp16" if arguments.get("fp16") else "none"
-    return told
+        facts["learning rate schedule"] = schedule.values[0]
+    facts["mixed precision"] = "bf16" if arguments.get("bf16") else "fp16" if arguments.get("fp16") else "none"
+    return facts
 
 
 class _Opaque:
-    """Stands for an object of whatever class in a pickle: its values are kept, and nothing of its class is run."""
+    """Replaces objects of any class in a pickle: it keeps their values and runs no code of their class."""
 
     def __init__(self, *values: Any):
         self.values = values
@@ -138,10 +137,10 @@ def _opaque(path: Path) -> _Opaque:
 
 
 def _training_data(source: Path) -> dict[str, Any]:
-    """What a run has said of its data: in its folder, above its checkpoints."""
+    """A run's record of its data, in the parent folder of its checkpoints."""
     of_checkpoint = source.resolve().name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-    return _object_if_there((source.resolve().parent if of_checkpoint else source) / TRAINING_DATA)
+    return _object_if_exists((source.resolve().parent if of_checkpoint else source) / TRAINING_DATA)
 
 
-def _object_if_there(path: Path) -> dict[str, Any]:
+def _object_if_exists(path: Path) -> dict[str, Any]:
     return read_json_object(path) if path.is_file() else {}

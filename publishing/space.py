@@ -1,4 +1,4 @@
-"""A Space that shows a model: the page, and all that it needs where lorgnette is not installed."""
+"""Write a Space for a model: the demo page and its files, without lorgnette."""
 
 import re
 from importlib.metadata import requires
@@ -17,18 +17,18 @@ _RELATIVE_IMPORT = re.compile(r"^from \.+(?:\w+\.)*(\w+) import", flags=re.MULTI
 
 
 def write_space(folder: str | Path, repo_id: str) -> None:
-    """Put `space/` into an exported folder of stage 2, to be uploaded as a Space of its own.
+    """Write `space/` into an exported folder of stage 2; users upload it as a Space.
 
     Args:
-        repo_id: where the model will be; the Space's README names it, and the page loads what is named there.
+        repo_id: the model's repository; the Space's README names it, and the page loads it.
     """
-    place = Path(folder, FOLDER)
-    place.mkdir()
-    for source in _SOURCES:  # side by side, as scripts import one another
+    space = Path(folder, FOLDER)
+    space.mkdir()
+    for source in _SOURCES:  # in one folder, imported as plain modules
         text = _RELATIVE_IMPORT.sub(r"from \1 import", source.read_text(encoding="utf-8"))
-        (place / source.name).write_text(text, encoding="utf-8")
-    needed = (str(_asked("torch")), *REQUIREMENTS)
-    (place / "requirements.txt").write_text("".join(f"{line}\n" for line in needed), encoding="utf-8")
+        (space / source.name).write_text(text, encoding="utf-8")
+    requirements = (str(_requirement("torch")), *REQUIREMENTS)
+    (space / "requirements.txt").write_text("".join(f"{line}\n" for line in requirements), encoding="utf-8")
     card = SpaceCardData(
         title=repo_id.split("/")[-1],
         sdk="gradio",
@@ -37,17 +37,17 @@ def write_space(folder: str | Path, repo_id: str) -> None:
         app_file="app.py",
         models=[repo_id],
     )
-    text = f"---\n{card.to_yaml()}\n---\n\nA page to play with [{repo_id}](https://huggingface.co/{repo_id}).\n"
-    (place / "README.md").write_text(text, encoding="utf-8")
+    text = f"---\n{card.to_yaml()}\n---\n\nA demo of [{repo_id}](https://huggingface.co/{repo_id}).\n"
+    (space / "README.md").write_text(text, encoding="utf-8")
 
 
 def _lowest(package: str) -> str:
-    """The lowest version that lorgnette asks for, which it has been tested with."""
-    (lowest,) = (one.version for one in _asked(package).specifier if one.operator == ">=")
+    """The lowest version that lorgnette requires, which is tested."""
+    (lowest,) = (one.version for one in _requirement(package).specifier if one.operator == ">=")
     return lowest
 
 
-def _asked(package: str) -> Requirement:
-    """What lorgnette asks of a package."""
-    (asked,) = (one for one in map(Requirement, requires("lorgnette") or ()) if one.name == package)
-    return asked
+def _requirement(package: str) -> Requirement:
+    """lorgnette's requirement for a package."""
+    (requirement,) = (one for one in map(Requirement, requires("lorgnette") or ()) if one.name == package)
+    return requirement

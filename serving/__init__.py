@@ -1,1 +1,1 @@
-"""A worker that answers web sites: pictures and questions in over HTTP, text out."""
+"""The HTTP worker, the demo page and the Inference Endpoints handler."""

@@ -1,7 +1,7 @@
-"""A page to play with a model: drop a picture, ask, and see the answer, where it was read from, and another picture's.
+"""A Gradio demo: a question about two pictures, the answers, and the attention maps behind them.
 
-`lorgnette app` shows it. It also goes along with every upload, in `space/`, as the Space that the repository asks for:
-`python app.py` there runs it where lorgnette is not installed, on the model that the README beside it names.
+`lorgnette app` runs it. Every upload also holds it in `space/`, as a Space: `python app.py` there works without
+lorgnette and loads the model that the README in that folder names.
 """
 
 import sys
@@ -18,12 +18,12 @@ from huggingface_hub import SpaceCard
 from PIL import Image
 from transformers import Pipeline, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer, pipeline
 
-from ..inspection.drawing import drawn, overlay
+from ..inspection.drawing import overlay, sample_picture
 from ..inspection.maps import maps_of
 
 
-MAX_CHARACTERS = 50_000  # counting the tokens of more would take longer than answering
-FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none is fetched
+MAX_CHARACTERS = 50_000  # tokenizing more would take longer than answering
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # no web font is downloaded
 SETTINGS = {  # for `launch`
     "theme": gr.themes.Default(**FONTS),
     "footer_links": ["api", "gradio", "settings"],
@@ -35,27 +35,27 @@ SETTINGS = {  # for `launch`
 
 
 def build(pipes: Mapping[str, Pipeline], name: str, max_new_tokens: int = 128) -> gr.Blocks:
-    """The page.
+    """Build the page.
 
     Args:
-        pipes: an `image-to-text` pipeline for each bridge of one model, by the bridge's name. The model is in eval mode
-            and the page's own from now on.
-        name: what the model is called.
-        max_new_tokens: of an answer.
+        pipes: an `image-to-text` pipeline for each bridge of one model, by the bridge's name. The model is in eval
+            mode; from now on only the page uses it.
+        name: the model's name in the title.
+        max_new_tokens: limit for an answer.
     """
     bridges, (first, *_) = list(pipes), pipes.values()
     has_lora = False
-    for bridge in reversed(bridges):  # the first is in use in the end
+    for bridge in reversed(bridges):  # the first is active at the end
         first.model.set_bridge(bridge)
         has_lora = has_lora or first.model.config.lora_config is not None
     with gr.Blocks(title=f"lorgnette: {name}", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(
-            f"## {name}\nDrop a picture and ask. The same is asked of another one: where they show different things, a "
-            "model that looks gives different answers. Bright is where it looked: the cross-attention of all queries, "
-            "then what each word of the answer was read from."
+            f"## {name}\nDrop a picture and ask. The model answers the same question for a second picture: "
+            "answers that depend on the picture differ. Bright areas have high attention: first the cross-attention of "
+            "all queries, then the attribution of each word of the answer."
         )
         with gr.Row():
-            pictures = [_picture("Picture"), _picture("Another picture", drawn())]
+            pictures = [_picture("Picture"), _picture("Another picture", sample_picture())]
         with gr.Row(equal_height=True):
             question = gr.Textbox(first.processor.query, label="Question", scale=3)
             bridge = gr.Radio(bridges, value=bridges[0], label="Bridge", visible=len(bridges) > 1, min_width=180)
@@ -69,7 +69,8 @@ def build(pipes: Mapping[str, Pipeline], name: str, max_new_tokens: int = 128) -
                     outputs.append(gr.Gallery(label=f"{label}: maps", height="max-content", **gallery))
         inputs = [*pictures, question, bridge, use_lora]
         answer = partial(ask, pipes, max_new_tokens)
-        shown = {"show_progress": "minimal", "show_progress_on": outputs[0]}  # or all four would say "Error" of one
+        # otherwise all four outputs would show an error
+        shown = {"show_progress": "minimal", "show_progress_on": outputs[0]}
         gr.on([button.click, question.submit], answer, inputs, outputs, api_name="ask", **shown)
     return page
 
@@ -83,42 +84,42 @@ def ask(
     bridge: str,
     use_lora: bool,
 ) -> Iterator[list[Any]]:
-    """Ask one question of two pictures, one after the other.
+    """Answer one question for two pictures, one after the other.
 
     Args:
-        picture, other: files; without the other only one is asked about.
+        picture, other: files; `other` may be None.
 
     Yields:
-        what there is so far of the answer, its maps, the other's answer and its maps.
+        so far: the answer, its maps, the other picture's answer and its maps.
 
     Raises:
-        gr.Error: no picture, one that cannot be used, no question, or a longer one than the model reads.
+        gr.Error: the picture is missing or cannot be used; the question is empty or too long for the model.
     """
     shown: list[Any] = ["", None, "", None]
     yield list(shown)
     pipe = pipes[bridge]
     pipe.model.set_bridge(bridge)
-    with _told():
+    with _errors_on_page():
         if picture is None:
             raise ValueError("Drop a picture first.")
         if not question.strip():
-            raise ValueError("There are no words in the question.")
+            raise ValueError("The question is empty.")
         if len(question) > MAX_CHARACTERS:
             raise ValueError(f"The question has {len(question)} characters; {MAX_CHARACTERS} are allowed.")
         prompts = [prompt_of(pipe, path, question, max_new_tokens) for path in (picture, other) if path is not None]
     without_lora = pipe.model.config.lora_config is not None and not use_lora
     with pipe.model.disable_adapter() if without_lora else nullcontext():
-        for place, prompt in enumerate(prompts):
-            for said in stream(pipe, prompt, max_new_tokens):
-                shown[2 * place] = said
+        for index, prompt in enumerate(prompts):
+            for text in stream(pipe, prompt, max_new_tokens):
+                shown[2 * index] = text
                 yield list(shown)
-        for place, prompt in enumerate(prompts):
-            shown[2 * place + 1] = overlays(pipe, prompt, shown[2 * place])
+        for index, prompt in enumerate(prompts):
+            shown[2 * index + 1] = overlays(pipe, prompt, shown[2 * index])
             yield list(shown)
 
 
 def prompt_of(pipe: Pipeline, path: str, question: str, max_new_tokens: int) -> dict[str, torch.Tensor]:
-    """What the model is given. Raises a ValueError for a picture or a question that cannot be used."""
+    """The model's inputs. Raises a ValueError for a picture or a question that cannot be used."""
     model, processor = pipe.model, pipe.processor
     try:
         image = processor.load_image(Path(path).read_bytes())
@@ -135,7 +136,7 @@ def prompt_of(pipe: Pipeline, path: str, question: str, max_new_tokens: int) -> 
 
 
 def stream(pipe: Pipeline, prompt: Mapping[str, torch.Tensor], max_new_tokens: int) -> Iterator[str]:
-    """The answer so far, again and again; the last is the whole. Who stops listening stops the model."""
+    """Yield the growing answer; the last is complete. Closing the iterator stops generation."""
     streamer = TextIteratorStreamer(pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     stop = _Stop()
     settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
@@ -148,27 +149,27 @@ def stream(pipe: Pipeline, prompt: Mapping[str, torch.Tensor], max_new_tokens: i
             streamer.end()
 
     with ThreadPoolExecutor(1) as thread:
-        answering, said = thread.submit(answer), ""
+        generating, text = thread.submit(answer), ""
         try:
             for piece in streamer:
-                said += piece
-                yield said.strip()
+                text += piece
+                yield text.strip()
         finally:
             stop.now = True
-        yield pipe.postprocess(answering.result())[0]["generated_text"]
+        yield pipe.postprocess(generating.result())[0]["generated_text"]
 
 
 def overlays(pipe: Pipeline, prompt: Mapping[str, torch.Tensor], answer: str) -> list[tuple[Image.Image, str]]:
-    """Cross-attention over the picture, the mean over queries and layers; then where each word was read from."""
-    look = maps_of(pipe.model, pipe.processor, prompt, answer)
-    named = [("queries", look.queries.mean((0, 1)))]
-    named += [(word.text.strip(), word.patches) for word in look.words]
-    return [(overlay(look.picture, patches, 336), title) for title, patches in named]
+    """The picture's cross-attention, mean over queries and layers; then the attribution of each word."""
+    attribution = maps_of(pipe.model, pipe.processor, prompt, answer)
+    named = [("queries", attribution.queries.mean((0, 1)))]
+    named += [(word.text.strip(), word.patches) for word in attribution.words]
+    return [(overlay(attribution.picture, patches, 336), title) for title, patches in named]
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What is wrong with a question is shown on the page, and no trace anywhere."""
+def _errors_on_page() -> Iterator[None]:
+    """Show a ValueError on the page, without a traceback."""
     try:
         yield
     except ValueError as error:
@@ -176,7 +177,7 @@ def _told() -> Iterator[None]:
 
 
 class _Stop(StoppingCriteria):
-    """Ends an answer from outside."""
+    """Stops a running generation."""
 
     now = False
 
@@ -186,34 +187,34 @@ class _Stop(StoppingCriteria):
 
 def _picture(label: str, value: Image.Image | None = None) -> gr.Image:
     box = gr.Image(value, label=label, type="filepath", sources=["upload", "clipboard"], height=280, min_width=240)
-    # gradio would open the file itself, in any format, with errors that do not say what is wrong
+    # gradio would open the file itself, in any format, with unclear errors
     box.preprocess = lambda file: file and file.path
     return box
 
 
 def _switch(name: str, **settings: Any) -> gr.Radio:
     switch = gr.Radio([("on", True), ("off", False)], value=True, **settings)
-    # gradio would offer the API the strings "True" and "False", and refuse them
+    # gradio's API schema would name the strings "True" and "False", and then refuse them
     switch.api_info = lambda: {"type": "boolean"}
-    switch.preprocess = partial(_switched, name)
+    switch.preprocess = partial(_parse_switch, name)
     return switch
 
 
-def _switched(name: str, value: Any) -> bool:
-    """The page sends a boolean, and so may programs, or a word for it."""
-    if str(value).lower() not in _SWITCHED:
+def _parse_switch(name: str, value: Any) -> bool:
+    """The page sends a boolean; programs may send one, or its name."""
+    if str(value).lower() not in _SWITCH_VALUES:
         raise gr.Error(f"{name} is {str(value)[:60]!r}; on or off is needed, or true or false", print_exception=False)
-    return _SWITCHED[str(value).lower()]
+    return _SWITCH_VALUES[str(value).lower()]
 
 
-_SWITCHED = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
+_SWITCH_VALUES = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
 
 
 def main(source: str | None = None) -> None:
-    """Show a model whose code is its own.
+    """Run the page for a model that loads with remote code.
 
     Args:
-        source: its folder or Hub id; by default what the README beside this file names.
+        source: its folder or Hub id; by default the one in this folder's README.
     """
     source = source or SpaceCard.load(Path(__file__).with_name("README.md")).data.models[0]
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"

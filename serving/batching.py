@@ -1,7 +1,7 @@
-"""One thread that owns the model: waiting questions to the same bridge are answered together.
+"""One thread owns the model and batches waiting requests to the same bridge.
 
-A row of a batch ends by itself, with its end token, its limit or its deadline, or when nobody waits for it any more;
-its answer leaves at once, while the others go on. A row's next token is the likeliest, or what its own sampler draws.
+A row of a batch ends on its own: at its end token, its limit, its deadline, or when its caller disconnects. Its answer
+is sent at once, and the other rows continue. A row's next token is the argmax, or what its own sampler draws.
 """
 
 import logging
@@ -25,24 +25,24 @@ from .sampling import Sampler
 
 logger = logging.getLogger(__name__)
 
-_WORDS = ("input_ids", "attention_mask", "qformer_input_ids", "qformer_attention_mask")
+_TEXT_INPUTS = ("input_ids", "attention_mask", "qformer_input_ids", "qformer_attention_mask")
 
 
 @dataclass(eq=False)
-class Ticket:
-    """A question on its way through the model.
+class Request:
+    """One row to generate.
 
     Args:
-        inputs: what the processor makes of it, one row.
-        bridge: in the model.
-        use_lora: whether it is answered with LoRA.
-        max_new_tokens: at most so many tokens are generated.
-        deadline: by `time.monotonic`; nothing more is generated after it.
-        tell: called in the model's thread with each new token, then once with why it ended: `"stop"`, `"length"`, or
-            an exception.
-        sampler: draws its tokens; None: the likeliest is taken.
-        is_over: called in the model's thread with all new tokens so far; True ends it with `"stop"`.
-        gone: set it when nobody waits any more.
+        inputs: the processor's output, one row.
+        bridge: the adapter set's name in the model.
+        use_lora: whether LoRA is active.
+        max_new_tokens: limit on generated tokens.
+        deadline: in `time.monotonic` seconds; generation stops at it.
+        on_event: called in the model's thread with each new token, then once with the reason it ended: `"stop"`,
+            `"length"`, or an exception.
+        sampler: draws the tokens; None: greedy decoding.
+        should_stop: called in the model's thread with all new tokens so far; True ends it with `"stop"`.
+        is_cancelled: set it when the caller has disconnected.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -50,37 +50,38 @@ class Ticket:
     use_lora: bool
     max_new_tokens: int
     deadline: float
-    tell: Callable[[int | str | Exception], None]
+    on_event: Callable[[int | str | Exception], None]
     sampler: Sampler | None = None
-    is_over: Callable[[list[int]], bool] = lambda tokens: False
-    gone: bool = False
+    should_stop: Callable[[list[int]], bool] = lambda tokens: False
+    is_cancelled: bool = False
     tokens: list[int] = field(default_factory=list, init=False)
     ended: bool = field(default=False, init=False)
 
     @property
     def is_wanted(self) -> bool:
-        return not self.gone and time.monotonic() < self.deadline
+        return not self.is_cancelled and time.monotonic() < self.deadline
 
     @property
-    def batches_with(self) -> tuple:
-        """Tickets for which this is equal can share a batch."""
-        pictures = sorted((name, tuple(value.shape[1:])) for name, value in self.inputs.items() if name not in _WORDS)
-        return self.bridge, self.use_lora, tuple(pictures), "qformer_input_ids" in self.inputs
+    def batch_key(self) -> tuple:
+        """Requests with equal keys can share a batch."""
+        others = {name: value for name, value in self.inputs.items() if name not in _TEXT_INPUTS}
+        shapes = sorted((name, tuple(value.shape[1:])) for name, value in others.items())
+        return self.bridge, self.use_lora, tuple(shapes), "qformer_input_ids" in self.inputs
 
-    def end(self, why: str | Exception) -> None:
+    def end(self, reason: str | Exception) -> None:
         if not self.ended:
             self.ended = True
-            self.tell(why)
+            self.on_event(reason)
 
 
 class Batcher:
-    """Answers tickets, those that have waited longest first.
+    """Answers requests in batches, the oldest first.
 
     Args:
-        model: in eval mode, on its device; from now on nobody else touches it.
-        processor: knows what ends an answer, and what pads.
+        model: in eval mode, on its device; from now on only the batcher's thread uses it.
+        processor: gives the end-of-answer and padding token ids.
         max_batch: rows.
-        on_batch: told the bridge and the number of rows of each batch.
+        on_batch: called with the bridge and the number of rows of each batch.
     """
 
     def __init__(
@@ -91,8 +92,8 @@ class Batcher:
         on_batch: Callable[[str, int], None] = lambda bridge, rows: None,
     ):
         self.model, self.processor, self.max_batch, self.on_batch = model, processor, max_batch, on_batch
-        self._waiting: list[Ticket] = []
-        self._changed, self._stopping = threading.Condition(), False
+        self._waiting: list[Request] = []
+        self._condition, self._stopping = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
@@ -102,22 +103,22 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Tickets that no batch has taken yet."""
+        """Requests that no batch has taken yet."""
         return len(self._waiting)
 
-    def submit(self, ticket: Ticket) -> None:
-        """Let a ticket wait for its turn. Raises [`RefusedError`] when stopping."""
-        with self._changed:
+    def submit(self, request: Request) -> None:
+        """Put a request into the queue. Raises [`RefusedError`] when stopping."""
+        with self._condition:
             if self._stopping:
                 raise _stopping()
-            self._waiting.append(ticket)
-            self._changed.notify()
+            self._waiting.append(request)
+            self._condition.notify()
 
     def stop(self) -> None:
-        """Finish the batch that is under way, refuse what waits, and end the thread."""
-        with self._changed:
+        """Finish the running batch, refuse the waiting requests, and end the thread."""
+        with self._condition:
             self._stopping = True
-            self._changed.notify()
+            self._condition.notify()
         self._thread.join()
 
     def _run(self) -> None:
@@ -125,99 +126,99 @@ class Batcher:
             self.on_batch(batch[0].bridge, len(batch))
             try:
                 self._answer(batch)
-            except Exception as error:  # the thread goes on: each ticket has its error, and the log the trace
+            except Exception as error:  # the thread continues: each request gets the error, the log gets the traceback
                 logger.exception("a batch of %d failed", len(batch))
-                for ticket in batch:
-                    ticket.end(
+                for request in batch:
+                    request.end(
                         RefusedError(500, "model_error", f"the model failed with {type(error).__name__}: {error}")
                     )
 
-    def _next(self) -> list[Ticket]:
+    def _next(self) -> list[Request]:
         """The next batch; empty when stopping."""
-        with self._changed:
+        with self._condition:
             while not self._stopping:
-                self._waiting = [ticket for ticket in self._waiting if ticket.is_wanted]
+                self._waiting = [request for request in self._waiting if request.is_wanted]
                 if self._waiting:
-                    kind = self._waiting[0].batches_with
-                    batch = [ticket for ticket in self._waiting if ticket.batches_with == kind][: self.max_batch]
-                    self._waiting = [ticket for ticket in self._waiting if ticket not in batch]
+                    kind = self._waiting[0].batch_key
+                    batch = [request for request in self._waiting if request.batch_key == kind][: self.max_batch]
+                    self._waiting = [request for request in self._waiting if request not in batch]
                     return batch
-                self._changed.wait()
-            for ticket in self._waiting:
-                ticket.end(_stopping())
+                self._condition.wait()
+            for request in self._waiting:
+                request.end(_stopping())
             self._waiting = []
             return []
 
-    def _answer(self, batch: list[Ticket]) -> None:
+    def _answer(self, batch: list[Request]) -> None:
         model = self.model
         model.set_bridge(batch[0].bridge)
         has_lora = model.config.lora_config is not None
-        inputs = collate([ticket.inputs for ticket in batch], self.processor)
+        inputs = collate([request.inputs for request in batch], self.processor)
         inputs = {
             name: value.to(model.device, model.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
         }
         missing = missing_tokens(model.generation_config, self.processor)
         ends = missing.get("eos_token_id", model.generation_config.eos_token_id)
-        draws = [_Draws(batch)] if any(ticket.sampler for ticket in batch) else []
-        rows = _Rows(batch, inputs["input_ids"].shape[1], {ends} if isinstance(ends, int) else set(ends))
+        draws = [_SampledTokens(batch)] if any(request.sampler for request in batch) else []
+        rows = _RowStopping(batch, inputs["input_ids"].shape[1], {ends} if isinstance(ends, int) else set(ends))
         with model.disable_adapter() if has_lora and not batch[0].use_lora else nullcontext():
             model.generate(
                 **inputs,
                 **missing,
                 do_sample=False,
                 num_beams=1,
-                max_new_tokens=max(ticket.max_new_tokens for ticket in batch),
+                max_new_tokens=max(request.max_new_tokens for request in batch),
                 logits_processor=LogitsProcessorList(draws),
                 stopping_criteria=StoppingCriteriaList([rows]),
             )
 
 
-class _Draws(LogitsProcessor):
-    """Makes the token that a row's sampler draws its likeliest. Rows without a sampler stay as they are."""
+class _SampledTokens(LogitsProcessor):
+    """Sets the scores so that greedy decoding takes the token that a row's sampler drew; other rows are unchanged."""
 
-    def __init__(self, batch: list[Ticket]):
+    def __init__(self, batch: list[Request]):
         self.batch = batch
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         scores = scores.clone()
-        for row, ticket in enumerate(self.batch):
-            if ticket.sampler is not None and not ticket.ended:
-                token = ticket.sampler.draw(scores[row])
+        for row, request in enumerate(self.batch):
+            if request.sampler is not None and not request.ended:
+                token = request.sampler.draw(scores[row])
                 scores[row] = -torch.inf
                 scores[row, token] = 0.0
         return scores
 
 
-class _Rows(StoppingCriteria):
-    """Passes on each row's new token, and says which rows have ended."""
+class _RowStopping(StoppingCriteria):
+    """Reports each row's new token to its request, and ends rows one by one."""
 
-    def __init__(self, batch: list[Ticket], prompt_length: int, end_ids: set[int]):
+    def __init__(self, batch: list[Request], prompt_length: int, end_ids: set[int]):
         self.batch, self.prompt_length, self.end_ids = batch, prompt_length, end_ids
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **_: Any) -> torch.BoolTensor:
-        for ticket, token in zip(self.batch, input_ids[:, -1].tolist(), strict=True):
-            if ticket.ended:
+        for request, token in zip(self.batch, input_ids[:, -1].tolist(), strict=True):
+            if request.ended:
                 continue
             if token in self.end_ids:
-                ticket.end("stop")
+                request.end("stop")
                 continue
-            ticket.tokens.append(token)
-            ticket.tell(token)
-            if ticket.is_over(ticket.tokens):
-                ticket.end("stop")
-            elif len(ticket.tokens) >= ticket.max_new_tokens:
-                ticket.end("length")
-            elif not ticket.is_wanted:  # its caller has been told already, or is gone
-                ticket.ended = True
-        return torch.tensor([ticket.ended for ticket in self.batch], device=input_ids.device)
+            request.tokens.append(token)
+            request.on_event(token)
+            if request.should_stop(request.tokens):
+                request.end("stop")
+            elif len(request.tokens) >= request.max_new_tokens:
+                request.end("length")
+            elif not request.is_wanted:  # its caller got a timeout, or disconnected
+                request.ended = True
+        return torch.tensor([request.ended for request in self.batch], device=input_ids.device)
 
 
 def collate(rows: list[dict[str, torch.Tensor]], processor: LorgnetteProcessor) -> dict[str, torch.Tensor]:
-    """Rows as the processor makes them, one at a time, to a batch: prompts padded on the left, pictures in a row.
+    """Join single processed rows into a batch: prompts are left-padded, pictures concatenated.
 
     Args:
-        rows: each with `input_ids` and `attention_mask` `(1, S)`; `pixel_values` `(N, 3, H, W)` and what goes with it;
+        rows: each with `input_ids` and `attention_mask` `(1, S)`; `pixel_values` `(N, 3, H, W)` and their masks;
             `qformer_input_ids` and `qformer_attention_mask` `(N, T)`.
 
     Returns:
@@ -228,12 +229,12 @@ def collate(rows: list[dict[str, torch.Tensor]], processor: LorgnetteProcessor) 
         pads["qformer_input_ids"] = processor.qformer_tokenizer.pad_token_id
     return {
         name: pad_sequence(
-            [words for row in rows for words in row[name]],
+            [ids for row in rows for ids in row[name]],
             batch_first=True,
             padding_value=pads.get(name, 0),
             padding_side="right" if name.startswith("qformer") else "left",
         )
-        if name in _WORDS
+        if name in _TEXT_INPUTS
         else torch.cat([row[name] for row in rows])
         for name in rows[0]
     }

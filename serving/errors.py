@@ -1,20 +1,20 @@
-"""Why a request is not answered, in the form that its caller gets."""
+"""The error of a refused request, and its JSON body."""
 
 from typing import Any
 
 
 class RefusedError(Exception):
-    """A request that ends without an answer.
+    """A request that is refused.
 
     Args:
-        status: of HTTP.
+        status: HTTP status.
         code: one word for programs.
-        message: one sentence for people, of what was wrong and by how much.
-        retry_after: seconds until it is worth to ask again; None where it is not.
+        message: one sentence for people: what is wrong, with the numbers.
+        retry_after: seconds to wait before a retry; None where a retry does not help.
     """
 
     def __init__(self, status: int, code: str, message: str, retry_after: int | None = None):
-        message = message[:2000].encode("utf-8", "backslashreplace").decode()  # JSON takes no halves of characters
+        message = message[:2000].encode("utf-8", "backslashreplace").decode()  # JSON cannot hold lone surrogates
         super().__init__(message)
         self.status, self.code, self.message, self.retry_after = status, code, message, retry_after
 
@@ -24,11 +24,11 @@ class RefusedError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """As OpenAI's interface has it."""
+        """The body in OpenAI's format."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": self.message, "type": kind, "code": self.code, "param": None}}
 
 
 def timed_out(seconds: float) -> RefusedError:
-    """What is said of a request that took too long."""
+    """The error of a request that took too long."""
     return RefusedError(504, "timeout", f"not answered within {seconds:g} s", retry_after=1)

@@ -1,4 +1,4 @@
-"""Types of fields that callers write in more than one way, or whose values here are few."""
+"""Field types that accept several spellings, or few values."""
 
 import json
 import re
@@ -20,24 +20,24 @@ def _to_int(value: Any) -> Any:
     return int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}", value) else value
 
 
-# as forms have them: "1", "0", "true" and "false" in any case, the numbers 1 and 0, and decimal digits
+# as HTML forms send them: "1", "0", "true" and "false" in any case, the numbers 1 and 0, and decimal digits
 FormBool = Annotated[bool, BeforeValidator(_to_bool)]
 FormInt = Annotated[int, BeforeValidator(_to_int)]
 
-Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]  # 0: the likeliest token is taken
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]  # 0: greedy decoding
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
 def only(*allowed: Any) -> AfterValidator:
-    """Refuses a value that is neither null nor one of `allowed`, which change nothing."""
+    """Refuse a value other than null and `allowed`, the values that change nothing."""
 
     def check(value: Any) -> Any:
         # True is 1 in Python, and not in JSON
         if value is None or any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed):
             return value
         is_many = isinstance(value, (list, dict))
-        given = f"a {type(value).__name__} of {len(value)}" if is_many else json.dumps(value)[:60]
-        known = " or ".join(json.dumps(one) for one in (*allowed, None))
-        raise ValueError(f"it is {given}; what is supported here is {known}")
+        text = f"a {type(value).__name__} of {len(value)}" if is_many else json.dumps(value)[:60]
+        supported = " or ".join(json.dumps(one) for one in (*allowed, None))
+        raise ValueError(f"it is {text}; what is supported here is {supported}")
 
     return AfterValidator(check)

@@ -1,17 +1,17 @@
-"""Answers an Inference Endpoint of this repository, by the payload that `lorgnette serve` takes at `/v1/vision`:
+"""Inference Endpoints handler, with the payload of `/v1/vision` of `lorgnette serve`:
 
     {"inputs": {"image_url": "https://…", "prompt": "What is this?", "adapter": "default", "use_lora": true}}
 
-The Endpoint asks for `inputs`; without that the fields may stand by themselves. `inputs` may also be a picture alone:
-what the runtime makes of a body of type `image/…`, base64, or a URL. Other fields stand in `parameters` then, or in its
-`generate_kwargs`, the processor's own query is what is asked without a `prompt`, and the answer has the form of the
-image-to-text task, `[{"generated_text": …}]`, which `huggingface_hub.InferenceClient.image_to_text` reads. A `question`
-beside `inputs` is the prompt as well, as `InferenceClient.visual_question_answering` sends it, and reads `answer`.
+Endpoints require `inputs`; direct callers may send the fields without it. `inputs` may also be a picture alone: an
+`image/…` body as the runtime decodes it, base64, or a URL. Then the other fields are in `parameters` or its
+`generate_kwargs`, the default `prompt` is the processor's own query, and the answer has the format of the image-to-text
+task, `[{"generated_text": …}]`, which `huggingface_hub.InferenceClient.image_to_text` reads. A `question` next to
+`inputs` is the prompt too: `InferenceClient.visual_question_answering` sends it, and reads `answer`.
 
-`web_images.py` lies beside this file; the runtime puts their folder first on the path.
+`web_images.py` is in this file's folder, which the runtime puts first on the path.
 
-There is one adapter, called as the environment variable `ADAPTER_NAME` says, `default` otherwise. What is raised here
-its caller gets as `{"error": …}`.
+The one adapter has the name in the environment variable `ADAPTER_NAME`, or `default`. The runtime sends exceptions to
+the caller as `{"error": …}`.
 """
 
 import importlib
@@ -26,12 +26,12 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
-# by name: transformers' scanner takes a plain import for a package that has to be installed
+# transformers' import scanner would require a package of this name for a plain import
 web_images = importlib.import_module("web_images")
 
 MAX_NEW_TOKENS = 128
 FETCH_SECONDS = 10.0
-# field -> (type, default); None: it has to be there
+# field -> (type, default); None: required
 FIELDS = {
     "image_url": (str, None),
     "prompt": (str, None),
@@ -42,17 +42,17 @@ FIELDS = {
 }
 BOOLS = {"1": True, "true": True, "0": False, "false": False}
 URL = re.compile(r"(?i:https?)://|data:")
-PICTURE = (str, bytes, bytearray, io.BytesIO, Image.Image)  # what `inputs` is where it is a picture alone
+PICTURE = (str, bytes, bytearray, io.BytesIO, Image.Image)  # types of `inputs` as a picture alone
 MAX_URL = 8192  # characters, of http and https
-# What may be said of how tokens are chosen: the likeliest is taken
+# the accepted generation settings: decoding is greedy
 GREEDY = {"do_sample": False, "num_beams": 1, "top_k": 1}
 
 
 class EndpointHandler:
-    """What the Endpoint's runtime makes of the repository's folder, and calls with each request.
+    """The class that the Endpoints runtime instantiates and calls with each request.
 
     Args:
-        path: the folder. The code in it is run: it is the repository that the Endpoint was made of.
+        path: the repository's folder. Its remote code runs.
     """
 
     def __init__(self, path: str = ""):
@@ -77,21 +77,21 @@ class EndpointHandler:
         """
         has_inputs = isinstance(data, dict) and "inputs" in data
         question = _question(data) if has_inputs else None
-        asked = _checked(*((data["inputs"], data.get("parameters"), question) if has_inputs else (data,)))
-        if asked["adapter"] not in ("", self.adapter):
-            raise ValueError(f"there is no adapter {asked['adapter'][:100]!r}; there is {self.adapter}")
-        if not asked["use_lora"] and self.model.config.saved_form == "merged":
+        request = _checked(*((data["inputs"], data.get("parameters"), question) if has_inputs else (data,)))
+        if request["adapter"] not in ("", self.adapter):
+            raise ValueError(f"there is no adapter {request['adapter'][:100]!r}; there is {self.adapter}")
+        if not request["use_lora"] and self.model.config.saved_form == "merged":
             raise ValueError("use_lora is false, but this model was saved merged: LoRA is part of the LM")
-        image = self._load(asked["image_url"])
-        inputs = self.processor(images=[[image]], queries=asked["prompt"], return_tensors="pt")
-        length, limit = inputs["input_ids"].shape[1], asked["max_new_tokens"]
+        image = self._load(request["image_url"])
+        inputs = self.processor(images=[[image]], queries=request["prompt"], return_tensors="pt")
+        length, limit = inputs["input_ids"].shape[1], request["max_new_tokens"]
         context = self.model.max_text_length or self.processor.tokenizer.model_max_length
         if length + limit > context:
             raise ValueError(f"{length} tokens and {limit} new ones are more than the {context} that the model reads")
-        known = self.model.generation_config.eos_token_id or []
-        ends = sorted({*self.processor.stop_token_ids, *([known] if isinstance(known, int) else known)})
+        eos = self.model.generation_config.eos_token_id or []
+        ends = sorted({*self.processor.stop_token_ids, *([eos] if isinstance(eos, int) else eos)})
         has_lora = self.model.config.lora_config is not None
-        with self.model.disable_adapter() if has_lora and not asked["use_lora"] else nullcontext():
+        with self.model.disable_adapter() if has_lora and not request["use_lora"] else nullcontext():
             ids = self.model.generate(
                 **inputs.to(device=self.model.device, dtype=self.model.dtype),
                 do_sample=False,
@@ -120,22 +120,22 @@ class EndpointHandler:
             source = web_images.read_web_image(picture, FETCH_SECONDS) if isinstance(picture, str) else picture
             return self.processor.load_image(source)
         except ValueError as error:
-            raise ValueError(str(error).partition("; it begins with ")[0]) from None  # the file is not quoted
+            raise ValueError(str(error).partition("; it begins with ")[0]) from None  # without the file's bytes
 
 
 def _question(data: dict[str, Any]) -> Any:
-    """What is asked beside a picture alone; a ValueError for what else beside `inputs` would be passed over."""
+    """The `question` next to a picture alone; raises a ValueError for fields that would be ignored."""
     is_alone = isinstance(data["inputs"], PICTURE)
-    known = {"inputs", "parameters", "options"} | ({"question", "image"} if is_alone else set())
-    if unknown := sorted(map(str, data.keys() - known)):
-        raise ValueError(f"there is no field {unknown[0][:100]!r} beside inputs; there are {', '.join(sorted(known))}")
+    allowed = {"inputs", "parameters", "options"} | ({"question", "image"} if is_alone else set())
+    if unknown := sorted(map(str, data.keys() - allowed)):
+        raise ValueError(f"there is no field {unknown[0][:100]!r} beside inputs, but {', '.join(sorted(allowed))}")
     if data.get("image") not in (None, data["inputs"]):
         raise ValueError("image is another picture than inputs")
     return data.get("question")
 
 
 def _checked(inputs: Any, parameters: Any = None, question: Any = None) -> dict[str, Any]:
-    """All of [`FIELDS`], the prompt of a picture alone None where it is not given; or a ValueError."""
+    """All of [`FIELDS`], checked; the prompt of a picture alone may be None. Raises a ValueError."""
     is_alone = isinstance(inputs, PICTURE)
     if is_alone:
         inputs = {"image_url": _decoded(inputs)} | ({} if question is None else {"prompt": question})
@@ -146,7 +146,7 @@ def _checked(inputs: Any, parameters: Any = None, question: Any = None) -> dict[
         value = default if value is None else value
         if value is None and not (name == "prompt" and is_alone):
             raise ValueError(f"{name} is missing")
-        if kind is bool and (isinstance(value, str) or type(value) is int):  # as forms have them
+        if kind is bool and (isinstance(value, str) or type(value) is int):  # as HTML forms send them
             value = BOOLS.get(str(value).lower(), value)
         if kind is int and isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value):
             value = int(value)
@@ -160,7 +160,7 @@ def _checked(inputs: Any, parameters: Any = None, question: Any = None) -> dict[
     if isinstance(url, str) and len(url) > MAX_URL and not url.startswith("data:"):
         raise ValueError(f"image_url has {len(url)} characters; {MAX_URL} are allowed")
     if prompt is not None and not prompt.strip():
-        raise ValueError("prompt has no words in it")
+        raise ValueError("prompt is empty")
     if prompt is not None and len(prompt) > 50_000:
         raise ValueError(f"prompt has {len(prompt)} characters; 50000 are allowed")
     if checked["stream"]:
@@ -171,7 +171,7 @@ def _checked(inputs: Any, parameters: Any = None, question: Any = None) -> dict[
 
 
 def _decoded(picture: Any) -> str | bytes | Image.Image:
-    """`inputs` that are a picture alone: bare base64, URL-safe or without its padding too, and files become bytes."""
+    """`inputs` as a picture alone: base64 (URL-safe and unpadded too) and files become bytes."""
     if isinstance(picture, io.BytesIO):
         return picture.getvalue()
     if not isinstance(picture, str) or URL.match(picture):
@@ -183,7 +183,7 @@ def _decoded(picture: Any) -> str | bytes | Image.Image:
 
 
 def _merged(inputs: Any, parameters: Any) -> dict[str, Any]:
-    """The fields of `inputs`, `parameters` and what is nested in these, each given once."""
+    """The fields of `inputs`, `parameters` and their nested objects; a field given twice is an error."""
     if not isinstance(inputs, dict):
         raise ValueError(f"an object with {', '.join(FIELDS)} is needed, not a {type(inputs).__name__}")
     groups, fields = [("parameters", {} if parameters is None else parameters)], dict(inputs)
@@ -191,7 +191,7 @@ def _merged(inputs: Any, parameters: Any) -> dict[str, Any]:
         if not isinstance(group, dict):
             raise ValueError(f"{where} is a {type(group).__name__}; an object is needed")
         for name, value in group.items():
-            if value is None:  # as clients send what nobody chose
+            if value is None:  # clients send null for unset fields
                 continue
             if name in ("generate_kwargs", "generation_parameters") and where == "parameters":
                 groups.append((name, value))

@@ -1,4 +1,4 @@
-"""One model with all its bridges, from folders or the Hub."""
+"""Load one model with all its bridges, from folders or the Hub."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,9 +38,9 @@ def load(
         raise ValueError(f"two bridges are called {name!r}: the model's own, and {bridges[name]}")
     if LorgnetteForConditionalGeneration.active_bridge in bridges:
         raise ValueError("a bridge cannot be called 'default': the model's own is, whatever its callers say")
-    place, keywords = from_pretrained_arguments(model, revision)
-    processors = {name: LorgnetteProcessor.from_pretrained(place, **keywords)}
-    loaded = LorgnetteForConditionalGeneration.from_pretrained(place, dtype="auto", **keywords)
+    folder, keywords = from_pretrained_arguments(model, revision)
+    processors = {name: LorgnetteProcessor.from_pretrained(folder, **keywords)}
+    loaded = LorgnetteForConditionalGeneration.from_pretrained(folder, dtype="auto", **keywords)
     for other, source in bridges.items():
         loaded.load_bridge(source, other)
         processors[other] = LorgnetteProcessor.from_pretrained(source)

@@ -1,4 +1,4 @@
-"""What callers send: the interface that sites have, and OpenAI's chat form. Both become a [`Question`]."""
+"""Request bodies: `/v1/vision` and OpenAI's chat completions. Both become a [`Question`]."""
 
 import json
 from dataclasses import dataclass, field
@@ -10,26 +10,26 @@ from .fields import FormBool, FormInt, Temperature, TopP, only
 
 
 MAX_IMAGES = 8
-MAX_CHARACTERS = 50_000  # of all words; counting the tokens of more would take longer than answering
+MAX_CHARACTERS = 50_000  # of all text; tokenizing more would take longer than answering
 MAX_URL = 8192  # of http and https
 MAX_STOPS = 4
 
 
 @dataclass
 class Question:
-    """One request, whatever its form.
+    """One parsed request, of either format.
 
     Args:
         messages: as `apply_chat_template` takes them, with `{"type": "image"}` for each picture; None for the prompt
-            that the processor writes. Where the last has pictures and no words, the processor's own query is asked.
-        prompt: what is asked, without messages.
+            that the processor writes. If the last has pictures and no text, the processor's own query is used.
+        prompt: the text, where there are no messages.
         images: the pictures' URLs, in order.
         adapter: the bridge's name; None for the first.
         use_lora, max_new_tokens, stream: see [`VisionRequest`].
-        at_most: a limit of tokens that is no request: the worker's own holds where it is lower. None for no such limit.
-        temperature, top_p, seed: see [`~lorgnette.serving.sampling.Sampler`]; with a temperature of 0 the likeliest
-            token is taken.
-        stops: strings that end the answer, and are no part of it.
+        at_most: a limit that is lowered to the worker's instead of refused. None for no such limit.
+        temperature, top_p, seed: see [`~lorgnette.serving.sampling.Sampler`]; a temperature of 0 is
+            greedy decoding.
+        stops: strings that end the answer and are not part of it.
     """
 
     messages: list[dict[str, Any]] | None
@@ -56,9 +56,9 @@ def _check_url(url: str) -> str:
     return url
 
 
-def _check_words(text: str) -> str:
+def _check_text(text: str) -> str:
     if not text.strip():
-        raise ValueError("there are no words in it")
+        raise ValueError("the text is empty")
     if len(text) > MAX_CHARACTERS:
         raise ValueError(f"{len(text)} characters are more than the {MAX_CHARACTERS} that are allowed")
     return text
@@ -75,7 +75,7 @@ class VisionRequest(_Strict):
     stream: FormBool | None = Field(False, description="Server-sent events, piece by piece.")
 
     _url = field_validator("image_url")(_check_url)
-    _words = field_validator("prompt")(_check_words)
+    _text = field_validator("prompt")(_check_text)
 
     def question(self) -> Question:
         return Question(
@@ -109,7 +109,7 @@ class _TextPart(_Strict):
 class _Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Annotated[_ImagePart | _TextPart, Field(discriminator="type")]] | None
-    name: str | None = None  # nobody is told
+    name: str | None = None  # ignored
     annotations: Annotated[Any, only([])] = None
     audio: Annotated[Any, only()] = None
     function_call: Annotated[Any, only()] = None
@@ -118,7 +118,7 @@ class _Message(_Strict):
 
     @field_validator("content")
     @classmethod
-    def _said(cls, content: Any, info: ValidationInfo) -> Any:
+    def _check_content(cls, content: Any, info: ValidationInfo) -> Any:
         if content is None and info.data.get("role") != "assistant":
             raise ValueError("it is null, which an assistant's alone may be")
         return content
@@ -143,7 +143,7 @@ class _GenerationConfig(_Strict):
 
     @classmethod
     def parse(cls, value: Any) -> Any:
-        """The fields that are not null in its JSON."""
+        """The non-null fields of its JSON."""
         try:
             fields = json.loads(value) if isinstance(value, str) else value
         except (ValueError, RecursionError) as error:
@@ -152,27 +152,27 @@ class _GenerationConfig(_Strict):
 
 
 class ChatRequest(_Strict):
-    """`POST /v1/chat/completions`, as OpenAI has it: what changes nothing here is taken, what would is refused.
+    """`POST /v1/chat/completions`, OpenAI's format: fields that would change nothing are accepted, others are refused.
 
-    Without a temperature the likeliest token is always taken, whatever `top_p` and `seed` say.
+    Without a temperature decoding is greedy, whatever `top_p` and `seed` say.
     """
 
-    model: str = Field(description="A bridge's name. Where one is served, it answers to any name, and gives its own.")
+    model: str = Field(description="A bridge's name; a worker with one bridge accepts any name.")
     messages: list[_Message] = Field(min_length=1)
     max_tokens: FormInt | None = Field(None, ge=1)
     max_completion_tokens: FormInt | None = Field(None, ge=1)
     stream: FormBool | None = False
     stream_options: _StreamOptions | None = None
     use_lora: FormBool | None = Field(True, description="Not OpenAI's: as in /v1/vision.")
-    temperature: Temperature | None = Field(None, description="0, and the default: the likeliest token is taken.")
+    temperature: Temperature | None = Field(None, description="0, the default: greedy decoding.")
     top_p: TopP | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same answer again, whoever else asks.")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed gives the same answer.")
     stop: list[str] = Field([], max_length=MAX_STOPS, description="Or one string. The answer ends before the first.")
     generation_config: Annotated[_GenerationConfig, BeforeValidator(_GenerationConfig.parse)] | None = Field(
         None, description="transformers' own, as JSON: what `transformers chat` sends. Fields beside it win."
     )
 
-    # OpenAI's fields of which one value alone changes nothing here
+    # OpenAI's fields that accept only the values that change nothing here
     audio: Annotated[Any, only()] = None
     frequency_penalty: Annotated[Any, only(0)] = None
     function_call: Annotated[Any, only("none", "auto")] = None
@@ -189,7 +189,7 @@ class ChatRequest(_Strict):
     verbosity: Annotated[Any, only("medium")] = None
     web_search_options: Annotated[Any, only()] = None
 
-    # and those that change nothing, whatever they say
+    # OpenAI's fields that are ignored
     metadata: Any = None
     parallel_tool_calls: Any = None
     prediction: Any = None
@@ -218,9 +218,9 @@ class ChatRequest(_Strict):
     def _bounded(cls, messages: list[_Message]) -> list[_Message]:
         parts = [part for message in messages for part in message.parts()]
         images = sum(isinstance(part, _ImagePart) for part in parts)
-        words = [part.text for part in parts if isinstance(part, _TextPart)]
-        if words or not images:  # a picture alone is asked the processor's own query
-            _check_words("".join(words))
+        texts = [part.text for part in parts if isinstance(part, _TextPart)]
+        if texts or not images:  # a picture alone gets the processor's own query
+            _check_text("".join(texts))
         if images > MAX_IMAGES:
             raise ValueError(f"{images} pictures are more than the {MAX_IMAGES} that are allowed")
         return messages

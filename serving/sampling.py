@@ -1,4 +1,4 @@
-"""How a row's next token is drawn, where it is not the likeliest."""
+"""Temperature and top-p sampling of one row."""
 
 import torch
 
@@ -6,12 +6,12 @@ import torch
 class Sampler:
     """Draws one row's tokens, each from `softmax(scores / temperature)` cut to `top_p`.
 
-    It has a generator of its own, on the CPU: what it draws depends on its seed and its row's scores alone.
+    Its own generator, on the CPU, makes the draws depend only on its seed and its row's scores.
 
     Args:
         temperature: above 0.
-        top_p: the fewest tokens whose probabilities sum up to this much can be drawn.
-        seed: from -2**63 to 2**63 - 1; None for another one each time.
+        top_p: nucleus sampling: draw from the smallest set of tokens whose probabilities add up to this.
+        seed: from -2**63 to 2**63 - 1; None for a random one.
     """
 
     def __init__(self, temperature: float, top_p: float = 1.0, seed: int | None = None):
@@ -23,7 +23,7 @@ class Sampler:
 
     def draw(self, scores: torch.Tensor) -> int:
         """A token for scores `(vocabulary,)`."""
-        scores = scores.double().cpu()  # divided by a small temperature they would overflow in float32
+        scores = scores.double().cpu()  # float32 would overflow at a small temperature
         probabilities = ((scores - scores.max()) / self.temperature).softmax(0)
         if self.top_p < 1:
             likeliest, tokens = probabilities.sort(descending=True, stable=True)

@@ -1,15 +1,15 @@
-"""Strings that end an answer, and are no part of it."""
+"""Stop strings: they end an answer and are not part of it."""
 
 from collections.abc import Sequence
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """A text up to where the first stop string in it begins."""
+    """The text before its first stop string."""
     return text[: min((start for stop in stops if (start := text.find(stop)) >= 0), default=len(text))]
 
 
 def sendable(text: str, stops: Sequence[str]) -> str:
-    """What may be sent of a text that goes on: [`cut`], and without an end that a stop string may begin with."""
+    """The part of an unfinished text to send: [`cut`], without an end that may be the start of a stop string."""
     kept = cut(text, stops)
     if kept != text:
         return kept

@@ -1,6 +1,6 @@
-"""Pictures by URLs of callers: from the public internet alone, over http and https, within a time and a size.
+"""Download pictures from callers' URLs: public hosts only, http and https only, with limits on time and size.
 
-This file needs the standard library alone: it lies beside `handler.py` in an exported folder. `urlopen` by itself
+This file imports only the standard library: an exported folder holds it next to `handler.py`. `urlopen` by itself
 follows redirects to ftp, reads a page that redirects to its end, and restarts its timeout with every packet; so this
 module counts what a server sends where it arrives, and checks an address where the socket connects to it.
 """
@@ -23,23 +23,23 @@ from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Proxy
 
 DOWNLOAD_SECONDS = 20.0
 DOWNLOAD_BYTES = 100 * 2**20
-# (host as in the URL, address that it resolves to) -> raises PermissionError where pictures must not come from there
+# (host as in the URL, resolved address) -> raises PermissionError if the address is not allowed
 Guard = Callable[[str, str], None]
 
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# What Python takes for public all the same: Azure's metadata and DNS; protocol assignments, with Oracle's metadata
-_SURROUNDINGS = [ipaddress.ip_network(name) for name in ("168.63.129.16/32", "192.0.0.0/24")]
+# Python counts these as public: Azure's metadata and DNS; protocol assignments, with Oracle's metadata
+_CLOUD_SERVICES = [ipaddress.ip_network(name) for name in ("168.63.129.16/32", "192.0.0.0/24")]
 
 
-_OF_URLS = str.maketrans("-_", "+/", "\r\n\t")
+_URL_SAFE_ALPHABET = str.maketrans("-_", "+/", "\r\n\t")
 
 
 def read_web_image(
     url: str, timeout: float | None = None, max_bytes: int | None = None, guard: Guard | None = None
 ) -> bytes:
-    """The file behind a URL that a caller names, and that must not lead into this machine or its network.
+    """Download a caller's URL; addresses of this machine and its network are refused.
 
     Args:
         url: http, https or base64 data.
@@ -62,12 +62,12 @@ def read_web_image(
 
 
 def decode_base64(text: str) -> bytes:
-    """Base64 as programs write it: in lines, percent-encoded, without padding, in either alphabet.
+    """Decode base64 with line breaks, percent encoding, missing padding, or the URL-safe alphabet.
 
     Raises:
-        binascii.Error: it is none.
+        binascii.Error: invalid base64.
     """
-    digits = unquote(text).strip().translate(_OF_URLS).rstrip("=")
+    digits = unquote(text).strip().translate(_URL_SAFE_ALPHABET).rstrip("=")
     return base64.b64decode(digits + "=" * (-len(digits) % 4), validate=True)
 
 
@@ -82,23 +82,23 @@ def download(
     """Fetch a URL of http or https.
 
     Args:
-        timeout: seconds for all of it, 20 by default; looking up a name, and connecting, may take as long again.
-        max_bytes: how many may come in, 100 MiB by default.
+        timeout: seconds in total, 20 by default; DNS lookup and connecting may take as long again.
+        max_bytes: limit on received bytes, 100 MiB by default.
         guard: called with every address before the socket connects to it, those of redirects too. The socket connects
             to that address; no proxy is used, since a proxy looks names up by itself.
 
     Returns:
-        its name for messages, with the content type that the server says; its bytes.
+        its name for messages, with the server's content type; its bytes.
 
     Raises:
-        OSError: it cannot be fetched within that, or the server redirects to what is neither http nor https.
+        OSError: the download fails or exceeds a limit, or the server redirects to neither http nor https.
         TimeoutError: the time is up.
         PermissionError: `guard` refuses an address.
     """
     allowance, data = _Allowance(DOWNLOAD_SECONDS if timeout is None else timeout, max_bytes, guard), bytearray()
     opener = build_opener(_Http(allowance), _Https(allowance), _Redirects(allowance), *allowance.proxies)
     try:
-        request = Request(_as_browsers_send(url), headers={"User-Agent": "lorgnette"})
+        request = Request(_encode_url(url), headers={"User-Agent": "lorgnette"})
         with opener.open(request, timeout=allowance.seconds) as response:
             while chunk := response.read1(2**16):
                 data += chunk
@@ -109,15 +109,15 @@ def download(
         raise kind(f"cannot fetch {url[:200]}: {str(cause)[:300]}") from error
 
 
-def _as_browsers_send(url: str) -> str:
-    """Spaces and letters beyond ASCII in percent of their UTF-8, those of a host as `xn--`: urllib sends neither."""
+def _encode_url(url: str) -> str:
+    """Percent-encode spaces and non-ASCII characters, and encode the host as IDNA; urllib does neither."""
     parts = urlsplit(url)
     host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
     return quote(urlunsplit(parts._replace(netloc=host)), safe=string.punctuation)
 
 
 class _Allowance:
-    """What all connections of one download may take together."""
+    """Time and size limits over all connections of one download."""
 
     def __init__(self, seconds: float, max_bytes: int | None, guard: Guard | None):
         self.seconds, self.deadline, self.guard = seconds, time.monotonic() + seconds, guard
@@ -132,7 +132,7 @@ class _Allowance:
 
 
 class _Metered(io.RawIOBase):
-    """What comes in from a socket, within an allowance."""
+    """A socket's raw stream that enforces an allowance."""
 
     def __init__(self, raw: io.RawIOBase, allowance: _Allowance):
         self.raw, self.allowance = raw, allowance
@@ -166,7 +166,7 @@ def _connect(kind: type[HTTPConnection], allowance: _Allowance, *args: Any, **kw
 
 
 def _connect_guarded(allowance: _Allowance, where: tuple[str, int], *_: Any) -> socket.socket:
-    """In place of `socket.create_connection`, which would look the name up once more."""
+    """Replaces `socket.create_connection`, which would resolve the name again."""
     host, port = where
     addresses = dict.fromkeys(found[4][0] for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
     for address in addresses:
@@ -213,7 +213,7 @@ class _Redirects(HTTPRedirectHandler):
 
 
 def _check_url(url: str) -> None:
-    """Raises a ValueError for what is wrong with the URL itself, before its host is asked."""
+    """Raise a ValueError for an invalid URL, before any connection."""
     try:
         parts = urlsplit(url)
         host, _ = parts.hostname, parts.port  # both may raise
@@ -224,7 +224,7 @@ def _check_url(url: str) -> None:
 
 
 def is_public(address: str) -> bool:
-    """Whether a numeric address is one that anybody on the internet could reach.
+    """Whether a numeric address is publicly routable.
 
     Private, loopback, link-local (with it the metadata services of clouds), shared, reserved and multicast addresses
     are not, nor is an IPv6 address that stands for such an IPv4 one (mapped, 6to4, Teredo, NAT64).
@@ -233,7 +233,7 @@ def is_public(address: str) -> bool:
     return all(
         each.is_global
         and not (each.is_multicast or each.is_reserved or getattr(each, "is_site_local", False))
-        and not any(each in network for network in _SURROUNDINGS)
+        and not any(each in network for network in _CLOUD_SERVICES)
         for each in _ipv4_of(found)
     )
 
@@ -245,7 +245,7 @@ def refuse_private(host: str, address: str) -> None:
 
 
 def _ipv4_of(address: _Address) -> list[_Address]:
-    """The IPv4 addresses that an IPv6 one stands for, or itself."""
+    """The IPv4 addresses embedded in an IPv6 one, or the address itself."""
     if isinstance(address, ipaddress.IPv4Address):
         return [address]
     if address.ipv4_mapped is not None:

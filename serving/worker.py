@@ -1,4 +1,4 @@
-"""The worker's routes: what sites call, OpenAI's chat form, health and figures."""
+"""The worker's routes: `/v1/vision`, OpenAI's chat completions, health and metrics."""
 
 import asyncio
 import json
@@ -15,31 +15,31 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
+from .engine import Answer, Generation, InferenceEngine
 from .errors import RefusedError, timed_out
-from .eyes import Answer, Asking, Eyes
-from .gate import Gate
+from .middleware import RequestLimits
 from .payloads import ChatRequest, LoadRequest, Question, VisionRequest
 
 
 T = TypeVar("T")
 
 
-def build_app(eyes: Eyes, api_key: str | None = None) -> FastAPI:
-    """The ASGI application of a worker; `eyes` are its own from now on, and stop with it.
+def build_app(engine: InferenceEngine, api_key: str | None = None) -> FastAPI:
+    """The ASGI application of a worker; it owns `engine` and stops it at shutdown.
 
     Args:
-        api_key: what callers have to send as `Authorization: Bearer …`; None for no such thing.
+        api_key: the key that callers send as `Authorization: Bearer …`; None requires no key.
     """
-    limits, metrics, started = eyes.limits, eyes.metrics, int(time.time())
+    limits, metrics, created = engine.limits, engine.metrics, int(time.time())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(eyes.batcher.stop)
+        await asyncio.to_thread(engine.batcher.stop)
 
     app = FastAPI(title="lorgnette", lifespan=lifespan)
     app.add_middleware(
-        Gate,
+        RequestLimits,
         api_key=api_key,
         capacity=limits.capacity,
         max_body=limits.max_body,
@@ -51,64 +51,63 @@ def build_app(eyes: Eyes, api_key: str | None = None) -> FastAPI:
     @app.post("/v1/vision")
     async def vision(request: Request, body: VisionRequest) -> Response:
         """Ask something about a picture."""
-        adapter = body.adapter or eyes.first
+        adapter = body.adapter or engine.first
         if body.stream:
-            asking = await _begin(eyes, request, body.question())
+            generation = await _begin(engine, request, body.question())
 
             def event(item: str | Answer) -> dict[str, Any]:
-                return {"delta": item} if isinstance(item, str) else _told(item, adapter)
+                return {"delta": item} if isinstance(item, str) else _vision_body(item, adapter)
 
-            return _stream(asking, event)
-        return JSONResponse(_told(await _answer(eyes, request, body.question()), adapter))
+            return _stream(generation, event)
+        return JSONResponse(_vision_body(await _answer(engine, request, body.question()), adapter))
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, body: ChatRequest) -> Response:
-        """OpenAI's chat form, with pictures as `image_url` parts.
+        """OpenAI's chat completions, with pictures as `image_url` parts.
 
-        The answer's `model` is the adapter that answers, whatever it was asked as: OpenAI too gives the model's own
-        name to who asked for an alias.
+        The answer's `model` is the adapter's own name, whatever name the request used: OpenAI, too, resolves aliases.
         """
         question = body.question()
-        question.adapter = eyes.adapter_of(body.model)
+        question.adapter = engine.adapter_of(body.model)
         common = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": question.adapter}
         if question.stream:
-            asking = await _begin(eyes, request, question)
+            generation = await _begin(engine, request, question)
             with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return _stream(asking, lambda item: _chunk(item, common, with_usage))
-        answer = await _answer(eyes, request, question)
+            return _stream(generation, lambda item: _chunk(item, common, with_usage))
+        answer = await _answer(engine, request, question)
         message = {"role": "assistant", "content": answer.text}
-        choice = {"index": 0, "message": message, "finish_reason": answer.why, "logprobs": None}
+        choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
         return JSONResponse({**common, "object": "chat.completion", "choices": [choice], "usage": answer.usage})
 
-    kind = {"object": "model", "created": started, "owned_by": "lorgnette"}
+    kind = {"object": "model", "created": created, "owned_by": "lorgnette"}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """The adapters, as OpenAI lists models."""
-        return {"object": "list", "data": [{"id": name, **kind} for name in eyes.processors]}
+        return {"object": "list", "data": [{"id": name, **kind} for name in engine.processors]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """One adapter, as OpenAI describes a model; 404 for a name that none has."""
-        eyes.check_adapter(name)
+        engine.check_adapter(name)
         return {"id": name, **kind}
 
     @app.post("/load_model", include_in_schema=False)
     async def load_model(request: Request, body: LoadRequest) -> Response:
-        """What `transformers chat` asks for first: the adapters are always loaded.
+        """`transformers chat` calls this first; the adapters are always loaded.
 
-        It is asked without the key, and who has none is not told which adapters there are.
+        It sends no key here. Without a key the answer does not reveal the adapters' names.
         """
-        name = eyes.adapter_of(body.model) if request.scope["has_key"] else body.model[:100]
+        name = engine.adapter_of(body.model) if request.scope["has_key"] else body.model[:100]
         ready = {"status": "ready", "model": name, "cached": True}
         return Response(f"data: {json.dumps(ready)}\n\n", media_type="text/event-stream")
 
-    @app.get("/health", include_in_schema=False)  # what `transformers chat` asks on port 8000
-    @app.head("/healthz", include_in_schema=False)  # what many monitors ask with
+    @app.get("/health", include_in_schema=False)  # `transformers chat` calls it on port 8000
+    @app.head("/healthz", include_in_schema=False)  # many monitors use HEAD
     @app.get("/healthz")
     async def healthz() -> JSONResponse:
-        """200 while questions can be answered."""
-        alive = eyes.batcher.is_alive
+        """200 while the worker accepts requests."""
+        alive = engine.batcher.is_alive
         return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
 
     @app.get("/metrics")
@@ -118,26 +117,26 @@ def build_app(eyes: Eyes, api_key: str | None = None) -> FastAPI:
     return app
 
 
-def run(eyes: Eyes, host: str, port: int, api_key: str | None = None) -> None:
-    """Serve until SIGINT or SIGTERM: then nothing new is taken, and what is under way is finished."""
-    patience = int(eyes.limits.timeout) + 1
-    config = uvicorn.Config(build_app(eyes, api_key), host=host, port=port, timeout_graceful_shutdown=patience)
+def run(engine: InferenceEngine, host: str, port: int, api_key: str | None = None) -> None:
+    """Serve until SIGINT or SIGTERM; then refuse new requests and finish the running ones."""
+    shutdown_s = int(engine.limits.timeout) + 1
+    config = uvicorn.Config(build_app(engine, api_key), host=host, port=port, timeout_graceful_shutdown=shutdown_s)
     uvicorn.Server(config).run()
 
 
-async def _begin(eyes: Eyes, request: Request, question: Question) -> Asking:
-    return await _unless_gone(request, eyes, eyes.begin(question, request.scope["deadline"]))
+async def _begin(engine: InferenceEngine, request: Request, question: Question) -> Generation:
+    return await _unless_disconnected(request, engine, engine.begin(question, request.scope["deadline"]))
 
 
-async def _answer(eyes: Eyes, request: Request, question: Question) -> Answer:
+async def _answer(engine: InferenceEngine, request: Request, question: Question) -> Answer:
     async def work() -> Answer:
-        return await (await eyes.begin(question, request.scope["deadline"])).answer()
+        return await (await engine.begin(question, request.scope["deadline"])).answer()
 
-    return await _unless_gone(request, eyes, work())
+    return await _unless_disconnected(request, engine, work())
 
 
-async def _unless_gone(request: Request, eyes: Eyes, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives; it is cancelled when its caller hangs up, or time is up."""
+async def _unless_disconnected(request: Request, engine: InferenceEngine, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; it is cancelled when the caller disconnects or the deadline passes."""
 
     async def hangs_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -151,35 +150,35 @@ async def _unless_gone(request: Request, eyes: Eyes, work: Coroutine[Any, Any, T
             return working.result()
         if hanging_up.done():
             raise RefusedError(499, "gone", "the caller hung up")
-        raise timed_out(eyes.limits.timeout)
+        raise timed_out(engine.limits.timeout)
     finally:
         working.cancel()
         hanging_up.cancel()
 
 
 def _reason(found: Mapping[str, Any]) -> str:
-    """What pydantic says, but of errors that `payloads` raises their own words alone."""
+    """pydantic's message; for errors that `payloads` raises, their message alone."""
     return str(found["ctx"]["error"]) if found["type"] == "value_error" else found["msg"]
 
 
-def _told(answer: Answer, adapter: str) -> dict[str, Any]:
-    return {"text": answer.text, "usage": answer.usage, "adapter": adapter, "finish_reason": answer.why}
+def _vision_body(answer: Answer, adapter: str) -> dict[str, Any]:
+    return {"text": answer.text, "usage": answer.usage, "adapter": adapter, "finish_reason": answer.finish_reason}
 
 
 def _chunk(item: str | Answer, common: dict[str, Any], with_usage: bool) -> dict[str, Any]:
     last = isinstance(item, Answer)
     choice = {"index": 0, "delta": {} if last else {"role": "assistant", "content": item}}
-    choice["finish_reason"] = item.why if last else None
+    choice["finish_reason"] = item.finish_reason if last else None
     usage = {"usage": item.usage if last else None} if with_usage else {}
     return {**common, "object": "chat.completion.chunk", "choices": [choice], **usage}
 
 
-def _stream(asking: Asking, event: Any) -> StreamingResponse:
-    """Server-sent events; an error on the way is one too, for the status has been sent by then."""
+def _stream(generation: Generation, event: Any) -> StreamingResponse:
+    """Server-sent events; an error is an event too, since the status has been sent already."""
 
     async def lines() -> AsyncIterator[str]:
         try:
-            async for item in asking.pieces():
+            async for item in generation.pieces():
                 yield f"data: {json.dumps(event(item))}\n\n"
         except RefusedError as refused:
             yield f"data: {json.dumps(refused.body)}\n\n"
@@ -189,7 +188,7 @@ def _stream(asking: Asking, event: Any) -> StreamingResponse:
 
 
 def _add_errors(app: FastAPI) -> None:
-    """All errors in one form: `{"error": {"message": …, "type": …, "code": …}}`."""
+    """All errors have one format: `{"error": {"message": …, "type": …, "code": …}}`."""
 
     @app.exception_handler(RefusedError)
     async def refused(_: Request, error: RefusedError) -> JSONResponse:
@@ -198,12 +197,12 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         kind = request.headers.get("content-type", "")
-        if "json" not in kind.lower():  # what is not called JSON is not read as JSON
+        if "json" not in kind.lower():  # FastAPI does not parse a body with another content type
             message = f"the body's Content-Type is {kind[:100] or 'not given'}; application/json is needed"
             return JSONResponse(RefusedError(422, "invalid_request", message).body, 422)
         # without the values, which may be megabytes
-        told = "; ".join(f"{'.'.join(map(str, found['loc']))}: {_reason(found)}" for found in error.errors()[:5])
-        return JSONResponse(RefusedError(422, "invalid_request", told[:2000]).body, 422)
+        message = "; ".join(f"{'.'.join(map(str, found['loc']))}: {_reason(found)}" for found in error.errors()[:5])
+        return JSONResponse(RefusedError(422, "invalid_request", message[:2000]).body, 422)
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:

@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 from .messages import quiet_libraries
 
 
-# command -> what it does; the module of that name beside this file has its `main(argv)`
+# command -> description; the module of that name has `main(argv)`
 COMMANDS = {
     "stage1": "teach the Q-Former to see what words can say: contrast, matching, generation",
     "stage2": "train Q-Former, projector and LoRA to put pictures into words",

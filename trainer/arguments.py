@@ -1,4 +1,4 @@
-"""What a recipe can say about the model and the data; everything else is `transformers.TrainingArguments`."""
+"""A recipe's arguments for the model and the data; all others are `transformers.TrainingArguments`."""
 
 import json
 from dataclasses import dataclass, field, fields
@@ -20,28 +20,26 @@ TRAINING_DEFAULTS = {
 
 @dataclass
 class VisionArguments:
-    """What every command says of the ViT: where it comes from, and which of its features are meant."""
+    """Arguments for the ViT: its source, and which of its features to use."""
 
     vision: str | None = field(default=None, metadata={"help": "ViT: a Hub id or a folder."})
     vision_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `vision`."})
     vision_feature_layer: int | None = field(
-        default=None, metadata={"help": "Index into the ViT's hidden states; left out, its last_hidden_state."}
+        default=None, metadata={"help": "Index into the ViT's hidden states; by default its last_hidden_state."}
     )
     vision_feature_select_strategy: str = field(
-        default="full", metadata={"help": "`full`: all image tokens, CLS included; `default`: the patches alone."}
+        default="full", metadata={"help": "`full`: all image tokens, CLS included; `default`: only the patches."}
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "sdpa, eager, flash_attention_2 … Left out, transformers chooses."}
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2 … By default transformers chooses."}
     )
     model: str | None = field(
         default=None,
-        metadata={
-            "help": "A saved model (to train: of this stage) to take in place of backbones: a Hub id or a folder."
-        },
+        metadata={"help": "A saved model instead of backbones (for training, of this stage): a Hub id or a folder."},
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
 
-    # What a stage cannot do without, unless a saved model is given; and all that such a model has settled.
+    # What a stage needs unless a saved model is given; and further fields that a saved model fixes.
     NEEDED: ClassVar[tuple[str, ...]] = ("vision",)
     JOINTS: ClassVar[tuple[str, ...]] = ("vision_revision", "vision_feature_layer", "vision_feature_select_strategy")
 
@@ -56,23 +54,23 @@ class VisionArguments:
             given = [f.name for f in fields(self) if f.name in {*self.NEEDED, *self.JOINTS}
                      and getattr(self, f.name) != f.default]  # fmt: skip
             if given:
-                raise ValueError(f"model {self.model!r} is given: it has settled {', '.join(given)}, leave that out")
+                raise ValueError(f"model {self.model!r} is given, which fixes {', '.join(given)}: leave these out")
 
 
 @dataclass
 class BackboneArguments(VisionArguments):
-    """What both stages say of the model: the ViT, the Q-Former and where they come from."""
+    """Arguments of both stages for the ViT and the Q-Former."""
 
     qformer: str | None = field(
         default=None,
-        metadata={"help": "What the Q-Former starts from: a BERT-shaped checkpoint, or in stage 2 a stage-1 model."},
+        metadata={"help": "Initial weights of the Q-Former: a BERT-shaped checkpoint, or in stage 2 a stage-1 model."},
     )
     qformer_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `qformer`."})
     qformer_config: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Fields of LorgnetteQFormerConfig, a mapping (JSON on the command line)."}
     )
     num_query_tokens: int | None = field(
-        default=None, metadata={"help": "Soft image tokens per picture. Left out, those of a stage-1 `qformer`, or 32."}
+        default=None, metadata={"help": "Visual tokens per picture. By default those of a stage-1 `qformer`, or 32."}
     )
 
     JOINTS: ClassVar[tuple[str, ...]] = (*VisionArguments.JOINTS,
@@ -85,7 +83,7 @@ class BackboneArguments(VisionArguments):
 
 @dataclass
 class Stage1Arguments(BackboneArguments):
-    """Which ViT and which Q-Former stage 1 aligns, and by which losses; or which stage-1 model goes on training."""
+    """The ViT, the Q-Former and the losses of stage 1; or a stage-1 model to train further."""
 
     itc_weight: float = field(default=1.0, metadata={"help": "Of image-text contrast in the loss; 0 leaves it out."})
     itm_weight: float = field(default=1.0, metadata={"help": "Of image-text matching; 0 leaves it out."})
@@ -101,7 +99,7 @@ class Stage1Arguments(BackboneArguments):
 
 @dataclass
 class Stage2Arguments(BackboneArguments):
-    """Which backbones stage 2 joins, and how; or which saved lorgnette model goes on training."""
+    """The backbones of stage 2 and their connection; or a saved model to train further."""
 
     text: str | None = field(default=None, metadata={"help": "Causal LM: a Hub id, a folder or a .gguf file."})
     text_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `text`."})
@@ -109,26 +107,26 @@ class Stage2Arguments(BackboneArguments):
         default=None,
         metadata={
             "help": "Fields of peft.LoraConfig, a mapping (JSON on the command line). {} takes peft's defaults on the "
-            "LM's attention projections; left out, the LM gets no LoRA."
+            "LM's attention projections; by default the LM gets no LoRA."
         },
     )
     system_prompt: str | None = field(default=None, metadata={"help": "Saved with the processor."})
     query: str | None = field(
-        default=None, metadata={"help": "What the model is asked of every picture. Saved with the processor."}
+        default=None, metadata={"help": "The default prompt of every picture. Saved with the processor."}
     )
     qformer_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Of the Q-Former, lower than learning_rate where stage 1 taught it. Left out, the same."},
+        metadata={"help": "Of the Q-Former; lower than learning_rate if stage 1 trained it. By default the same."},
     )
     generate_metrics: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Also generate texts at each evaluation and measure them: cider, bleu, rouge_l, exact_match, "
+            "help": "Generate texts at each evaluation and measure them: cider, bleu, rouge_l, exact_match, "
             "vqa_accuracy. Their figures can be metric_for_best_model, eval_cider for one."
         },
     )
     generate_samples: int = field(
-        default=100, metadata={"help": "Rows that generate_metrics take, the first of the evaluation data."}
+        default=100, metadata={"help": "Number of rows for generate_metrics, the first of the evaluation data."}
     )
     generate_decoding: str = field(
         default="greedy", metadata={"help": "How they are decoded: greedy, caption or short_answer."}
@@ -149,13 +147,13 @@ class Stage2Arguments(BackboneArguments):
 
     @property
     def reads_query(self) -> bool:
-        """Whether the Q-Former reads the query as well, as InstructBLIP's does."""
+        """Whether the Q-Former also reads the query, as InstructBLIP's does."""
         return bool((self.qformer_config or {}).get("use_qformer_text_input"))
 
 
 @dataclass
 class SourceArguments:
-    """Where the pictures come from."""
+    """The source of the pictures."""
 
     dataset: str | None = field(
         default=None,
@@ -170,7 +168,7 @@ class SourceArguments:
     skip_unreadable: bool = field(
         default=False,
         metadata={
-            "help": "Read all pictures first, and leave out the rows whose cannot be read: output_dir/unreadable.json "
+            "help": "Read all pictures first, and leave out rows with unreadable pictures; output_dir/unreadable.json "
             "lists them. Otherwise such a row is an error."
         },
     )
@@ -182,20 +180,21 @@ class SourceArguments:
 
 @dataclass
 class RowArguments(SourceArguments):
-    """How rows are read, and which columns hold their words."""
+    """How rows are read, and the columns of their texts."""
 
     streaming: bool = field(
-        default=False, metadata={"help": "Read as it goes, nothing downloaded first. Training then needs max_steps."}
+        default=False,
+        metadata={"help": "Stream the rows instead of downloading them; training then needs max_steps."},
     )
     text_column: str = field(default="text", metadata={"help": "Column with the text (or a class label)."})
     query_column: str | None = field(
-        default=None, metadata={"help": "Column with what is asked of each picture, in place of the one `query`."}
+        default=None, metadata={"help": "Column with each row's query, in place of `query`."}
     )
     messages_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column with chats, in place of text_column and query_column: the last answer is learnt. Pictures "
-            "are in the messages' parts, or in image_column."
+            "help": "Column with chats, in place of text_column and query_column; training is on the last answer. "
+            "Pictures are in the messages' parts, or in image_column."
         },
     )
 
@@ -208,16 +207,16 @@ class RowArguments(SourceArguments):
                      and getattr(self, f.name) != f.default]  # fmt: skip
             if given:
                 raise ValueError(
-                    f"messages_column {self.messages_column!r} is given: its chats hold the words, leave out "
+                    f"messages_column {self.messages_column!r} is given: its chats hold the texts, leave out "
                     f"{' and '.join(given)}"
                 )
-        columns = [self.image_column, *self.word_columns]
+        columns = [self.image_column, *self.text_columns]
         if len(set(columns)) < len(columns):
-            raise ValueError(f"columns for different things have the same name: {', '.join(columns)}")
+            raise ValueError(f"several columns have the same name: {', '.join(columns)}")
 
     @property
-    def word_columns(self) -> list[str]:
-        """The columns that words come from: chats, or texts and what is asked."""
+    def text_columns(self) -> list[str]:
+        """The columns with text: chats, or texts and queries."""
         if self.messages_column is not None:
             return [self.messages_column]
         return [self.text_column, *([self.query_column] if self.query_column else [])]
@@ -225,20 +224,20 @@ class RowArguments(SourceArguments):
 
 @dataclass
 class DataArguments(RowArguments):
-    """What is trained and evaluated on."""
+    """The data for training and evaluation."""
 
     shuffle_buffer_size: int = field(
-        default=1000, metadata={"help": "Rows that a streamed training set is shuffled among; 0 keeps its order."}
+        default=1000, metadata={"help": "Size of the shuffle buffer of a streamed training set; 0 keeps its order."}
     )
     train_split: str = field(
         default="train",
-        metadata={"help": "Slices such as train[:1000] work but in streams, caches and what save_to_disk wrote."},
+        metadata={"help": "Slices such as train[:1000] work, except in streams, caches and what save_to_disk wrote."},
     )
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Evaluation data that lie elsewhere than `dataset`, in any of the same forms."}
+        default=None, metadata={"help": "A separate evaluation data set, in any of the same formats."}
     )
     eval_split: str | None = field(
-        default=None, metadata={"help": "Split for evaluation (of `eval_dataset` where that is given: default train)."}
+        default=None, metadata={"help": "Split for evaluation; of `eval_dataset`, if given, by default train."}
     )
     eval_fraction: float | None = field(
         default=None, metadata={"help": "Hold out this share of the training split, drawn with `data_seed`/`seed`."}
@@ -248,25 +247,25 @@ class DataArguments(RowArguments):
     )
     max_length: int | None = field(
         default=None,
-        metadata={"help": "Tokens an example may take, the picture's included; a longer one is an error, not cut."},
+        metadata={"help": "Maximum tokens of an example, the picture's included; a longer one is an error."},
     )
     pack_to: int | None = field(
         default=None,
         metadata={
-            "help": "In stage 2, put several examples of a batch side by side in rows of so many tokens, in place of "
-            "padding; the model keeps them apart."
+            "help": "In stage 2, pack several examples of a batch into rows of so many tokens, in place of padding; "
+            "attention stays within each example."
         },
     )
     pad_to_multiple_of: int | None = field(
         default=None,
-        metadata={"help": "Make batches as wide as a multiple of it: few widths, for torch_compile. 64 is one."},
+        metadata={"help": "Pad batches to a multiple of it, so that torch_compile sees few lengths, for example 64."},
     )
 
     def __post_init__(self):
         super().__post_init__()
         if self.eval_fraction is not None:
             if not 0 < self.eval_fraction < 1:
-                raise ValueError(f"eval_fraction is {self.eval_fraction}; it has to lie between 0 and 1")
+                raise ValueError(f"eval_fraction is {self.eval_fraction}; it has to be between 0 and 1")
             if self.eval_split or self.eval_dataset:
                 raise ValueError("eval_fraction holds out training rows: leave out eval_split and eval_dataset, or it")
             if self.streaming:
@@ -274,12 +273,12 @@ class DataArguments(RowArguments):
 
     @property
     def has_eval(self) -> bool:
-        """Whether evaluation data were named."""
+        """Whether evaluation data are set."""
         return bool(self.eval_split or self.eval_dataset or self.eval_fraction)
 
 
 def _mapping(value: dict | str | None, name: str) -> dict | None:
-    """JSON, as the command line writes a mapping, to a dict."""
+    """Parse a mapping from the command line's JSON."""
     if not isinstance(value, str):
         return value
     try:

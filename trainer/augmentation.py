@@ -1,7 +1,7 @@
-"""Random crops and flips of training pictures, as BLIP-2 trains with them: the same again when a run is resumed.
+"""BLIP-2's random crops and flips of training pictures, reproducible when a run is resumed.
 
-Trainer restores the state of the random generators, but what a data loader fetched ahead has drawn from them by then.
-So nothing is drawn from those: a picture's randomness follows from the seed, the epoch and the row.
+A resumed data loader would draw other numbers from the global generators, since it fetches batches ahead. So each
+picture gets its own generator, seeded with the run's seed, the epoch and the row.
 """
 
 import math
@@ -20,7 +20,7 @@ _ATTEMPTS = 10
 
 
 class AugmentationSeeds(TrainerCallback):
-    """Gives each training row the seed of its augmentation, another one in each epoch.
+    """Gives each training row a seed for its augmentation, a new one in each epoch.
 
     Args:
         seed: of the run.
@@ -36,9 +36,9 @@ class AugmentationSeeds(TrainerCallback):
         self.epoch.fill_(int(state.epoch or 0))
 
     def mark(self, batch: dict[str, list], open_batch: Callable[[dict], dict]) -> dict[str, list]:
-        """The rows, opened, with an `augmentation_seed`, by which the collator knows those of training.
+        """Open the rows and add an `augmentation_seed`, which the collator uses for training rows.
 
-        A stream has one endless epoch; `visit`, the place in it, tells its rounds apart.
+        A stream has one endless epoch; `visit`, the position in it, distinguishes its repetitions.
         """
         visits = batch.get("visit", [0] * len(batch["index"]))
         rows = zip(batch["index"], visits, strict=True)
@@ -46,10 +46,10 @@ class AugmentationSeeds(TrainerCallback):
 
 
 def augment(image: Image.Image, generator: np.random.Generator) -> Image.Image:
-    """A random part of half the picture's area or more, mirrored every other time (LAVIS' `blip2_image_train`).
+    """Crop to a random part of at least half the area, and flip with probability 0.5 (LAVIS' `blip2_image_train`).
 
-    Resizing it is left to the image processor, as with any picture. The part is drawn as torchvision's
-    `RandomResizedCrop` does; a picture so narrow that no part of these proportions fits is not cropped.
+    The image processor resizes the result. The crop is drawn like torchvision's `RandomResizedCrop`; a picture too
+    narrow for these aspect ratios is not cropped.
     """
     for _ in range(_ATTEMPTS):
         area = image.width * image.height * generator.uniform(*SCALE)

@@ -1,4 +1,4 @@
-"""Write what the frozen ViT sees in a data set's pictures to disk, once, for training to read in place of pictures."""
+"""Write the frozen ViT's features of a data set to disk; training reads them in place of pictures."""
 
 import json
 import logging
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CacheArguments:
-    """Where the features go, and in which form."""
+    """The target folder and format of the features."""
 
     output_dir: str | None = field(default=None, metadata={"help": "The cache's folder: the `dataset` of later runs."})
     splits: list[str] | None = field(default=None, metadata={"help": "Splits to take; left out, all there are."})
@@ -62,7 +62,7 @@ class CacheArguments:
 
 
 def main(argv: list[str]) -> None:
-    """Write a cache as a recipe and the command line say; see `recipes/cache.yaml`."""
+    """Write a cache from a recipe and the command line; see `recipes/cache.yaml`."""
     arguments = parse_recipe(
         (VisionArguments, SourceArguments, CacheArguments),
         argv,
@@ -73,16 +73,16 @@ def main(argv: list[str]) -> None:
 
 
 def write_cache(vision: VisionArguments, source: SourceArguments, args: CacheArguments) -> None:
-    """Write a cache, or what is missing of it; behind a launcher each process makes its share of the shards.
+    """Write a cache, or its missing shards; with several processes each writes its share.
 
     Raises:
         FileExistsError: `output_dir` holds something else, or a cache with other settings (with each that differs).
         FileNotFoundError: no such data set.
-        ValueError: a column that is missing or in the way, a mixed precision that is none here; for pictures see
+        ValueError: a missing or conflicting column, an unknown mixed precision; for pictures see
             [`FeatureEncoder`].
     """
-    process = start_process(timeout=timedelta(days=7))  # whoever is through waits for the slowest
-    # float32 is asked for where features are to be those that training in float32 would see
+    process = start_process(timeout=timedelta(days=7))  # processes wait for the slowest
+    # float32 gives the features that training in float32 computes
     precision = "no" if args.dtype == "float32" else default_mixed_precision(process.device)
     casting = autocast(precision, process.device)
     tower, image_processor = load_tower(vision)
@@ -101,12 +101,12 @@ def write_cache(vision: VisionArguments, source: SourceArguments, args: CacheArg
 
     planned = [(split, *shard) for split in splits for shard in planned_shards(folder, metadata, split)]
     todo = [(split, path, rows) for split, path, rows in planned if open_shard(path, len(rows)) is None]
-    process.wait_for_everyone()  # nobody writes while another still looks at what is there
+    process.wait_for_everyone()  # no process writes while another still reads the folder
     if metadata["complete"] and not todo:
         logger.info("%s is complete and has these settings: there is nothing left to do", folder)
         return
     if len(todo) < len(planned):
-        logger.info("%d of %d shards are whole already", len(planned) - len(todo), len(planned))
+        logger.info("%d of %d shards are complete already", len(planned) - len(todo), len(planned))
 
     datasets.disable_progress_bars()  # one for each part of each shard
     start, mine = time.monotonic(), todo[process.process_index :: process.num_processes]
@@ -127,10 +127,10 @@ def write_cache(vision: VisionArguments, source: SourceArguments, args: CacheArg
 
 
 def load_splits(args: SourceArguments, names: list[str] | None) -> tuple[DatasetDict, dict[str, str]]:
-    """The splits that are to be cached, with `index` and pictures that the image processor can open.
+    """The splits to cache, with `index` and pictures that the image processor can open.
 
     Returns:
-        The splits, and for each the fingerprint that `datasets` gives it: rows that have changed have another.
+        the splits, and the fingerprint that `datasets` gives each: it changes with the rows.
 
     Raises:
         ValueError: no such split, one without rows, no such image column, a column called `index` or `vision_features`,
@@ -157,7 +157,7 @@ def load_splits(args: SourceArguments, names: list[str] | None) -> tuple[Dataset
 def _settings(
     source: SourceArguments, args: CacheArguments, encoder: FeatureEncoder, splits: DatasetDict
 ) -> dict[str, Any]:
-    """What the metadata says of a cache before it is written."""
+    """The metadata of a cache before it is written."""
     path = Path(source.dataset).expanduser()
     return {
         **vision_settings(encoder.tower, encoder.image_processor),
@@ -174,14 +174,14 @@ def _settings(
 
 
 def _begin(folder: Path, settings: dict[str, Any], encoder: FeatureEncoder, splits: DatasetDict) -> dict[str, Any]:
-    """The metadata of the cache that `folder` holds, or is to hold."""
+    """The metadata of the cache in `folder`, existing or new."""
     if is_cache(folder):
         metadata = read_metadata(folder)
         theirs = {name: value for name, value in metadata.items() if name not in ("unreadable", "complete")}
         if found := [f"{name} is {a!r} there, {b!r} here" for name, a, b in differences(theirs, settings)]:
             raise FileExistsError(f"{folder} holds a feature cache with other settings: {'; '.join(found)}")
         return metadata
-    # what a run that was cut off before its first shard may leave
+    # a run that was killed before its first shard may leave it
     if folder.exists() and {path.name for path in folder.iterdir()} - {REPORT, UNFINISHED_METADATA}:
         raise FileExistsError(f"{folder} is not empty, and no feature cache: choose another output_dir")
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,7 +199,7 @@ def _begin(folder: Path, settings: dict[str, Any], encoder: FeatureEncoder, spli
 
 
 def _write_shard(rows: Dataset, image_column: str, encoder: FeatureEncoder, path: Path, progress: tqdm) -> None:
-    """Save the rows, features in place of pictures, at `path`, where nothing is before all is there."""
+    """Save the rows with features in place of pictures; `path` appears when the shard is complete."""
     form = Value(f"fixed_size_binary[{encoder.bytes_per_picture}]")
     feature = List(form) if isinstance(rows.features[image_column], List) else form
     features = list(encoder(rows.select_columns([image_column, "index"]), image_column, progress))

@@ -1,4 +1,4 @@
-"""What can be hung into the stock Trainer: measuring generated texts at each evaluation."""
+"""A Trainer callback that measures generated texts at each evaluation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,21 +17,21 @@ from .metrics import figures_of, text_metrics
 
 
 class GenerateMetricsCallback(TrainerCallback):
-    """Generates texts for some rows whenever Trainer evaluates, and adds their metrics to those of the evaluation.
+    """Generates texts for some rows at each evaluation, and adds their metrics to the evaluation's.
 
-    `eval_cider`, `eval_bleu_4` … are then in `state.log_history` and can be `metric_for_best_model`. A callback that
-    reads them, such as `EarlyStoppingCallback`, has to be added after this one. Under several processes each generates
-    for its share of the rows. No random number is drawn, so that training goes on as it would without.
+    `eval_cider`, `eval_bleu_4` … are then in `state.log_history` and can be `metric_for_best_model`. Add
+    callbacks that read them, such as `EarlyStoppingCallback`, after this one. With several processes each generates for
+    its share of the rows. The random state stays unchanged, so training continues as without the callback.
 
     Args:
         processor: the model's.
         rows: as [`LorgnetteCollator`] takes them, with one text or a list of texts in the text column.
         metrics: short names, see [`~lorgnette.trainer.metrics.METRICS`].
-        decoding: a preset's name, see [`~lorgnette.trainer.decoding.DECODING`].
-        batch_size: rows a process generates for at a time.
+        decoding: name of a preset, see [`~lorgnette.trainer.decoding.DECODING`].
+        batch_size: rows in a batch of each process.
         image_column, text_column, query_column: as the collator has them.
-        report: told `(args, state, control, figures)`. Trainer has reported the evaluation to its trackers before the
-            callbacks are called; `trainer.callback_handler.on_log` reports these figures as well.
+        report: called with `(args, state, control, figures)`. Trainer logs the evaluation before it calls callbacks;
+            `trainer.callback_handler.on_log` logs these figures too.
 
     Raises:
         ValueError, TypeError: no rows, references that are missing or that a metric cannot use, an unknown metric or
@@ -81,12 +81,12 @@ class GenerateMetricsCallback(TrainerCallback):
         answers = generate_texts(model, self.collator, rows, decoding=self.decoding, batch_size=self.batch_size)
         texts = [(position, text) for position, (_, text) in zip(share, answers, strict=True)]
         predictions = [text for _, text in sorted(gather_object(texts))]
-        prefix = next(name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime"))  # eval, mostly
+        prefix = next(name.removesuffix("_runtime") for name in metrics if name.endswith("_runtime"))  # usually eval
         figures = {}
         for metric in self.metrics.values():
             found = figures_of(metric.compute(predictions=predictions, references=self.references))
             figures.update({f"{prefix}_{name}": value for name, value in found.items()})
-        metrics.update(figures)  # where Trainer looks for metric_for_best_model
-        state.log_history[-1].update(figures)  # the entry that Trainer has just made of this evaluation
+        metrics.update(figures)  # Trainer reads metric_for_best_model here
+        state.log_history[-1].update(figures)  # Trainer's entry for this evaluation
         if self.report is not None:
             self.report(args, state, control, figures)

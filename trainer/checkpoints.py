@@ -1,4 +1,4 @@
-"""How a run goes on: from the newest checkpoint that a killed process, a full disk or a cleanup left whole, exactly."""
+"""Resume a run exactly, from its newest complete checkpoint."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ from ..modeling.modeling_saving import BACKBONES
 
 logger = logging.getLogger(__name__)
 
-# What Trainer starts anew without a word where a checkpoint lacks it -> the files, of Trainer, FSDP or DeepSpeed
+# state that Trainer silently initialises if it is missing -> its files, of Trainer, FSDP or DeepSpeed
 _NEEDED = {
     "config.json": ["config.json"],
     "weights (*.safetensors)": ["*.safetensors", "pytorch_model_fsdp*", "global_step*"],
@@ -41,16 +41,16 @@ _NEEDED = {
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """The checkpoint folder that training goes on from, or None for a fresh start.
+    """The checkpoint folder to resume from, or None for a fresh start.
 
-    `resume_from_checkpoint: true` is the newest whole one in `output_dir`; what it passes over is logged with the
-    cause. A run that was cut off before its first was whole begins anew, so that one command both starts a run and
-    takes it up again. A bare Trainer takes the one with the highest number, whole or not.
+    `resume_from_checkpoint: true` selects the newest complete one in `output_dir`, and logs the incomplete ones with
+    the cause. A run that was killed before its first complete checkpoint starts again, so that the same command starts
+    and resumes a run. A bare Trainer takes the checkpoint with the highest number, complete or not.
 
     Raises:
         FileExistsError: `output_dir` holds an earlier run and `resume_from_checkpoint` is not set.
-        FileNotFoundError: no checkpoint there is whole, though there was one or there is a trained model; or the one
-            that was named is not. Says why.
+        FileNotFoundError: no checkpoint is complete although one was, or there is a trained model; or the named
+            checkpoint is incomplete. With the cause.
     """
     folder, wish = Path(args.output_dir), str(args.resume_from_checkpoint or "")
     checkpoints = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.rpartition("-")[2]))
@@ -58,35 +58,35 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         if args.should_save and (checkpoints or (folder / CONFIG_NAME).exists()):
             raise FileExistsError(
                 f"{folder} already holds a trained model or its checkpoints: choose another output_dir, delete this "
-                "one, or go on from its last checkpoint with resume_from_checkpoint: true"
+                "one, or continue from its last checkpoint with resume_from_checkpoint: true"
             )
         return None
     if wish.lower() != "true":
         if (fault := fault_of(Path(wish))) is not None:
             raise FileNotFoundError(f"resume_from_checkpoint: {wish} is not a complete checkpoint: {fault}")
         return wish
-    passed_over = []
+    skipped = []
     for checkpoint in reversed(checkpoints):
         if (fault := fault_of(checkpoint)) is None:
-            for reason in passed_over:
-                logger.warning("%s; it is passed over, going on from %s.", reason, checkpoint.name)
+            for reason in skipped:
+                logger.warning("%s; skipping it, resuming from %s.", reason, checkpoint.name)
             return str(checkpoint)
-        passed_over.append(f"{checkpoint} is incomplete: {fault}")
+        skipped.append(f"{checkpoint} is incomplete: {fault}")
     if not (folder / CONFIG_NAME).exists() and not any((path / TRAINER_STATE_NAME).exists() for path in checkpoints):
-        cut_off = "; ".join([f"{folder} holds no complete checkpoint to go on from", *passed_over])
-        logger.warning("%s. Training begins anew.", cut_off)
+        cut_off = "; ".join([f"{folder} holds no complete checkpoint to resume from", *skipped])
+        logger.warning("%s. Training starts from the beginning.", cut_off)
         return None
     raise FileNotFoundError(
-        "; ".join([f"resume_from_checkpoint is true, but {folder} holds no complete checkpoint", *passed_over])
+        "; ".join([f"resume_from_checkpoint is true, but {folder} holds no complete checkpoint", *skipped])
     )
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """What keeps training from going on exactly from this folder; None where it is whole.
+    """Why training cannot resume exactly from this folder; None if it is complete.
 
-    Trainer writes `trainer_state.json` last, so a folder without it was cut off; one with it may have lost files since,
-    to a deletion that was cut off (`save_total_limit`) or to a copy. So all that Trainer restores has to be there, and
-    each file has to be as long as its format says. What the tensors hold is not read.
+    Trainer writes `trainer_state.json` last, so a folder without it is incomplete; one with it may have lost files
+    later, by an interrupted deletion (`save_total_limit`) or copy. So every file that Trainer restores has to exist and
+    to have the length that its format says. Tensors are not read.
     """
     if not (checkpoint / TRAINER_STATE_NAME).is_file():
         return f"no {TRAINER_STATE_NAME}"
@@ -101,14 +101,14 @@ def fault_of(checkpoint: Path) -> str | None:
             elif path.suffix == ".safetensors":
                 with safe_open(path, framework="pt"):
                     pass
-            elif path.suffix in (".pt", ".pth", ".bin"):  # what torch.save wrote
+            elif path.suffix in (".pt", ".pth", ".bin"):  # written by torch.save
                 zipfile.ZipFile(path).close()
         except (ValueError, SafetensorError, zipfile.BadZipFile) as error:
             return f"{path.name} cannot be read ({error})"
     for what, patterns in _NEEDED.items():
         if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
             return f"no {what}"
-    # each of several processes writes its own, and the first, which writes the state, waits for none
+    # each process writes its own file; the first, which writes the state, does not wait for them
     of = {int(path.stem.rpartition("_")[2]) for path in checkpoint.glob("rng_state_*[0-9].pth")}
     if of and (absent := set(range(max(2, max(of) + 1))) - of):
         return f"no rng_state_{min(absent)}.pth"
@@ -116,10 +116,10 @@ def fault_of(checkpoint: Path) -> str | None:
 
 
 def check_backbones(checkpoint: str, model: PreTrainedModel) -> None:
-    """See to it that a thin checkpoint, which has no backbones of its own, was trained on those of `model`.
+    """Check that a thin checkpoint, one without the backbones, was trained on the backbones of `model`.
 
     Raises:
-        ValueError: it was trained on others; names both.
+        ValueError: it was trained on others; with both names.
     """
     saved = PreTrainedConfig.get_config_dict(checkpoint)[0]
     if saved.get("saved_form") != "thin":
@@ -131,18 +131,18 @@ def check_backbones(checkpoint: str, model: PreTrainedModel) -> None:
         if theirs != ours:
             raise ValueError(
                 f"{checkpoint} was trained on the {what} {theirs[0]} at commit {theirs[1]}, and this run has {ours[0]} "
-                f"at {ours[1]}: name the former, with its revision"
+                f"at {ours[1]}: use the former, with its revision"
             )
 
 
 def train_from(trainer: Trainer, checkpoint: str | None) -> None:
-    """`trainer.train` from a checkpoint or, with None, from the start, so that an interruption changes nothing.
+    """`trainer.train` from a checkpoint or, with None, from the start, so that an interruption does not change results.
 
-    From a checkpoint of the last step Trainer would take one more. On SIGTERM, with `enable_jit_checkpoint`, it would
-    save in the midst of a step, where dropout has drawn its numbers, and draws others when the step is taken again.
+    It corrects two behaviours of Trainer: from a checkpoint of the last step Trainer takes one more step; on SIGTERM,
+    with `enable_jit_checkpoint`, it saves within a step, and dropout differs when the step is repeated.
 
     Raises:
-        SystemExit: SIGTERM has stopped it before the last step, and all is saved; the status is the shell's for that.
+        SystemExit: SIGTERM stopped it before the last step, after a save; with the shell's status for SIGTERM.
     """
     trainer.add_callback(_LastStep())
     on_sigterm = None
@@ -151,23 +151,25 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> None:
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except (OSError, RuntimeError, SafetensorError) as error:
-        half = Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}")
-        if half.is_dir() and fault_of(half) is not None:  # torch does not say that the disk is full
-            error.add_note(f"{half} is cut off; its disk has {shutil.disk_usage(half).free:,} free bytes")
+        incomplete = Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}")
+        if incomplete.is_dir() and fault_of(incomplete) is not None:  # torch does not report a full disk
+            error.add_note(
+                f"{incomplete} is incomplete; its disk has {shutil.disk_usage(incomplete).free:,} free bytes"
+            )
         raise
-    except _NothingLeftError:
+    except _AlreadyFinishedError:
         logger.info("%s is of the last step: nothing is left to train.", checkpoint)
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
             trainer._load_best_model()
         trainer.control = trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
     step, steps = trainer.state.global_step, trainer.state.max_steps
-    if on_sigterm is not None and on_sigterm.has_come and step < steps:
+    if on_sigterm is not None and on_sigterm.was_signalled and step < steps:
         logger.warning("SIGTERM: stopped after step %d of %d, which is saved.", step, steps)
         raise SystemExit(128 + signal.SIGTERM)
 
 
-class _NothingLeftError(Exception):
-    """The checkpoint is loaded, and is of the last step."""
+class _AlreadyFinishedError(Exception):
+    """The loaded checkpoint is of the last step."""
 
 
 class _LastStep(TrainerCallback):
@@ -175,24 +177,24 @@ class _LastStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step >= state.max_steps:
-            raise _NothingLeftError
+            raise _AlreadyFinishedError
 
 
 class _OnSigterm(TrainerCallback):
-    """Saves as at any other step, after what is logged and evaluated, and stops; all processes after the same step."""
+    """Saves after the step, after logging and evaluation, and stops; all processes stop after the same step."""
 
     def __init__(self, stock: JITCheckpointCallback):
-        self.stock, self.has_come = stock, False  # whose signal handler is in place
+        self.stock, self.was_signalled = stock, False  # its signal handler is installed
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        has_come = torch.tensor(float(self.stock.jit_manager.is_checkpoint_requested), device=args.device)
+        was_signalled = torch.tensor(float(self.stock.jit_manager.is_checkpoint_requested), device=args.device)
         if in_process_group():
-            dist.all_reduce(has_come, dist.ReduceOp.MAX)
-        self.has_come = bool(has_come)
-        control.should_save |= self.has_come
+            dist.all_reduce(was_signalled, dist.ReduceOp.MAX)
+        self.was_signalled = bool(was_signalled)
+        control.should_save |= self.was_signalled
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_training_stop |= self.has_come
+        control.should_training_stop |= self.was_signalled
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.stock.on_train_end(*args, **kwargs)

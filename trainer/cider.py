@@ -1,8 +1,8 @@
-"""CIDEr-D (Vedantam et al. 2015, arXiv:1411.5726, section 4 and appendix): how like people's captions a caption is.
+"""CIDEr-D (Vedantam et al. 2015, arXiv:1411.5726, section 4 and appendix): similarity of captions to references.
 
 Captions are compared as vectors of n-gram counts, n = 1 … 4, each count weighted by how few images have the n-gram in
-their references. D, the variant of COCO's server, clips counts and punishes a difference in length. Figures equal those
-of `pycocoevalcap.cider` on the same tokens.
+their references. D, the variant of COCO's server, clips counts and penalises a difference in length. Figures equal
+those of `pycocoevalcap.cider` on the same tokens.
 """
 
 import math
@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
-MAX_N = 4  # n-grams of 1 … 4 words count alike
-SIGMA = 6.0  # words; standard deviation of the Gaussian that punishes a difference in length
-SCALE = 10.0  # what a caption of four words or more that is its own only reference gets; papers print 100 times as much
+MAX_N = 4  # n-grams of 1 … 4 words have equal weight
+SIGMA = 6.0  # words; standard deviation of the Gaussian length penalty
+SCALE = 10.0  # the score of a caption of four words or more that equals its only reference; papers: 100 times it
 
 Words = Sequence[str]
 
@@ -21,12 +21,12 @@ Words = Sequence[str]
 def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> list[float]:
     """The score of each of I images, from 0 to 10; the corpus' CIDEr-D is their mean.
 
-    Document frequencies are counted over the I images' references: scores of different sets of images do not compare,
-    and a single image always gets 0, since each of its n-grams occurs in all images there are.
+    Document frequencies are counted over the I images' references: scores of different image sets are not comparable,
+    and a single image always scores 0, since its n-grams occur in all images.
 
     Args:
         candidates: I captions, each a list of words, which may be empty.
-        references: for each image one caption or more.
+        references: one or more captions for each image.
 
     Raises:
         ValueError: other than one list of references a candidate, no images, an image without references.
@@ -44,7 +44,7 @@ def cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) 
         for ngram, count in ngrams.items():
             weights[len(ngram) - 1][ngram] = count * (log_images - math.log(max(1, images_with[ngram])))
         norms = [math.sqrt(sum(weight**2 for weight in of_n.values())) for of_n in weights]
-        # COCO's implementation takes the number of bigrams for the length
+        # COCO's implementation uses the number of bigrams as the length
         return _Vector(weights, norms, sum(count for ngram, count in ngrams.items() if len(ngram) == 2))
 
     scores = []

@@ -1,4 +1,4 @@
-"""From rows of a dataset to a batch that either stage trains on."""
+"""Collate rows of a dataset into a training batch of either stage."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,27 +29,27 @@ refuse_unsupported_arguments()
 
 @dataclass
 class LorgnetteCollator:
-    """Turns rows into what `forward` reads, for the stage that the processor is made for.
+    """Collate rows into the inputs of `forward`, for the processor's stage.
 
-    A row has an image (or a list of them) in one column and the text to be learnt in another, or a chat in `messages`
-    whose last message, the assistant's, is to be learnt ([`messages_of`] says in what a chat may be). The images of a
-    chat are in its parts, or in the image column for parts `{"type": "image"}`; where a chat has no such part they come
-    after the first user message's words, as in [`~LorgnetteProcessor.build_prompt`]. A `vision_features` column,
-    `(L, E)` or of n images `(n, L, E)`, may stand in for the image column.
+    A row has an image (or a list of images) in one column and the target text in another, or a chat in `messages` whose
+    last message, the assistant's, is the target ([`messages_of`] lists the formats of a chat). The images of a chat are
+    in its parts, or in the image column for parts `{"type": "image"}`; in a chat without such parts they come after the
+    first user message's text, as in [`~LorgnetteProcessor.build_prompt`]. A `vision_features` column, `(L, E)` or
+    `(n, L, E)` for n images, replaces the image column.
 
-    Rows come from a `Trainer` with `remove_unused_columns=False`. An `index` column is handed on, and names rows in
-    errors; without it their position in the batch does.
+    Set `remove_unused_columns=False` in the `Trainer`. Batches keep an `index` column as `row_index`, and errors name
+    it; without one they name the row's position in the batch.
 
     Args:
-        processor: with the LM's tokenizer for stage 2; with the Q-Former's alone for stage 1.
-        image_column, text_column: their names in the rows.
-        query: what every prompt asks; the processor's by default, `""` for nothing.
-        query_column: a column that holds each row's own question, in place of `query`.
-        max_length: tokens a row may take, placeholders included; by default what the tokenizer says of its context.
-        pack_to: in stage 2, tokens that rows may share: several are then put side by side, in place of padding, and
-            the model keeps them apart.
-        pad_to_multiple_of: batches are as wide as a multiple of it, and so there are few widths: a compiled model is
-            compiled anew for each. In stage 2 they also say where their labels are, for its head to look there alone.
+        processor: with the LM's tokenizer for stage 2; with only the Q-Former's for stage 1.
+        image_column, text_column: the columns' names.
+        query: the query of every prompt; the processor's by default, `""` for none.
+        query_column: a column with each row's own query, in place of `query`.
+        max_length: maximum tokens of a row, placeholders included; by default the tokenizer's context length.
+        pack_to: in stage 2, pack several examples into rows of at most so many tokens, in place of padding; attention
+            stays within each example.
+        pad_to_multiple_of: pad batches to a multiple of it: a compiled model recompiles for each length. In stage 2
+            batches also hold the positions of their labels, and the LM's head computes only these.
 
     Raises:
         ValueError: `query` and `query_column` are both given; `pack_to` in stage 1, or below 1; so is
@@ -66,9 +66,9 @@ class LorgnetteCollator:
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self):
-        self._loaded: dict[Any, Image.Image] = {}  # pictures of the batch that is being made
+        self._loaded: dict[Any, Image.Image] = {}  # pictures of the current batch
         if self.query is not None and self.query_column is not None:
-            raise ValueError("query and query_column are two answers to one question: give one of them")
+            raise ValueError("query and query_column exclude each other: give one of them")
         if self.pack_to is not None and self.processor.is_stage1:
             raise ValueError("pack_to is for stage 2: in stage 1 each text is compared with each picture")
         check_image_processor(self.processor.image_processor, self.processor.max_image_pixels)
@@ -77,25 +77,25 @@ class LorgnetteCollator:
                 raise ValueError(f"{name} is {value}; it has to be at least 1")
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Make a batch of B rows and the N images in them.
+        """Make a batch of B rows with N images.
 
         Returns:
-            `input_ids`, `attention_mask` `(B, S)` int64, padded on the right; in stage 2 `labels` `(B, S)`, -100 but on
-            the output and the tokens that end it; `pixel_values` `(N, 3, H, W)` with the image processor's other keys,
-            or `vision_features` `(N, L, E)`; `image_rows` `(N,)` where a picture is there several times, and
-            `pixel_values` has it once; `qformer_input_ids`, `qformer_attention_mask` `(N, T)` for a Q-Former that
-            takes instructions; `row_index` `(B,)` where rows have an `index`; `shared_input_ids` `(B, P)` where all
-            prompts begin alike. With `pack_to` there are fewer rows than B, and `sequence_ids` in place of
-            `attention_mask`. With `pad_to_multiple_of`, in stage 2, `supervised_positions` `(K,)`: where in `labels`,
-            flat, there is no -100, and 0 up to a multiple.
+            `input_ids`, `attention_mask` `(B, S)` int64, right-padded; in stage 2 `labels` `(B, S)`, -100 except on the
+            output and its stop tokens; `pixel_values` `(N, 3, H, W)` with the image processor's other keys,
+            or `vision_features` `(N, L, E)`; `image_rows` `(N,)` if a picture occurs several times:
+            `pixel_values` then holds it once; `qformer_input_ids`, `qformer_attention_mask` `(N, T)` for a Q-Former
+            that takes instructions; `row_index` `(B,)` if rows have an `index`; `shared_input_ids` `(B, P)`, the common
+            prefix of all prompts. With `pack_to` there are fewer rows than B, and `sequence_ids` in place of
+            `attention_mask`. With `pad_to_multiple_of`, in stage 2, `supervised_positions` `(K,)`: indices into
+            the flattened `labels` that are not -100, padded with 0.
 
         Raises:
-            ValueError: a column that is not there (with the ones that are), an empty text, one longer than the context
-                (with the numbers), an image that is none; for OSError and TypeError see
+            ValueError: a missing column (with the existing ones), an empty text, one longer than the context (with
+                the numbers), an invalid image; for OSError and TypeError see
                 [`~LorgnetteProcessor.load_image`]. All name the row.
         """
         examples = self._examples(rows, self._stage1 if self.processor.is_stage1 else self._stage2)
-        shared = [[n] for n in range(len(examples))]  # which examples have a row in common
+        shared = [[n] for n in range(len(examples))]  # the examples of each row
         if self.pack_to is not None:
             shared = packs([len(example.ids) for example in examples], self.pack_to)
             order = [n for pack in shared for n in pack]
@@ -103,49 +103,49 @@ class LorgnetteCollator:
             numbers = iter(range(len(examples)))
             shared = [[next(numbers) for _ in pack] for pack in shared]
 
-        def joined(values: list[list[int]], padding: int) -> torch.Tensor:
+        def packed(values: list[list[int]], padding: int) -> torch.Tensor:
             return self._padded([[value for n in pack for value in values[n]] for pack in shared], padding)
 
-        batch = {"input_ids": joined([example.ids for example in examples], self.processor.tokenizer.pad_token_id)}
+        batch = {"input_ids": packed([example.ids for example in examples], self.processor.tokenizer.pad_token_id)}
         if self.pack_to is None:
-            batch["attention_mask"] = joined([[1] * len(example.ids) for example in examples], 0)
+            batch["attention_mask"] = packed([[1] * len(example.ids) for example in examples], 0)
         else:
-            batch["sequence_ids"] = joined([[n] * len(example.ids) for n, example in enumerate(examples)], PADDING)
+            batch["sequence_ids"] = packed([[n] * len(example.ids) for n, example in enumerate(examples)], PADDING)
         if not self.processor.is_stage1:
-            batch["labels"] = joined(
+            batch["labels"] = packed(
                 [[IGNORED] * len(example.prompt) + example.output for example in examples], IGNORED
             )
-            if self.pack_to is None and (alike := self._alike([example.prompt for example in examples])):
-                batch["shared_input_ids"] = batch["input_ids"][:, :alike]
+            if self.pack_to is None and (prefix := self._common_prefix([example.prompt for example in examples])):
+                batch["shared_input_ids"] = batch["input_ids"][:, :prefix]
             if self.pad_to_multiple_of is not None:
                 labelled = (batch["labels"].flatten() != IGNORED).nonzero().squeeze(1)
                 batch["supervised_positions"] = self._padded([labelled.tolist()], 0)[0]
-        return Batch.of(batch | self._shown(rows, examples))
+        return Batch.of(batch | self._images_and_indices(rows, examples))
 
     def prompts(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Make of the same rows what `generate` reads: their prompts, id for id those of training, with no answers.
+        """Make the inputs of `generate`: the rows' prompts without answers, with the same ids as in training.
 
         Returns:
-            `input_ids`, `attention_mask` `(B, S)` int64, padded on the left, and the images as in a batch. The text
-            column is not looked at.
+            `input_ids`, `attention_mask` `(B, S)` int64, left-padded, and the images as in a batch. The text
+            column may be missing.
 
         Raises:
-            ValueError, OSError, TypeError: as for a batch; or the processor is one for stage 1, which has no prompts.
+            ValueError, OSError, TypeError: as for a batch; or a stage-1 processor, which has no prompts.
         """
         examples = self._examples(rows, partial(self._stage2, answered=False))
         pad_token_id = self.processor.tokenizer.pad_token_id
         return {
             "input_ids": self._padded([example.prompt for example in examples], pad_token_id, "left"),
             "attention_mask": self._padded([[1] * len(example.prompt) for example in examples], 0, "left"),
-        } | self._shown(rows, examples)
+        } | self._images_and_indices(rows, examples)
 
     def prompt_lengths(self, rows: list[dict[str, Any]]) -> list[int]:
-        """How many tokens the rows' prompts have, placeholders included; no picture is loaded.
+        """Numbers of tokens of the rows' prompts, placeholders included; loads no picture.
 
         Raises:
-            ValueError, TypeError: as [`prompts`], but for the pictures.
+            ValueError, TypeError: as [`prompts`], except for pictures.
         """
-        return [len(words.prompt) for words in self._encoded(rows, partial(self._words, answered=False))]
+        return [len(example.prompt) for example in self._encoded(rows, partial(self._encode_text, answered=False))]
 
     def _examples(self, rows: list[dict[str, Any]], encode: Callable[[dict[str, Any]], "_Example"]) -> list["_Example"]:
         if not rows:
@@ -153,7 +153,7 @@ class LorgnetteCollator:
         self._loaded.clear()
         examples = []
         for row, example in zip(rows, self._encoded(rows, encode), strict=True):
-            if "augmentation_seed" in row:  # a training row's, see augmentation.py
+            if "augmentation_seed" in row:  # only training rows have one, see augmentation.py
                 generator = np.random.default_rng(row["augmentation_seed"])
                 example.images = [augment(image, generator) for image in example.images]
             examples.append(example)
@@ -161,14 +161,14 @@ class LorgnetteCollator:
 
     @staticmethod
     def _encoded(rows: list[dict[str, Any]], encode: Callable[[dict[str, Any]], "_Example"]) -> Iterator["_Example"]:
-        """Errors name the row."""
+        """Encode rows; errors name the row."""
         for position, row in enumerate(rows):
             with error_context(f"row {row['index']}" if "index" in row else f"row {position} of the batch"):
                 example = encode(row)
             yield example
 
-    def _shown(self, rows: list[dict[str, Any]], examples: list["_Example"]) -> dict[str, torch.Tensor]:
-        """The batch's images, what the Q-Former is told of them, and the rows' numbers."""
+    def _images_and_indices(self, rows: list[dict[str, Any]], examples: list["_Example"]) -> dict[str, torch.Tensor]:
+        """The batch's images, the Q-Former's instructions, and the rows' numbers."""
         batch: dict[str, torch.Tensor] = {}
         if instructions := [ids for example in examples for ids in example.instructions]:
             batch["qformer_input_ids"] = self._padded(instructions, self.processor.qformer_tokenizer.pad_token_id)
@@ -182,8 +182,8 @@ class LorgnetteCollator:
                 distinct = {id(image): image for image in images}
                 batch |= self.processor.encode_images(list(distinct.values()), return_tensors="pt")
                 if len(distinct) < len(images):
-                    places = {key: place for place, key in enumerate(distinct)}
-                    batch["image_rows"] = torch.tensor([places[id(image)] for image in images])
+                    positions = {key: position for position, key in enumerate(distinct)}
+                    batch["image_rows"] = torch.tensor([positions[id(image)] for image in images])
         if all("index" in row for row in rows):
             batch["row_index"] = torch.tensor([row["index"] for row in rows])
         return batch
@@ -192,20 +192,20 @@ class LorgnetteCollator:
         text = _text(row, self.text_column)
         ids = self.processor.encode_for_qformer([text])["input_ids"][0]
         if len(ids) <= self.processor.qformer_tokenizer.num_special_tokens_to_add():
-            raise ValueError(f"column '{self.text_column}' is {text!r:.100}, of which the tokenizer makes no tokens")
+            raise ValueError(f"column '{self.text_column}' is {text!r:.100}, which the tokenizer turns into no tokens")
         images = self._sources(row)
         if len(images) != 1:
-            raise ValueError(f"{len(images)} images; stage 1 learns from pairs of one image and one text")
+            raise ValueError(f"{len(images)} images; stage 1 needs one image and one text")
         self._check_length([], ids, self.processor.qformer_tokenizer)
         return _Example([], ids, [load() for load in images])
 
     def _stage2(self, row: dict[str, Any], answered: bool = True) -> "_Example":
-        example = self._words(row, answered)
+        example = self._encode_text(row, answered)
         example.images = [load() for load in example.images]
         return example
 
-    def _words(self, row: dict[str, Any], answered: bool = True) -> "_Example":
-        """A row of stage 2 whose images are functions that load them."""
+    def _encode_text(self, row: dict[str, Any], answered: bool = True) -> "_Example":
+        """A row of stage 2, with functions that load the images."""
         if row.get("messages") is not None:
             messages, output, images = self._chat(row)
             query = query_in(messages)
@@ -225,28 +225,29 @@ class LorgnetteCollator:
 
     def _chat(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], str, list[Callable[[], Any]]]:
         """The messages before the answer, the answer, and functions that load the images."""
-        given = messages_of(row["messages"])
-        *messages, answer = given or [{}]
+        chat = messages_of(row["messages"])
+        *messages, answer = chat or [{}]
         if answer.get("role") != "assistant" or not messages:
-            roles = [message["role"][:100] for message in given]
+            roles = [message["role"][:100] for message in chat]
             raise ValueError(f"the last of the messages has to be the assistant's answer; their roles are {roles}")
         output = "\n".join(part.get("text", "<image>") for part in parts_of(answer))
         if _count_images([answer]) or not output.strip():
-            raise ValueError(f"the assistant's answer has to be words; it is {output!r:.100}")
+            raise ValueError(f"the assistant's answer has to be text; it is {output!r:.100}")
         has_column = row.get(self.image_column) is not None or "vision_features" in row
         in_column = self._sources(row) if has_column else []
         if in_column and not _count_images(messages):
             first = next((n for n, message in enumerate(messages) if message.get("role") == "user"), 0)
             shown = [*parts_of(messages[first]), *[{"type": "image"}] * len(in_column)]
             messages[first] = {**messages[first], "content": shown}
-        own = images_in(messages)
-        bare = _count_images(messages) - len(own)
-        if bare != len(in_column) or (own and in_column):
+        in_parts = images_in(messages)
+        placeholders = _count_images(messages) - len(in_parts)
+        if placeholders != len(in_column) or (in_parts and in_column):
             raise ValueError(
-                f'the messages have {bare} parts {{"type": "image"}} without a picture of their own and {len(own)} '
-                f"with one, and column '{self.image_column}' has {len(in_column)} images: all have to be in one place"
+                f'the messages have {placeholders} parts {{"type": "image"}} without a picture and {len(in_parts)} '
+                f"with one, and column '{self.image_column}' has {len(in_column)} images: "
+                "all have to be in the messages or in the column"
             )
-        return messages, output, in_column or [partial(self._load, image) for image in own]
+        return messages, output, in_column or [partial(self._load, image) for image in in_parts]
 
     def _sources(self, row: dict[str, Any]) -> list[Callable[[], Any]]:
         """Functions that load the images of the image column, or give their features."""
@@ -259,13 +260,13 @@ class LorgnetteCollator:
             raise ValueError(f"column '{self.image_column}' is an empty list")
         return [partial(self._load, image) for image in images]
 
-    def _alike(self, prompts: list[list[int]]) -> int:
+    def _common_prefix(self, prompts: list[list[int]]) -> int:
         """How many tokens several prompts all begin with: before the first placeholder, and not all of any."""
         if len(prompts) == 1:
             return 0
-        places = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+        columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
         image = self.processor.image_token_id
-        return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1 and ids[0] != image, places))
+        return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1 and ids[0] != image, columns))
 
     def _load(self, image: Any) -> Image.Image:
         """A picture that the batch has several times is loaded once."""
@@ -287,8 +288,8 @@ class LorgnetteCollator:
         if len(prompt) + len(output) > limit:
             placeholders = prompt.count(self.processor.image_token_id)
             raise ValueError(
-                f"{len(prompt) + len(output)} tokens are more than the {limit} there is room for: {len(output)} of "
-                f"output, {placeholders} for images, {len(prompt) - placeholders} of other prompt"
+                f"{len(prompt) + len(output)} tokens are more than the maximum of {limit}: {len(output)} of "
+                f"output, {placeholders} for images, {len(prompt) - placeholders} of the other prompt"
             )
 
 
@@ -297,20 +298,20 @@ def _count_images(messages: list[dict[str, Any]]) -> int:
 
 
 def packs(lengths: list[int], room: int) -> list[list[int]]:
-    """Which of these are put side by side so that few rows of `room` are needed: the longest first, each where it fits.
+    """First-fit decreasing packing of examples into rows of `room` tokens.
 
-    One that is longer than `room` has a row of its own.
+    An example longer than `room` gets a row of its own.
     """
     shared: list[list[int]] = []
     left: list[int] = []
     for n in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        place = next((place for place, room_left in enumerate(left) if lengths[n] <= room_left), None)
-        if place is None:
-            place = len(shared)
+        row = next((row for row, room_left in enumerate(left) if lengths[n] <= room_left), None)
+        if row is None:
+            row = len(shared)
             shared.append([])
             left.append(room)
-        shared[place].append(n)
-        left[place] -= lengths[n]
+        shared[row].append(n)
+        left[row] -= lengths[n]
     return shared
 
 
@@ -329,7 +330,7 @@ class _Example:
 
 
 def _identity(image: Any) -> Any:
-    """What tells that two images are one picture: a path, a URL, a file's content, an object. None: not known."""
+    """A key that is equal for equal pictures: a path, a URL, a file's content, an object's id. None: unknown."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     return id(image) if isinstance(image, Image.Image) else image if isinstance(image, (str, bytes, PurePath)) else None
@@ -338,7 +339,7 @@ def _identity(image: Any) -> Any:
 def _column(row: dict[str, Any], name: str) -> Any:
     if name not in row:
         raise ValueError(
-            f"there is no column '{name}', only {sorted(row)}; if Trainer took it out, set remove_unused_columns=False"
+            f"there is no column '{name}', only {sorted(row)}; if Trainer removed it, set remove_unused_columns=False"
         )
     return row[name]
 

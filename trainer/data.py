@@ -1,7 +1,7 @@
-"""Where the rows come from: a Hub dataset, a local folder or file, or a stream; checked before anything is trained.
+"""Load rows from a Hub dataset, a local folder or file, or a stream, and check them before training.
 
-Every row gets an `index`, its number in the split, so that an error can name it. Pictures are not decoded here but
-handed on as paths, URLs or bytes: it is the processor alone that decodes pictures.
+Every row gets an `index`, its number in the split, which errors name. Rows hold pictures as paths, URLs or bytes; only
+the processor decodes them.
 """
 
 from collections.abc import Callable, Collection
@@ -39,7 +39,7 @@ def load_pairs(
     a list there or in a message) is a path, a URL, bytes or a dict of bytes and path; of a feature cache there is
     `vision_features` in place of the column. A class label is its name. A streamed training set starts again when it
     ends, shuffled within a buffer. With `augmentation` training rows have an `augmentation_seed`. With `length_column`
-    rows of both have one of that name, by which Trainer groups them: the characters of their words.
+    all rows have a column of that name, the number of their characters, by which Trainer groups them.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -53,7 +53,7 @@ def load_pairs(
     train, open_train = _numbered_rows(args, args.dataset, args.train_split)
     evaluation, open_evaluation = None, open_train
     if args.eval_fraction is not None:
-        # Held out of a run that does not evaluate, too: another may go on from it that does.
+        # Split off even without evaluation: a run that resumes this one may evaluate.
         parts = train.train_test_split(args.eval_fraction, seed=seed)
         train, evaluation = parts["train"], parts["test"]
     elif evaluate:
@@ -62,12 +62,12 @@ def load_pairs(
     if length_column is not None:
         if args.streaming:
             raise ValueError("a stream cannot be grouped by length: its rows come one by one")
-        words = ["messages"] if args.messages_column else args.word_columns
-        train = _with_lengths(train, length_column, words)
-        if evaluation is not None:  # Trainer groups its rows, too
-            evaluation = _with_lengths(evaluation, length_column, words)
+        text_columns = ["messages"] if args.messages_column else args.text_columns
+        train = _with_lengths(train, length_column, text_columns)
+        if evaluation is not None:  # Trainer groups evaluation rows too
+            evaluation = _with_lengths(evaluation, length_column, text_columns)
     if args.streaming:
-        # Endless, since Trainer takes a stream for one epoch: resumed after the stream's end it would start it over.
+        # Endless: Trainer counts a stream as one epoch, and would restart it when resumed after its end.
         train = train.repeat(None)
         if args.shuffle_buffer_size:
             train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer_size)
@@ -78,32 +78,32 @@ def load_pairs(
     return _lazily(train, open_train), _lazily(evaluation, open_evaluation) if evaluate else None
 
 
-def _with_lengths(rows: Dataset, column: str, words: list[str]) -> Dataset:
+def _with_lengths(rows: Dataset, column: str, text_columns: list[str]) -> Dataset:
     lengths = []
-    for number, row in enumerate(rows.select_columns(words)):
+    for number, row in enumerate(rows.select_columns(text_columns)):
         with error_context(f"row {number}"):
             lengths.append(_length(row))
     return rows.add_column(column, lengths)
 
 
-def _length(words: dict[str, Any]) -> int:
-    """Characters in a row's words; a picture in a chat counts for none."""
-    chat = words.pop("messages", None)
+def _length(texts: dict[str, Any]) -> int:
+    """Number of characters in a row's texts, without pictures."""
+    chat = texts.pop("messages", None)
     messages = [] if chat is None else messages_of(chat)
     values = [part.get("text", "") for message in messages for part in parts_of(message)]
-    return sum(len(str(value)) for value in (*values, *words.values()))
+    return sum(len(str(value)) for value in (*values, *texts.values()))
 
 
 def load_rows(args: RowArguments, split: str) -> Rows:
-    """The rows of one split of `args.dataset`, in order; what they hold and what is raised is as in [`load_pairs`].
+    """The rows of one split of `args.dataset`, in order, in the format of [`load_pairs`]; raises the same errors.
 
-    The text column may hold a list of texts a row.
+    The text column may hold a list of texts.
     """
     return _lazily(*_numbered_rows(args, args.dataset, split))
 
 
 def _numbered_rows(args: RowArguments, source: str, split: str) -> tuple[Rows, partial]:
-    """The split's named columns and `index`; and the function that makes a batch of them ready for the collator."""
+    """The split's named columns and `index`, and a function that prepares batches of them for the collator."""
     cached = is_cache(source)
     if cached:
         dataset, base, image_column = load_cache(source, split), None, COLUMN
@@ -113,11 +113,11 @@ def _numbered_rows(args: RowArguments, source: str, split: str) -> tuple[Rows, p
         dataset, base = load_source(args, source, split, streaming=args.streaming)
         image_column, open_image = args.image_column, partial(_open_picture, base=base)
     name = f"{source} ({split})"
-    # A stream may not know its columns before it is read; nothing in it is decoded then.
+    # A stream may have unknown columns until it is read; then nothing in it is decoded.
     features = dataset.features or next(iter(dataset), {})
-    wanted = [image_column, *args.word_columns]
+    wanted = [image_column, *args.text_columns]
     if args.messages_column and image_column == DataArguments.image_column and image_column not in features:
-        wanted = args.word_columns  # chats may bring their pictures along; a column that was named has to be there
+        wanted = args.text_columns  # chats may hold their pictures themselves; a named column has to exist
     if features:
         check_columns(features, wanted, name)
     if "index" in wanted:
@@ -126,10 +126,10 @@ def _numbered_rows(args: RowArguments, source: str, split: str) -> tuple[Rows, p
     text = features.get(args.text_column)
     dataset = undecoded(dataset.select_columns([*wanted, "index"] if cached else wanted))
     if args.messages_column not in (None, "messages"):
-        dataset = dataset.rename_column(args.messages_column, "messages")  # what the collator knows chats by
+        dataset = dataset.rename_column(args.messages_column, "messages")  # the collator's name for chats
     if next(iter(dataset), None) is None:
         raise ValueError(f"{name} has no rows")
-    if not cached:  # whose rows say which ones of their source they are
+    if not cached:  # a cache has the source's row numbers
         dataset = numbered(dataset)
     labels = {args.text_column: text.names} if isinstance(text, ClassLabel) else {}
     openers = {image_column: open_image, "messages": partial(_open_chat, base=base)}
@@ -139,11 +139,11 @@ def _numbered_rows(args: RowArguments, source: str, split: str) -> tuple[Rows, p
 def load_source(
     args: SourceArguments, source: str, split: str | None = None, streaming: bool = False
 ) -> tuple[Rows | DatasetDict, Path | None]:
-    """A split, or all of them, and the folder that relative image paths start from (None for a dataset of the Hub).
+    """A split, or all splits, and the base folder of relative image paths (None for a Hub dataset).
 
     Raises:
         FileNotFoundError: no such file or folder.
-        ValueError: no such split, a file of an unknown kind, an empty one.
+        ValueError: no such split, a file of an unknown type, an empty file.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -171,7 +171,7 @@ def load_source(
 
 
 def check_columns(existing: Collection[str], wanted: list[str], name: str) -> None:
-    """Raise ValueError where columns of the data set `name` are missing, with those that exist."""
+    """Raise ValueError for missing columns of the data set `name`; the message lists the existing ones."""
     if missing := [column for column in wanted if column not in existing]:
         raise ValueError(f"{name} has no column {' or '.join(map(repr, missing))}; it has {', '.join(existing)}")
 
@@ -184,7 +184,7 @@ def numbered(dataset: Rows) -> Rows:
 
 
 def undecoded(dataset: Rows) -> Rows:
-    """The rows with their pictures, wherever they are, left as bytes and path."""
+    """The rows with all pictures undecoded, as bytes and path."""
     for column, feature in (dataset.features or {}).items():
         if (plain := _undecoded(feature)) != feature:
             dataset = dataset.cast_column(column, plain)
@@ -192,12 +192,12 @@ def undecoded(dataset: Rows) -> Rows:
 
 
 def picture_opener(image_column: str, base: Path | None) -> Callable[[dict], dict]:
-    """A transform for rows of pictures alone: the processor can open what it leaves in `image_column`."""
+    """A transform for rows without texts: it leaves pictures in `image_column` that the processor can open."""
     return partial(_open_batch, openers={image_column: partial(_open_picture, base=base)}, labels={})
 
 
 def _undecoded(feature: Any) -> Any:
-    """A column's type with its pictures, wherever they are in it, left as bytes and path."""
+    """A column's type with all pictures in it undecoded."""
     if isinstance(feature, Image):
         return Image(decode=False)
     if isinstance(feature, List):
@@ -217,12 +217,12 @@ def _with_index(row: dict, index: int) -> dict:
     return {**row, "index": index}
 
 
-def _with_visit(row: dict, place: int) -> dict:
-    return {**row, "visit": place}
+def _with_visit(row: dict, position: int) -> dict:
+    return {**row, "visit": position}
 
 
 def _open_batch(batch: dict, openers: dict[str, Callable[..., Any]], labels: dict[str, list[str]]) -> dict:
-    """A batch (column -> values) with pictures that the processor can open, or features, and class labels by name."""
+    """Prepare a batch (column -> values): pictures become openable by the processor or features, class labels names."""
     opened = dict(batch)
     numbers = batch.get("index", [None] * len(next(iter(batch.values()))))
     for column, open_value in openers.items():
@@ -230,13 +230,13 @@ def _open_batch(batch: dict, openers: dict[str, Callable[..., Any]], labels: dic
             opened[column] = [open_value(value, n) for value, n in zip(batch[column], numbers, strict=True)]
     for column, names in labels.items():
         if column in batch:
-            # Unlabelled rows (-1) go on as None: the collator names their number.
+            # Unlabelled rows (-1) become None; the collator's error names their number.
             opened[column] = [names[label] if label is not None and label >= 0 else None for label in batch[column]]
     return opened
 
 
 def _open_chat(messages: Any, number: int | None, base: Path | None) -> list[dict]:
-    """The messages (none for None) with their contents as parts, whose pictures are opened as those of a column are."""
+    """The messages with their contents as parts, and their pictures opened; [] for None."""
     with error_context(f"row {number}"):
         opened = [(message, parts_of(message)) for message in ([] if messages is None else messages_of(messages))]
     for _, parts in opened:
@@ -247,14 +247,14 @@ def _open_chat(messages: Any, number: int | None, base: Path | None) -> list[dic
 
 
 def _open_picture(value: Any, number: int | None, base: Path | None) -> Any:
-    """A relative path as an absolute one, a file of a remote dataset as its bytes, anything else as it is."""
+    """Make a relative path absolute, read a file of a remote dataset as bytes, and return anything else unchanged."""
     if isinstance(value, list) and value and isinstance(value[0], dict | str):
         return [_open_picture(item, number, base) for item in value]
-    if isinstance(value, dict):  # datasets' own form of an image that is not decoded
+    if isinstance(value, dict):  # an undecoded image of datasets
         return value if value.get("bytes") is not None else _open_picture(value.get("path"), number, base)
     if not isinstance(value, str) or value[:8].lower().startswith((*WEB, "data:")):
         return value
-    if "://" in value:  # on the Hub or inside an archive, where a dataset is streamed
+    if "://" in value:  # on the Hub or inside an archive, in a streamed dataset
         try:
             with fsspec.open(value, "rb") as file:
                 return file.read()

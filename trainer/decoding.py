@@ -1,10 +1,10 @@
-"""How texts are decoded, by name: keywords of `generate`. None of these draws random numbers."""
+"""Decoding presets: keywords of `generate`, all deterministic."""
 
 from typing import Any
 
 
 DECODING: dict[str, dict[str, Any]] = {
-    # BLIP-2 (Li et al. 2023, appendix), but for its minimum of 8 tokens: it would lengthen captions of few words
+    # BLIP-2's (Li et al. 2023, appendix) without its minimum of 8 tokens, which lengthens short captions
     "caption": {"do_sample": False, "num_beams": 5, "length_penalty": 1.0, "max_new_tokens": 30},
     # BLIP-2's for VQA: the negative penalty favours short answers
     "short_answer": {"do_sample": False, "num_beams": 5, "length_penalty": -1.0, "max_new_tokens": 10},
@@ -13,7 +13,7 @@ DECODING: dict[str, dict[str, Any]] = {
 
 
 def decoding_of(name: str, max_new_tokens: int | None = None) -> dict[str, Any]:
-    """A preset, with another limit of new tokens where one is given.
+    """A preset, optionally with another limit of new tokens.
 
     Raises:
         ValueError: no such preset, or a limit below 1.

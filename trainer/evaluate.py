@@ -1,4 +1,4 @@
-"""Measure a saved model: generate texts for a data set's pictures and compare them with its references.
+"""Evaluate a saved model: generate texts for a data set's pictures and compare them with the references.
 
 Writes `metrics.json`, `metrics.md` and `predictions.jsonl` into `output_dir`.
 """
@@ -42,22 +42,22 @@ _REPORTED = ("model", "model_revision", "dataset", "split",
 
 @dataclass
 class EvaluateArguments(RowArguments):
-    """Which model, on which rows, measured how."""
+    """The model, the rows and the metrics."""
 
     model: str | None = field(default=None, metadata={"help": "A saved lorgnette model: a folder or a Hub id."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
     split: str = field(
         default="test",
-        metadata={"help": "Slices such as test[:500] work but in streams, caches and what save_to_disk wrote."},
+        metadata={"help": "Slices such as test[:500] work, except in streams, caches and what save_to_disk wrote."},
     )
     metrics: list[str] = field(
         default_factory=lambda: ["cider", "bleu"],
         metadata={"help": "One or more of cider, bleu, rouge_l, exact_match, vqa_accuracy."},
     )
-    decoding: str = field(default="caption", metadata={"help": f"How to decode: {', '.join(DECODING)}."})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "In place of the decoding's own limit."})
-    batch_size: int = field(default=16, metadata={"help": "Rows that a process generates for at a time."})
-    output_dir: str = field(default="out/evaluate", metadata={"help": "Where the results go; overwritten."})
+    decoding: str = field(default="caption", metadata={"help": f"Decoding preset: {', '.join(DECODING)}."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Replaces the preset's limit."})
+    batch_size: int = field(default=16, metadata={"help": "Rows in a batch of each process."})
+    output_dir: str = field(default="out/evaluate", metadata={"help": "Folder for the results; overwritten."})
 
     def __post_init__(self):
         if self.model is None:
@@ -70,20 +70,20 @@ class EvaluateArguments(RowArguments):
 
 
 def main(argv: list[str]) -> None:
-    """Evaluate as the command line, or a YAML file of the same names, says."""
+    """Evaluate from the command line or a YAML file."""
     (args,) = parse_recipe((EvaluateArguments,), argv, prog="python -m lorgnette.trainer evaluate", description=__doc__)
     evaluate(args)
 
 
 def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
-    """Generate, measure, write; behind a launcher each process generates for its share of the rows.
+    """Generate texts, compute metrics, write results; with several processes each generates for its share.
 
     Returns:
-        What `metrics.json` holds; None in processes other than the first.
+        the contents of `metrics.json`; None in processes other than the first.
 
     Raises:
-        ValueError: the data are not what the arguments say, a row's references are missing or not what a metric needs,
-            no picture can be read, a feature cache is another model's, a mixed precision that is none here. OSError,
+        ValueError: the data do not match the arguments, a row's references are missing or unusable for a metric, no
+            picture can be read, a feature cache of another model, an unknown mixed precision. OSError,
             TypeError, ValueError: a picture that cannot be read, with its row, unless `skip_unreadable`.
     """
     started = time.perf_counter()
@@ -93,7 +93,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
     with process.main_process_first():
         dataset = load_rows(args, args.split)
     column = "messages" if args.messages_column else args.text_column
-    if isinstance(dataset, Dataset):  # before hours of generating; a stream is checked as it goes
+    if isinstance(dataset, Dataset):  # before hours of generation; a stream is checked while it is read
         references = [references_of(row, column) for row in dataset.select_columns(["index", column])]
         for metric in metrics.values():
             metric.check_references(references)
@@ -170,7 +170,7 @@ def _as_markdown(report: dict[str, Any]) -> str:
     for name, result in report["metrics"].items():
         for figure, value in figures_of(result).items():
             lines.append(f"| {figure} | {value:.4f} | {METRICS[name].scale} | {result['tokenization']} |")
-    said = ", ".join(f"{name} {value}" for name, value in decoding.items())
+    settings = ", ".join(f"{name} {value}" for name, value in decoding.items())
     lines += ["", f"{report['rows']} pictures, {report['skipped']} skipped as unreadable."]
-    lines += [f"Decoding `{preset}`: {said}.", f"{report['seconds']['in all']} s on {report['device']}."]
+    lines += [f"Decoding `{preset}`: {settings}.", f"{report['seconds']['in all']} s on {report['device']}."]
     return "\n".join(lines) + "\n"

@@ -1,11 +1,11 @@
-"""What a frozen ViT sees, kept on disk: how a cache folder is laid out and read, and which model it belongs to.
+"""A feature cache on disk: its layout, reading it, and the model that it belongs to.
 
-    CACHE/vision_features.json                      what it was made of and with; `complete` once all shards are there
+    CACHE/vision_features.json                      its source and settings; `complete` once all shards exist
     CACHE/SPLIT/vision_features-00000-of-00003/     a shard, as `Dataset.save_to_disk` writes it
 
-A row has the columns of its source but for the pictures, `index` (its number in the source) and `vision_features`, the
-bytes of its `(L, E)` features: of all forms that Arrow knows that one is read fastest, and bfloat16 fits in as well. A
-row with several pictures has a list of them. Shards are memory-mapped, so a cache may be larger than memory.
+A row has the columns of its source except pictures, `index` (its number in the source) and `vision_features`, the bytes
+of its `(L, E)` features: Arrow reads bytes fastest, and they can hold bfloat16. A row with several pictures has a list.
+Shards are memory-mapped, so a cache may be larger than memory.
 """
 
 import hashlib
@@ -26,35 +26,35 @@ from ..modeling.modeling_loading import is_unread
 METADATA = "vision_features.json"
 COLUMN = "vision_features"
 _NOT_OF_THE_FEATURES = ("_name_or_path", "architectures", "dtype", "transformers_version")
-GO_ON = "run the command that began it again (python -m lorgnette.trainer cache …): it keeps what is whole"
+GO_ON = "run the command that began it again (python -m lorgnette.trainer cache …): it keeps complete shards"
 
 
 def is_cache(folder: str | Path) -> bool:
-    """Whether a folder is a feature cache, or the remains of one."""
+    """Whether a folder is a feature cache, complete or not."""
     folder = Path(folder).expanduser()
     return (folder / METADATA).is_file() or next(folder.glob(f"*/{COLUMN}-*-of-*"), None) is not None
 
 
 def read_metadata(folder: str | Path) -> dict[str, Any]:
-    """What `vision_features.json` says.
+    """The contents of `vision_features.json`.
 
     Raises:
-        FileNotFoundError: there is none beside the shards. ValueError: it is no JSON.
+        FileNotFoundError: the file is missing. ValueError: it is not JSON.
     """
     path = Path(folder).expanduser() / METADATA
     if not path.is_file():
-        raise FileNotFoundError(f"the feature cache {folder} has lost its {METADATA}: write it anew, elsewhere")
+        raise FileNotFoundError(f"the feature cache {folder} has no {METADATA}: write the cache again, elsewhere")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}): write the feature cache anew, elsewhere") from error
+        raise ValueError(f"{path} cannot be read ({error}): write the feature cache again, elsewhere") from error
 
 
 def load_cache(folder: str | Path, split: str) -> Dataset:
     """The rows of a split, `vision_features` still as bytes.
 
     Raises:
-        ValueError: no such split, or the cache is half written (with what is missing and how to go on).
+        ValueError: no such split, or an incomplete cache (with what is missing and how to continue).
     """
     metadata = read_metadata(folder)
     if split not in metadata["splits"]:
@@ -73,13 +73,13 @@ def load_cache(folder: str | Path, split: str) -> Dataset:
 
 
 def feature_opener(folder: str | Path) -> Callable[..., torch.Tensor]:
-    """Makes of a row's bytes its features `(L, E)`, or `(n, L, E)` of n pictures, in the dtype they are stored in."""
+    """A function from a row's bytes to its features `(L, E)`, or `(n, L, E)` for n pictures, in the stored dtype."""
     metadata = read_metadata(folder)
     return partial(_open_features, dtype=getattr(torch, metadata["dtype"]), shape=tuple(metadata["feature_shape"]))
 
 
 def planned_shards(folder: str | Path, metadata: dict[str, Any], split: str) -> list[tuple[Path, list[int]]]:
-    """The folder of each shard of a split, and the rows of the source that are to be in it."""
+    """The folder of each shard of a split, and its rows of the source."""
     left_out, size = metadata["unreadable"].get(split, {}), metadata["shard_size"]
     rows = [index for index in range(metadata["splits"][split]) if str(index) not in left_out]
     starts = range(0, len(rows), size)
@@ -91,7 +91,7 @@ def planned_shards(folder: str | Path, metadata: dict[str, Any], split: str) -> 
 
 
 def open_shard(path: Path, rows: int) -> Dataset | None:
-    """A shard, or None where it is missing, cut off or short of rows."""
+    """A shard, or None if it is missing or incomplete."""
     try:
         shard = load_from_disk(str(path))
     except (OSError, ValueError):  # Arrow's own errors are ValueErrors
@@ -100,10 +100,10 @@ def open_shard(path: Path, rows: int) -> Dataset | None:
 
 
 def vision_settings(model: LorgnettePreTrainedModel, image_processor: BaseImageProcessor) -> dict[str, Any]:
-    """All that a model's vision features depend on but the picture; its values are those of JSON."""
+    """Everything except the picture that vision features depend on, as JSON values."""
     config = model.config.vision_config.to_diff_dict()
     return {
-        # what shapes features and is in no weight: heads, activation, epsilon …
+        # settings outside the weights: heads, activation, epsilon …
         "vision_config": {name: value for name, value in config.items() if name not in _NOT_OF_THE_FEATURES},
         "vision_feature_layer": model.config.vision_feature_layer,
         "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
@@ -113,10 +113,10 @@ def vision_settings(model: LorgnettePreTrainedModel, image_processor: BaseImageP
 
 
 def check_cache(folder: str | Path, model: LorgnettePreTrainedModel, image_processor: BaseImageProcessor) -> None:
-    """See to it that a cache holds what this model would see in the pictures.
+    """Check that a cache holds this model's features.
 
     Raises:
-        ValueError: another ViT, layer or image processor; names each field that differs, and both values.
+        ValueError: another ViT, layer or image processor; with each different field and both values.
     """
     theirs, ours = read_metadata(folder), vision_settings(model, image_processor)
     found = [
@@ -127,7 +127,7 @@ def check_cache(folder: str | Path, model: LorgnettePreTrainedModel, image_proce
 
 
 def differences(first: Any, second: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The dotted name of each value in which two nested mappings differ, with both values; None for one not there."""
+    """The dotted name of each value that differs between two nested mappings, with both values; None if missing."""
     if isinstance(first, dict) and isinstance(second, dict):
         for key in {**first, **second}:
             yield from differences(first.get(key), second.get(key), f"{name}.{key}".lstrip("."))

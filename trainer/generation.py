@@ -1,4 +1,4 @@
-"""Texts that a model generates for rows of a data set, asked as in training; and what they are measured by."""
+"""Generate texts for rows of a data set with the prompts of training, and read their references."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -11,7 +11,7 @@ from ..processing.prompt_encoding import error_context, parts_of
 from .collator import LorgnetteCollator
 
 
-BATCHES_READ = 16  # rows that are sorted by length at a time, in batches
+BATCHES_READ = 16  # batches that are sorted by length together
 
 
 def generate_texts(
@@ -22,18 +22,18 @@ def generate_texts(
     decoding: Mapping[str, Any],
     batch_size: int,
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Each row and the model's answer to it, without special tokens and white space at the ends.
+    """Yield each row and the model's answer, without special tokens and surrounding white space.
 
-    Answers come in the order of the rows, which are read some batches at a time: of these, prompts of like length are
-    put into one batch. The model is in eval mode meanwhile, and in the mode it was in afterwards.
+    Answers come in the order of the rows. Rows are read some batches at a time, and batches hold prompts of similar
+    length. The model is in eval mode meanwhile; its mode is restored.
 
     Args:
         collator: makes the prompts; its rows may have `vision_features` in place of pictures.
-        rows: as the collator takes them; a text column is not needed.
+        rows: in the collator's format; they need no text column.
         decoding: for `generate`, see [`~lorgnette.trainer.decoding.DECODING`].
 
     Raises:
-        ValueError, OSError, TypeError: a row of which no prompt can be made, named; see the collator.
+        ValueError, OSError, TypeError: an invalid row, with its number; see the collator.
     """
     keywords = {**missing_tokens(model.generation_config, collator.processor), "return_dict_in_generate": False}
     keywords |= decoding
@@ -44,16 +44,16 @@ def generate_texts(
             lengths = collator.prompt_lengths(read)
             order = sorted(
                 range(len(read)), key=lengths.__getitem__, reverse=True
-            )  # what takes most memory comes first
+            )  # longest first, so that a lack of memory shows at once
             answers = [""] * len(read)
             for start in range(0, len(read), batch_size):
-                places = order[start : start + batch_size]
-                prompts = collator.prompts([read[place] for place in places])
+                rows_of_batch = order[start : start + batch_size]
+                prompts = collator.prompts([read[row] for row in rows_of_batch])
                 inputs = {name: tensor.to(model.device) for name, tensor in prompts.items()}
                 ids = model.generate(**inputs, **keywords)  # (B, S + new)
                 new = ids[:, inputs["input_ids"].shape[1] :]
                 for place, answer in zip(
-                    places, collator.processor.batch_decode(new, skip_special_tokens=True), strict=True
+                    rows_of_batch, collator.processor.batch_decode(new, skip_special_tokens=True), strict=True
                 ):
                     answers[place] = answer.strip()
             yield from zip(read, answers, strict=True)
@@ -62,10 +62,10 @@ def generate_texts(
 
 
 def references_of(row: Mapping[str, Any], column: str) -> list[str]:
-    """The text or texts in a row's column; of a chat in `messages` the last message's.
+    """The text or texts in a row's column; for a chat in `messages` the last message's text.
 
     Raises:
-        ValueError: there is no such column, no text in it or an empty one. TypeError: something else than texts.
+        ValueError: a missing column, no text, or an empty one. TypeError: not texts.
     """
     where = f"row {row['index']}" if "index" in row else "a row"
     if column not in row:

@@ -1,4 +1,4 @@
-"""What the stock Trainer's pushes to the Hub lack: they are kept clean, and their card is completed."""
+"""Keep Trainer's pushes to the Hub clean, and complete their card."""
 
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,15 @@ from .unreadable import REPORT
 
 
 _GITIGNORE = ".gitignore"
-# A pickle, paths and host names of this machine; the list itself too, which would hold for later uploads
+# a pickle, files with paths and host names of this machine, and the .gitignore itself, which would affect later uploads
 _STAYS_HERE = (TRAINING_ARGS_NAME, TRAINER_STATE_NAME, REPORT, "runs/", _GITIGNORE)
 
 
 class CleanPush(TrainerCallback):
-    """Keeps out of each push what Trainer leaves beside the model and nobody else needs: its pickled arguments, logs.
+    """Excludes Trainer's pickled arguments, states and logs from each push.
 
-    Trainer uploads its `output_dir`, and of that the Hub leaves out what a `.gitignore` in it names. A file of that
-    name that is there already gets these lines in front.
+    Trainer uploads its `output_dir`, and the Hub skips files that its `.gitignore` names. An existing `.gitignore` gets
+    these lines at the start.
     """
 
     def on_push_begin(
@@ -39,7 +39,7 @@ class CleanPush(TrainerCallback):
 
 
 def push_card(trainer: Trainer) -> None:
-    """After a push of Trainer's, let the card that it wrote say what is known of the model, and push that.
+    """After Trainer's push, complete its card with the model's metadata, and push the card.
 
     Raises:
         FileNotFoundError: Trainer has not pushed.

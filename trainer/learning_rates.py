@@ -1,7 +1,7 @@
-"""A learning rate of its own for the Q-Former, in the stock Trainer.
+"""A separate learning rate for the Q-Former, in the stock Trainer.
 
-Stage 1 has taught the Q-Former what it sees; LoRA and projector start from nothing. One rate for all is too high for
-the first or too low for the others.
+Stage 1 has trained the Q-Former already, while LoRA and projector start untrained. One rate for all is too high for the
+Q-Former or too low for the others.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from transformers import Trainer, TrainingArguments
 
 @dataclass
 class QFormerLearningRate:
-    """Builds the optimizer that `TrainingArguments` name, the Q-Former's parameters at another learning rate.
+    """Builds the optimizer of `TrainingArguments`, with another learning rate for the Q-Former's parameters.
 
-    For `Trainer(optimizer_cls_and_kwargs=(lambda: QFormerLearningRate(…), {}))`: what is no optimizer class is called
-    with the model (`transformers/trainer_optimizer.py`, `is_optimizer_factory`), wrapped as it is then.
+    For `Trainer(optimizer_cls_and_kwargs=(lambda: QFormerLearningRate(…), {}))`: Trainer calls a factory
+    with the wrapped model (`transformers/trainer_optimizer.py`, `is_optimizer_factory`).
 
     Raises:
         ValueError: when called, for an optimizer that makes groups of parameters by itself.
@@ -41,7 +41,7 @@ class QFormerLearningRate:
             [
                 {"params": groups[in_qformer, decays], "weight_decay": self.args.weight_decay if decays else 0.0}
                 | ({"lr": self.learning_rate} if in_qformer else {})
-                for in_qformer, decays in sorted(groups)  # Trainer logs the rate of the first: `learning_rate`
+                for in_qformer, decays in sorted(groups)  # Trainer logs the first group's rate as `learning_rate`
             ],
             **kwargs,
         )

@@ -1,8 +1,8 @@
-"""The metrics as `evaluate.Metric`s, by short name in `METRICS`. They need no Hub and write no file.
+"""Metrics as `evaluate.Metric`s, by short name in `METRICS`; they need no Hub and write no files.
 
     Cider().compute(predictions=["a cat"], references=[["a cat", "one cat"]])  # {"cider": …, "tokenization": …, …}
 
-A result holds figures, which are floats, and says in words how they came about: `tokenization` in all of them.
+A result holds figures, which are floats, and texts that describe their computation, such as `tokenization`.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from .vqa import MIN_ANSWERS, vqa_accuracy
 
 
 class _Metric(evaluate.Metric):
-    """What all have in common: data are kept in memory, so that any number of processes can measure at once."""
+    """Base class: it keeps data in memory, so that several processes can measure at once."""
 
     features_read: ClassVar[Features]
     scale: ClassVar[str]  # from the worst to the best figure
@@ -39,13 +39,13 @@ class _Metric(evaluate.Metric):
         )
 
     def _build_data_dir(self) -> str:
-        return self._data_dir_root  # evaluate would make a folder there, in a home that may be read-only
+        return self._data_dir_root  # evaluate would create a folder in a home that may be read-only
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Measure these, and what was added before them.
+        """Compute the metric over these and all added data.
 
         Raises:
-            TypeError, ValueError: see [`add_batch`]; or nothing to measure.
+            TypeError, ValueError: see [`add_batch`]; or there are no data.
         """
         if predictions is None and references is None and not len(self):
             raise ValueError("no predictions and references were given or added")
@@ -66,8 +66,8 @@ class TextMetric(_Metric):
         """Add predictions and, for each, its reference or a list of them.
 
         Raises:
-            TypeError: a prediction or a reference that is no string, with its number.
-            ValueError: unequal counts, nothing at all, an empty list of references, an empty reference; the numbers.
+            TypeError: a prediction or a reference that is not a string, with its number.
+            ValueError: unequal counts, no data, an empty list of references, an empty reference; with the numbers.
         """
         for name, values in (("predictions", predictions), ("references", references)):
             if not _is_list(values):
@@ -77,13 +77,13 @@ class TextMetric(_Metric):
         for number, prediction in enumerate(predictions):
             if not isinstance(prediction, str):
                 raise TypeError(f"prediction {number} is a {type(prediction).__name__}; a string is needed")
-        lists = [[given] if isinstance(given, str) else given for given in references]
+        lists = [[texts] if isinstance(texts, str) else texts for texts in references]
         self.check_references(lists)
         super().add_batch(predictions=list(predictions), references=[list(texts) for texts in lists])
 
     @classmethod
     def check_references(cls, references: Sequence[Sequence[str]]) -> None:
-        """Raise TypeError or ValueError for references that this metric cannot use: all that can be known early on."""
+        """Raise TypeError or ValueError for references that this metric cannot use."""
         for number, texts in enumerate(references):
             if not _is_list(texts):
                 raise TypeError(f"references {number} is a {type(texts).__name__}; a string or a list is needed")
@@ -97,7 +97,7 @@ class TextMetric(_Metric):
 
 
 class Cider(TextMetric):
-    """CIDEr-D with document frequencies of the references at hand, see [`cider_d`]; papers print 100 times this."""
+    """CIDEr-D with document frequencies of the given references, see [`cider_d`]; papers print 100 times this."""
 
     tokenization = "sacrebleu's 13a, lower case, without punctuation (COCO's server: Java's PTBTokenizer)"
     scale = "0 to 10"
@@ -154,9 +154,9 @@ class RougeL(TextMetric):
 
 
 class ExactMatch(TextMetric):
-    """The share of texts that are one of their references, letter for letter."""
+    """The share of texts that equal one of their references."""
 
-    tokenization = "none; white space at the ends does not count"
+    tokenization = "none; surrounding white space is ignored"
     scale = "0 to 1"
     source = ""
 
@@ -181,8 +181,8 @@ class VqaAccuracy(TextMetric):
         for number, texts in enumerate(references):
             if len(texts) < MIN_ANSWERS:
                 raise ValueError(
-                    f"references {number} has {len(texts)} answers; VQA accuracy needs {MIN_ANSWERS} or more, of as "
-                    "many people: for fewer there is exact_match"
+                    f"references {number} has {len(texts)} answers; VQA accuracy needs {MIN_ANSWERS} or more, from "
+                    "different people; for fewer use exact_match"
                 )
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class VqaAccuracy(TextMetric):
 
 
 class Recall(_Metric):
-    """Recall@k of retrieval: `predictions` is the `(I, T)` matrix of scores, `references` each image's right columns.
+    """Recall@k of retrieval: `predictions` is the `(I, T)` score matrix, `references` each image's right columns.
 
     `compute(…, ks=(1, 5, 10))`; see [`recall_at_k`] for figures and errors.
     """
@@ -204,7 +204,7 @@ class Recall(_Metric):
         """Add images: their rows of scores, as a tensor, an array or lists, and for each the columns of its texts.
 
         Raises:
-            ValueError, TypeError: the scores are no matrix, or the right texts no lists of integers, one an image.
+            ValueError, TypeError: the scores are not a matrix, or the right texts not one list of integers per image.
         """
         scores = torch.as_tensor(predictions)
         if scores.ndim != 2 or len(scores) != len(references) or not len(scores):
@@ -237,11 +237,13 @@ def text_metrics(names: Sequence[str]) -> dict[str, TextMetric]:
     Raises:
         ValueError: none named, one twice, an unknown name, or `recall`, which ranks scores; with those there are.
     """
-    known = [name for name, metric in METRICS.items() if issubclass(metric, TextMetric)]
+    text_metric_names = [name for name, metric in METRICS.items() if issubclass(metric, TextMetric)]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"metrics is {list(names)}; one or more different ones are needed of {', '.join(known)}")
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{unknown[0]!r} is no metric of generated texts; these are: {', '.join(known)}")
+        raise ValueError(
+            f"metrics is {list(names)}; one or more different ones are needed of {', '.join(text_metric_names)}"
+        )
+    if unknown := [name for name in names if name not in text_metric_names]:
+        raise ValueError(f"{unknown[0]!r} is no metric of generated texts; these are: {', '.join(text_metric_names)}")
     return {name: METRICS[name]() for name in names}
 
 

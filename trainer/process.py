@@ -15,15 +15,15 @@ from .messages import set_up_logging
 
 logger = logging.getLogger(__name__)
 
-# accelerate looks for them in PartialState
+# PartialState of accelerate reads these
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def start_process(timeout: timedelta | None = None) -> PartialState:
-    """accelerate's view of the processes that a launcher started; messages are set up for that of them that speaks.
+    """accelerate's state of the launched processes; sets up logging on the main process.
 
     Args:
-        timeout: how long one may wait for another; torch's own if None. Where a process group is there already, its.
+        timeout: of the process group; torch's default if None. An existing process group keeps its own.
     """
     # without `cpu`, those that torchrun starts on a machine without an accelerator do not know of each other;
     # what `accelerate launch --cpu` says is read by Accelerator and TrainingArguments alone
@@ -35,10 +35,10 @@ def start_process(timeout: timedelta | None = None) -> PartialState:
 
 
 def warn_of_missing_processes() -> None:
-    """Say that `accelerate launch` was asked for several processes, and has started one.
+    """Warn if `accelerate launch` started one process instead of several.
 
-    It does so with `--cpu` and no hostfile of MPI's (accelerate 1.15), and says nothing. Its address for them to meet
-    at is then there, and none of the variables by which a launcher tells a process how many there are.
+    With `--cpu` and without an MPI hostfile (accelerate 1.15) it does so silently. It then sets the master address, but
+    none of the variables for the number of processes.
     """
     launched = {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys()
     if launched and not any(name in os.environ for name in _WORLD_SIZES):
@@ -50,7 +50,7 @@ def warn_of_missing_processes() -> None:
 
 
 def end_process_group() -> None:
-    """Where there is one. Whoever calls this holds no DDP model any more."""
+    """Destroy the process group, if any. The caller must hold no DDP model any more."""
     if in_process_group():
-        gc.collect()  # DDP that is still there would hold the GIL and wait for threads of gloo that wait for the GIL
+        gc.collect()  # a remaining DDP model would hold the GIL and wait for gloo threads, which wait for the GIL
         torch.distributed.destroy_process_group()

@@ -10,20 +10,20 @@ def recall_at_k(
 ) -> dict[str, float]:
     """Shares of images with a right text, and of texts with a right image, among the k that score highest.
 
-    A wrong candidate that scores as high as the best right one is ranked before it, so that a model with one score for
-    all gets nothing for it. A text that is no image's counts as a wrong candidate, and is not asked about itself.
+    A wrong candidate with the same score as the best right one is ranked before it, so that constant scores give a
+    recall of 0. A text without an image counts as a wrong candidate, and is not a query.
 
     Args:
         scores: `(I, T)`, higher is better.
         right_texts: for each image the columns of its texts, one or more.
-        ks: how many candidates are looked at; where there are no more than k, recall is 1.
+        ks: numbers of candidates; with k or fewer candidates, recall is 1.
 
     Returns:
         `image_to_text_recall@k` and `text_to_image_recall@k` for each k, from 0 to 1.
 
     Raises:
-        ValueError: no matrix, NaN in it, other than one list of right texts an image, an empty list, a column that is
-            not there, a k below 1; with the numbers.
+        ValueError: not a matrix, NaN in it, not one list of right texts per image, an empty list, a column that does
+            not exist, a k below 1; with the numbers.
     """
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 2 or not scores.size:

@@ -1,4 +1,4 @@
-"""How a YAML recipe and the command line over it become argument dataclasses, by `HfArgumentParser`."""
+"""Parse a YAML recipe and the command line into argument dataclasses with `HfArgumentParser`."""
 
 import difflib
 import json
@@ -24,14 +24,14 @@ def parse_recipe(
     defaults: Mapping[str, Any] = MappingProxyType({}),
     check: Callable[..., None] = lambda *_: None,
 ) -> tuple[Any, ...]:
-    """Fill `dataclass_types` from `--config FILE.yaml`, then from the other command-line options, which win.
+    """Fill `dataclass_types` from `--config FILE.yaml`, then from the other command-line options, which have priority.
 
     The YAML file is one flat mapping from field names to values. `null` stands for None in it and on the command line;
     mappings are written as JSON on the command line. `defaults` replace those of the dataclasses' own.
 
-    A mistake in either (an unknown field, a value of the wrong type, something that a dataclass' `__post_init__` or
-    `check` refuses with a ValueError) prints one message naming the field and exits with status 2, as argparse does,
-    but without the usage of all the options, which would fill several screens.
+    An error in either (an unknown field, a wrong type, a ValueError of a dataclass' `__post_init__` or of `check`)
+    prints one message naming the field and exits with status 2, as argparse does, but without the usage of all options,
+    which would fill several screens.
     """
     parser = _Parser(dataclass_types, prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="a recipe: any of the options below, as `name: value`")
@@ -49,7 +49,7 @@ def parse_recipe(
     try:
         *filled, _config = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
         check(*filled)
-    except json.JSONDecodeError as error:  # of a mapping that TrainingArguments reads, and does not name
+    except json.JSONDecodeError as error:  # from a mapping of TrainingArguments, without the field's name
         names = [name for name, value in vars(command_line).items() if value == error.doc]
         parser.error(f"{' or '.join(names) or 'a mapping'} is no JSON: {error.doc!r:.200} ({error})")
     except ValueError as error:
@@ -58,7 +58,7 @@ def parse_recipe(
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with the floats of YAML 1.2: `1e-6` is a number without a point, too, at any depth."""
+    """YAML 1.1 with the floats of YAML 1.2: `1e-6` is a number too."""
 
 
 _Loader.add_implicit_resolver(
@@ -72,7 +72,7 @@ class _Parser(HfArgumentParser):
 
 
 def _read_yaml(parser: HfArgumentParser, path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's mapping, scalars still as text so that the parser converts them by the field's type.
+    """The file's mapping with scalars as text; the parser converts them by the field's type.
 
     YAML 1.1 alone would read `eval_strategy: no` as False and `learning_rate: 1e-4` as a string.
     """
@@ -109,6 +109,6 @@ def _accepts(hint: Any, kind: type) -> bool:
     return (typing.get_origin(hint) or hint) is kind
 
 
-def _did_you_mean(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
+def _did_you_mean(name: str, existing: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, existing, n=3)
     return f" (did you mean {' or '.join(close)}?)" if close else ""

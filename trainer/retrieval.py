@@ -1,4 +1,4 @@
-"""Measure a stage-1 model: how often it finds a picture's texts among all, and a text's pictures.
+"""Evaluate a stage-1 model by retrieval: recall of texts for pictures, and of pictures for texts.
 
 Writes `metrics.json` and `metrics.md` into `output_dir`: recall@1, 5 and 10, by ITC alone and re-ranked by ITM.
 """
@@ -32,32 +32,33 @@ _REPORTED = ("model", "model_revision", "dataset", "split", "image_column", "tex
 
 @dataclass
 class RetrievalArguments(RowArguments):
-    """Which stage-1 model, on which pictures and texts."""
+    """The stage-1 model, and the pictures and texts."""
 
     model: str | None = field(default=None, metadata={"help": "A saved stage-1 model: a folder or a Hub id."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
     split: str = field(
-        default="test", metadata={"help": "Slices such as test[:500] work but in caches and what save_to_disk wrote."}
+        default="test",
+        metadata={"help": "Slices such as test[:500] work, except in caches and save_to_disk's output."},
     )
     rerank: int = field(
-        default=128, metadata={"help": "Candidates of each picture and each text that ITM looks at; 0 for ITC alone."}
+        default=128, metadata={"help": "Candidates of each picture and text that ITM re-ranks; 0 for ITC alone."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Pictures, texts or pairs at a time."})
-    output_dir: str = field(default="out/retrieval", metadata={"help": "Where the results go; overwritten."})
+    batch_size: int = field(default=32, metadata={"help": "Pictures, texts or pairs in a batch."})
+    output_dir: str = field(default="out/retrieval", metadata={"help": "Folder for the results; overwritten."})
 
     def __post_init__(self):
         if self.model is None:
             raise ValueError("model not given: name a saved stage-1 model")
         super().__post_init__()
         if self.streaming or self.messages_column or self.query_column:
-            raise ValueError("retrieval has no use for streaming, messages_column and query_column: leave them out")
+            raise ValueError("retrieval does not support streaming, messages_column and query_column: leave them out")
         for name, least in (("batch_size", 1), ("rerank", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least {least}")
 
 
 def main(argv: list[str]) -> None:
-    """Measure as the command line, or a YAML file of the same names, says."""
+    """Evaluate from the command line or a YAML file."""
     (args,) = parse_recipe(
         (RetrievalArguments,), argv, prog="python -m lorgnette.trainer retrieval", description=__doc__
     )
@@ -65,16 +66,16 @@ def main(argv: list[str]) -> None:
 
 
 def measure(args: RetrievalArguments) -> dict[str, Any]:
-    """Score all pictures against all texts, and write how high the right ones come.
+    """Score all pictures against all texts, and write the recall.
 
-    A text that several pictures have counts once, and is right for each of them. So do texts that the Q-Former's
-    tokenizer makes one of, which the model cannot tell apart: "A cat" and "a cat", mostly.
+    A text of several pictures counts once, and is right for each of them. The same holds for texts with equal token
+    ids, such as "A cat" and "a cat".
 
     Returns:
-        What `metrics.json` holds.
+        the contents of `metrics.json`.
 
     Raises:
-        ValueError: the data are not what the arguments say, the model lacks ITC or, to re-rank, ITM, a feature cache is
+        ValueError: the data do not match the arguments, the model lacks ITC or, to re-rank, ITM, a feature cache is
             another model's, a row has a list of pictures, there are several processes. OSError, TypeError, ValueError:
             a picture that cannot be read, unless `skip_unreadable`.
     """
@@ -88,7 +89,7 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
         raise ValueError(f"{args.model} was trained with itm_weight 0, and matching re-ranks: set rerank to 0")
     if is_cache(args.dataset):
         check_cache(args.dataset, model, processor.image_processor)
-    found = len(rows)
+    rows_in_all = len(rows)
     if args.skip_unreadable:
         splits = {args.split: rows}
         (rows,) = leave_out_unreadable(splits, args.image_column, processor.load_image, args.output_dir).values()
@@ -96,20 +97,20 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
     references = [references_of(row, args.text_column) for row in rows.select_columns(["index", args.text_column])]
     different = list(dict.fromkeys(text for texts in references for text in texts))
     ids = dict(zip(different, map(tuple, processor.encode_for_qformer(different)["input_ids"]), strict=True))
-    asked = {ids[text]: text for text in different}  # one of those that are one to the model
-    column = {key: number for number, key in enumerate(asked)}
+    distinct = {ids[text]: text for text in different}  # one text for each sequence of ids
+    column = {key: number for number, key in enumerate(distinct)}
     right = [sorted({column[ids[text]] for text in texts}) for texts in references]
     images = _features(rows) if COLUMN in rows.column_names else _Pictures(rows, args.image_column)
     figures, keywords = {}, {"processor": processor, "batch_size": args.batch_size}
     for name, rerank in {"itc": 0, "itc_and_itm": args.rerank}.items():
         if name == "itc" or rerank:
-            scores = model.retrieve(images, list(asked.values()), rerank=rerank, **keywords)
+            scores = model.retrieve(images, list(distinct.values()), rerank=rerank, **keywords)
             figures[name] = figures_of(Recall().compute(predictions=scores, references=right))
     report = {
         "metrics": figures,
         "pictures": len(rows),
-        "texts": len(asked),
-        "skipped": found - len(rows),
+        "texts": len(distinct),
+        "skipped": rows_in_all - len(rows),
         **{name: getattr(args, name) for name in _REPORTED},
         **hub_dataset(args),
         "device": str(process.device),
@@ -120,7 +121,7 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
 
 
 class _Pictures:
-    """The pictures of a data set's rows, read when they are asked for."""
+    """The pictures of a data set's rows, read lazily."""
 
     def __init__(self, rows: Dataset, column: str):
         self.rows, self.column = rows, column
@@ -128,8 +129,8 @@ class _Pictures:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, place: int | torch.Tensor) -> Any:
-        row = self.rows[int(place)]
+    def __getitem__(self, position: int | torch.Tensor) -> Any:
+        row = self.rows[int(position)]
         if isinstance(row[self.column], list):
             raise _several_pictures(row["index"], len(row[self.column]))
         return row[self.column]

@@ -1,4 +1,4 @@
-"""What both stages share around the stock Trainer: checks, data, and the run itself."""
+"""Training of both stages with the stock Trainer: checks, data, and the run."""
 
 import logging
 import sys
@@ -45,7 +45,7 @@ def parse(
         description=description or "",
         defaults=TRAINING_DEFAULTS
         | {
-            # Trainer refuses bf16 on a machine without an accelerator unless it is told that the CPU is meant.
+            # Without an accelerator Trainer refuses bf16 unless use_cpu is set.
             "use_cpu": not torch.accelerator.is_available(),
             "bf16": default_mixed_precision() == "bf16",
             "disable_tqdm": not sys.stderr.isatty(),  # in a file the lines of figures are enough
@@ -63,26 +63,25 @@ def train(
     """Build the model, train it with the stock Trainer and save model and processor into `output_dir`.
 
     Args:
-        build: makes the model and its processor; called once the data were found and the seed is set.
-        data_args, training_args: see there.
-        prepare: what else the stage does to the Trainer before it trains.
+        build: makes the model and its processor; called after the data are loaded and the seed is set.
+        data_args, training_args: from [`parse`].
+        prepare: configures the Trainer before training.
 
     Raises:
         FileExistsError: `output_dir` holds an earlier run and `resume_from_checkpoint` is not set.
-        FileNotFoundError: nothing there to resume from, see [`~lorgnette.trainer.checkpoints.checkpoint_to_resume`].
+        FileNotFoundError: no checkpoint to resume from, see [`~lorgnette.trainer.checkpoints.checkpoint_to_resume`].
         FloatingPointError: a loss is not finite, see [`~lorgnette.trainer.nan_guard.nan_guard`].
-        ValueError: the data are not what the arguments say, see [`~lorgnette.trainer.data.load_pairs`]; they fill no
-            batch and `dataloader_drop_last` is set; a feature cache is another model's; or the checkpoint to resume
-            from belongs to other backbones.
+        ValueError: the data do not match the arguments, see [`~lorgnette.trainer.data.load_pairs`]; they do not fill
+            a batch and `dataloader_drop_last` is set; a feature cache or the checkpoint belongs to other backbones.
     """
     checkpoint = checkpoint_to_resume(training_args)
-    _say_what_runs(training_args)
-    # Before the model is built: the Q-Former and LoRA start from random numbers.
+    _log_setup(training_args)
+    # before building the model: the Q-Former and LoRA have random initial weights
     (enable_full_determinism if training_args.full_determinism else set_seed)(training_args.seed)
 
     evaluate = training_args.eval_strategy != "no"
     if data_args.has_eval and not evaluate:
-        logger.warning("Evaluation data are named, but eval_strategy is `no`: nothing will be evaluated.")
+        logger.warning("Evaluation data are set, but eval_strategy is `no`: there will be no evaluation.")
     with training_args.main_process_first(desc="loading the dataset"):
         seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
         augmentation = AugmentationSeeds(seed) if data_args.augment else None
@@ -132,7 +131,7 @@ def train(
     )
     if prepare is not None:
         prepare(trainer)
-    if trainer.is_world_process_zero():  # now: a run that is cut off leaves checkpoints
+    if trainer.is_world_process_zero():  # before training, since a killed run leaves checkpoints
         rows = len(train_dataset) if isinstance(train_dataset, Dataset) else None
         write_training_data(training_args.output_dir, data_args, data_args.train_split, rows)
     with nan_guard(trainer):
@@ -140,7 +139,7 @@ def train(
     trainer.save_model()
     trainer.save_state()
     logger.info("%s holds the model and its processor", training_args.output_dir)
-    if training_args.push_to_hub:  # saving has pushed
+    if training_args.push_to_hub:  # save_model has pushed
         push_card(trainer)
     return trainer
 
@@ -165,25 +164,25 @@ def check_arguments(model_args: BackboneArguments, data_args: DataArguments, tra
 
 
 def _check_whole_batches(args: TrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
-    """Refuse data of which `dataloader_drop_last` would leave nothing: Trainer would save what it has not trained."""
+    """Refuse data that `dataloader_drop_last` would drop entirely: Trainer would save an untrained model."""
     batch_sizes = {"training": args.train_batch_size, "evaluation": args.eval_batch_size}
     for (name, size), rows in zip(batch_sizes.items(), (train_dataset, eval_dataset), strict=True):
         needed = size * args.world_size
         if args.dataloader_drop_last and isinstance(rows, Sized) and len(rows) < needed:
             raise ValueError(
                 f"the {len(rows)} rows of the {name} data do not fill one batch of {size} on {args.world_size} "
-                "process(es), and dataloader_drop_last leaves out all others: make the batches smaller"
+                "process(es), and dataloader_drop_last drops incomplete batches: make the batches smaller"
             )
 
 
-def _say_what_runs(args: TrainingArguments) -> None:
+def _log_setup(args: TrainingArguments) -> None:
     set_up_logging(args.should_log)
     warn_of_missing_processes()
     transformers_logging.set_verbosity(args.get_process_log_level())
     if args.device.type == "cpu" and args.should_log:
         slow = " It has no units for bf16 (AMX): --bf16 false may be much faster."
         logger.warning(
-            f"No GPU is used: training runs on the CPU, in {'bf16' if args.bf16 else 'fp32'}."
+            f"There is no GPU: training runs on the CPU, in {'bf16' if args.bf16 else 'fp32'}."
             f"{slow if args.bf16 and not has_bf16_hardware(args.device) else ''}"
         )
 

@@ -1,4 +1,4 @@
-"""Stage 1: by contrast, matching and generation the Q-Former learns to see what words can say (BLIP-2, section 3)."""
+"""Stage 1: train the Q-Former by contrast, matching and generation (BLIP-2, section 3)."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ from .run import check_arguments, parse, train
 
 
 def main(argv: list[str]) -> None:
-    """Train as a recipe and the command line say; see `recipes/stage1.yaml`."""
+    """Train from a recipe and the command line; see `recipes/stage1.yaml`."""
     model_args, data_args, training_args = parse("stage1", Stage1Arguments, argv, __doc__, check)
     train(partial(build, model_args), data_args, training_args, partial(check_negatives, data_args))
 
@@ -25,11 +25,11 @@ def check(model_args: Stage1Arguments, data_args: DataArguments, training_args: 
 
 
 def check_negatives(data_args: DataArguments, trainer: Trainer) -> None:
-    """See to it, as far as batches are known beforehand, that each has negatives: the last one, and evaluation's.
+    """Check that batches known in advance have negatives: the last of an epoch, and those of evaluation.
 
     Raises:
-        ValueError: an epoch would end with one pair; or evaluation, which reads rows in order, and they may be sorted
-            by class, would have a batch of one caption; with the numbers.
+        ValueError: the last batch would hold one pair; or an evaluation batch, in the rows' order, would hold only one
+            caption; with the numbers.
     """
     args, config = trainer.args, trainer.model.config
     if not (config.itc_weight or config.itm_weight):
@@ -51,7 +51,7 @@ def _check_in_order(rows: Dataset, text_column: str, args: TrainingArguments) ->
     columns = rows.with_format(None)
     texts, numbers = columns[text_column][:], columns["index"][:]
     size = args.eval_batch_size * args.world_size
-    # the last batch is left out where it is not whole, or filled up where there are several processes
+    # an incomplete last batch is dropped, or filled up with several processes
     smallest = size if args.dataloader_drop_last or args.world_size > 1 else 1
     for start in range(0, len(texts) - smallest + 1, size):
         batch = texts[start : start + size]

@@ -18,7 +18,7 @@ from .run import check_arguments, parse, train
 
 
 def main(argv: list[str]) -> None:
-    """Train as a recipe and the command line say; see `recipes/stage2.yaml`."""
+    """Train from a recipe and the command line; see `recipes/stage2.yaml`."""
     model_args, data_args, training_args = parse("stage2", Stage2Arguments, argv, __doc__, check)
     train(partial(build, model_args), data_args, training_args, partial(prepare, model_args, data_args))
 
@@ -34,7 +34,7 @@ def check(model_args: Stage2Arguments, data_args: DataArguments, training_args: 
 
 
 def prepare(model_args: Stage2Arguments, data_args: DataArguments, trainer: Trainer) -> None:
-    """What stage 2 asks of the Trainer besides training."""
+    """Configure the Trainer for stage 2."""
     if model_args.qformer_learning_rate is not None:
         factory = partial(QFormerLearningRate, trainer.args, model_args.qformer_learning_rate)
         trainer.optimizer_cls_and_kwargs = (factory, {})
@@ -43,7 +43,7 @@ def prepare(model_args: Stage2Arguments, data_args: DataArguments, trainer: Trai
 
 
 def measure_texts(model_args: Stage2Arguments, data_args: DataArguments, trainer: Trainer) -> None:
-    """Let the Trainer measure generated texts at each evaluation."""
+    """Measure generated texts at each evaluation."""
     trainer.add_callback(
         GenerateMetricsCallback(
             trainer.processing_class,
@@ -63,7 +63,7 @@ def build(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, Lor
     """What is trained: see [`model_and_processor`].
 
     Raises:
-        ValueError: what is trained could not be saved in any form, as a quantised language model of a folder.
+        ValueError: the model could not be saved in any format, for example with a quantised language model of a folder.
     """
     model, processor = model_and_processor(args)
     resolve_save_format(model, None)
@@ -82,7 +82,7 @@ def model_and_processor(args: Stage2Arguments) -> tuple[LorgnetteForConditionalG
         model.check_processor(processor)
         return model, processor
     num_query_tokens = args.num_query_tokens
-    if num_query_tokens is None and args.qformer is not None:  # a stage-1 model has settled it, a BERT knows of none
+    if num_query_tokens is None and args.qformer is not None:  # a stage-1 model fixes it, a BERT has none
         name, keywords = from_pretrained_arguments(args.qformer, args.qformer_revision)
         num_query_tokens = PreTrainedConfig.get_config_dict(name, **keywords)[0].get("num_query_tokens")
     processor = LorgnetteProcessor.from_backbones(

@@ -1,4 +1,4 @@
-"""Which rows have pictures that cannot be read, found by reading them all before any time is spent on the others."""
+"""Find rows with unreadable pictures by reading all pictures before training."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from .feature_cache import COLUMN
 
 
 REPORT = "unreadable.json"
-_SHOWN = 20  # in the log; the report has all
+_SHOWN = 20  # in the log; the report lists all
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +30,13 @@ def leave_out_unreadable(
     output_dir: str | Path,
     num_workers: int = 0,
 ) -> dict[str, Dataset]:
-    """The splits without the rows whose pictures cannot be read; each process looks at its share.
+    """The splits without rows whose pictures cannot be read; each process checks its share.
 
-    What is left out is logged, and listed with the reasons in `output_dir/unreadable.json`.
+    The rows left out are logged, and listed with the reasons in `output_dir/unreadable.json`.
 
     Args:
-        splits: rows as [`~lorgnette.trainer.data.load_pairs`] gives them; those of a feature cache have been read.
-        load_image: a processor's, which reads a picture or raises.
+        splits: rows as [`~lorgnette.trainer.data.load_pairs`] gives them; the rows of a feature cache are not checked.
+        load_image: the processor's; it raises for an unreadable picture.
 
     Raises:
         ValueError: no row of a split can be read.
@@ -52,19 +52,19 @@ def leave_out_unreadable(
     kept = {}
     for name, rows in splits.items():
         numbers = rows.with_format(None)["index"][:]
-        places = [place for place, number in enumerate(numbers) if str(number) not in found[name]]
-        kept[name] = rows.select(places, keep_in_memory=True)  # the data set's folder may be read-only
+        positions = [position for position, number in enumerate(numbers) if str(number) not in found[name]]
+        kept[name] = rows.select(positions, keep_in_memory=True)  # the data set's folder may be read-only
     return kept
 
 
 def find_unreadable(
     rows: Dataset, image_column: str, load_image: Callable[[Any], Any], name: str, num_workers: int = 0
 ) -> dict[str, str]:
-    """Read the pictures of all rows: the `index` of each that cannot be read, and why.
+    """Read the pictures of all rows; return the `index` of each unreadable one, and the reason.
 
     Raises:
-        ValueError: none can be read.
-        TypeError: what is in a row's column is no picture at all; names the row.
+        ValueError: no picture can be read.
+        TypeError: a row's column does not hold a picture; names the row.
     """
     found = _reasons(rows, image_column, load_image, name, num_workers)
     _check_some_are_left(found, len(rows), name)
@@ -76,7 +76,7 @@ def _reasons(
 ) -> dict[str, str]:
     if COLUMN in rows.column_names:
         return {}
-    # in batches, so that a worker's turn is worth its while
+    # batches lower the overhead of workers
     loader = DataLoader(
         _Reasons(rows, image_column, load_image), batch_size=32, num_workers=num_workers, collate_fn=list
     )
@@ -96,7 +96,7 @@ def _check_some_are_left(found: dict[str, str], rows: int, name: str) -> None:
 
 
 def report_unreadable(found: dict[str, dict[str, str]], output_dir: str | Path) -> None:
-    """Log and write down, for each split, the rows that are left out and why."""
+    """Log and save, for each split, the rows left out and the reasons."""
     path = Path(output_dir) / REPORT
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=2), encoding="utf-8")
@@ -109,7 +109,7 @@ def report_unreadable(found: dict[str, dict[str, str]], output_dir: str | Path) 
 
 
 class _Reasons:
-    """Row by row, why its pictures cannot be read; None where they can."""
+    """For each row the reason why its pictures cannot be read, or None."""
 
     def __init__(self, rows: Dataset, image_column: str, load_image: Callable[[Any], Any]):
         self.rows, self.image_column, self.load_image = rows, image_column, load_image
@@ -117,15 +117,15 @@ class _Reasons:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, place: int) -> str | None:
+    def __getitem__(self, position: int) -> str | None:
         try:
-            row = self.rows[place]
+            row = self.rows[position]
             for picture in self._pictures(row):
                 self.load_image(picture)
         except (OSError, ValueError) as error:
             return str(error)
         except TypeError as error:
-            number = self.rows.with_format(None)["index"][place]
+            number = self.rows.with_format(None)["index"][position]
             raise TypeError(f"row {number}: {error}") from error
         return None
 

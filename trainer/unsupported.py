@@ -1,4 +1,4 @@
-"""Settings of the stock Trainer that a model would never hear of, and that would do nothing, or harm."""
+"""Refuse Trainer settings that would have no effect, or a wrong one."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ from ..processing.processing_lorgnette import LorgnetteProcessor
 
 
 class RefuseUnsupportedArguments(TrainerCallback):
-    """Every Trainer that is made after [`refuse_unsupported_arguments`] has it."""
+    """A default callback of every Trainer created after [`refuse_unsupported_arguments`]."""
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Raises ValueError for label smoothing in stage 1."""
+        """Raise ValueError for label smoothing in stage 1."""
         if args.label_smoothing_factor and isinstance(model, LorgnetteForImageTextRetrieval):
             raise ValueError(
                 f"label_smoothing_factor is {args.label_smoothing_factor}, and has to stay 0 in stage 1: it has no "
@@ -34,26 +34,26 @@ class RefuseUnsupportedArguments(TrainerCallback):
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Raises ValueError for a processor that does not fit the model, or no longer: its tokenizer may have grown."""
+        """Raise ValueError for a processor that does not fit the model, for example after its tokenizer grew."""
         if hasattr(model, "check_processor") and isinstance(processing_class, LorgnetteProcessor):
             model.check_processor(processing_class)
 
 
 def refuse_unsupported_arguments() -> None:
-    """Make [`RefuseUnsupportedArguments`] one of Trainer's default callbacks; for other models it does nothing."""
+    """Add [`RefuseUnsupportedArguments`] to Trainer's default callbacks; it ignores other models."""
     if RefuseUnsupportedArguments not in transformers_trainer.DEFAULT_CALLBACKS:
         transformers_trainer.DEFAULT_CALLBACKS.append(RefuseUnsupportedArguments)
 
 
 class Batch(dict):
-    """Tensors of a batch; they need not have as many rows as each other, as `input_ids` and `pixel_values` have not.
+    """Tensors of a batch with different lengths, for example `input_ids` and `pixel_values`.
 
     accelerate's dispatcher, which reads an IterableDataset unless `dispatch_batches` is False, cuts all tensors to the
-    length of the first. The first is the longest here, so that on one process nothing is cut off. For several processes
-    it joins batches and cuts them into shares, after it has asked for their structure.
+    length of the first. Here the first is the longest, so that one process loses nothing. With several processes the
+    dispatcher reads the batch's structure, joins batches and splits them.
 
     Raises:
-        ValueError: it is such a structure, and there are several processes.
+        ValueError: the dispatcher builds such a structure with several processes.
     """
 
     def __init__(self, *values: Any):

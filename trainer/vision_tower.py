@@ -1,4 +1,4 @@
-"""The frozen ViT by itself, and the features that it makes of a data set's pictures, ready to be stored."""
+"""The frozen ViT alone, and its features of a data set's pictures as bytes."""
 
 import math
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from .arguments import VisionArguments
 
 
 class VisionTower(LorgnettePreTrainedModel):
-    """The ViT alone. Of a saved lorgnette model, of either stage, nothing else is loaded."""
+    """The ViT alone. From a saved model of either stage it loads only the ViT."""
 
     _keys_to_ignore_on_load_unexpected = (r"^(?!vision_model\.)",)
 
@@ -44,7 +44,7 @@ def load_tower(args: VisionArguments) -> tuple[VisionTower, BaseImageProcessor]:
 
     Raises:
         OSError: it cannot be found.
-        ValueError: `model` is no lorgnette model, `vision` no ViT.
+        ValueError: `model` is not a lorgnette model, or `vision` is not a ViT.
     """
     if args.model is not None:
         name, keywords = from_pretrained_arguments(args.model, args.model_revision)
@@ -66,12 +66,12 @@ def load_tower(args: VisionArguments) -> tuple[VisionTower, BaseImageProcessor]:
 
 
 class FeatureEncoder:
-    """From rows with pictures to the bytes of their features, `(L, E)` each in `dtype`.
+    """Encode rows with pictures into the bytes of their features, `(L, E)` in `dtype`.
 
     Args:
         tower, image_processor: see [`load_tower`].
-        dtype: of the features that are stored.
-        batch_size: rows whose pictures go through the ViT at once.
+        dtype: of the stored features.
+        batch_size: rows in a batch.
         num_workers: processes that decode pictures.
 
     Raises:
@@ -105,7 +105,7 @@ class FeatureEncoder:
 
         Args:
             rows: with `index`, and pictures as [`~lorgnette.trainer.data.picture_opener`] leaves them.
-            progress: moves on by one a row.
+            progress: advances by one per row.
 
         Raises:
             OSError, TypeError, ValueError: a picture that cannot be read, or features that `dtype` cannot hold; each
@@ -171,7 +171,7 @@ def pictures_in(row: dict[str, Any], image_column: str) -> list[Any]:
 def _preprocess(
     rows: list[dict[str, Any]], image_column: str, image_processor: BaseImageProcessor
 ) -> tuple[list[int], list[int | None], BatchFeature]:
-    """The rows' numbers, how many pictures each has (None: no list, but one), and what the ViT reads of all of them."""
+    """The rows' numbers, their picture counts (None for a single picture outside a list), and the ViT's inputs."""
     counts, images = [], []
     for row in rows:
         with error_context(f"row {row['index']}"):

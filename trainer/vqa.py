@@ -1,9 +1,9 @@
-"""VQA accuracy (Antol et al. 2015, arXiv:1505.00468): how many of ten people gave the model's answer.
+"""VQA accuracy (Antol et al. 2015, arXiv:1505.00468): agreement of the model's answer with ten people's.
 
-Answers are normalised by the rules at visualqa.org/evaluation, the model's and people's alike. What the page leaves
-open (which marks are punctuation, which contractions there are) is as in the challenge's script. Where that script
-departs from its page, the page counts: it deletes a mark, rather than put a space, in an answer with a space next to a
-mark of that kind or with a comma inside a number, and it normalises nothing where people all agree.
+All answers are normalised by the rules at visualqa.org/evaluation. The lists of punctuation and contractions are those
+of the challenge's script. Where the script differs from the page, this module follows the page: the script deletes a
+mark instead of replacing it by a space in an answer with a space next to such a mark or with a comma inside a number,
+and it normalises nothing if all people agree.
 """
 
 import re
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from itertools import product
 
 
-MIN_ANSWERS = 4  # an answer counts as right if three *other* people gave it
+MIN_ANSWERS = 4  # an answer is right if three *other* people gave it
 
 _PUNCTUATION = re.compile(r"""[;/\[\]"{}()=+\\_\-><@`,?!]""")
 _COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
-_PERIOD = re.compile(r"\.(?!\d)")  # not one of a decimal
+_PERIOD = re.compile(r"\.(?!\d)")  # not a decimal point
 _ARTICLES = {"a", "an", "the"}
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_NUMBER_WORDS.split())}
@@ -29,7 +29,7 @@ _CONTRACTIONS = """
     why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're
     you've
 """
-# every spelling with one apostrophe or more left out -> the full one
+# spelling with missing apostrophes -> correct spelling
 _MISSPELT = {
     "".join(part + mark for part, mark in zip(word.split("'"), [*marks, ""], strict=True)): word
     for word in _CONTRACTIONS.split()
@@ -40,7 +40,7 @@ _MISSPELT = {
 def normalize_answer(answer: str) -> str:
     """Lower case, numbers to ten as digits, no articles, apostrophes in contractions, no punctuation but `'` and `:`.
 
-    A comma inside a number goes without a trace, other marks leave a space; periods go but in decimals.
+    Removes commas inside numbers and periods outside decimals; replaces other marks by a space.
     """
     answer = _PUNCTUATION.sub(" ", _COMMA_IN_NUMBER.sub("", answer.lower()))
     words = [_NUMBERS.get(word, word) for word in _PERIOD.sub("", answer).split()]
@@ -48,10 +48,10 @@ def normalize_answer(answer: str) -> str:
 
 
 def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
-    """min(1, people who gave this answer / 3), averaged over leaving out each of the people once.
+    """min(1, people who gave this answer / 3), averaged over leaving out each person once.
 
     Raises:
-        ValueError: fewer than four answers of people, with which the best answer could not be fully right.
+        ValueError: fewer than four people's answers, with which no answer can score 1.
     """
     if len(people) < MIN_ANSWERS:
         raise ValueError(f"{len(people)} answers of people; VQA accuracy needs {MIN_ANSWERS} (exact match needs one)")

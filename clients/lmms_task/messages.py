@@ -1,4 +1,4 @@
-"""A row of the task as lmms-eval wants it."""
+"""A row of the task in lmms-eval's format."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""`ModelTesterMixin`, `TrainingTesterMixin` and `ConfigTester` on our models, and on BLIP-2 beside them."""
+"""`ModelTesterMixin`, `TrainingTesterMixin` and `ConfigTester` on our models and on BLIP-2."""
 
 import unittest
 from collections.abc import Iterator
@@ -28,12 +28,15 @@ from lorgnette.modeling import modeling_base
 
 
 class Common(test_modeling_common.ModelTesterMixin):
-    """What all have: the tester, and the config's tests."""
+    """Common base: the tester, and the config's tests."""
 
     model_tester_class: type[Tester]
     _is_composite = True
-    test_can_init_all_missing_weights_before_2023 = True  # else it is skipped where a file begins with no year
-    additional_model_inputs = ("input_ids", "pixel_values")  # beside the main one, where a mixin makes its own batch
+    test_can_init_all_missing_weights_before_2023 = True  # otherwise skipped if a file does not start with a year
+    additional_model_inputs = (
+        "input_ids",
+        "pixel_values",
+    )  # for mixins that make their own batch
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -51,13 +54,13 @@ class Common(test_modeling_common.ModelTesterMixin):
 
 @contextmanager
 def missing_weights_allowed() -> Iterator[None]:
-    """Where weights are missing random ones are drawn for a while, as in transformers."""
+    """Missing weights are initialised at random within the block, as in transformers."""
     with mock.patch.object(modeling_base, "refuse_missing"), mock.patch.object(guards, "check_fits"):
         yield
 
 
 class Ours(Common):
-    """What is different on purpose; `OVERRIDES` in `conformance/models.py` says why."""
+    """Intended differences; `OVERRIDES` in `conformance/models.py` says why."""
 
     def test_model_weights_reload_no_missing_tied_weights(self) -> None:
         with pytest.raises(ValueError, match=r"lacks \d+ weights of its backbones"):
@@ -75,7 +78,7 @@ class Generation(Common, TrainingTesterMixin):
 
     def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
-        if return_labels:  # the mixin knows who takes labels by the names of models in transformers
+        if return_labels:  # the mixin decides by the names of transformers' models which take labels
             image = inputs["input_ids"] == self.model_tester.image_token_id
             inputs["labels"] = inputs["input_ids"].masked_fill(image, -100)
         return inputs
@@ -84,10 +87,10 @@ class Generation(Common, TrainingTesterMixin):
 class OurGeneration(Ours, Generation):
     def test_causal_lm_loss_honors_shift_labels(self) -> None:
         words = {name: value[:, QUERIES:] for name, value in self.model_tester.inputs().items() if value.dim() == 2}
-        known = {self.model_tester.get_config().model_type: self.model_tester.model_class.__name__}
+        mapping = {self.model_tester.get_config().model_type: self.model_tester.model_class.__name__}
         with (
             mock.patch.object(self.model_tester, "inputs", return_value=words),
-            mock.patch.dict(test_modeling_common.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, known),
+            mock.patch.dict(test_modeling_common.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, mapping),
         ):
             super().test_causal_lm_loss_honors_shift_labels()
 
@@ -102,7 +105,7 @@ class LorgnetteWithLoraTest(OurGeneration, unittest.TestCase):
     def test_can_init_all_missing_weights(self) -> None:
         draw = LoraLayer.reset_lora_parameters
 
-        def seeded(*args, **kwargs) -> None:  # as the mixin has transformers draw all others
+        def seeded(*args, **kwargs) -> None:  # as the mixin initialises all others
             torch.manual_seed(42)
             draw(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""`ProcessorTesterMixin` on our processor, of a tiny tokenizer and a ViT's image processor."""
+"""`ProcessorTesterMixin` on our processor, with a tiny tokenizer and a ViT's image processor."""
 
 import unittest
 from pathlib import Path
@@ -19,7 +19,7 @@ class ProcessorTest(common.ProcessorTesterMixin, unittest.TestCase):
     def setUpClass(cls):
         super().setUpClass()
         picture = Path(cls.enterClassContext(TemporaryDirectory()), "picture.png")
-        tiny.picture().save(picture)  # in place of those of the Hub
+        tiny.picture().save(picture)  # instead of the Hub's
         cls.enterClassContext(mock.patch.dict(common.MODALITY_INPUT_DATA, images=[str(picture)] * 2))
         cls.enterClassContext(mock.patch.object(common, "url_to_local_path", return_value=str(picture)))
 
@@ -39,7 +39,7 @@ class ProcessorTest(common.ProcessorTesterMixin, unittest.TestCase):
         skip_what_is_not_for(self)
         super().setUp()
 
-    def get_component(self, attribute, **kwargs):  # the mixin looks for a folder of it
+    def get_component(self, attribute, **kwargs):  # the mixin expects a folder
         return None if attribute == "qformer_tokenizer" else super().get_component(attribute, **kwargs)
 
     @staticmethod

@@ -1,1 +1,1 @@
-"""`make demo`: real backbones, real photographs, the stock Trainer, and a stranger who captions with the result."""
+"""`make demo`: real backbones, real photographs, the stock Trainer, and captions by a process without lorgnette."""

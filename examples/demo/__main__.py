@@ -1,4 +1,4 @@
-"""Assemble, train, evaluate, save, and let a stranger caption pictures: `python -m examples.demo`, from the repository.
+"""Assemble, train, evaluate, export, caption without lorgnette: `python -m examples.demo`, from the repository.
 
 Exits with status 1 unless the answers depend on the pictures (see `evaluation.py`).
 """
@@ -27,9 +27,9 @@ from .evaluation import permutation_test, share_right
 
 HERE = Path(__file__).parent
 RECIPES = {"stage1": "recipes/demo-stage1.yaml", "stage2": "recipes/demo-stage2.yaml"}
-SHEET = 40  # held-out pictures that the stranger captions: the first eight of each class
-REPO_ID = "me/lorgnette-demo"  # that the export's card speaks of; nothing is uploaded
-LICENSE = "other"  # of the export: its parts have several, which the report lists
+SHEET = 40  # held-out pictures that a process without lorgnette captions: the first eight of each class
+REPO_ID = "me/lorgnette-demo"  # for the export's card; nothing is uploaded
+LICENSE = "other"  # of the export; the report lists the parts' licences
 BACKBONES = {
     "vision": (backbones.VISION, backbones.vision_folder),
     "text": (backbones.TEXT, backbones.text_folder),
@@ -38,7 +38,7 @@ BACKBONES = {
 
 
 class Stopwatch:
-    """Announces phases and keeps their times in `seconds`."""
+    """Prints phases and records their times in `seconds`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     names = ("pictures", "features", "stage1", "model", "evaluation", "export", "report")
     folders = {name: args.output / name for name in names}
     for folder in folders.values():
-        shutil.rmtree(folder, ignore_errors=True)  # an earlier run's
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
     folders["report"].mkdir(parents=True)
     phase = Stopwatch()
     disable_progress_bars()  # a few thousand rows are saved at once
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
             "-m", trainer, "evaluate", "--model", model, *pictures, "--metrics", "exact_match", "--decoding", "greedy",
             "--max_new_tokens", "8", "--batch_size", "32", "--output_dir", folders["evaluation"],
         ],
-        "export: a clean folder, tried by a stranger, with a card": [
+        "export: a clean folder, checked by a process without lorgnette, with a card": [
             "-m", "lorgnette.cli", "export", model, folders["export"], "--repo-id", REPO_ID, "--license", LICENSE,
             "--metrics", figures,
         ],
@@ -102,21 +102,21 @@ def main(argv: list[str]) -> int:
     lines = (folders["evaluation"] / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     answers, truths = [json.loads(line)["prediction"] for line in lines], test["text"][:]
     verdict, per_class = permutation_test(answers, truths), share_right(answers, truths)
-    with phase(f"a stranger: a process without lorgnette captions {SHEET} of them"):
+    with phase(f"a process without lorgnette captions {SHEET} of them"):
         shown = test.select(range(SHEET))
-        told = ask_stranger(folders["export"], shown)
-        agree = sum(a.strip() == b.strip() for a, b in zip(told, answers, strict=False))
+        captions = caption_without_lorgnette(folders["export"], shown)
+        agree = sum(a.strip() == b.strip() for a, b in zip(captions, answers, strict=False))
 
     runs = {"stage1": folders["stage1"], "stage2": model}
     logs = {name: json.loads((run / "trainer_state.json").read_text(encoding="utf-8")) for name, run in runs.items()}
     report.curves({name: log["log_history"] for name, log in logs.items()}, folders["report"] / "loss_curve.png")
-    report.contact_sheet(shown["image"][:], shown["text"][:], told, folders["report"] / "contact_sheet.png")
+    report.contact_sheet(shown["image"][:], shown["text"][:], captions, folders["report"] / "contact_sheet.png")
     settings = {
         "classes": ", ".join(data.CLASSES),
         "pictures trained on": data.TRAIN * len(data.CLASSES),
         "steps": " and ".join(f"{name}: {log['global_step']}" for name, log in logs.items()),
         "recipes, seeds included": ", ".join(RECIPES.values()),
-        "the stranger's answers that equal the evaluation's": f"{agree} of {SHEET}",
+        "answers without lorgnette that equal the evaluation's": f"{agree} of {SHEET}",
         "the contact sheet shows": f"the first {SHEET // len(data.CLASSES)} held-out pictures of each class",
     }
     run = [["-m", "examples.demo", *argv], *commands.values()]
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
     (folders["report"] / "report.md").write_text(text, encoding="utf-8")
 
     say(f"=== {sum(phase.seconds.values()):.0f} s in all; model: {model}; report: {folders['report'] / 'report.md'}")
-    say(f"the stranger's answers equal the evaluation's on {agree} of {SHEET} pictures")
+    say(f"the answers without lorgnette equal the evaluation's on {agree} of {SHEET} pictures")
     say(str(verdict))
     if agree < SHEET:
         say("FAILED: the saved folder answers differently where lorgnette is not installed")
@@ -143,7 +143,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
-    """The demo's own options, and all others, which go to `lorgnette.trainer stage2`."""
+    """The demo's options, and all others for `lorgnette.trainer stage2`."""
     parser = ArgumentParser(
         prog="python -m examples.demo",
         description=__doc__,
@@ -175,19 +175,19 @@ def resolve_backbones(args: Namespace) -> tuple[dict[str, str], list[tuple[str, 
 
 
 def piece(name: str, archive: Archive) -> tuple[str, str, str]:
-    """A line of the report's table of pieces."""
+    """A line of the report's table of sources."""
     registry = {"pypi": "PyPI", "npm": "npm"}[archive.registry]
     return f"{name}: {archive.content}", f"{registry}, {archive.name} {archive.version}", archive.licence
 
 
-def ask_stranger(model_folder: Path, rows: Dataset) -> list[str]:
-    """The pipeline's answers, from another process, in another folder, in which lorgnette cannot be imported."""
+def caption_without_lorgnette(model_folder: Path, rows: Dataset) -> list[str]:
+    """The pipeline's answers in a process that cannot import lorgnette, in another folder."""
     with tempfile.TemporaryDirectory() as elsewhere:
         pictures = Path(elsewhere, "pictures")
         pictures.mkdir()
         for number, image in enumerate(rows["image"]):
             image.save(pictures / f"{number:03}.png")
-        script, answers = shutil.copy(HERE / "stranger.py", elsewhere), Path(elsewhere, "answers.json")
+        script, answers = shutil.copy(HERE / "caption_without_lorgnette.py", elsewhere), Path(elsewhere, "answers.json")
         command = [sys.executable, "-I", script, str(model_folder.resolve()), str(pictures), str(answers)]
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(elsewhere, "modules"))}
         environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

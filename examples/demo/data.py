@@ -9,21 +9,21 @@ from PIL import Image as PILImage
 from ..sources import cifar
 
 
-CLASSES = ("airplane", "automobile", "frog", "horse", "ship")  # what ten minutes on two cores have room for
+CLASSES = ("airplane", "automobile", "frog", "horse", "ship")  # as many as ten minutes on two cores allow
 TRAIN, VALIDATION, HELD_OUT = 200, 10, 60  # pictures per class
 
 
 def build(cache: Path, folder: Path) -> DatasetDict:
-    """Saves the splits `train`, `validation` and `test` to `folder`, with as many pictures of each class in each.
+    """Save the splits `train`, `validation` and `test` to `folder`, with equally many pictures of each class.
 
     Columns: `image` (32 x 32 RGB) and `text` (the class' name). Training and validation pictures come from CIFAR-10's
     first training batch, the held-out ones from its test batch.
     """
     training, held_out = cifar.read(cache)
-    known = balanced(training[1], TRAIN + VALIDATION)  # (classes, TRAIN + VALIDATION)
+    indices = balanced(training[1], TRAIN + VALIDATION)  # (classes, TRAIN + VALIDATION)
     splits = DatasetDict(
-        train=_rows(*training, known[:, :TRAIN]),
-        validation=_rows(*training, known[:, TRAIN:]),
+        train=_rows(*training, indices[:, :TRAIN]),
+        validation=_rows(*training, indices[:, TRAIN:]),
         test=_rows(*held_out, balanced(held_out[1], HELD_OUT)),
     )
     splits.save_to_disk(folder)
@@ -33,7 +33,7 @@ def build(cache: Path, folder: Path) -> DatasetDict:
 def balanced(labels: np.ndarray, count: int) -> np.ndarray:
     """Indices (classes, count) of the first `count` pictures of each of `CLASSES`.
 
-    Raises ValueError, naming the class and the numbers, where there are fewer.
+    Raises ValueError, with the class and the numbers, if there are fewer.
     """
     rows = []
     for name in CLASSES:
@@ -45,7 +45,7 @@ def balanced(labels: np.ndarray, count: int) -> np.ndarray:
 
 
 def _rows(pictures: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> Dataset:
-    """Rows in the order class 1, class 2, …, class 1, class 2, …: any first k pictures are balanced."""
+    """Rows with alternating classes, so that the first k pictures are balanced."""
     order = indices.T.flatten()
     return Dataset.from_dict(
         {

@@ -1,4 +1,4 @@
-"""Do the answers depend on the picture? Exact match, and a permutation test against shuffled pictures."""
+"""Test that answers depend on the picture: exact match, and a permutation test against shuffled pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 class Verdict:
     """`exact_match` is the share of right answers, `shuffled` the mean share when the pictures are shuffled.
 
-    `p_value` is the chance to do as well as `exact_match` with shuffled pictures, by `permutations` shuffles.
+    `p_value` is the probability of at least `exact_match` with shuffled pictures, from `permutations` shuffles.
     """
 
     pictures: int
@@ -34,10 +34,10 @@ class Verdict:
 def permutation_test(
     answers: Sequence[str], truths: Sequence[str], permutations: int = 10_000, seed: int = 0
 ) -> Verdict:
-    """Compares `answers` with `truths`, both in the pictures' order, surrounding white space aside.
+    """Compare `answers` with `truths`, both in the pictures' order, ignoring surrounding white space.
 
-    An answer is a function of the picture alone (same prompt, greedy decoding), so that shuffling the pictures is
-    shuffling the answers. The p-value counts the identity among the permutations (Phipson & Smyth 2010, eq. 2), so it
+    An answer depends only on the picture (same prompt, greedy decoding), so shuffling pictures equals shuffling
+    answers. The p-value counts the identity among the permutations (Phipson & Smyth 2010, eq. 2), so it
     is never 0.
 
     Raises ValueError when there are no answers, or not as many as truths.

@@ -1,6 +1,6 @@
-"""What `make demo` needs before it can begin; each thing that is missing gets a line. Runs on any Python 3, bare."""
+"""Check the prerequisites of `make demo`, and print a line for each missing one. Runs on any Python 3."""
 
-# ruff: noqa: UP031, UP036 (it runs on the Pythons that it turns away)
+# ruff: noqa: UP031, UP036 (it runs on unsupported Pythons too)
 
 import importlib.util
 import shutil
@@ -8,7 +8,7 @@ import sys
 
 
 def missing(need_npm):
-    """Returns a list of messages, one for each prerequisite that is not met."""
+    """Return a message for each missing prerequisite."""
     messages = []
     if sys.version_info < (3, 11):
         version = sys.version.split()[0]

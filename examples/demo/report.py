@@ -1,4 +1,4 @@
-"""What the demo leaves behind for people: a contact sheet, the loss curve, and a short report in Markdown."""
+"""The demo's results: a contact sheet, the loss curve, and a short report in Markdown."""
 
 import os
 import platform
@@ -20,9 +20,9 @@ PACKAGES = ("lorgnette", "torch", "transformers", "peft", "accelerate", "dataset
 def contact_sheet(
     pictures: Sequence[Image.Image], truths: Sequence[str], answers: Sequence[str], path: Path, columns: int = 8
 ) -> None:
-    """Writes a PNG: each picture, below it the truth and the answer, which is green where right and red where wrong.
+    """Write a PNG: each picture with the truth and the answer below it, green if right and red if wrong.
 
-    Raises ValueError, with the three numbers, where there are not as many truths and answers as pictures.
+    Raises ValueError, with the three numbers, if the numbers of pictures, truths and answers differ.
     """
     if not len(pictures) == len(truths) == len(answers):
         raise ValueError(f"{len(pictures)} pictures, {len(truths)} truths and {len(answers)} answers do not match up")
@@ -46,13 +46,13 @@ def contact_sheet(
 
 
 def shorten(answer: str, length: int = 18) -> str:
-    """One line of at most `length` characters; an empty answer is made visible, and `$` is kept from being TeX."""
+    """One line of at most `length` characters; an empty answer gets a mark, and `$` is escaped for TeX."""
     line = " ".join(answer.split()) or "(nothing)"
     return (line if len(line) <= length else f"{line[: length - 1]}…").replace("$", r"\$")
 
 
 def curves(logs: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    """Writes a PNG with a panel for each run: all losses in its `log_history` over the steps."""
+    """Write a PNG with a panel for each run: all losses in its `log_history` over the steps."""
     figure = Figure(figsize=(5 * len(logs), 3.2))
     for axis, (title, log) in zip(figure.subplots(1, len(logs), squeeze=False)[0], logs.items(), strict=True):
         for name, values in losses(log).items():
@@ -75,7 +75,7 @@ def losses(log: Sequence[Mapping[str, float]]) -> dict[str, dict[int, float]]:
 
 
 def machine() -> str:
-    """The class of machine, without its name: system, cores, and the accelerator or else the instructions in use."""
+    """The machine without its name: system, cores, and the accelerator or the CPU's instruction set."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -107,7 +107,7 @@ def markdown(
         pieces: (what it is, where it came from, licence) of each backbone and of the pictures.
         commands: as they were run.
         seconds: each phase's time.
-        settings: anything else worth a line (seed, steps, the stranger's agreement …).
+        settings: anything else worth a line (seed, steps, the agreement without lorgnette …).
     """
     lines = ["# Demo report", "", f"**{verdict}.**", ""]
     lines += ["![contact sheet](contact_sheet.png)", "", "![loss](loss_curve.png)", ""]

@@ -1,1 +1,1 @@
-"""How good is what is trained? Data with held-out styles, concepts and photographs, baselines, measured rows."""
+"""Measure the quality of trained models: data with held-out styles, concepts and photographs, baselines, rows."""

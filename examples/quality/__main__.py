@@ -1,7 +1,7 @@
 """Measure rows: `python -m examples.quality ROW …`, from the repository; `python -m examples.quality.table` shows them.
 
-A row takes real backbones and real pictures from the data set to its figures on held-out data, and leaves
-`results/quality/ROW.json` and a PNG of the losses. A row that is there already is not measured again.
+A row trains on real backbones and pictures, evaluates on held-out data, and writes `results/quality/ROW.json` and a PNG
+of the losses. A row with a result is not measured again.
 """
 
 import json
@@ -47,13 +47,13 @@ def main(argv: list[str]) -> None:
     for name in args.rows:
         result = args.results / f"{name}.json"
         if result.exists():
-            say(f"{name}: measured already, see {result}; delete it to measure anew")
+            say(f"{name}: measured already, see {result}; delete it to measure again")
         else:
             run(name, args.cache, args.work, args.results)
 
 
 def run(name: str, cache: Path, work: Path, results: Path) -> None:
-    """Trains and measures a row; writes `NAME.json` and `NAME.png` into `results`."""
+    """Train and measure a row; writes `NAME.json` and `NAME.png` into `results`."""
     row, steps = ROWS[name], Steps(work)
     sources = {part: str(folder(cache)) for part, (_, folder) in BACKBONES.items()}
     folders = take_steps(row, steps, sources, cache)
@@ -78,7 +78,7 @@ def run(name: str, cache: Path, work: Path, results: Path) -> None:
         "training": {stage: {"steps": log["global_step"], "epochs": log["epoch"]} for stage, log in logs.items()},
         "losses": {stage: losses(log["log_history"]) for stage, log in logs.items()},
         "commands": {step: done["command"] for step, done in steps.done.items()},
-        # what they read: a recipe may change after the row was measured
+        # the recipes' text, since a recipe may change later
         "recipes": {stage: recipe_of(row, stage).read_text(encoding="utf-8") for stage in stages},
         "backbones": {part: f"{a.content}: {a.registry}, {a.requirement}" for part, (a, _) in BACKBONES.items()},
         "mixed_precision": default_mixed_precision(),
@@ -97,8 +97,8 @@ def recipe_of(row: Row, stage: str) -> Path:
 
 
 def take_steps(row: Row, steps: Steps, sources: Mapping[str, str], cache: Path) -> dict[str, Path]:
-    """From the data to the answers: the folder of each step that the row has."""
-    task, told = TASKS[row.dataset], options(row)
+    """Run all steps from the data to the answers; returns each step's folder."""
+    task, stage_options = TASKS[row.dataset], options(row)
     folders = {}
 
     def step(name: str, command: list[str]) -> str:
@@ -117,7 +117,7 @@ def take_steps(row: Row, steps: Steps, sources: Mapping[str, str], cache: Path) 
     for stage, text in (("stage1", []), ("stage2", ["--text", sources["text"]])):
         if stage == "stage2" or row.stage1:
             command = ["lorgnette.trainer", stage, "--config", str(recipe_of(row, stage))]
-            command += [*vision, *text, "--qformer", qformer, "--dataset", features, *told[stage]]
+            command += [*vision, *text, "--qformer", qformer, "--dataset", features, *stage_options[stage]]
             qformer = step(stage, command)
 
     for split in task.tests:

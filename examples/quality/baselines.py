@@ -1,4 +1,4 @@
-"""What plain methods make of the very same frozen features: a linear classifier, and the nearest neighbour's text."""
+"""Baselines on the same frozen features: a linear probe, and the nearest neighbour's text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,9 +21,9 @@ def views(features: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def probe(train: Split, validation: Split, test: Split) -> dict[str, dict[str, Any]]:
-    """Of each view, logistic regression's accuracy on the test pictures with the C that is best on the validation ones.
+    """For each view, logistic regression's accuracy on the test pictures, with the C that is best on validation.
 
-    Features are standardised by the training pictures' mean and deviation. Of equally good Cs the smallest is taken.
+    Features are standardised by the training pictures' mean and deviation. Of equally good Cs it takes the smallest.
     """
     inputs = [views(features) for features, _ in (train, validation, test)]
     labels = [texts for _, texts in (train, validation, test)]
@@ -43,7 +43,7 @@ def probe(train: Split, validation: Split, test: Split) -> dict[str, dict[str, A
 
 
 def nearest_texts(train: Split, features: np.ndarray) -> dict[str, list[str]]:
-    """Of each view, the text of the training picture with the greatest cosine similarity to each of `features`."""
+    """For each view, the text of the training picture with the greatest cosine similarity to each of `features`."""
     queries, keys = views(features), views(train[0])
     return {
         view: [train[1][i] for i in (normalize(queries[view]) @ normalize(keys[view]).T).argmax(axis=1)]

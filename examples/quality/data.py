@@ -1,7 +1,7 @@
-"""The data sets that quality is measured on: `python -m examples.quality.data cifar|emoji`.
+"""The data sets for measuring quality: `python -m examples.quality.data cifar|emoji`.
 
-Each is saved by `save_to_disk`, a `datasets.DatasetDict` with the columns `image` and `text` at least; a split that is
-held out shares no picture with `train` and `validation`.
+Each is saved by `save_to_disk`, a `datasets.DatasetDict` with the columns `image` and `text` at least; a
+held-out split shares no picture with `train` and `validation`.
 """
 
 import hashlib
@@ -14,14 +14,14 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from ..sources import cifar, emoji
-from ..sources.registry import whole
+from ..sources.registry import scratch_directory
 
 
 CIFAR_TRAIN, CIFAR_VALIDATION, CIFAR_TEST = 3000, 500, 1000
 CIFAR_FEATURES = Features({"image": Image(), "text": Value("string")})
 
-# Training sees a flat and a 3-D drawing of each concept, and the third style lies between them: flat as Noto's, by
-# another hand. Either of the other two held out would leave one kind of drawing unseen.
+# Training has a flat and a 3-D drawing of each concept; the held-out third style is flat too. With one of the other two
+# held out, training would lack one kind of drawing.
 HELD_OUT_STYLE = "twitter"
 TEST_SHARE, VALIDATION_SHARE = 0.1, 0.025  # of the concepts
 EMOJI_FEATURES = Features({"image": Image(), **{n: Value("string") for n in ("text", "style", "concept", "group")}})
@@ -41,7 +41,7 @@ def build_cifar(cache: Path) -> DatasetDict:
 
 
 def build_emoji(cache: Path, seed: int = 0) -> DatasetDict:
-    """Emoji on white with their human-written names, in two styles for training and one that is held out.
+    """Emoji on white with their human-written names, in two training styles and a held-out one.
 
     Columns: `image` (RGB, 64 or 256 px a side), `text`, `style`, `concept` (see `emoji.concept_of`), `group`.
 
@@ -63,9 +63,9 @@ def build_emoji(cache: Path, seed: int = 0) -> DatasetDict:
 
 
 def split_of(concept: str, seed: int = 0) -> str:
-    """The split of a concept in the training styles, by its hash: the same whichever other concepts there are."""
+    """The split of a concept in the training styles, by its hash, independent of other concepts."""
     digest = hashlib.sha256(f"{seed}:{concept}".encode()).digest()
-    share = int.from_bytes(digest[:8], "big") / 2**64  # even in [0, 1)
+    share = int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
     if share < TEST_SHARE:
         return "test_concept"
     return "validation" if share < TEST_SHARE + VALIDATION_SHARE else "train"
@@ -77,13 +77,13 @@ def on_white(picture: PILImage.Image) -> PILImage.Image:
 
 
 def save(splits: DatasetDict, folder: Path) -> None:
-    """Saves the data set and says what it holds.
+    """Save the data set and print its splits.
 
-    Raises FileExistsError when the folder is there: nothing that may be in use is replaced.
+    Raises FileExistsError if the folder exists.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists already: name another folder, or delete it")
-    with whole(folder) as unfinished:
+    with scratch_directory(folder) as unfinished:
         splits.save_to_disk(unfinished / "data")
         (unfinished / "data").rename(folder)
     sys.stdout.write(f"{folder}: {describe(splits)}\n")
@@ -95,7 +95,7 @@ def describe(splits: DatasetDict) -> str:
 
 
 def _photographs(pictures: np.ndarray, labels: np.ndarray, part: slice) -> Dataset:
-    """Raises ValueError where the batch is shorter than `part`."""
+    """Raises ValueError if the batch is shorter than `part`."""
     if len(pictures) < part.stop:
         raise ValueError(f"photographs {part.start} to {part.stop} are wanted, the batch has {len(pictures)}")
     columns = {

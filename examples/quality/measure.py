@@ -1,4 +1,4 @@
-"""The figures of a row: the model's answers on held-out data beside shuffled pictures and plain methods."""
+"""The figures of a row: the model's answers on held-out data, shuffled pictures, and baselines."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ def measure(task: Task, features: Path, evaluations: Mapping[str, Path]) -> dict
 
 
 def score(metrics: Sequence[str], answers: Sequence[str], truths: Sequence[str]) -> dict[str, float]:
-    """The figures of lorgnette's metrics by these names, in fractions of 1 but for CIDEr, which goes up to 10."""
+    """The figures of lorgnette's metrics by these names, as fractions of 1, except CIDEr, which goes up to 10."""
     return {
         name: value
         for metric in text_metrics(metrics).values()
@@ -58,8 +58,7 @@ def score_shuffled(
 ) -> dict[str, float]:
     """The mean figures of ten shuffles of the pictures.
 
-    An answer is a function of the picture alone (same prompt, no sampling), so that shuffling the pictures is shuffling
-    the answers.
+    An answer depends only on the picture (same prompt, no sampling), so shuffling pictures equals shuffling answers.
     """
     rng = np.random.default_rng(seed)
     shuffled = [score(metrics, rng.permutation(answers).tolist(), truths) for _ in range(SHUFFLES)]
@@ -67,7 +66,7 @@ def score_shuffled(
 
 
 def read(folder: Path, split: str) -> Split:
-    """Features (N, L, D) and texts (N) of a split of a feature cache, but for made-up pairs: no baseline has those."""
+    """Features (N, L, D) and texts (N) of a split of a feature cache, without synthetic pairs (not for baselines)."""
     rows, open_features = load_cache(folder, split), feature_opener(folder)
     if "synthetic" in rows.column_names:
         rows = rows.select(np.flatnonzero(~np.array(rows["synthetic"][:])), keep_in_memory=True)

@@ -1,4 +1,4 @@
-"""Is anything lost? The language model's perplexity on plain text, with the adapters that training left in it."""
+"""Measure the language model's perplexity on plain text, with the trained adapters."""
 
 import platform
 from pathlib import Path
@@ -17,10 +17,10 @@ WINDOWS, LENGTH = 8, 256  # tokens of a window
 
 @torch.inference_mode()
 def compare(model_folder: Path, text_model: str) -> dict[str, Any]:
-    """Perplexities of a trained model and of the language model that it was made of, without a picture.
+    """Perplexities of a trained model and of its original language model, without a picture.
 
-    The text is Python's own reference as `help()` shows it, which comes with every Python: its topics in alphabetical
-    order, the first 8 x 256 tokens. `identical_without_adapters`: whether the logits of both are equal, bit for bit.
+    The text is Python's reference as `help()` shows it: its topics in alphabetical order, the first 8 x 256 tokens.
+    `identical_without_adapters`: whether the logits of both are equal, bit for bit.
     """
     tokenizer = AutoTokenizer.from_pretrained(text_model)
     text = "\n\n".join(topics[name].strip() for name in sorted(topics))

@@ -1,4 +1,4 @@
-"""What is measured: for each data set a headline row, and rows in which one thing of it is different."""
+"""The measured rows: for each data set a headline row, and rows with one difference."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -6,21 +6,21 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Row:
-    """How one row is trained; what is not here stands in the recipes of its data set."""
+    """The training of one row; all other settings are in the data set's recipes."""
 
     dataset: str  # "cifar" or "emoji"
     stage1: bool = True
     lora: bool = True
     queries: int = 8
-    layer: int | None = None  # the ViT's: None for its last_hidden_state
-    synthetic: bool = False  # made-up pairs among the training pairs
+    layer: int | None = None  # of the ViT; None for its last_hidden_state
+    synthetic: bool = False  # adds synthetic training pairs
     seed: int = 0
 
 
-UNTAUGHT = "5e-4"  # learning rate of a Q-Former that stage 1 has not taught
+FRESH_QFORMER_LR = "5e-4"  # learning rate of a Q-Former without stage 1
 
-# The layers are those whose CLS tells more on pictures for training: on CIFAR-10 by a linear probe on the validation
-# split, on emoji by finding the same emoji of the other training style.
+# The layers were chosen on training data: on CIFAR-10 by a linear probe on the validation split, on emoji by retrieving
+# the same emoji in the other training style.
 HEADLINES = {"cifar": Row("cifar"), "emoji": Row("emoji", layer=-2)}
 VARIANTS = {
     "no-stage1": {"stage1": False},
@@ -44,11 +44,11 @@ ROWS = {
 
 @dataclass(frozen=True)
 class Task:
-    """What a data set's rows are tested by. `tests`: held-out splits; `pairs`: made-up ones a concept."""
+    """The tests of a data set's rows. `tests`: held-out splits; `pairs`: synthetic pairs per concept."""
 
     tests: tuple[str, ...]
     metrics: tuple[str, ...]
-    probe: bool  # whether the texts are few enough to be classes
+    probe: bool  # whether the texts are classes
     pairs: int
 
 
@@ -59,7 +59,7 @@ TASKS = {
 
 
 def options(row: Row) -> Mapping[str, list[str]]:
-    """What each training stage is told besides its recipe: only that in which the row differs from the headline."""
+    """Options of each stage besides its recipe: the row's differences from the headline."""
     headline = HEADLINES[row.dataset]
     both = []
     if row.queries != headline.queries:
@@ -71,8 +71,8 @@ def options(row: Row) -> Mapping[str, list[str]]:
     stage2 = list(both)
     if not row.lora:
         stage2 += ["--lora", "null"]
-    if not row.stage1:  # the Q-Former has been taught nothing that it could forget
-        stage2 += ["--qformer_learning_rate", UNTAUGHT]
+    if not row.stage1:  # an untrained Q-Former can take a higher rate
+        stage2 += ["--qformer_learning_rate", FRESH_QFORMER_LR]
     return {"stage1": both, "stage2": stage2}
 
 

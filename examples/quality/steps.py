@@ -1,4 +1,4 @@
-"""Commands that are run once: a step that was done with the same command and recipe is not done again."""
+"""Run commands once: a step with the same command and recipe is reused."""
 
 import hashlib
 import json
@@ -13,9 +13,9 @@ from pathlib import Path
 
 
 class Steps:
-    """Runs commands of `python`, each with an `--output_dir` of its own in the folder `work`.
+    """Runs `python` commands, each with its own `--output_dir` in the folder `work`.
 
-    `done` has the command and the seconds of each step by its name: those of the time when it was really run.
+    `done` holds each step's command and seconds, from its actual run.
     """
 
     def __init__(self, work: Path):
@@ -24,9 +24,9 @@ class Steps:
     def run(self, name: str, command: Sequence[str]) -> Path:
         """The folder with what `python COMMAND --output_dir FOLDER` wrote.
 
-        The folder's name is a digest of the command and the text of its `--config`, so that a step is found again by
-        whatever row needs it, and what follows from a changed step is done again too. A step that was cut off starts
-        anew. Raises subprocess.CalledProcessError where the command fails.
+        The folder's name is a digest of the command and the text of its `--config`, so that rows share steps, and a
+        changed step changes its successors. An interrupted step starts again. Raises subprocess.CalledProcessError if
+        the command fails.
         """
         recipes = [Path(value).read_text() for option, value in pairwise(command) if option == "--config"]
         folder = self.work / f"{name}-{digest(command, recipes)}"
@@ -46,7 +46,7 @@ class Steps:
 
 
 def digest(command: Sequence[str], recipes: Sequence[str]) -> str:
-    """What tells a command and the texts of its recipes from others, in eight letters."""
+    """A digest of a command and the texts of its recipes, in eight letters."""
     return hashlib.sha256(json.dumps([*command, *recipes]).encode()).hexdigest()[:8]
 
 

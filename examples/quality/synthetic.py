@@ -1,8 +1,8 @@
-"""Made-up pairs for named concepts: emoji, cut out, before photographs, with a caption by template.
+"""Synthetic pairs for named concepts: emoji cut-outs in front of photographs, with template captions.
 
     python -m examples.quality.synthetic DATASET --output_dir LARGER --concepts frog "red apple" --pairs 20 --cap 0.25
 
-LARGER gets DATASET with the pairs added to `train`, and in every split a column `synthetic` that says which they are.
+LARGER gets DATASET with the pairs added to `train`, and in every split a column `synthetic` that marks them.
 """
 
 import sys
@@ -20,7 +20,7 @@ from .data import CIFAR_TRAIN, CIFAR_VALIDATION, HELD_OUT_STYLE, save
 
 
 SIDE = 112  # px
-SCALE = (0.4, 0.9)  # of the picture's side: how large the emoji is
+SCALE = (0.4, 0.9)  # size of the emoji, relative to the picture's side
 TEMPLATES = ("{name}", "a picture of {name}", "{name} in front of a photograph")
 
 
@@ -33,15 +33,15 @@ def add_pairs(
     cap: float = 0.25,
     seed: int = 0,
 ) -> DatasetDict:
-    """`splits` with up to `pairs` made-up rows a concept in `train`, and the column `synthetic` (bool) in all.
+    """`splits` with up to `pairs` synthetic rows per concept in `train`, and the column `synthetic` (bool) in all.
 
-    An emoji stands for a concept when its name is the concept's; without `concepts` all texts of `train` that name
-    one are taken. A concept has to be among `train`'s texts, and the held-out style is never drawn from, so that
-    held-out data stay unseen. There are at most as many as make the share `cap` of `train`, even over the concepts.
-    The photographs are CIFAR-10's, none of them among `build_cifar`'s.
+    An emoji represents a concept if its name is the concept's; by default all texts of `train` that name an emoji are
+    used. A concept must be among `train`'s texts, and the held-out style is not used, so that held-out data stay
+    unseen. The number of pairs is limited to the fraction `cap` of `train`, evenly over the concepts. The photographs
+    are CIFAR-10's, without those of `build_cifar`.
 
-    Raises ValueError for a concept that has no emoji, that `train` does not have, for a cap outside [0, 1), and where
-    no pair would be made.
+    Raises ValueError for a concept without an emoji or not in `train`, for a cap outside [0, 1), and if there would be
+    no pair.
     """
     if not 0 <= cap < 1:
         raise ValueError(f"cap is {cap}; a share of the data set below 1 is wanted")
@@ -77,7 +77,7 @@ def add_pairs(
 
 
 def compose(cut_out: Image.Image, background: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """The RGBA `cut_out`, somewhere whole before the (H, W, 3) uint8 `background`: RGB, 112 px a side."""
+    """The RGBA `cut_out`, at a random position in front of the (H, W, 3) uint8 `background`: RGB, 112 px a side."""
     picture = Image.fromarray(background).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     width = round(SIDE * rng.uniform(*SCALE))
     front = cut_out.resize((width, width), Image.Resampling.LANCZOS)

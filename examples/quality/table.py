@@ -1,6 +1,6 @@
 """Write the tables of what was measured into docs/quality.md: `python -m examples.quality.table`, from the repository.
 
-They are made of results/quality/*.json alone; a row that has none stands as "not run".
+It reads only results/quality/*.json; a row without a file is "not run".
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .rows import HEADLINES, ROWS, UNTAUGHT, Row
+from .rows import FRESH_QFORMER_LR, HEADLINES, ROWS, Row
 
 
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
@@ -22,7 +22,7 @@ EMOJI = ("row", "different", "unseen style: CIDEr (exact)", "shuffled", "nearest
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results that are there, by row."""
+    """The existing results, by row."""
     return {n: json.loads((folder / f"{n}.json").read_text("utf-8")) for n in ROWS if (folder / f"{n}.json").exists()}
 
 
@@ -40,28 +40,28 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def different(row: Row) -> str:
-    """In words, what a row has different from its data set's headline."""
+    """A row's difference from its data set's headline, as text."""
     headline = HEADLINES[row.dataset]
     layer = "the ViT's last layer" if row.layer is None else f"the ViT's layer {row.layer}"
-    said = {
-        "stage1": f"no stage 1; the Q-Former at {UNTAUGHT}",
+    descriptions = {
+        "stage1": f"no stage 1; the Q-Former at {FRESH_QFORMER_LR}",
         "lora": "no LoRA",
         "queries": f"{row.queries} queries",
         "layer": layer,
         "synthetic": "made-up pairs added",
         "seed": f"seed {row.seed}",
     }
-    changed = [words for name, words in said.items() if getattr(row, name) != getattr(headline, name)]
+    changed = [words for name, words in descriptions.items() if getattr(row, name) != getattr(headline, name)]
     return ", ".join(changed) or f"{row.queries} queries, {layer}, seed {row.seed}"
 
 
 def bridge_efficiency(test: Mapping[str, Any]) -> float:
-    """The share of right answers over that of the probe that does best on the test pictures: the strictest one."""
+    """The fraction of right answers over that of the best probe on the test pictures."""
     return test["model"]["exact_match"] / best(test["probe"], "exact_match")
 
 
 def best(views: Mapping[str, Mapping[str, float]], figure: str) -> float:
-    """The figure of the view that does best by it."""
+    """The figure of the best view."""
     return max(figures[figure] for figures in views.values())
 
 
@@ -92,7 +92,7 @@ def last_cells(result: Mapping[str, Any]) -> list[str]:
 
 
 def between_markers(page: str) -> str:
-    """What stands between the markers. Raises ValueError where a page has not each of them once."""
+    """The text between the markers. Raises ValueError unless the page has each marker once."""
     for marker in (BEGIN, END):
         if page.count(marker) != 1:
             raise ValueError(f"{marker} stands {page.count(marker)} times in the page; once is wanted")

@@ -1,1 +1,1 @@
-"""What the examples read, out of the package registries: real backbones, photographs, emoji. All of it is pinned."""
+"""The examples' backbones, photographs and emoji, from the package registries; all are pinned."""

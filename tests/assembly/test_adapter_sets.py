@@ -4,7 +4,7 @@ import pytest
 import tiny_training
 import torch
 from tiny_forms import form_of, hub_with_backbones, joined, load
-from tiny_forms import logits as said_by
+from tiny_forms import logits as output_of
 from tiny_models import QFORMER, inputs, language_model, model, vision_model
 
 from lorgnette import LorgnetteForConditionalGeneration
@@ -46,41 +46,41 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Saved models of each kind and one without LoRA, and what they say."""
-    place, said = tmp_path_factory.mktemp("bridges"), {}
+    folder, outputs = tmp_path_factory.mktemp("bridges"), {}
     for kind in KINDS:
         made = built(kind)
-        made.save_pretrained(place / kind)
-        said[kind] = logits(made)
+        made.save_pretrained(folder / kind)
+        outputs[kind] = logits(made)
     bare = built("bare")
     replace_lora(bare, None, {})
     bare.generation_config.eos_token_id = 7
-    bare.save_pretrained(place / "bare")
-    said["bare"] = logits(bare)
-    return place, said
+    bare.save_pretrained(folder / "bare")
+    outputs["bare"] = logits(bare)
+    return folder, outputs
 
 
 def test_each_speaks_as_the_model_it_came_from(folders):
-    place, said = folders
+    folder, outputs = folders
     ours = built()
-    said = said | {"default": logits(ours)}
+    outputs = outputs | {"default": logits(ours)}
     before = weights(ours)
     for kind in ("lora", "shape", "bare"):
-        ours.load_bridge(place / kind, kind)
+        ours.load_bridge(folder / kind, kind)
     assert ours.active_bridge == "default"
     assert same(before, weights(ours))  # loaded, and not in use
     assert ours.bridges == ["bare", "default", "lora", "shape"]
     for name in ("lora", "bare", "shape", "default", "bare", "lora", "default"):
         ours.set_bridge(name)
-        assert torch.equal(logits(ours), said[name]), name
+        assert torch.equal(logits(ours), outputs[name]), name
     assert same(before, weights(ours))
     ours.set_bridge("bare")
     assert ours.generation_config.eos_token_id == 7
 
 
 def test_layers_of_a_bridge_that_was_in_use_are_put_back_and_not_built_again(folders, monkeypatch):
-    place, said = folders
+    folder, outputs = folders
     ours = built()
-    ours.load_bridge(place / "lora", "lora")
+    ours.load_bridge(folder / "lora", "lora")
     ours.set_bridge("lora")
     its_own = [parameter for parameter in ours.parameters() if parameter.requires_grad]
     ours.set_bridge("default")
@@ -91,13 +91,13 @@ def test_layers_of_a_bridge_that_was_in_use_are_put_back_and_not_built_again(fol
     again = [parameter for parameter in ours.parameters() if parameter.requires_grad]
     assert all(one is other for one, other in zip(its_own, again, strict=True))  # an optimizer still has them
     assert not any(module.training for module in ours.modules())
-    torch.testing.assert_close(logits(ours).float(), said["lora"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(ours).float(), outputs["lora"], rtol=0, atol=1e-5)
 
 
 def test_adapters_off_stay_off(folders):
-    place, _ = folders
+    folder, _ = folders
     ours, ids = built(), inputs()["input_ids"][:, :6]
-    ours.load_bridge(place / "lora", "lora")
+    ours.load_bridge(folder / "lora", "lora")
     with torch.no_grad():
         original = language_model()(ids).logits
         with ours.disable_adapter():
@@ -112,9 +112,9 @@ def test_adapters_off_stay_off(folders):
 
 
 def test_adapters_off_stay_off_through_a_bridge_without_lora(folders):
-    place, said = folders
+    folder, outputs = folders
     ours, ids = built(), inputs()["input_ids"][:, :6]
-    ours.load_bridge(place / "bare", "bare")
+    ours.load_bridge(folder / "bare", "bare")
     default = logits(ours)
     with torch.no_grad():
         original = language_model()(ids).logits
@@ -125,27 +125,27 @@ def test_adapters_off_stay_off_through_a_bridge_without_lora(folders):
         ours.enable_adapters()
         with ours.disable_adapter():
             ours.set_bridge("bare")
-        assert torch.equal(logits(ours), said["bare"])
+        assert torch.equal(logits(ours), outputs["bare"])
         ours.set_bridge("default")
         assert torch.equal(logits(ours), default)
 
 
 def test_training_trains_the_one_in_use(folders, tmp_path):
-    place, said = folders
+    folder, outputs = folders
     ours = built()
     default, before = logits(ours), weights(ours)
-    ours.load_bridge(place / "lora", "lora")
+    ours.load_bridge(folder / "lora", "lora")
     ours.set_bridge("lora")
-    started = weights(ours)
+    initial = weights(ours)
     optimizer = torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], lr=1e-2)
     labels = inputs()["input_ids"].clone()
     labels[:, :10] = -100
     ours.train()(**inputs(), labels=labels).loss.backward()
     optimizer.step()
-    moved = {name.split(".")[0] for name, tensor in weights(ours).items() if not torch.equal(tensor, started[name])}
+    moved = {name.split(".")[0] for name, tensor in weights(ours).items() if not torch.equal(tensor, initial[name])}
     assert moved == {"qformer", "projector", "language_model"}
     trained = logits(ours.eval())
-    assert not torch.equal(trained, said["lora"])
+    assert not torch.equal(trained, outputs["lora"])
     ours.set_bridge("default")
     assert torch.equal(logits(ours), default)
     assert same(weights(ours), before)
@@ -154,15 +154,15 @@ def test_training_trains_the_one_in_use(folders, tmp_path):
 
 
 def test_the_one_in_use_is_saved(folders, tmp_path):
-    place, said = folders
+    folder, outputs = folders
     ours = built()
-    ours.load_bridge(place / "shape", "shape")
+    ours.load_bridge(folder / "shape", "shape")
     ours.set_bridge("shape")
     ours.save_pretrained(tmp_path)
     again = LorgnetteForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert again.bridges == ["default"]
     assert again.config.qformer_config.hidden_size == 8
-    assert torch.equal(logits(again), said["shape"])
+    assert torch.equal(logits(again), outputs["shape"])
 
 
 def test_a_bridge_brings_the_processor_that_it_was_saved_with(tmp_path):
@@ -182,20 +182,20 @@ def test_a_bridge_brings_the_processor_that_it_was_saved_with(tmp_path):
 def test_from_thin_folders(tmp_path, monkeypatch):
     hub_with_backbones(tmp_path / "hub", monkeypatch)
     ours = joined()
-    said = {"default": said_by(ours)}
+    outputs = {"default": output_of(ours)}
     for name, lora in (("other", {"r": 3, "target_modules": ["v_proj"]}), ("third", {"r": 2})):
         other = joined(lora, seed=len(name))
         other.save_pretrained(tmp_path / name)
         assert form_of(tmp_path / name) == "thin"
-        said[name] = said_by(other)
+        outputs[name] = output_of(other)
         ours.load_bridge(tmp_path / name, name)
     for name in ("other", "third", "default"):
         ours.set_bridge(name)
-        assert torch.equal(said_by(ours), said[name])
+        assert torch.equal(output_of(ours), outputs[name])
     ours.set_bridge("other")
     ours.save_pretrained(tmp_path / "saved")
     assert form_of(tmp_path / "saved") == "thin"
-    assert torch.equal(said_by(load(tmp_path / "saved")), said["other"])
+    assert torch.equal(output_of(load(tmp_path / "saved")), outputs["other"])
 
 
 def test_a_merged_model_has_no_bridge(tmp_path):

@@ -1,4 +1,4 @@
-"""A model's folder from a stranger: numbers are read from it, no code is run, and what does not fit is named."""
+"""An untrusted model's folder: loading reads only numbers, runs no code, and names what does not fit."""
 
 import json
 import pickle

@@ -81,7 +81,7 @@ REFUSED = {
             layer_types=["sliding_attention", "full_attention"],
             activation_sparsity_pattern=[0.0, 0.0],
         ),
-        "logits of embeddings are not those of their ids|does not go on",
+        "logits of embeddings are not those of their ids|does not continue",
     ),
     "whisper": (
         WhisperConfig(**BART, max_target_positions=64, num_mel_bins=8, suppress_tokens=[], begin_suppress_tokens=[]),

@@ -73,8 +73,8 @@ def test_adapters_are_switched_and_words_are_generated(saved):
     folder, _ = saved
     plain, loaded = load(folder / "full"), load(folder / "full", **MAPS["a part on the disk"], offload_folder=folder)
     batch = inputs(image_token_id=plain.config.image_token_id)
-    told = {"max_new_tokens": 4, "do_sample": False}
-    assert torch.equal(loaded.generate(**batch, **told), plain.generate(**batch, **told))
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(loaded.generate(**batch, **settings), plain.generate(**batch, **settings))
     with plain.disable_adapter(), loaded.disable_adapter():
         assert torch.equal(logits(loaded), logits(plain))
 

@@ -27,7 +27,7 @@ def padded(docs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     }
 
 
-def places(batch: dict[str, torch.Tensor], number: int) -> torch.Tensor:
+def positions_of(batch: dict[str, torch.Tensor], number: int) -> torch.Tensor:
     return batch["sequence_ids"] == number
 
 
@@ -56,11 +56,11 @@ def test_packed_pairs_are_as_if_alone(architecture, attention):
     with torch.no_grad():
         before, after = (built(**one).logits for one in (batch, changed))
         alone = [built(doc["input_ids"][None], pixel_values=doc["pixel_values"][None]).logits[0] for doc in documents()]
-    assert not torch.equal(before[places(batch, 1)], after[places(batch, 1)])
+    assert not torch.equal(before[positions_of(batch, 1)], after[positions_of(batch, 1)])
     for number in (0, 2, 3, 4):
-        assert torch.equal(before[places(batch, number)], after[places(batch, number)])
+        assert torch.equal(before[positions_of(batch, number)], after[positions_of(batch, number)])
     for number, logits in enumerate(alone):
-        torch.testing.assert_close(before[places(batch, number)], logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(before[positions_of(batch, number)], logits, atol=1e-5, rtol=1e-5)
 
 
 def test_positions_are_counted_from_each_document():
@@ -103,9 +103,9 @@ def test_the_collator_packs_what_it_would_pad():
     assert sorted(order) == [0, 1, 2, 3]
     assert torch.equal(shared["pixel_values"], plain["pixel_values"][order])
     for number, row in enumerate(order):
-        here, there = places(shared, number), plain["attention_mask"][row] == 1
+        columns, is_token = positions_of(shared, number), plain["attention_mask"][row] == 1
         for name in ("input_ids", "labels"):
-            assert torch.equal(shared[name][here], plain[name][row][there])
+            assert torch.equal(shared[name][columns], plain[name][row][is_token])
     outside = shared["sequence_ids"] == PADDING
     assert (shared["labels"][outside] == -100).all()
     assert (shared["input_ids"][outside] == processor.tokenizer.pad_token_id).all()

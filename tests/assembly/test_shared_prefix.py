@@ -38,12 +38,12 @@ def without_dropout(**parts):
 
 def widths(built) -> list[tuple[int, int]]:
     """Rows and tokens of each pass through the language model's decoder, from now on."""
-    seen: list[tuple[int, int]] = []
+    recorded: list[tuple[int, int]] = []
     decoder = built.language_model.base_model
     decoder.register_forward_pre_hook(
-        lambda _, __, given: seen.append(tuple(given["inputs_embeds"].shape[:2])), with_kwargs=True
+        lambda _, __, given: recorded.append(tuple(given["inputs_embeds"].shape[:2])), with_kwargs=True
     )
-    return seen
+    return recorded
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def widths(built) -> list[tuple[int, int]]:
 )
 def test_loss_and_gradients_are_the_plain_runs(architecture: str, attention: str):
     built = without_dropout(text=architecture, attn_implementation=attention)
-    batch, seen = batch_of(built), widths(built)
+    batch, recorded = batch_of(built), widths(built)
     losses, gradients = [], []
     for shared in ({}, {"shared_input_ids": batch["input_ids"][:, :SHARED]}):
         built.zero_grad()
@@ -60,7 +60,7 @@ def test_loss_and_gradients_are_the_plain_runs(architecture: str, attention: str
         loss.backward()
         losses.append(loss)
         gradients.append({name: p.grad.clone() for name, p in built.named_parameters() if p.requires_grad})
-    assert seen == [(3, 15), (1, SHARED), (3, 15 - SHARED)]
+    assert recorded == [(3, 15), (1, SHARED), (3, 15 - SHARED)]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
     assert any(gradient.any() for gradient in gradients[1].values())
@@ -74,9 +74,9 @@ def test_a_sliding_window_may_be_shorter_than_what_is_shared():
     batch["labels"] = batch["input_ids"].clone()
     batch["labels"][:, :25] = -100
     found = []
-    for told in ({}, {"shared_input_ids": batch["input_ids"][:, :shared]}):
+    for kwargs in ({}, {"shared_input_ids": batch["input_ids"][:, :shared]}):
         built.zero_grad()
-        loss = built(**batch, **told).loss
+        loss = built(**batch, **kwargs).loss
         loss.backward()
         found.append((loss, {name: p.grad.clone() for name, p in built.named_parameters() if p.requires_grad}))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
@@ -95,10 +95,10 @@ def test_the_collator_counts_what_prompts_have_in_common(tmp_path):
 
     alike = LorgnetteCollator(processor)(pairs(3))
     assert alike["shared_input_ids"].shape[1] == alike["input_ids"][0].tolist().index(processor.image_token_id) > 0
-    seen = widths(built.train())
+    recorded = widths(built.train())
     built(**alike)
-    assert [rows for rows, _ in seen] == [1, 3]
-    assert sum(tokens for _, tokens in seen) == alike["input_ids"].shape[1]
+    assert [rows for rows, _ in recorded] == [1, 3]
+    assert sum(tokens for _, tokens in recorded) == alike["input_ids"].shape[1]
 
     assert "shared_input_ids" not in LorgnetteCollator(processor)(pairs(1))
     assert "shared_input_ids" not in LorgnetteCollator(processor, pack_to=256)(pairs(3))
@@ -141,13 +141,13 @@ def test_a_picture_is_not_shared():
 
 def test_evaluation_and_checkpointing_run_all_rows_in_full():
     built = model().train()
-    batch, seen = batch_of(built), widths(built)
+    batch, recorded = batch_of(built), widths(built)
     batch["shared_input_ids"] = batch["input_ids"][:, :SHARED]
     assert built.eval()(**batch).logits.shape[1] == 15
     built.train().gradient_checkpointing_enable()
     assert not can_share(built.language_model, {})
     built(**batch).loss.backward()
-    assert set(seen) == {(3, 15)}
+    assert set(recorded) == {(3, 15)}
 
 
 def test_what_asks_for_all_positions_is_not_shared():

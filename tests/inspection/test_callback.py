@@ -39,11 +39,11 @@ def test_figures_and_pictures_reach_the_tracker_and_training_is_not_disturbed(ba
     assert losses(inspected) == losses(plain)
     assert len(losses(inspected)) == 3
 
-    told = [entry for entry in inspected.state.log_history if "inspection_frozen" in entry]
-    assert [entry["step"] for entry in told] == [2, 3]
-    assert told[0]["inspection_frozen"] == told[0]["inspection_text_only"] == 1.0
-    assert told[0]["inspection_gradients_norms_Q-Former"] > 0
-    assert {"inspection_sees_losses_right", "inspection_sees_gap", "inspection_queries_mean_cosine"} <= told[0].keys()
+    logged = [entry for entry in inspected.state.log_history if "inspection_frozen" in entry]
+    assert [entry["step"] for entry in logged] == [2, 3]
+    assert logged[0]["inspection_frozen"] == logged[0]["inspection_text_only"] == 1.0
+    assert logged[0]["inspection_gradients_norms_Q-Former"] > 0
+    assert {"inspection_sees_losses_right", "inspection_sees_gap", "inspection_queries_mean_cosine"} <= logged[0].keys()
     assert callback.last.model.endswith("step 3")
     assert sorted(path.name for path in (tmp_path / "with" / "inspection").iterdir()) == ["step-2.html", "step-3.html"]
 
@@ -79,8 +79,8 @@ def test_what_a_collator_does_wrong_is_seen_in_training(backbones, tmp_path):
     callback = InspectionCallback(training, rows(8))
     training.add_callback(callback)
     training.train()
-    assert "in_step" in {check.name for check in callback.last.failed}
-    assert any("inspection_in_step" in entry for entry in training.state.log_history)
+    assert "aligned" in {check.name for check in callback.last.failed}
+    assert any("inspection_aligned" in entry for entry in training.state.log_history)
 
 
 def test_rows_are_the_evaluation_datas_where_none_are_given(backbones, tmp_path):

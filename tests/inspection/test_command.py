@@ -52,14 +52,14 @@ def test_a_healthy_model_is_printed_and_written(folder, tmp_path, monkeypatch, c
     written = [f"--{kind}={tmp_path / f'report.{kind}'}" for kind in ("html", "json")]
     assert inspect(str(folder / "model"), *options, *written) == 0
     printed = capsys.readouterr().out
-    assert "1.png: it says " in " ".join(printed.split())
+    assert "1.png: answer " in " ".join(printed.split())
     assert "…" not in printed  # nothing is cut off in 80 columns
     assert "Answers depend on the picture" in printed
     assert "✗" not in printed
-    told = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert told["passed"] is True
-    assert [check["name"] for check in told["checks"] if check["passed"] is None] == ["text_only"]  # no --text
-    assert told["flow"][0]["shape"] == [3, 32, 32]
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["passed"] is True
+    assert [check["name"] for check in report["checks"] if check["passed"] is None] == ["text_only"]  # no --text
+    assert report["flow"][0]["shape"] == [3, 32, 32]
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 
@@ -90,8 +90,8 @@ def test_a_red_check_is_status_1(folder, tmp_path, capsys, inspect):
 )
 def test_a_mistake_is_status_2_and_one_line(folder, tmp_path, monkeypatch, capsys, inspect, options, message):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    places = {name: str(folder / name) for name in ("model", "pictures", "nowhere")}
-    assert inspect(*(option.format(**places) for option in options)) == 2
+    paths = {name: str(folder / name) for name in ("model", "pictures", "nowhere")}
+    assert inspect(*(option.format(**paths) for option in options)) == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("lorgnette: error: ")
     assert message in last

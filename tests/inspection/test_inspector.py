@@ -14,9 +14,9 @@ from tiny_inspection import LabelsOnPrompt, PicturesShuffled, rows, train, untra
 from tiny_training import write_backbones
 
 from lorgnette import LorgnetteCollator, LorgnettePreTrainedModel
-from lorgnette.inspection import check_gradients, check_sight, check_weights, check_words
-from lorgnette.inspection.anatomy import flow, parts
+from lorgnette.inspection import check_gradients, check_text, check_vision, check_weights
 from lorgnette.inspection.check_weights import Original
+from lorgnette.inspection.components import flow, parts
 from lorgnette.inspection.inspector import inspect_model
 from lorgnette.inspection.report import write_html, write_json
 
@@ -156,7 +156,7 @@ def test_sources_that_would_not_help_are_not_asked_for(backbones):
     model.config.saved_form = "merged"
     merged = Original.from_sources(model, processor, *backbones)
     for check in (check_weights.check_frozen(model, merged), check_weights.check_text_only(model, processor, merged)):
-        assert check.finding.endswith(": LoRA is folded into it")
+        assert check.finding.endswith(": LoRA is merged into it")
         assert check.advice == ""
     assert check_weights.check_frozen(model, nothing).advice.startswith("Give --vision: ")
 
@@ -212,10 +212,10 @@ def test_outputs_without_their_end_are_found(trained):
             labels[torch.arange(len(labels)), batch["attention_mask"].sum(1) - 1] = -100
             return batch | {"labels": labels}
 
-    found = check_words.check_labels(Endless(trained[1]), rows(4))
+    found = check_text.check_labels(Endless(trained[1]), rows(4))
     assert not found.passed
     assert found.figures["unended"] == 4
-    good = check_words.check_labels(LorgnetteCollator(trained[1]), rows(4))
+    good = check_text.check_labels(LorgnetteCollator(trained[1]), rows(4))
     assert [kind for _, kind in good.figures["example"]] == ["prompt", "picture", "prompt", "learned"]
     assert good.figures["example"][-1][0].startswith("a red car")
 
@@ -224,19 +224,19 @@ def test_another_models_processor_and_pictures_in_another_order_are_found(traine
     model, processor, _ = trained
     other = copy.copy(processor)
     other.num_query_tokens = 5
-    assert not check_words.check_in_step(model, LorgnetteCollator(other), rows(4)).passed
-    assert check_words.check_in_step(model, LorgnetteCollator(processor), rows(4)).passed
+    assert not check_text.check_aligned(model, LorgnetteCollator(other), rows(4)).passed
+    assert check_text.check_aligned(model, LorgnetteCollator(processor), rows(4)).passed
     torch.manual_seed(0)
-    assert not check_words.check_in_step(model, PicturesShuffled(processor), rows(8)).passed
+    assert not check_text.check_aligned(model, PicturesShuffled(processor), rows(8)).passed
 
 
 @pytest.mark.parametrize("factor", [1e-5, 1e5])
-def test_soft_tokens_of_another_size_are_found(spoilt, factor):
+def test_visual_tokens_of_another_norm_are_found(spoilt, factor):
     model, processor, _ = spoilt
-    assert check_sight.check_soft_norm(model, check_sight.soft_tokens(model, batches(processor))).passed
+    assert check_vision.check_visual_norm(model, check_vision.visual_tokens(model, batches(processor))).passed
     for parameter in model.projector.parameters():
         parameter.data.mul_(factor)
-    assert not check_sight.check_soft_norm(model, check_sight.soft_tokens(model, batches(processor))).passed
+    assert not check_vision.check_visual_norm(model, check_vision.visual_tokens(model, batches(processor))).passed
 
 
 def test_what_cannot_be_said_is_not_said(trained):
@@ -244,30 +244,30 @@ def test_what_cannot_be_said_is_not_said(trained):
     found = inspect_model(model, processor, original=original, pictures=rows(1), quiet=True)
     assert found.failed == []
     assert {check.name for check in found.checks if check.passed is None} == {
-        "gradients", "labels", "prompt", "in_step", "sees"
+        "gradients", "labels", "prompt", "aligned", "sees"
     }  # fmt: skip
     same = [{**row, "text": "a cat"} for row in rows()]
-    assert check_sight.check_sees(model, [LorgnetteCollator(processor)(same)]).passed is None
+    assert check_vision.check_sees(model, [LorgnetteCollator(processor)(same)]).passed is None
 
 
 def test_outputs_that_are_certain_beside_any_picture_do_not_depend_on_it(backbones, monkeypatch):
     model, processor = untrained(backbones)
-    monkeypatch.setattr(check_sight, "_row_losses", lambda *_: np.zeros(8))
-    found = check_sight.check_sees(model, batches(processor))
+    monkeypatch.setattr(check_vision, "_row_losses", lambda *_: np.zeros(8))
+    found = check_vision.check_sees(model, batches(processor))
     assert found.passed is False
     assert found.figures["gap"] == 0
 
 
 def test_each_row_gets_another_ones_picture():
     outputs = list("aaaabbbccd")
-    partners = check_sight.strangers(outputs, seed=0)
+    partners = check_vision.other_rows(outputs, seed=0)
     assert sorted(partners) == list(range(10))
     assert all(outputs[row] != outputs[partner] for row, partner in enumerate(partners))
 
 
 def test_the_p_value_of_a_sign_flip_test():
-    assert check_sight.sign_flip(np.ones(4)) == pytest.approx(1 / 16, abs=0.01)  # one of 16 ways is as large
-    assert check_sight.sign_flip(np.array([1.0, -1.0, 1.0, -1.0])) > 0.5
+    assert check_vision.sign_flip(np.ones(4)) == pytest.approx(1 / 16, abs=0.01)  # one of 16 ways is as large
+    assert check_vision.sign_flip(np.array([1.0, -1.0, 1.0, -1.0])) > 0.5
 
 
 # ---------------------------------------------------------------------------------- anatomy and reports
@@ -279,11 +279,11 @@ def test_anatomy_counts_every_parameter_once_and_shapes_are_the_models_own(train
     assert sum(part.parameters for part in found.values()) == sum(p.numel() for p in model.parameters())
     assert {name for name, part in found.items() if part.trainable} == {"queries", "Q-Former", "projector", "LoRA"}
     assert found["ViT"].bytes == 4 * found["ViT"].parameters
-    shapes = {station.what: station.shape for station in flow(model, processor)}
+    shapes = {tensor.what: tensor.shape for tensor in flow(model, processor)}
     assert shapes["pixel values"] == (3, 32, 32)
     assert shapes["features"] == (17, 24)
     assert shapes["query outputs"] == (4, 16)
-    assert shapes["soft tokens"] == (4, 32)
+    assert shapes["visual tokens"] == (4, 32)
 
 
 class Outside(HTMLParser):
@@ -306,21 +306,21 @@ def test_the_report_is_one_file_and_says_what_was_found(spoilt, tmp_path):
     model, processor, original = spoilt
     model.qformer.requires_grad_(False)
     found = inspect_model(model, processor, rows(), original=original, name="<b>mine</b>", quiet=True)
-    found = dataclasses.replace(found, looks=found.looks[:1])
+    found = dataclasses.replace(found, attributions=found.attributions[:1])
     write_html(found, tmp_path / "deep" / "report.html")
     write_json(found, tmp_path / "report.json")
     text = (tmp_path / "deep" / "report.html").read_text(encoding="utf-8")
     page = Outside()
     page.feed(text)
     assert page.fetched == []
-    assert page.pictures == 1 + len(found.looks[0].words) + 4 + 1  # the picture, words, queries, cosines
+    assert page.pictures == 1 + len(found.attributions[0].words) + 4 + 1  # the picture, words, queries, cosines
     assert "url(" not in text
     assert "<b>mine</b>" not in text
     assert "model.freeze()" in text
-    told = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert told["passed"] is False
-    assert {check["name"]: check["passed"] for check in told["checks"]}["trainable"] is False
-    assert len(told["looks"][0]["queries"][0]) == 4
+    result = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert result["passed"] is False
+    assert {check["name"]: check["passed"] for check in result["checks"]}["trainable"] is False
+    assert len(result["looks"][0]["queries"][0]) == 4
 
 
 def test_a_model_with_a_nan_in_it_is_reported_on(spoilt, tmp_path):
@@ -328,7 +328,7 @@ def test_a_model_with_a_nan_in_it_is_reported_on(spoilt, tmp_path):
     model.projector.weight.data[3, 5] = float("nan")
     next(p for name, p in model.named_parameters() if "lora_A" in name).data[0, 0] = float("inf")
     found = inspect_model(model, processor, rows(), original=original, quiet=True)
-    assert {"gradients", "lora_size", "queries", "soft_norm", "sees"} <= {check.name for check in found.failed}
+    assert {"gradients", "lora_size", "queries", "visual_norm", "sees"} <= {check.name for check in found.failed}
     write_html(found, tmp_path / "report.html")
     write_json(found, tmp_path / "report.json")
     json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=lambda name: 1 / 0)

@@ -105,12 +105,12 @@ def test_the_compiled_head_sees_the_labels_positions_alone(text, monkeypatch):
     positions = batch.pop("supervised_positions")
     torch.testing.assert_close(own(**batch).loss, loss)  # without them the places are looked for
     vocabulary = own.config.text_config.vocab_size
-    seen = []
+    recorded = []
 
     def backend(graph, _inputs):
         nodes = [node for part in graph.modules() if isinstance(part, GraphModule) for node in part.graph.nodes]
         heads = [node.meta["example_value"] for node in nodes if node.target is torch._C._nn.linear]
-        seen[:] = [logits.shape[:-1].numel() for logits in heads if logits.shape[-1] == vocabulary]
+        recorded[:] = [logits.shape[:-1].numel() for logits in heads if logits.shape[-1] == vocabulary]
         return graph
 
     def compiled_loss(at_once, **inputs):
@@ -119,12 +119,12 @@ def test_the_compiled_head_sees_the_labels_positions_alone(text, monkeypatch):
         return torch.compile(own, backend=backend, fullgraph=True)(**inputs).loss
 
     torch.testing.assert_close(compiled_loss(10_000, **batch), loss)
-    assert seen == [batch["labels"][:, batch["shared_input_ids"].shape[1] :].numel()]
+    assert recorded == [batch["labels"][:, batch["shared_input_ids"].shape[1] :].numel()]
     batch["supervised_positions"] = positions
     torch.testing.assert_close(compiled_loss(10_000, **batch), loss)
-    assert seen == [len(positions)]
+    assert recorded == [len(positions)]
     torch.testing.assert_close(compiled_loss(8, **batch), loss)
-    assert seen == [8] * (len(positions) // 8)
+    assert recorded == [8] * (len(positions) // 8)
 
 
 @pytest.mark.parametrize("stage", [1, 2])

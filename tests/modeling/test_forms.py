@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from strangers import visit
 from tiny import bert_tokenizer, chat_tokenizer, image_processor, picture
 from tiny_forms import (
     assert_equal_weights,
@@ -27,6 +26,7 @@ from tiny_hub import TinyHub
 from tiny_models import QFORMER, bert, inputs, language_model, model, vision_model
 from tiny_training import pairs, trainer, write_backbones
 from transformers import PreTrainedModel, Trainer
+from without_lorgnette import load_without_lorgnette
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval, LorgnetteProcessor
 from lorgnette.trainer.checkpoints import check_backbones
@@ -62,8 +62,8 @@ def test_what_came_from_the_hub_is_saved_thin(hub, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("form", "without"), [("thin", ""), ("merged", "peft")])
-def test_a_stranger_gets_the_same(hub, tmp_path, form, without):
-    """No lorgnette, no network, and for the merged form no peft; what the stranger saves is of the form it loaded."""
+def test_a_process_without_lorgnette_gets_the_same(hub, tmp_path, form, without):
+    """No lorgnette, no network, and for the merged format no peft; a re-save keeps the format."""
     built = joined()
     processor = built._processor
     batch = dict(processor(images=picture(), text=processor.build_prompt(), return_tensors="pt"))
@@ -71,7 +71,7 @@ def test_a_stranger_gets_the_same(hub, tmp_path, form, without):
     before = copy_of(built)
     built.save_pretrained(tmp_path / form, save_format=form)
     assert_equal_weights(built, before)
-    report, tensors = visit(tmp_path / form, tmp_path, resaved=tmp_path / "again", without=without)
+    report, tensors = load_without_lorgnette(tmp_path / form, tmp_path, resaved=tmp_path / "again", without=without)
     with torch.no_grad():
         expected = built(**batch).logits
     tolerance = MERGED if form == "merged" else {"atol": 0, "rtol": 0}
@@ -325,8 +325,8 @@ def test_arguments_of_from_pretrained_reach_all_parts(hub, tmp_path, config):
 def test_a_device_map_places_whole_parts(hub, tmp_path, form):
     joined().save_pretrained(tmp_path / form, save_format=form)
     loaded = load(tmp_path / form, device_map={"language_model": "cpu", "vision_model": "meta", "projector": "cpu"})
-    places = {key.split(".", 1)[0]: parameter.device.type for key, parameter in loaded.named_parameters()}
-    assert places == {"language_model": "cpu", "vision_model": "meta", "qformer": "cpu", "projector": "cpu"}
+    devices = {key.split(".", 1)[0]: parameter.device.type for key, parameter in loaded.named_parameters()}
+    assert devices == {"language_model": "cpu", "vision_model": "meta", "qformer": "cpu", "projector": "cpu"}
     with pytest.raises(ValueError, match="device_map names vision_model, and not language_model"):
         load(tmp_path / form, device_map={"vision_model": "cpu"})
     with pytest.raises(ValueError, match="qformer lies beside language_model; here on meta and cpu"):

@@ -77,15 +77,15 @@ def test_the_placeholder_cannot_be_generated(image_token_id: int):
 
 def test_a_repetition_penalty_sees_the_text_and_not_the_placeholders():
     built, batch = model(), inputs(rows=1)
-    seen = []
+    recorded = []
 
     def spy(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        seen.append(input_ids)
+        recorded.append(input_ids)
         return scores
 
     built.generate(**batch, max_new_tokens=2, min_new_tokens=2, do_sample=False, logits_processor=[spy])
     text = set(batch["input_ids"].flatten().tolist()) - {VOCAB_SIZE}
-    assert set(seen[0].flatten().tolist()) == text
+    assert set(recorded[0].flatten().tolist()) == text
 
 
 def test_several_images_and_none():
@@ -241,8 +241,8 @@ def test_beams_have_scores_and_attentions():
     torch.testing.assert_close(transitions.sum(dim=1) / lengths, outputs.sequences_scores)
     with torch.no_grad():  # and they are what the model gives the same words without any cache
         logits = built(outputs.sequences, pixel_values=batch["pixel_values"].repeat_interleave(2, dim=0)).logits
-    said = outputs.sequences[:, 15:]
-    alone = logits[:, 14:-1].log_softmax(-1).gather(2, said[..., None])[..., 0].mean(dim=1)
+    new_ids = outputs.sequences[:, 15:]
+    alone = logits[:, 14:-1].log_softmax(-1).gather(2, new_ids[..., None])[..., 0].mean(dim=1)
     torch.testing.assert_close(alone, outputs.sequences_scores)
 
 

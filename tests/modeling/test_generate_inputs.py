@@ -164,8 +164,8 @@ def test_pictures_alone_are_asked_the_processors_own_query(parts, tmp_path):
     expected = built.generate(**asked, **GREEDY)
     alone = {"pixel_values": asked["pixel_values"]}
     assert torch.equal(built.generate(**alone, **GREEDY), expected)
-    seen = {"vision_features": built.get_vision_features(asked["pixel_values"]).last_hidden_state}
-    assert torch.equal(built.generate(**seen, **GREEDY), expected)
+    cached = {"vision_features": built.get_vision_features(asked["pixel_values"]).last_hidden_state}
+    assert torch.equal(built.generate(**cached, **GREEDY), expected)
     twice = built.generate(**alone, image_rows=torch.tensor([2, 0, 2]), **GREEDY)
     assert torch.equal(twice, expected[[2, 0, 2]])
 

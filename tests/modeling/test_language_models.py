@@ -57,17 +57,17 @@ def test_the_loss_of_supervised_positions_alone_is_the_language_models_own(
     built, batch = model(text=architecture).train(), inputs()
     labels = batch["input_ids"].masked_fill(batch["input_ids"] == built.config.image_token_id, -100)
     labels[0, :11] = labels[1, :13] = -100
-    seen: list[int] = []
-    built.get_output_embeddings().register_forward_hook(lambda _, states, __: seen.append(states[0].shape[1]))
+    recorded: list[int] = []
+    built.get_output_embeddings().register_forward_hook(lambda _, states, __: recorded.append(states[0].shape[1]))
     losses, gradients = [], []
     for keep in ({}, {"logits_to_keep": 0}):  # 0: all of them
         torch.manual_seed(0)  # dropout
         outputs = built(**batch, labels=labels, num_items_in_batch=items, **keep)
-        assert seen == ([15] if keep else [16] if at_once > 16 * VOCAB_SIZE else [6, 6, 4])
+        assert recorded == ([15] if keep else [16] if at_once > 16 * VOCAB_SIZE else [6, 6, 4])
         assert ("logits" in outputs) == hasattr(outputs, "logits") == bool(keep)
         built.zero_grad()
         outputs.loss.backward()
-        seen.clear()
+        recorded.clear()
         losses.append(outputs.loss)
         gradients.append({name: p.grad.clone() for name, p in built.named_parameters() if p.requires_grad})
     torch.testing.assert_close(losses[0], losses[1])

@@ -185,13 +185,13 @@ class TestVision:
 
 
 class TestForward:
-    def test_soft_tokens_replace_the_placeholders_and_nothing_else(self):
+    def test_visual_tokens_replace_the_placeholders_and_nothing_else(self):
         built, batch = model(), inputs()
         with torch.no_grad():
             soft = built.get_image_features(batch["pixel_values"]).pooler_output
-            places = batch["input_ids"] == VOCAB_SIZE
-            embeds = built.get_input_embeddings()(batch["input_ids"].masked_fill(places, 0))
-            embeds[places] = soft.flatten(0, 1)
+            is_placeholder = batch["input_ids"] == VOCAB_SIZE
+            embeds = built.get_input_embeddings()(batch["input_ids"].masked_fill(is_placeholder, 0))
+            embeds[is_placeholder] = soft.flatten(0, 1)
             expected = built.language_model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
             outputs = built(**batch)
         assert torch.equal(outputs.logits, expected)

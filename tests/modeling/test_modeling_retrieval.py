@@ -52,16 +52,18 @@ class TestMasks:
         ids = torch.randint(1, 60, (2, 6))
         mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
         with torch.no_grad():
-            seen = model(image, input_ids=ids, attention_mask=mask, causal_text=True).last_hidden_state
+            recorded = model(image, input_ids=ids, attention_mask=mask, causal_text=True).last_hidden_state
             alone = model(image).last_hidden_state
             changed = ids.clone()
             changed[:, 3] += 1 - 2 * (changed[:, 3] == 59).long()
             later = model(image, input_ids=changed, attention_mask=mask, causal_text=True).last_hidden_state
             elsewhere = model(image + 1, input_ids=ids, attention_mask=mask, causal_text=True).last_hidden_state
-        torch.testing.assert_close(seen[:, :3], alone, atol=1e-5, rtol=0)  # queries do not see the text
-        torch.testing.assert_close(seen[:, 3:6], later[:, 3:6], atol=1e-5, rtol=0)  # nor does a token what follows it
-        assert (seen[:, 6] - later[:, 6]).abs().max() > 1e-3
-        assert (seen[:, 3:] - elsewhere[:, 3:]).abs().max() > 1e-3  # the text sees the picture through the queries
+        torch.testing.assert_close(recorded[:, :3], alone, atol=1e-5, rtol=0)  # queries do not see the text
+        torch.testing.assert_close(
+            recorded[:, 3:6], later[:, 3:6], atol=1e-5, rtol=0
+        )  # nor does a token what follows it
+        assert (recorded[:, 6] - later[:, 6]).abs().max() > 1e-3
+        assert (recorded[:, 3:] - elsewhere[:, 3:]).abs().max() > 1e-3  # the text sees the picture through the queries
 
     def test_text_alone(self):
         model, ids = self.qformer("sdpa"), torch.randint(1, 60, (2, 6))
@@ -140,12 +142,12 @@ class TestLosses:
     @pytest.mark.parametrize("captions", [["a cat", "a dog", "a car"], CAPTIONS], ids=["without padding", "padded"])
     def test_few_numbers_of_tokens_are_predicted(self, captions: list[str]):
         """Each other number of rows costs what oneDNN keeps of it; those that fill up have no part in the loss."""
-        model, inputs, seen = retriever(), batch(captions), []
-        model.text_head.register_forward_hook(lambda head, args, logits: seen.append(logits))
+        model, inputs, recorded = retriever(), batch(captions), []
+        model.text_head.register_forward_hook(lambda head, args, logits: recorded.append(logits))
         with torch.no_grad():
             out = model(**inputs)
         targets = inputs["input_ids"][:, 1:][inputs["attention_mask"][:, 1:] == 1]
-        (logits,) = seen
+        (logits,) = recorded
         assert 0 < len(targets) < len(logits) < len(targets) + POSITIONS_MULTIPLE
         assert len(logits) % POSITIONS_MULTIPLE == 0
         torch.testing.assert_close(out.loss_itg, generation_loss(logits[: len(targets)], targets))
@@ -226,9 +228,9 @@ class TestLosses:
         text = {name: tensor for name, tensor in batch().items() if name != "pixel_values"}
         features, mask = torch.randn(4, NUM_PATCHES, 24), torch.ones(4, NUM_PATCHES)
         mask[1, 9:] = mask[3, 4:] = 0
-        seen = {"pixel_attention_mask": mask, "vision_features": features}
-        plain = model(**text, **seen)
-        elsewhere = model(**text, **seen | {"vision_features": features + (1 - mask)[..., None] * 5})
+        recorded = {"pixel_attention_mask": mask, "vision_features": features}
+        plain = model(**text, **recorded)
+        elsewhere = model(**text, **recorded | {"vision_features": features + (1 - mask)[..., None] * 5})
         for name in ("loss_itc", "loss_itm", "loss_itg", "logits_per_image"):
             torch.testing.assert_close(plain[name], elsewhere[name], atol=1e-5, rtol=0)
         unmasked = model(**text, vision_features=features + (1 - mask)[..., None] * 5)
@@ -296,8 +298,8 @@ class TestWhatTrains:
             assert trainable == rest
 
     def test_a_row_without_a_candidate_adds_no_negative(self):
-        model, seen = retriever(), []
-        model.itm_head.register_forward_hook(lambda module, args, output: seen.append(output.mean(dim=1)))
+        model, recorded = retriever(), []
+        model.itm_head.register_forward_hook(lambda module, args, output: recorded.append(output.mean(dim=1)))
         inputs = batch(["a dog", "a dog", "a dog", "a cat"])
         features = model.get_vision_features(inputs.pop("pixel_values")).last_hidden_state
         image = {"encoder_hidden_states": features, "image_rows": torch.arange(4)}
@@ -305,18 +307,18 @@ class TestWhatTrains:
         candidates[0, 3] = True
         loss = model._match(image, inputs, torch.zeros(4, 4), candidates)
         # four pairs; four pictures, the first with a wrong text; four texts, the last with a wrong picture
-        counted = seen[0][[0, 1, 2, 3, 4, 11]]
+        counted = recorded[0][[0, 1, 2, 3, 4, 11]]
         torch.testing.assert_close(loss, matching_loss(counted, torch.tensor([1, 1, 1, 1, 0, 0])))
 
     def test_all_losses_share_what_is_seen(self):
         """The ViT and the keys and values of its features: once a step, for each picture."""
-        model, seen = retriever(), []
+        model, recorded = retriever(), []
         attention = model.qformer.encoder.layer[0].crossattention.attention
         for module in (model.vision_model, attention.key, attention.value):
-            module.register_forward_hook(lambda *_: seen.append(1) or None)
-        attention.key.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])) or None)
+            module.register_forward_hook(lambda *_: recorded.append(1) or None)
+        attention.key.register_forward_pre_hook(lambda _, args: recorded.append(len(args[0])) or None)
         model(**batch(["a dog", "a red dog", "a cat", "the bird"])).loss.backward()
-        assert seen == [1, 4, 1, 1]
+        assert recorded == [1, 4, 1, 1]
 
     def test_from_pretrained_does_not_thaw(self, tmp_path):
         model = retriever(itc_weight=0.0, itm_weight=0.0)

@@ -11,11 +11,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from saved import assert_same, build, logits_and_captions, processor
-from strangers import run_stranger, visit
 from tiny import bert_tokenizer, chat_tokenizer, image_processor, picture
 from tiny_forms import keep_uploads
 from tiny_models import NUM_QUERY_TOKENS, VISION, bert, model, vision_model
 from transformers import Trainer, TrainingArguments
+from without_lorgnette import load_without_lorgnette, run_without_lorgnette
 
 from lorgnette import (
     LorgnetteCollator,
@@ -26,21 +26,21 @@ from lorgnette import (
 
 
 @pytest.mark.slow
-def test_save_pretrained_and_a_strangers_re_saves(tmp_path):
-    """What a stranger saves, of the model alone or of either pipeline, is as whole as what was loaded."""
+def test_save_pretrained_and_re_saves_without_lorgnette(tmp_path):
+    """A process without lorgnette saves the model and both pipelines as completely as it loaded them."""
     built, made = build()
     logits, caption = logits_and_captions(built, made, tmp_path)
     folder = tmp_path / "my-model.v1.0-final"
     built.save_pretrained(folder)
     made.save_pretrained(folder)
-    assert_same(*visit(folder, tmp_path, resaved=tmp_path / "re-saved.2"), built, logits, caption)
+    assert_same(*load_without_lorgnette(folder, tmp_path, resaved=tmp_path / "re-saved.2"), built, logits, caption)
     names = {path.name for path in folder.iterdir()}
     assert "modeling_lorgnette.py" in names
     assert not [name for name in names if name.endswith((".bin", ".pkl", ".pt"))]
     for what in ("model", "captions", "answers"):
         again = tmp_path / f"re-saved.2-{what}"
         assert names <= {path.name for path in again.iterdir()}, what
-    assert_same(*visit(tmp_path / "re-saved.2-answers", tmp_path), built, logits, caption)
+    assert_same(*load_without_lorgnette(tmp_path / "re-saved.2-answers", tmp_path), built, logits, caption)
 
 
 def test_a_model_saves_the_processor_it_was_joined_with_or_loaded_beside(tmp_path):
@@ -103,7 +103,7 @@ def test_a_trainer_checkpoint_and_what_the_trainer_saves(tmp_path):
     trainer.train()
     built.eval()
     logits, caption = logits_and_captions(built, made, tmp_path)
-    assert_same(*visit(tmp_path / "run-1.0" / "checkpoint-1", tmp_path), built, logits, caption)
+    assert_same(*load_without_lorgnette(tmp_path / "run-1.0" / "checkpoint-1", tmp_path), built, logits, caption)
 
 
 def test_answers_end_where_the_processor_says():
@@ -139,7 +139,7 @@ def test_push_to_hub_sends_a_whole_folder(by_save: bool, tmp_path, monkeypatch):
     assert {path.name for path in repository.iterdir()} >= wanted
     assert ModelCard.load(repository / "README.md").data.pipeline_tag == "image-text-to-text"
     if not by_save:
-        assert_same(*visit(repository, tmp_path), built, logits, caption)
+        assert_same(*load_without_lorgnette(repository, tmp_path), built, logits, caption)
 
 
 @pytest.mark.parametrize("architecture", ["clip", "dinov2_with_registers"])
@@ -168,11 +168,11 @@ def test_a_stage1_folder(tmp_path):
     save_file(batch, tmp_path / "inputs.safetensors")
     folder = tmp_path / "a.b-1"
     for turn in ("first", "again"):
-        seen, resaved = tmp_path / f"{turn}.safetensors", tmp_path / f"resaved.{turn}"
-        run_stranger([folder, tmp_path / "inputs.safetensors", seen, resaved], tmp_path)
-        told = load_file(seen)
-        assert torch.equal(told["logits"], stage1(**batch).logits_per_image)
-        assert torch.equal(told["scores"], stage1.retrieve(images, texts, rerank=1))
+        recorded, resaved = tmp_path / f"{turn}.safetensors", tmp_path / f"resaved.{turn}"
+        run_without_lorgnette([folder, tmp_path / "inputs.safetensors", recorded, resaved], tmp_path)
+        outputs = load_file(recorded)
+        assert torch.equal(outputs["logits"], stage1(**batch).logits_per_image)
+        assert torch.equal(outputs["scores"], stage1.retrieve(images, texts, rerank=1))
         folder = resaved
 
 

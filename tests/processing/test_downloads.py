@@ -46,7 +46,7 @@ def test_no_picture_in_time(server, path, kind, cause):
 
 @pytest.mark.parametrize("scheme", ["ftp", "file", "data", "gopher", "javascript"])
 def test_redirects_to_other_schemes(server, visitors, tmp_path, scheme):
-    port, seen = visitors
+    port, recorded = visitors
     (tmp_path / "secret.png").write_bytes(PNG)
     target = {
         "ftp": f"ftp://127.0.0.1:{port}/picture.png",
@@ -55,7 +55,7 @@ def test_redirects_to_other_schemes(server, visitors, tmp_path, scheme):
     }.get(scheme, f"{scheme}:picture")
     with pytest.raises(OSError, match=f"cannot fetch {server}/to.*{scheme}"):
         load_image(f"{server}/to?{target}", timeout=10)
-    assert seen == []
+    assert recorded == []
 
 
 def test_redirects_in_a_circle(server):
@@ -78,12 +78,12 @@ def test_a_pipeline_fetches_within_the_same_limits(server, visitors, monkeypatch
         vision_model(), words, processor=processor, qformer_config=QFORMER
     )
     pipe = LorgnetteImageToTextPipeline(model=model.eval(), processor=processor, device="cpu")
-    port, seen = visitors
+    port, recorded = visitors
     settings = {"max_new_tokens": 2, "generate_kwargs": {"do_sample": False}}
     assert pipe(f"{server}/picture", **settings) == pipe(tiny.picture(), **settings)
     with pytest.raises(OSError, match=r"the image: cannot fetch .*ftp"):
         pipe(f"{server}/to?ftp://127.0.0.1:{port}/picture.png")
-    assert seen == []
+    assert recorded == []
     start = time.monotonic()
     with pytest.raises(OSError, match="not complete after 1 s"):
         pipe(f"{server}/drip", timeout=1)

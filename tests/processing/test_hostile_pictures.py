@@ -45,10 +45,12 @@ def iptc(inner):
     def field(record, tag, data):
         return bytes([0x1C, record, tag]) + struct.pack(">H", len(data)) + data
 
-    said = [(60, b"\x01\x00"), (20, b"\x00\x0a"), (30, b"\x00\x0a"), (120, b"\x05")]
+    fields = [(60, b"\x01\x00"), (20, b"\x00\x0a"), (30, b"\x00\x0a"), (120, b"\x05")]
     parts = [inner[start : start + 30000] for start in range(0, len(inner), 30000)]
     return (
-        b"".join(field(3, tag, data) for tag, data in said) + b"".join(field(8, 10, part) for part in parts) + bytes(5)
+        b"".join(field(3, tag, data) for tag, data in fields)
+        + b"".join(field(8, 10, part) for part in parts)
+        + bytes(5)
     )
 
 
@@ -81,14 +83,14 @@ OTHERS = {
 @pytest.fixture
 def decoded(monkeypatch):
     """The sizes of the pictures that are decoded, once they are looked at."""
-    seen, load = [], ImageFile.ImageFile.load
+    recorded, load = [], ImageFile.ImageFile.load
 
     def watched(self):
-        seen.append(self.size)
+        recorded.append(self.size)
         return load(self)
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", watched)
-    return seen
+    return recorded
 
 
 @pytest.mark.parametrize("kind", OTHERS)
@@ -151,7 +153,7 @@ def test_a_tile_larger_than_its_picture(decoded):
 
 def test_only_the_first_frame_is_decoded():
     frames = [Image.new("L", (64, 64), shade) for shade in range(200)]
-    seen = []
+    recorded = []
     for kind in ("GIF", "PNG", "TIFF"):
         data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
         with Image.open(BytesIO(data)) as image:
@@ -159,10 +161,10 @@ def test_only_the_first_frame_is_decoded():
             seek = type(image).seek
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                type(image), "seek", lambda self, frame, seek=seek: (seen.append(frame), seek(self, frame))[1]
+                type(image), "seek", lambda self, frame, seek=seek: (recorded.append(frame), seek(self, frame))[1]
             )
             assert load_image(data).getpixel((0, 0)) == (0, 0, 0)
-    assert set(seen) <= {0}
+    assert set(recorded) <= {0}
 
 
 def test_a_processor_has_a_limit_of_its_own(tmp_path):

@@ -184,8 +184,8 @@ def test_a_chat(lm, messages, query, answer):
     assert control(processor, output) == control(processor, processor.encode_example("O")[1])
     decoded = processor.decode(ids)
     for text in (text for role, texts in asked if role == "user" for text in texts):
-        said = text.strip() if lm == "gemma" else text
-        assert as_the_tokenizer_has_it(processor, said) in decoded
+        expected_text = text.strip() if lm == "gemma" else text
+        assert as_the_tokenizer_has_it(processor, expected_text) in decoded
 
 
 @bounded

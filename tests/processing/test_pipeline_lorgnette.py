@@ -179,8 +179,11 @@ def test_a_qformer_that_reads_the_prompt(parts):
     chat = pipeline("image-text-to-text", model=model, processor=processor)
     message = {"role": "user", "content": [{"type": "text", "text": "a cat?"}, {"type": "image", "image": PICTURES[0]}]}
     with mock.patch.object(model.qformer, "forward", wraps=model.qformer.forward) as forward:
-        told = [pipe(PICTURES[0], prompt="a cat?", **TOKENS), chat([message], return_full_text=False, **TOKENS)]
-    assert told[0][0]["generated_text"].strip() == told[1][0]["generated_text"].strip()
+        expected_answers = [
+            pipe(PICTURES[0], prompt="a cat?", **TOKENS),
+            chat([message], return_full_text=False, **TOKENS),
+        ]
+    assert expected_answers[0][0]["generated_text"].strip() == expected_answers[1][0]["generated_text"].strip()
     ids = processor.qformer_tokenizer("a cat?", return_tensors="pt")["input_ids"]
     assert [call.kwargs["input_ids"].tolist() for call in forward.call_args_list] == [ids.tolist()] * 2
 

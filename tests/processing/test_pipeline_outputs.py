@@ -49,8 +49,8 @@ def test_outputs_and_stop_strings(settings, way):
     model, processor = parts_of_a_pipeline()
     inputs = processor(images=PICTURES[:1], return_tensors="pt")
     if "stop_strings" in settings:  # what it says third
-        said = model.generate(**inputs, **asked)[0, inputs["input_ids"].shape[1] :]
-        settings = {"stop_strings": [processor.decode(said[2])]}
+        new_ids = model.generate(**inputs, **asked)[0, inputs["input_ids"].shape[1] :]
+        settings = {"stop_strings": [processor.decode(new_ids[2])]}
     plain = {name: settings[name] for name in ("num_beams", "num_return_sequences", "stop_strings") if name in settings}
     ids = model.generate(**inputs, tokenizer=processor.tokenizer, **asked | plain, pad_token_id=0)
     ids = ids[:, inputs["input_ids"].shape[1] :]

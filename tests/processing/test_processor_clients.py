@@ -55,14 +55,14 @@ def test_where_placeholders_stand_is_told_to_who_asks():
     """vLLM finds each image by these, as transformers' own processors give them."""
     made = processor()
     prompt = made.build_prompt("an <image> in words", num_images=2)
-    told = made(
+    answer = made(
         images=[picture(), picture(1)],
         text=prompt,
         return_text_replacement_offsets=True,
         return_mm_token_type_ids=True,
         return_tensors="pt",
     )
-    (offsets,) = told["text_replacement_offsets"]
+    (offsets,) = answer["text_replacement_offsets"]
     expanded, last = "", 0
     for found in offsets:
         start, end = found["span"]
@@ -71,7 +71,7 @@ def test_where_placeholders_stand_is_told_to_who_asks():
         assert expanded[found["new_span"][0] : found["new_span"][1]] == "<image>" * made.num_query_tokens
         last = end
     assert len(offsets) == 2
-    assert torch.equal(told["mm_token_type_ids"] == 1, told["input_ids"] == made.image_token_id)
+    assert torch.equal(answer["mm_token_type_ids"] == 1, answer["input_ids"] == made.image_token_id)
     assert (
         made._get_num_multimodal_tokens(image_sizes=[(30, 40), (8, 8)])["num_image_tokens"]
         == [made.num_query_tokens] * 2

@@ -149,17 +149,18 @@ def test_what_is_left_out_is_left_out_and_changes_no_loss(monkeypatch):
     theirs, ours = sides.build(TINY, seed=0)
     pairs_of_both = rows(4, seed=0)
     chat, mixed = fast_paths.cases(TINY, theirs, ours, pairs_of_both, seed=0)
-    seen = []
+    recorded = []
     ours.model.language_model.base_model.register_forward_hook(
-        lambda module, args, inputs, output: seen.append(inputs["inputs_embeds"].shape[:2].numel()), with_kwargs=True
+        lambda module, args, inputs, output: recorded.append(inputs["inputs_embeds"].shape[:2].numel()),
+        with_kwargs=True,
     )
     for case in (chat, mixed):
         tokens = {}
         for name in ("plain", "ours"):
             side = getattr(case, name)
-            seen.clear()
+            recorded.clear()
             training.step_of(side, case.rows, "cpu", False)()
-            tokens[name] = sum(seen)
+            tokens[name] = sum(recorded)
         assert tokens["ours"] < 0.8 * tokens["plain"], case.name
         assert max(fast_paths.check_equal(case, case.rows).values()) <= sides.TOLERANCE
     shared = chat.ours.collator(pairs_of_both)["shared_input_ids"].shape[1]
@@ -214,7 +215,7 @@ def test_where_there_is_no_compiler_the_rows_say_so(tmp_path, monkeypatch):
 
 
 def test_a_side_that_does_not_compile_is_told_with_its_error_beside_the_other():
-    failed = {"theirs": compiled.told(ValueError("\nno such | operator\nand much more"))}
+    failed = {"theirs": compiled.error_cell(ValueError("\nno such | operator\nand much more"))}
     row = compiled._compared("a", 8, {"ours": [2.0, 4.0]}, failed, lambda taken: 1.0)
     row.goal = 1.5
     expected = "| a | not run: theirs, ValueError: no such / operator | ≥ 1.5: open | 2.67 |  |  |"
@@ -298,8 +299,8 @@ def test_growth_is_measured_point_by_point(tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path / "growth.json").read_text())
     points = {(point["axis"], point["kind"], point["size"]): point for point in report["points"]}
     sizes = [("batch", 1), ("batch", 4), ("image", 2), ("caption", 8), ("caption", 16)]
-    seen = {(axis, kind, size) for axis, size in sizes for kind in ("pictures", "features")}
-    assert points.keys() == seen | {("cache", "cache", 20), ("cache", "cache", 2000)}
+    recorded = {(axis, kind, size) for axis, size in sizes for kind in ("pictures", "features")}
+    assert points.keys() == recorded | {("cache", "cache", 20), ("cache", "cache", 2000)}
     assert "2,000 rows take 0.0 GB, and " in points["cache", "cache", 2000]["left_out"]
     assert "minutes at least" in capsys.readouterr().out.splitlines()[0]
     measured = [point for point in points.values() if point["left_out"] is None]
@@ -332,18 +333,18 @@ def test_a_step_that_does_not_fit_is_left_out_with_the_estimate(monkeypatch):
 def test_other_rows_of_a_cache_are_read_each_time(tmp_path, monkeypatch):
     """What was read before comes from memory, however large the cache is."""
     growth.write_cache(tmp_path / "cache", 50, (2, 3))
-    seen = []
-    monkeypatch.setattr(growth, "feature_opener", lambda _: lambda _features, place: seen.append(place))
+    recorded = []
+    monkeypatch.setattr(growth, "feature_opener", lambda _: lambda _features, place: recorded.append(place))
     growth.read(tmp_path / "cache", 50, growth.Options(usual=[1, 2, 2], repeats=2))
-    assert len(seen) == 128
-    assert sorted(seen[:64]) != sorted(seen[64:])
+    assert len(recorded) == 128
+    assert sorted(recorded[:64]) != sorted(recorded[64:])
 
 
 def test_growth_says_first_what_it_takes_and_begins_nothing_when_time_is_over(tmp_path):
     options = growth.Options(shapes=["tiny", "smollm2"], minutes=0)
-    told = growth.needed(options, tmp_path)
-    assert "The largest cache is 30.3 GB; " in told
-    assert "nothing is begun after 0 minutes" in told
+    printed = growth.needed(options, tmp_path)
+    assert "The largest cache is 30.3 GB; " in printed
+    assert "nothing is begun after 0 minutes" in printed
     late = [*growth.steps("tiny", options, until=0), *growth.caches("smollm2", options, tmp_path, until=0)]
     assert len(late) == 2 * (7 + 6 + 6) + 3
     assert all(point.left_out for point in late)
@@ -369,10 +370,10 @@ def test_stage_1_leaves_operations_out_at_the_shapes_that_are_timed():
 
 def test_operations_are_told_by_part(capsys):
     assert operations.main(["--preset", "tiny", "--batch_size", "2"]) == 0
-    told = capsys.readouterr().out
-    assert told.count("| theirs over this | 1.00 | ") == 1
-    assert told.count("| separate over this | 1.00 | ") == 1
-    assert "| LM's head | " in told
+    printed = capsys.readouterr().out
+    assert printed.count("| theirs over this | 1.00 | ") == 1
+    assert printed.count("| separate over this | 1.00 | ") == 1
+    assert "| LM's head | " in printed
 
 
 def test_what_is_kept_is_told_by_part(capsys):
@@ -383,5 +384,5 @@ def test_what_is_kept_is_told_by_part(capsys):
     head = "LM's head, and between the parts"
     assert ours[head] < theirs[head]
     assert memory.main(["--preset", "tiny", "--batch_size", "3"]) == 0
-    told = capsys.readouterr().out
-    assert f"| LM's layers | {layers / 2**20:.1f} | " in told
+    printed = capsys.readouterr().out
+    assert f"| LM's layers | {layers / 2**20:.1f} | " in printed

@@ -51,17 +51,17 @@ def handed_on(monkeypatch):
 
 
 def test_the_list_of_commands(run):
-    status, said, _ = run()
+    status, output, _ = run()
     assert status == 0
-    assert all(command in said for command in COMMANDS)
+    assert all(command in output for command in COMMANDS)
     assert run("--version")[:2] == (0, version("lorgnette") + "\n")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(run, command):
-    status, said, _ = run(command, "--help")
+    status, output, _ = run(command, "--help")
     assert status == 0
-    assert f"Example: lorgnette {command} " in said
+    assert f"Example: lorgnette {command} " in output
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_arguments_are_handed_on_as_they_stand(run, handed_on, arguments, module
         ("serve m --port x", "Invalid value for '--port'"),
         ("app m --bridge charts", "--bridge charts: NAME=MODEL is needed"),
         ("serve m --port 70000", "Invalid value for '--port'"),
-        ("serve m --port 0 --internal-host http://cdn.local", "'http://cdn.local' is no host"),
-        ("serve m --port 0 --allow-host cdn.local:80", "'cdn.local:80' is no host"),
+        ("serve m --port 0 --internal-host http://cdn.local", "'http://cdn.local' is not a host"),
+        ("serve m --port 0 --allow-host cdn.local:80", "'cdn.local:80' is not a host"),
         ("app m --port 70000", "Invalid value for '--port'"),
         ("serve m --port 0 --name a --bridge default=b", "a bridge cannot be called 'default'"),
         ("serve m --host ::zz", "--host ::zz: "),
@@ -156,8 +156,8 @@ def test_what_is_interrupted_says_nothing(run, monkeypatch):
 
 
 def test_a_package_that_is_missing_is_told_with_its_extra():
-    told = r"no_such is not installed: pip install 'lorgnette\[serve\]'"
-    with pytest.raises(ImportError, match=told), cli._extra("serve"):
+    expected_message = r"no_such is not installed: pip install 'lorgnette\[serve\]'"
+    with pytest.raises(ImportError, match=expected_message), cli._extra("serve"):
         import no_such  # noqa: F401
 
 
@@ -168,9 +168,9 @@ def test_captions(run, folder, tmp_path):
     model = LorgnetteForConditionalGeneration.from_pretrained(folder / "one").eval()
     pipe = LorgnetteImageToTextPipeline(model=model, processor=LorgnetteProcessor.from_pretrained(folder / "one"))
     texts = [" ".join(pipe(file, prompt="What?", max_new_tokens=5)[0]["generated_text"].split()) for file in files]
-    status, said, _ = run("caption", str(folder / "one"), *files, "--prompt", "What?", "--max-new-tokens", "5")
+    status, output, _ = run("caption", str(folder / "one"), *files, "--prompt", "What?", "--max-new-tokens", "5")
     assert status == 0
-    assert said == "".join(f"{file}\t{text}\n" for file, text in zip(files, texts, strict=True))
+    assert output == "".join(f"{file}\t{text}\n" for file, text in zip(files, texts, strict=True))
 
 
 def test_serving(run, folder, monkeypatch):
@@ -181,10 +181,10 @@ def test_serving(run, folder, monkeypatch):
         f"--bridge two={folder}/two --name one --port 0 --timeout 9 --internal-host cdn.local --api-key-env WORKER_KEY"
     )
     assert run("serve", str(folder / "one"), *options.split(), "--device", "cpu")[0] == 0
-    eyes, host, port, key = served["given"]
-    assert (list(eyes.processors), host, port, key) == (["one", "two"], "127.0.0.1", 0, "sesame")
-    assert (eyes.limits.timeout, eyes.hosts.internal, eyes.hosts.allowed) == (9.0, {"cdn.local"}, None)
-    eyes.batcher.stop()
+    engine, host, port, key = served["given"]
+    assert (list(engine.processors), host, port, key) == (["one", "two"], "127.0.0.1", 0, "sesame")
+    assert (engine.limits.timeout, engine.hosts.internal, engine.hosts.allowed) == (9.0, {"cdn.local"}, None)
+    engine.batcher.stop()
 
 
 def test_the_command_is_light_and_installed():

@@ -1,4 +1,4 @@
-"""`python -m faults.compatibility`, on a few language models and ViTs; and what it does of one that fails."""
+"""`python -m robustness.compatibility`, on a few language models and ViTs; and what it does of one that fails."""
 
 import os
 import signal
@@ -7,9 +7,9 @@ import time
 import pytest
 from transformers import AutoModelForCausalLM, Emu3Config, LlamaConfig
 
-from faults import compatibility, compatibility_steps
-from faults.compatibility import LMS, VITS, Outcome, language_models, main, table, tried, vision_models
-from faults.tiny_configs import NotTinyError, tiny_model
+from robustness import compatibility, compatibility_steps
+from robustness.compatibility import LMS, VITS, Outcome, language_models, main, table, try_models, vision_models
+from robustness.tiny_configs import NotTinyError, tiny_model
 
 
 def test_the_table(tmp_path, capsys):
@@ -39,10 +39,10 @@ IN_WORDS = {
 
 def test_what_is_not_tried_or_needs_more_says_so_in_words(tmp_path):
     output = tmp_path / "compatibility.md"
-    known = sorted(IN_WORDS.keys() & {model_type for _, model_type, _ in [*language_models(), *vision_models()]})
-    assert main(["--only", ",".join(known), "--output", str(output)]) == 0
+    existing = sorted(IN_WORDS.keys() & {model_type for _, model_type, _ in [*language_models(), *vision_models()]})
+    assert main(["--only", ",".join(existing), "--output", str(output)]) == 0
     lines = {line.split("`")[1]: line for line in output.read_text(encoding="utf-8").splitlines() if "| `" in line}
-    assert sorted(lines) == known
+    assert sorted(lines) == existing
     assert [line for model_type, line in lines.items() if IN_WORDS[model_type] not in line] == []
 
 
@@ -56,7 +56,7 @@ def test_a_model_that_dies_or_hangs_or_answers_wrong_is_a_failure_and_the_others
 
     monkeypatch.setattr(compatibility, "try_language_model", attempt)
     cases = [case for case in language_models() if case[1] in ("gpt2", "opt", "llama", "qwen3")]
-    outcomes = {outcome.model_type: outcome for outcome in tried(cases, jobs=2, seconds=5)}
+    outcomes = {outcome.model_type: outcome for outcome in try_models(cases, jobs=2, seconds=5)}
     verdicts = {model_type: outcome.verdict for model_type, outcome in outcomes.items()}
     assert verdicts == {"gpt2": "fails", "opt": "fails", "llama": "works", "qwen3": "fails"}
     assert "the process ended with status" in outcomes["gpt2"].reason
@@ -67,11 +67,11 @@ def test_a_model_that_dies_or_hangs_or_answers_wrong_is_a_failure_and_the_others
 
 def test_an_error_after_the_join_is_a_failure(monkeypatch):
     def wrong(built, batch):
-        raise compatibility_steps.WrongAnswerError("logits differ")
+        raise compatibility_steps.WrongOutputError("logits differ")
 
-    monkeypatch.setattr(compatibility_steps, "generates", wrong)
+    monkeypatch.setattr(compatibility_steps, "check_generation", wrong)
     outcome = compatibility_steps.try_language_model("llama", LlamaConfig)
-    assert (outcome.verdict, outcome.reason) == ("fails", "generate: WrongAnswerError: logits differ")
+    assert (outcome.verdict, outcome.reason) == ("fails", "generate: WrongOutputError: logits differ")
 
 
 def test_all_of_transformers_are_walked():

@@ -92,11 +92,11 @@ def test_what_passes_for_blip2_has_to_pass(outcomes):
             spoilt = outcomes | {name: outcomes[name] | {"test_a": [outcome, reason]}}
             if outcome == "absent":
                 del spoilt[name]["test_a"]
-            told = behind(spoilt)
+            messages = behind(spoilt)
             if name != PROCESSOR:
-                assert told == [f"{title}: test_a, which passes for BLIP-2, is {outcome}"]
+                assert messages == [f"{title}: test_a, which passes for BLIP-2, is {outcome}"]
             elif outcome == "failed":
-                assert told == [f"{title}: test_a fails"]
+                assert messages == [f"{title}: test_a fails"]
         reason = next(iter(NOT_FOR[name].values()))
         assert behind(outcomes | {name: outcomes[name] | {"test_a": ["skipped", reason]}}) == []
         assert f"{title}: " in "".join(behind(outcomes | {name: {}}))

@@ -114,16 +114,16 @@ def test_from_beginning_to_end_on_tiny_parts(tmp_path, monkeypatch, capfd):
     out = tmp_path / "out"
     options = ["--cache", tmp_path, "--output", out, "--vision", vision, "--text", text, "--qformer", tmp_path / "bert"]
     assert demo.main([*map(str, options), "--max_steps", "2"]) == 1
-    told = capfd.readouterr().out
-    assert "the stranger's answers equal the evaluation's on 40 of 40 pictures" in told
-    assert "FAILED: at least twice the shuffled exact match" in told.splitlines()[-1]
+    output = capfd.readouterr().out
+    assert "the answers without lorgnette equal the evaluation's on 40 of 40 pictures" in output
+    assert "FAILED: at least twice the shuffled exact match" in output.splitlines()[-1]
     assert {path.name for path in (out / "report").iterdir()} == {"report.md", "contact_sheet.png", "loss_curve.png"}
     assert "steps" in (out / "report" / "report.md").read_text()
     assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in (out / "export").iterdir()}
 
 
 @pytest.mark.slow
-def test_a_stranger_answers_as_the_evaluation_does(tmp_path):
+def test_a_process_without_lorgnette_answers_as_the_evaluation_does(tmp_path):
     model, processor = build()
     for name, parameter in model.named_parameters():  # so that, untrained, it tells pictures apart
         if "crossattention" in name or "projector" in name:
@@ -134,7 +134,7 @@ def test_a_stranger_answers_as_the_evaluation_does(tmp_path):
     collator, decoding = LorgnetteCollator(processor), decoding_of("greedy", max_new_tokens=8)
     answers = [text for _, text in generate_texts(model, collator, rows, decoding=decoding, batch_size=3)]
     assert len(set(answers)) > 1
-    assert [told.strip() for told in demo.ask_stranger(tmp_path / "model", rows)] == answers
+    assert [answer.strip() for answer in demo.caption_without_lorgnette(tmp_path / "model", rows)] == answers
 
 
 def test_each_missing_prerequisite_gets_a_line(monkeypatch):

@@ -211,8 +211,8 @@ def parse(monkeypatch, capsys):
             with pytest.raises(SystemExit) as ended:
                 main(["--help"])
             assert ended.value.code in (0, None)
-            known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-            assert {one.partition("=")[0] for one in arguments if one.startswith("--")} <= known | {"--help"}
+            options = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+            assert {one.partition("=")[0] for one in arguments if one.startswith("--")} <= options | {"--help"}
 
     def python(first, *arguments):
         if first == "-m":

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from faults.load import BOUND, Outcome, main
+from robustness.load import BOUND, Outcome, main
 
 
 def test_what_counts_as_holding():

@@ -118,7 +118,7 @@ def test_the_readme_names_what_saved_models_ask_for():
 def test_the_clients_torch_is_the_newest_unless_one_is_named(given):
     named = [] if given is None else [f"TORCH={given}"]
     variables = {name: value for name, value in os.environ.items() if name not in ("TORCH", "MAKEFLAGS")}
-    told = subprocess.run(
+    process = subprocess.run(
         ["make", "--dry-run", "clients", *named], cwd=ROOT, env=variables, check=True, capture_output=True, text=True
     ).stdout
-    assert f'TORCH="{given or "torch"}" ' in told
+    assert f'TORCH="{given or "torch"}" ' in process

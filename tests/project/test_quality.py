@@ -26,7 +26,7 @@ from lorgnette.trainer.recipe import parse_recipe
 from lorgnette.trainer.run import check_arguments
 
 
-def told(stage: str, row: Row) -> dict:
+def stage_options(stage: str, row: Row) -> dict:
     """What `lorgnette.trainer` makes of the row's recipe and options."""
     model_arguments = {"stage1": Stage1Arguments, "stage2": Stage2Arguments}[stage]
     argv = ["--config", f"recipes/quality-{row.dataset}-{stage}.yaml", *options(row)[stage]]
@@ -49,7 +49,7 @@ def test_a_row_trains_what_it_says_and_differs_from_its_headline_in_that_alone(n
     headline = HEADLINES[row.dataset]
     names = {"queries": "num_query_tokens", "layer": "vision_feature_layer", "seed": "seed", "lora": "lora"}
     for stage in ("stage1", "stage2"):
-        ours, theirs = told(stage, row), told(stage, headline)
+        ours, theirs = stage_options(stage, row), stage_options(stage, headline)
         assert (ours["num_query_tokens"], ours["vision_feature_layer"], ours["seed"]) == (
             row.queries,
             row.layer,

@@ -57,11 +57,11 @@ def hub_cards(monkeypatch, folder: Path, **licenses: str | None) -> None:
     """Lets each backbone's card on the Hub say this licence."""
 
     def download(name: str, filename: str, revision: str | None = None) -> str:
-        part = next(part for part, known in BACKBONES.items() if known == name)
+        part = next(part for part, key in BACKBONES.items() if key == name)
         assert (filename, revision) == ("README.md", part[0] * 40)
-        said = licenses[part]
+        license_id = licenses[part]
         card = folder / f"{part}.md"
-        card.write_text(f"---\n{f'license: {said}' if said else 'tags: [x]'}\n---\nA card.")
+        card.write_text(f"---\n{f'license: {license_id}' if license_id else 'tags: [x]'}\n---\nA card.")
         return str(card)
 
     monkeypatch.setattr("lorgnette.assembly.card_metadata.hf_hub_download", download)
@@ -164,7 +164,7 @@ def test_the_licence_is_what_the_backbones_agree_on(trained, tmp_path, monkeypat
 
 def test_figures_of_another_model_or_of_older_weights_are_refused(trained, tmp_path):
     source = trained[2]
-    with pytest.raises(ValueError, match=r"tells of the model .*other, not of"):
+    with pytest.raises(ValueError, match=r"is about the model .*other, not about"):
         results_of(metrics_file(tmp_path / "a.json", tmp_path / "other"), source)
     old = metrics_file(tmp_path / "b.json", source)
     os.utime(old, (1, 1))
@@ -172,7 +172,7 @@ def test_figures_of_another_model_or_of_older_weights_are_refused(trained, tmp_p
         results_of(old, source)
     with pytest.raises(FileNotFoundError, match=r"There is no .*c\.json"):
         results_of(tmp_path / "c.json", source)
-    with pytest.raises(ValueError, match="tells of the model me/eyes"):  # the Hub's may be another version
+    with pytest.raises(ValueError, match="is about the model me/eyes"):  # the Hub's may be another version
         results_of(metrics_file(tmp_path / "d.json", "me/eyes"), source)
     # of data on this machine the folder's name alone
     for dataset, name in (("/data/pictures", "pictures"), (".", "a folder")):
@@ -207,8 +207,8 @@ def test_training_arguments_are_read_without_running_anything_of_them(tmp_path):
     )
     arguments.trap = Trap(tmp_path / "sprung")
     torch.save(arguments, tmp_path / "training_args.bin")
-    told = training_of(tmp_path)
-    assert (told["learning rate"], told["seed"], told["mixed precision"]) == ("0.0003", "20261123", "none")
+    facts = training_of(tmp_path)
+    assert (facts["learning rate"], facts["seed"], facts["mixed precision"]) == ("0.0003", "20261123", "none")
     assert not (tmp_path / "sprung").exists()
 
 

@@ -10,10 +10,10 @@ from hub_server import run_client
 from huggingface_hub import ModelCard
 from repository import ROOT
 from safetensors.torch import load_file, save_file
-from strangers import WITHOUT_LORGNETTE
 from tiny import picture
 from tiny_models import QFORMER
 from tiny_training import joined, write_backbones, write_pairs
+from without_lorgnette import WITHOUT_LORGNETTE
 
 from lorgnette.publishing.export import draw
 

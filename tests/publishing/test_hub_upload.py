@@ -1,4 +1,4 @@
-"""Publishing, from a Trainer's folder to what strangers load by name, with the installed huggingface_hub and a Hub."""
+"""Publishing, from a Trainer's folder to loading by name without lorgnette, with huggingface_hub and a local Hub."""
 
 import json
 import pickle
@@ -15,10 +15,10 @@ from hub_server import Blob, Hub, run_client, start_client
 from huggingface_hub import ModelCard
 from repository import ROOT
 from safetensors.torch import load_file, save, save_file
-from strangers import WITHOUT_LORGNETTE
 from tiny import bert_tokenizer, image_processor, picture
 from tiny_models import bert, vision_model
 from tiny_training import joined, trainer, write_backbones, write_pairs
+from without_lorgnette import WITHOUT_LORGNETTE
 
 from lorgnette import LorgnetteForImageTextRetrieval, LorgnetteProcessor
 from lorgnette.hub_upload import main, prepare
@@ -26,7 +26,7 @@ from lorgnette.publishing.export import check, draw, load
 from lorgnette.publishing.guards import check_folder
 from lorgnette.publishing.push import _identity as identity
 from lorgnette.publishing.push import push as push_here
-from lorgnette.publishing.stranger import look
+from lorgnette.publishing.verify_export import reference_outputs
 from lorgnette.trainer.__main__ import main as run_command
 
 
@@ -200,10 +200,10 @@ def test_a_stage_1_folder_is_prepared(tmp_path, capsys):
 def test_a_merged_model_is_prepared_and_tried(trained, tmp_path):
     prepare(trained, "me/eyes", tmp_path / "merged", save_format="merged", license="mit")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["saved_form"] == "merged"
-    assert "LoRA is folded into" in (tmp_path / "merged" / "README.md").read_text()
+    assert "LoRA is merged into" in (tmp_path / "merged" / "README.md").read_text()
     model, processor = load(trained)
-    expected = look(model, processor, str(draw(tmp_path / "picture.png")))["logits"]
-    merged = look(*load(tmp_path / "merged"), str(tmp_path / "picture.png"))["logits"]
+    expected = reference_outputs(model, processor, str(draw(tmp_path / "picture.png")))["logits"]
+    merged = reference_outputs(*load(tmp_path / "merged"), str(tmp_path / "picture.png"))["logits"]
     assert 0 < (merged - expected).abs().max() < 1e-4  # the sums are others, and so is the rounding
     with pytest.raises(ValueError, match="cannot be saved thin: its language model comes from a folder"):
         prepare(trained, "me/eyes", tmp_path / "thin", save_format="thin", license="mit")
@@ -236,7 +236,7 @@ def test_a_folder_that_is_no_model(trained, tmp_path):
     (tmp_path / "checkpoint-7").mkdir()
     with pytest.raises(FileNotFoundError, match=r"holds no model .* name one of its checkpoints \(checkpoint-7\)"):
         load(tmp_path)
-    with pytest.raises(ValueError, match="holds a model of type 'llama'; what is uploaded here is lorgnette"):
+    with pytest.raises(ValueError, match="holds a model of type 'llama'; supported: lorgnette"):
         load(trained.parent / "llama")
     folder = folder_of(tmp_path / "alone")
     with pytest.raises(FileNotFoundError, match=r"holds no processor_config\.json"):
@@ -244,7 +244,7 @@ def test_a_folder_that_is_no_model(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "cut", ignore=shutil.ignore_patterns("checkpoint-*"))
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"cut/model\.safetensors is no whole safetensors file"):
+    with pytest.raises(ValueError, match=r"cut/model\.safetensors is not a complete safetensors file"):
         load(tmp_path / "cut")
     for content in ("[]", "{"):
         (folder / "config.json").write_text(content)
@@ -283,13 +283,13 @@ def test_an_export_that_fails_leaves_nothing(trained, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("optimizer.pt", b"x", "a state of training"),
-        ("training_args.bin", b"x", "a state of training"),
-        ("rng_state_0.pth", b"x", "a state of training"),
-        ("weights.pkl", pickle.dumps([1]), "not of a model"),
-        ("notes.txt", pickle.dumps(["\xff"], protocol=5), "no text"),
-        ("more.safetensors", pickle.dumps([1]), "no safetensors file"),
-        ("sub/.env", b"A=1", "not of a model"),
+        ("optimizer.pt", b"x", "a training state"),
+        ("training_args.bin", b"x", "a training state"),
+        ("rng_state_0.pth", b"x", "a training state"),
+        ("weights.pkl", pickle.dumps([1]), "not part of a model"),
+        ("notes.txt", pickle.dumps(["\xff"], protocol=5), "not UTF-8 text"),
+        ("more.safetensors", pickle.dumps([1]), "not a safetensors file"),
+        ("sub/.env", b"A=1", "not part of a model"),
         ("notes.md", b"hf_" + b"a" * 34, "notes.md: a Hugging Face token, in line 1"),
         ("notes.md", b"\n-----BEGIN RSA PRIVATE KEY-----", "a private key, in line 2"),
         ("a.json", b'{"url": "https://me:secret@example.org"}', "a password in a URL"),
@@ -300,7 +300,7 @@ def test_an_export_that_fails_leaves_nothing(trained, tmp_path, monkeypatch):
         ("a.json", b'{"path": "D:\\\\models\\\\vit"}', "a path of this machine: D:"),
         ("a.json", b'{"path": "file:///scratch/x"}', "a path of this machine: file:///scratch/x"),
         ("a.json", b'["~/models/vit"]', "a path of this machine: ~/models/vit"),
-        ("a.json", b"{", "no JSON"),
+        ("a.json", b"{", "not JSON"),
         ("tokenizer.model", pickle.dumps([1]), "tokenizer.model: a pickle"),
         ("tokenizer.model", b"PK\x03\x04", "tokenizer.model: a pickle"),
         ("new.safetensors", save({}, {"from": "/mnt/disk/me"}), "new.safetensors: a path of this machine"),
@@ -346,13 +346,13 @@ def test_what_only_looks_like_a_path_is_published(tmp_path):
 
 def test_an_export_that_answers_otherwise_is_found_out(trained, tmp_path, monkeypatch):
     model, processor = load(trained)
-    seen = look(model, processor, str(draw(tmp_path / "picture.png")))
+    outputs_file = reference_outputs(model, processor, str(draw(tmp_path / "picture.png")))
 
-    def stranger(command, **_):
-        save_file({"logits": seen["logits"] + 1e-3}, command[-1])
+    def without_package(command, **_):
+        save_file({"logits": outputs_file["logits"] + 1e-3}, command[-1])
         return type("Finished", (), {"returncode": 0})
 
-    monkeypatch.setattr("lorgnette.publishing.export.subprocess.run", stranger)
+    monkeypatch.setattr("lorgnette.publishing.export.subprocess.run", without_package)
     with pytest.raises(RuntimeError, match=r"logits differ from the model's by up to 0\.001 \(allowed: 0\)"):
         check(model, processor, tmp_path)
     monkeypatch.setattr(
@@ -366,7 +366,7 @@ def test_an_export_that_answers_otherwise_is_found_out(trained, tmp_path, monkey
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr("lorgnette.publishing.export.subprocess.run", sleep)
-    with pytest.raises(RuntimeError, match="not loaded and tried within 3600 seconds"):
+    with pytest.raises(RuntimeError, match="not loaded and checked within 3600 seconds"):
         check(model, processor, tmp_path)
 
 
@@ -382,13 +382,13 @@ def test_a_new_version_replaces_what_was_loaded_and_another_model_is_refused(hub
         (first / name).parent.mkdir()
         (first / name).write_text("{}")
     pushes = [(first, {}), (second, {}), (other, {}), (other, {"replace": True})]
-    told = json.dumps([(str(folder), options) for folder, options in pushes])
-    done = run_client(hub, tmp_path / "me", "-c", PUSHES, "me/versions", told)
+    pushes_json = json.dumps([(str(folder), options) for folder, options in pushes])
+    done = run_client(hub, tmp_path / "me", "-c", PUSHES, "me/versions", pushes_json)
     assert done.returncode == 0, done.stderr[-3000:]
     states = [set(files) for files in hub.repos["me/versions"].commits.values()]
     kept = {".gitattributes", "README.md", "config.json", "model.safetensors", "modeling_new.py"}
     assert states[2] == {*kept, "notes.md", "tool.py", "tables/data.json"}
-    assert "of what was there goes lm_adapter/adapter_config.json, modeling_old.py" in done.stderr
+    assert "deletes the old files lm_adapter/adapter_config.json, modeling_old.py" in done.stderr
     assert "holds another model (model_type is 'lorgnette' there, 'lorgnette_retrieval' here)" in done.stdout
     assert states[3:] == [kept - {"modeling_new.py"}]
     assert "holds 1 file, and no model" in _push_beside_data(hub, tmp_path, first).stderr
@@ -410,7 +410,7 @@ def test_private_branches_and_logins(hub, tmp_path):
     assert "config.json" not in files_of(hub, "me/open")
     assert "config.json" in files_of(hub, "me/open", "next")
     refused = push(hub, tmp_path / "me", folder, "me/open", private=True)
-    assert "me/open is there already, and public" in refused.stderr
+    assert "me/open exists and is public" in refused.stderr
     assert push(hub, tmp_path / "me", folder, "me/closed", private=True).returncode == 0
     assert hub.repos["me/closed"].private
     for name, token in (("me/closed", "token-of-them"), ("me/closed", None), ("me/open", None)):
@@ -489,7 +489,9 @@ def test_a_hub_that_is_not_there_is_one_message(hub, tmp_path):
         port.bind(("127.0.0.1", 0))  # and does not listen
         nobody.url = f"http://127.0.0.1:{port.getsockname()[1]}"
         refused = push(nobody, tmp_path / "me", folder_of(tmp_path / "export"), "me/eyes")
-    assert re.search(r"ConnectionError: The Hub cannot be reached.*run it again, nothing is sent twice", refused.stderr)
+    assert re.search(
+        r"ConnectionError: The Hub cannot be reached.*finished files are not uploaded twice", refused.stderr
+    )
 
 
 @pytest.mark.slow
@@ -497,4 +499,4 @@ def test_what_the_hub_holds_afterwards_is_compared(hub, tmp_path):
     program = LOSE + PUSH
     folder = folder_of(tmp_path / "export", lost__md="Lost.")
     done = run_client(hub, tmp_path / "me", "-c", program, folder, "me/lossy", "{}")
-    assert "does not hold what was sent:\nlost.md: not there" in done.stderr
+    assert "differs from the upload:\nlost.md: missing" in done.stderr

@@ -14,9 +14,9 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from huggingface_hub import SpaceCard
-from strangers import WITHOUT_LORGNETTE
 from tiny_inspection import STEPS, rows, train, untrained
 from tiny_training import write_backbones
+from without_lorgnette import WITHOUT_LORGNETTE
 
 from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor, cli
 from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
@@ -48,16 +48,16 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def launched(folder):
     """The page as `lorgnette app` builds it, and the settings that it is launched with."""
-    seen = {}
+    recorded = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "_check_free", lambda host, port: None)  # it is not listened on
-        patch.setattr(gr.Blocks, "launch", lambda page, **settings: seen.update(page=page, settings=settings))
+        patch.setattr(gr.Blocks, "launch", lambda page, **settings: recorded.update(page=page, settings=settings))
         patch.setattr(sys, "argv", ["lorgnette", "app", str(folder / "one"), "--bridge", f"two={folder / 'two'}",
                                     "--max-new-tokens", str(MAX_NEW_TOKENS), "--device", "cpu"])  # fmt: skip
         with pytest.raises(SystemExit) as ended:
             cli.main()
     assert ended.value.code == 0
-    return seen
+    return recorded
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +96,10 @@ def test_both_pictures_are_answered_as_the_pipeline_answers(pipes, folder, shown
         assert (answer, other) == tuple(row["text"] for row in rows(2))
     assert answer == expected(folder, bridge, 0, use_lora)
     assert other == expected(folder, bridge, 1, use_lora)
-    for said, drawn in ((answer, maps), (other, other_maps)):
+    for text, drawn in ((answer, maps), (other, other_maps)):
         titles = [title for _, title in drawn]
         assert titles[0] == "queries"
-        assert said.startswith(" ".join(titles[1:]))
+        assert text.startswith(" ".join(titles[1:]))
         assert np.ptp(np.asarray(drawn[0][0]), axis=-1).max() > 20  # colours over grey
     assert not np.array_equal(*(np.asarray(drawn[0][0]) for drawn in (maps, other_maps)))
 
@@ -138,7 +138,7 @@ def test_who_stops_listening_stops_the_model(pipes, folder):
         ({"picture": None}, "Drop a picture first"),
         ({"picture": "broken.png"}, "broken.png: the picture cannot be read|broken.png: the picture is no picture"),
         ({"other": "broken.png"}, "broken.png: "),
-        ({"question": " "}, "no words"),
+        ({"question": " "}, "is empty"),
         ({"question": "a " * 50_000}, "has 100000 characters; 50000 are allowed"),
         ({"question": "a " * 999}, r"are \d+ tokens; with 8 of an answer that is more than the 256"),
     ],
@@ -222,13 +222,13 @@ def test_gradios_client(url, folder):
     assert offered["use_lora"]["python_type"]["type"] == "bool"
     assert offered["use_lora"]["parameter_default"] is True
     image = handle_file(str(folder / "0.png"))
-    said = {use_lora: expected(folder, "one", 0, use_lora) for use_lora in (True, False)}
-    assert said[True] != said[False]
+    expected_answers = {use_lora: expected(folder, "one", 0, use_lora) for use_lora in (True, False)}
+    assert expected_answers[True] != expected_answers[False]
     for use_lora in (True, False, "on", "off"):
         answer, maps, other, _ = client.predict(image, None, QUESTION, use_lora=use_lora, api_name="/ask")
-        assert (answer, other) == (said[use_lora in (True, "on")], "")
+        assert (answer, other) == (expected_answers[use_lora in (True, "on")], "")
         assert Path(maps[0]["image"]).stat().st_size > 0
-    assert client.predict(image, image, QUESTION, api_name="/ask")[0] == said[True]
+    assert client.predict(image, image, QUESTION, api_name="/ask")[0] == expected_answers[True]
     assert client.predict(image, None, QUESTION, bridge="two", api_name="/ask")[0] == expected(folder, "two", 0)
     with pytest.raises(AppError, match="use_lora is 'perhaps'; on or off is needed"):
         client.predict(image, None, QUESTION, use_lora="perhaps", api_name="/ask")

@@ -18,9 +18,9 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
-from strangers import WITHOUT_LORGNETTE
 from tiny import picture
 from tiny_serving import MAX_NEW_TOKENS, data_url, png, save_bridges, save_merged, serving_app
+from without_lorgnette import WITHOUT_LORGNETTE
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
 from lorgnette.assembly.endpoint import REQUIREMENTS, write_endpoint
@@ -108,7 +108,7 @@ def test_it_answers_as_the_worker_does(handler, expected, use_lora):
         ({"image_url": "/etc/passwd"}, ValueError, "begins with http://"),
         ({"image_url": None}, ValueError, "image_url is missing"),
         ({"prompt": 5}, ValueError, "prompt is a int; a str is needed"),
-        ({"prompt": " "}, ValueError, "no words"),
+        ({"prompt": " "}, ValueError, "is empty"),
         ({"prompt": "a" * 2**20}, ValueError, "1048576 characters"),
         ({"prompt": "a" * 999}, ValueError, r"\d+ tokens and 8 new ones are more than the 256"),
         ({"adapter": "two"}, ValueError, "no adapter 'two'; there is default"),
@@ -229,13 +229,13 @@ def test_huggingface_hubs_visual_question_answering(handler, monkeypatch, tmp_pa
     [
         (
             {"prompt": "What?"},
-            "no field 'prompt' beside inputs; there are image, inputs, options, parameters, question",
+            "no field 'prompt' beside inputs, but image, inputs, options, parameters, question",
         ),
         ({"use_lora": False}, "no field 'use_lora' beside inputs"),
         ({"image": data_url()}, "image is another picture than inputs"),
         ({"question": 5}, "prompt is a int"),
         ({"question": "What?", "parameters": {"prompt": "Who?"}}, "prompt is given twice"),
-        ({"inputs": ASKED, "question": "What?"}, "no field 'question' beside inputs; there are inputs, options, par"),
+        ({"inputs": ASKED, "question": "What?"}, "no field 'question' beside inputs, but inputs, options, par"),
     ],
 )
 def test_what_stands_beside_inputs_is_not_passed_over(handler, beside, message):
@@ -291,7 +291,7 @@ def test_what_is_no_picture_is_not_repeated(handler, inputs, message):
         ({"generate_kwargs": {"num_beams": 4}}, "num_beams may be 1 alone"),
         ({"generate_kwargs": 5}, "generate_kwargs is a int; an object is needed"),
         ([], "parameters is a list; an object is needed"),
-        ({"prompt": " "}, "no words"),
+        ({"prompt": " "}, "is empty"),
     ],
 )
 def test_parameters_that_cannot_be_used(handler, parameters, message):

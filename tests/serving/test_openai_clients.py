@@ -13,11 +13,11 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from tiny import picture
 from tiny_chat import MAX_NEW_TOKENS, chat, messages_about, said
-from tiny_serving import data_url, held, load, save_bridges, serving, wait_for
+from tiny_serving import blocked, data_url, load, save_bridges, serving, wait_for
 
 from lorgnette import LorgnetteProcessor
-from lorgnette.serving.batching import Batcher, Ticket
-from lorgnette.serving.eyes import Eyes, Limits
+from lorgnette.serving.batching import Batcher, Request
+from lorgnette.serving.engine import InferenceEngine, Limits
 from lorgnette.serving.payloads import ChatRequest
 from lorgnette.serving.sampling import Sampler
 
@@ -40,7 +40,7 @@ def worker(folder):
 def single(folder):
     """With one adapter."""
     limits = Limits(max_new_tokens=MAX_NEW_TOKENS)
-    with serving(Eyes.load(folder / "one", {}, name="one", device="cpu", limits=limits)) as (url, _):
+    with serving(InferenceEngine.load(folder / "one", {}, name="one", device="cpu", limits=limits)) as (url, _):
         yield url
 
 
@@ -153,7 +153,7 @@ def test_fields_that_would_change_the_answer(worker, name):
             {"generation_config": '{"max_new_tokens": 0}'},
             "body.generation_config.max_new_tokens: Input should be greater",
         ),
-        ({"max_tokens": MAX_NEW_TOKENS + 1}, "25 new tokens are asked for; 24 are allowed"),
+        ({"max_tokens": MAX_NEW_TOKENS + 1}, "25 new tokens are requested; 24 are allowed"),
     ],
 )
 def test_what_is_said_of_a_field(worker, fields, message):
@@ -237,25 +237,25 @@ def test_draws_at_the_edges():
 
 def test_a_batch_draws_from_the_models_scores(folder):
     """400 questions at a time, half of them at each of two temperatures."""
-    eyes = load(folder)
-    eyes.batcher.stop()
-    model, processor = eyes.batcher.model, eyes.processors["one"]
+    engine = load(folder)
+    engine.batcher.stop()
+    model, processor = engine.batcher.model, engine.processors["one"]
     model.set_bridge("default")
     inputs = dict(processor(images=[[picture()]], queries="What is this?", return_tensors="pt"))
     with torch.no_grad():
         scores = model(**inputs).logits[0, -1].double().numpy()
     batcher, heard, count = Batcher(model, processor, max_batch=400), [], 200
-    tickets = []
+    requests = []
     for seed in range(2 * count):
         sampler = Sampler((0.3, 1.0)[seed % 2], seed=seed)
-        tickets.append(Ticket(inputs, "default", True, 1, float("inf"), heard.append, sampler))
-        batcher.submit(tickets[-1])
-    wait_for(lambda: all(ticket.ended for ticket in tickets))
+        requests.append(Request(inputs, "default", True, 1, float("inf"), heard.append, sampler))
+        batcher.submit(requests[-1])
+    wait_for(lambda: all(request.ended for request in requests))
     batcher.stop()
     image = processor.image_token_id
     for place, temperature in enumerate((0.3, 1.0)):
         expected = plain(np.where(np.arange(len(scores)) == image, -np.inf, scores), temperature, 1.0)
-        drawn = [ticket.tokens[0] for ticket in tickets[place::2] if ticket.tokens]
+        drawn = [request.tokens[0] for request in requests[place::2] if request.tokens]
         likeliest = np.argsort(-expected)[:5]
         share = np.isin(drawn, likeliest).sum() / count
         wanted = expected[likeliest].sum()
@@ -274,13 +274,13 @@ def test_a_seed_gives_its_answer_alone_and_in_a_batch(worker, folder, greedy):
     alone = [said(worker, **fields) for fields in SAMPLED]
     assert [said(worker, **fields) for fields in SAMPLED] == alone
     assert len({*alone, greedy}) == len(SAMPLED) + 1
-    eyes = load(folder, max_new_tokens=MAX_NEW_TOKENS, max_batch=16)
+    engine = load(folder, max_new_tokens=MAX_NEW_TOKENS, max_batch=16)
     asked = [{}, *SAMPLED, {"temperature": 1.0}, {"temperature": 0}, {"temperature": 1e-6}]
-    with held(eyes) as (go, began), serving(eyes) as (url, _), ThreadPoolExecutor(len(asked) + 1) as pool:
+    with blocked(engine) as (go, began), serving(engine) as (url, _), ThreadPoolExecutor(len(asked) + 1) as pool:
         pool.submit(said, url)
         assert began.acquire(timeout=30)
         answers = [pool.submit(said, url, **fields) for fields in asked]
-        wait_for(lambda: eyes.batcher.waiting == len(asked))  # and so they are one batch
+        wait_for(lambda: engine.batcher.waiting == len(asked))  # and so they are one batch
         go.set()
         first, *sampled, seedless, zero, cold = [answer.result() for answer in answers]
     assert sampled == alone
@@ -378,7 +378,7 @@ def test_one_model(client, worker):
 
 
 def test_a_name_with_a_slash(folder):
-    with serving(Eyes.load(folder / "one", {}, name="me/my eyes", device="cpu")) as (url, _):
+    with serving(InferenceEngine.load(folder / "one", {}, name="me/my eyes", device="cpu")) as (url, _):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
         assert client.models.retrieve("me/my eyes").id == "me/my eyes"
 
@@ -425,7 +425,7 @@ def test_a_turn_without_words(worker):
         refused = chat(worker, messages=[{"role": role, "content": None}, asked])
         assert refused.status_code == 422
         assert "content: it is null, which an assistant's alone may be" in refused.text
-    assert "there are no words in it" in chat(worker, messages=[call]).text
+    assert "the text is empty" in chat(worker, messages=[call]).text
 
 
 def test_a_picture_alone_is_asked_the_processors_query(worker, folder):

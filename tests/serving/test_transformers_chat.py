@@ -10,7 +10,7 @@ import pytest
 from tiny_chat import MAX_NEW_TOKENS, chat, said
 from tiny_serving import load, metric, save_bridges, serving
 
-from lorgnette.serving.eyes import Eyes, Limits
+from lorgnette.serving.engine import InferenceEngine, Limits
 
 
 KEY = "open sesame"
@@ -34,7 +34,7 @@ def worker(folder):
 def single(folder):
     """With one adapter."""
     limits = Limits(max_new_tokens=MAX_NEW_TOKENS)
-    with serving(Eyes.load(folder / "one", {}, name="one", device="cpu", limits=limits)) as (url, _):
+    with serving(InferenceEngine.load(folder / "one", {}, name="one", device="cpu", limits=limits)) as (url, _):
         yield url
 
 

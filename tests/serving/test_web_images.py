@@ -99,9 +99,9 @@ def test_the_address_that_was_asked_about_is_the_one_that_is_connected_to(intern
     port, asked = internal
     asked.clear()
     names["rebinding.example"] = ["127.0.0.1", "127.0.0.2", "127.0.0.3"]
-    seen = []
-    _, data = download(f"http://rebinding.example:{port}/200", 10, None, lambda *where: seen.append(where))
-    assert (data, seen, asked) == (PNG, [("rebinding.example", "127.0.0.1")], ["/200"])
+    recorded = []
+    _, data = download(f"http://rebinding.example:{port}/200", 10, None, lambda *where: recorded.append(where))
+    assert (data, recorded, asked) == (PNG, [("rebinding.example", "127.0.0.1")], ["/200"])
     assert names["rebinding.example"] == ["127.0.0.2", "127.0.0.3"]
 
 
@@ -175,9 +175,9 @@ def test_data_urls():
 def test_a_host_in_letters_beyond_ascii_is_looked_up_by_its_own_name(internal, names):
     port, asked = internal
     asked.clear()
-    names["xn--mnchen-3ya.example"], seen = ["127.0.0.1"], []
-    download(f"http://münchen.example:{port}/200", guard=lambda *found: seen.append(found))
-    assert (seen, asked) == ([("xn--mnchen-3ya.example", "127.0.0.1")], ["/200"])
+    names["xn--mnchen-3ya.example"], recorded = ["127.0.0.1"], []
+    download(f"http://münchen.example:{port}/200", guard=lambda *found: recorded.append(found))
+    assert (recorded, asked) == ([("xn--mnchen-3ya.example", "127.0.0.1")], ["/200"])
     with pytest.raises(PermissionError, match=r"127\.0\.0\.1 is not on the public internet"):
         read_web_image(f"http://１２７。0。0。1:{port}/200", timeout=10)  # noqa: RUF001
     assert asked == ["/200"]
@@ -207,11 +207,11 @@ def test_no_picture_in_time(server, path, cause):
 
 @pytest.mark.parametrize("scheme", ["ftp", "file", "data", "gopher", "javascript"])
 def test_redirects_to_other_schemes(server, visitors, scheme):
-    port, seen = visitors
+    port, recorded = visitors
     target = f"{scheme}://127.0.0.1:{port}/picture.png" if scheme in ("ftp", "gopher") else f"{scheme}:picture"
     with pytest.raises(OSError, match=f"cannot fetch {server}/to.*{scheme}"):
         download(f"{server}/to?{target}", 10, guard=anywhere)
-    assert seen == []
+    assert recorded == []
 
 
 @pytest.mark.parametrize("path", ["picture", "to?/picture", "endlessly_to?/picture"])

@@ -13,8 +13,8 @@ import pytest
 from tiny import picture
 from tiny_serving import (
     MAX_NEW_TOKENS,
+    blocked,
     data_url,
-    held,
     load,
     metric,
     picture_host,
@@ -26,7 +26,7 @@ from tiny_serving import (
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor
 from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
-from lorgnette.serving.eyes import Eyes, Limits
+from lorgnette.serving.engine import InferenceEngine, Limits
 from lorgnette.serving.stops import cut, sendable
 
 
@@ -76,7 +76,7 @@ def ask(worker: str, **fields) -> httpx2.Response:
 
 
 def test_bridges_and_lora_answer_as_the_models_that_they_are(worker, host, expected):
-    seen = set()
+    recorded = set()
     for adapter in ("one", "two"):
         for use_lora in (True, False):
             for url in (data_url(3), f"{host}/picture/3"):
@@ -85,8 +85,8 @@ def test_bridges_and_lora_answer_as_the_models_that_they_are(worker, host, expec
                 assert answer["adapter"] == adapter
                 usage = answer["usage"]
                 assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 20
-            seen.add(answer["text"])
-    assert len(seen) == 4
+            recorded.add(answer["text"])
+    assert len(recorded) == 4
     assert ask(worker, image_url=data_url(3)).json()["text"] == expected("one", seed=3)
 
 
@@ -178,7 +178,7 @@ BAD = {
     "no base64": ({"image_url": "data:image/png;base64,!!!"}, 422, "no_picture", "not valid base64"),
     "100 MP": ({"image_url": "HOST/huge"}, 422, "no_picture", "10000 x 10000 pixels are more than the 50000000"),
     "adapter": ({"adapter": "three"}, 404, "unknown_adapter", "no adapter 'three'; there are one, two"),
-    "empty prompt": ({"prompt": " "}, 422, "invalid_request", "body.prompt: there are no words in it"),
+    "empty prompt": ({"prompt": " "}, 422, "invalid_request", "body.prompt: the text is empty"),
     "1 MB of prompt": ({"prompt": "a" * 2**20}, 422, "invalid_request", "1048576 characters are more than the 50000"),
     "long prompt": ({"prompt": "a" * 999}, 400, "prompt_too_long", "with 8 new ones that is more than the 256"),
     "half a character": ({"prompt": "\ud800"}, 400, "unusable_prompt", "U+D800, a lone surrogate"),
@@ -200,7 +200,7 @@ BAD = {
     "no URL": ({"image_url": None}, 422, "invalid_request", "body.image_url: Input should be a valid string"),
     "a long URL": ({"image_url": "http://a/" + "b" * 9000}, 422, "invalid_request", "9009 characters are more"),
     "another field": ({"temperature": 1}, 422, "invalid_request", "body.temperature: Extra inputs"),
-    "too many tokens": ({"max_new_tokens": 9}, 400, "too_many_tokens", "9 new tokens are asked for; 8 are allowed"),
+    "too many tokens": ({"max_new_tokens": 9}, 400, "too_many_tokens", "9 new tokens are requested; 8 are allowed"),
     "no tokens": ({"max_new_tokens": 0}, 422, "invalid_request", "greater than or equal to 1"),
 }
 
@@ -278,7 +278,10 @@ def test_a_batch_answers_as_each_alone(worker, expected):
 
 def test_lora_that_was_merged_cannot_be_left_out(folder, expected, tmp_path):
     save_merged(folder / "one", tmp_path)
-    with serving(Eyes.load(tmp_path, {}, device="cpu", limits=Limits(max_new_tokens=MAX_NEW_TOKENS))) as (url, _):
+    with serving(InferenceEngine.load(tmp_path, {}, device="cpu", limits=Limits(max_new_tokens=MAX_NEW_TOKENS))) as (
+        url,
+        _,
+    ):
         assert ask(url).json()["text"] == expected("one")
         response = ask(url, use_lora=False)
         assert (response.status_code, response.json()["error"]["code"]) == (400, "lora_merged")
@@ -327,15 +330,15 @@ def test_slow_hosts_and_slow_callers(folder, host):
 
 
 @pytest.fixture
-def held_eyes(folder):
-    eyes = load(folder, timeout=20.0, capacity=4, max_batch=1)
-    with held(eyes) as (go, began):
-        yield eyes, go, began
+def blocked_engine(folder):
+    engine = load(folder, timeout=20.0, capacity=4, max_batch=1)
+    with blocked(engine) as (go, began):
+        yield engine, go, began
 
 
-def test_a_full_house_and_callers_that_hang_up(held_eyes):
-    eyes, go, began = held_eyes
-    with serving(eyes) as (url, _), ThreadPoolExecutor(4) as pool:
+def test_a_full_house_and_callers_that_hang_up(blocked_engine):
+    engine, go, began = blocked_engine
+    with serving(engine) as (url, _), ThreadPoolExecutor(4) as pool:
         first = pool.submit(ask, url)
         assert began.acquire(timeout=30)
         where = urlsplit(url)
@@ -343,10 +346,10 @@ def test_a_full_house_and_callers_that_hang_up(held_eyes):
         callers = [http.client.HTTPConnection(where.hostname, where.port, timeout=30) for _ in range(3)]
         for caller in callers:
             caller.request("POST", "/v1/vision", body, JSON)
-        wait_for(lambda: eyes.batcher.waiting == 3)
+        wait_for(lambda: engine.batcher.waiting == 3)
         refused = ask(url)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-        assert refused.json()["error"]["message"] == "4 questions are being answered, which is all there is room for"
+        assert refused.json()["error"]["message"] == "4 requests are in progress, which is the limit"
         for caller in callers:
             caller.close()
         wait_for(lambda: metric(url, 'lorgnette_requests_total{path="/v1/vision",status="499"}') == 3)
@@ -357,9 +360,9 @@ def test_a_full_house_and_callers_that_hang_up(held_eyes):
         assert metric(url, "lorgnette_inside") == 0
 
 
-def test_a_stream_that_nobody_reads_any_more_ends(held_eyes):
-    eyes, go, began = held_eyes
-    with serving(eyes) as (url, _):
+def test_a_stream_that_nobody_reads_any_more_ends(blocked_engine):
+    engine, go, began = blocked_engine
+    with serving(engine) as (url, _):
         where = urlsplit(url)
         caller = http.client.HTTPConnection(where.hostname, where.port, timeout=30)
         caller.request(
@@ -374,10 +377,10 @@ def test_a_stream_that_nobody_reads_any_more_ends(held_eyes):
         assert metric(url, "lorgnette_generated_tokens_total") <= MAX_NEW_TOKENS  # of the second alone
 
 
-def test_a_model_that_takes_too_long_or_fails(held_eyes):
-    eyes, go, _ = held_eyes
-    eyes.limits.timeout = 1.0
-    with serving(eyes) as (url, _):
+def test_a_model_that_takes_too_long_or_fails(blocked_engine):
+    engine, go, _ = blocked_engine
+    engine.limits.timeout = 1.0
+    with serving(engine) as (url, _):
         response = ask(url)
         assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
         assert response.json()["error"]["message"] == "not answered within 1 s"
@@ -386,17 +389,17 @@ def test_a_model_that_takes_too_long_or_fails(held_eyes):
         def fail(**_):
             raise RuntimeError("out of luck")
 
-        working, eyes.batcher.model.generate = eyes.batcher.model.generate, fail
+        working, engine.batcher.model.generate = engine.batcher.model.generate, fail
         response = ask(url)
         assert (response.status_code, response.json()["error"]["code"]) == (500, "model_error")
         assert "RuntimeError: out of luck" in response.json()["error"]["message"]
-        eyes.batcher.model.generate = working
+        engine.batcher.model.generate = working
         assert ask(url).status_code == 200  # the thread lives on
 
 
-def test_stopping_finishes_what_is_under_way(held_eyes):
-    eyes, go, began = held_eyes
-    with serving(eyes) as (url, server), ThreadPoolExecutor(2) as pool:
+def test_stopping_finishes_what_is_under_way(blocked_engine):
+    engine, go, began = blocked_engine
+    with serving(engine) as (url, server), ThreadPoolExecutor(2) as pool:
         first = pool.submit(ask, url)
         assert began.acquire(timeout=30)
         server.should_exit = True
@@ -405,7 +408,7 @@ def test_stopping_finishes_what_is_under_way(held_eyes):
         assert first.result().status_code == 200
     with pytest.raises(httpx2.ConnectError):
         ask(url)
-    assert not eyes.batcher.is_alive
+    assert not engine.batcher.is_alive
 
 
 def test_a_thousand_at_once(folder):
@@ -414,16 +417,16 @@ def test_a_thousand_at_once(folder):
 
     from lorgnette.serving.worker import build_app
 
-    eyes = load(folder, capacity=16)
+    engine = load(folder, capacity=16)
 
     async def flood() -> list[httpx2.Response]:
-        transport = httpx2.ASGITransport(build_app(eyes))
+        transport = httpx2.ASGITransport(build_app(engine))
         async with httpx2.AsyncClient(transport=transport, base_url="http://worker", timeout=60) as client:
             body = {"image_url": data_url(), "prompt": PROMPT, "max_new_tokens": 2}
             return await asyncio.gather(*(client.post("/v1/vision", json=body) for _ in range(1000)))
 
     responses = asyncio.run(flood())
-    eyes.batcher.stop()
+    engine.batcher.stop()
     statuses = [response.status_code for response in responses]
     assert set(statuses) == {200, 503}
     assert statuses.count(200) >= 16

@@ -32,10 +32,10 @@ def test_parts_and_mirror_images_are_drawn_as_blip2_does():
     areas, ratios, mirrored = [], [], 0
     for seed in range(300):
         changed = augment(picture, np.random.default_rng(seed))
-        seen = np.asarray(changed).astype(int)
-        step = seen[0, 1, 0] - seen[0, 0, 0]
-        assert (np.diff(seen[..., 0], axis=1) == step).all()
-        assert (np.diff(seen[..., 1], axis=0) == 1).all()
+        recorded = np.asarray(changed).astype(int)
+        step = recorded[0, 1, 0] - recorded[0, 0, 0]
+        assert (np.diff(recorded[..., 0], axis=1) == step).all()
+        assert (np.diff(recorded[..., 1], axis=0) == 1).all()
         assert abs(step) == 1
         mirrored += step == -1
         areas.append(changed.width * changed.height / (80 * 60))

@@ -79,10 +79,10 @@ def test_the_vit_sees_a_picture_once(stage, processor):
     else:
         built = model(processor=processor, qformer_config=QFORMER | NO_DROPOUT)
     batch = LorgnetteCollator(processor)(rows_of([picture(n) for n in range(3)]))
-    seen = []
-    built.vision_model.register_forward_hook(lambda *_: seen.append(1) or None)
+    recorded = []
+    built.vision_model.register_forward_hook(lambda *_: recorded.append(1) or None)
     built.vision_model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(len(kwargs["pixel_values"])), with_kwargs=True
+        lambda _, args, kwargs: recorded.append(len(kwargs["pixel_values"])), with_kwargs=True
     )
     found = []
     whole = {name: value for name, value in batch.items() if name != "image_rows"}
@@ -92,7 +92,7 @@ def test_the_vit_sees_a_picture_once(stage, processor):
         loss = built.train()(**one).loss
         loss.backward()
         found.append((loss, {name: p.grad.clone() for name, p in built.named_parameters() if p.requires_grad}))
-    assert seen == [3, 1, 5, 1]
+    assert recorded == [3, 1, 5, 1]
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
 
 

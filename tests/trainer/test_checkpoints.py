@@ -41,7 +41,7 @@ def test_resuming_takes_the_newest_whole_checkpoint_and_names_what_it_passes_ove
     (hundred / "trainer_state.json").unlink()
     assert checkpoint_to_resume(args("true")) == str(ten)
     assert caplog.messages == [
-        f"{hundred} is incomplete: no trainer_state.json; it is passed over, going on from checkpoint-10."
+        f"{hundred} is incomplete: no trainer_state.json; skipping it, resuming from checkpoint-10."
     ]
     assert checkpoint_to_resume(args(str(five))) == str(five)
     with pytest.raises(FileNotFoundError, match=r"checkpoint-100 is not a complete checkpoint: no trainer_state"):
@@ -56,10 +56,10 @@ def test_a_run_that_was_cut_off_before_its_first_checkpoint_was_whole_begins_ane
     assert checkpoint_to_resume(args("true")) is None
     (checkpoint(5) / "trainer_state.json").unlink()
     assert checkpoint_to_resume(args("true")) is None
-    nothing = f"{tmp_path} holds no complete checkpoint to go on from"
+    nothing = f"{tmp_path} holds no complete checkpoint to resume from"
     assert caplog.messages == [
-        f"{nothing}. Training begins anew.",
-        f"{nothing}; {tmp_path}/checkpoint-5 is incomplete: no trainer_state.json. Training begins anew.",
+        f"{nothing}. Training starts from the beginning.",
+        f"{nothing}; {tmp_path}/checkpoint-5 is incomplete: no trainer_state.json. Training starts from the beginning.",
     ]
     (tmp_path / "config.json").touch()  # of a model that is done: not to be trained over
     with pytest.raises(FileNotFoundError, match=r"holds no complete checkpoint; .*checkpoint-5 is incomplete"):

@@ -142,11 +142,14 @@ class TestMessages:
         [
             (chat("What?", image=tiny.picture()), "the last of the messages has to be the assistant's"),
             ({"messages": []}, "the last of the messages"),
-            (chat("What?", " ", image=tiny.picture()), "has to be words"),
-            (chat("What?", [{"type": "image"}]), "has to be words"),
+            (chat("What?", " ", image=tiny.picture()), "has to be text"),
+            (chat("What?", [{"type": "image"}]), "has to be text"),
             (chat([{"type": "image"}], "A cat."), "1 parts .* 0 images"),
             (chat([{"type": "image"}], "A cat.", image=[tiny.picture()] * 2), "1 parts .* 2 images"),
-            (chat([{"type": "image", "image": tiny.picture()}], "A cat.", image=tiny.picture()), "in one place"),
+            (
+                chat([{"type": "image", "image": tiny.picture()}], "A cat.", image=tiny.picture()),
+                "all have to be in the messages",
+            ),
             (chat([{"type": "video"}], "A cat."), "video"),
         ],
     )
@@ -179,9 +182,9 @@ class TestBadRows:
         ("row", "message"),
         [
             ({"text": " "}, "'text' is empty"),
-            ({"text": "\u200b"}, "'text' is '\\\\u200b', of which the tokenizer makes no tok"),  # a space of no width
-            ({"text": "the cat the cat"}, "6 tokens are more than the 5 there is room for"),
-            ({"image": [tiny.picture(), tiny.picture()]}, "2 images; stage 1 learns from pairs"),
+            ({"text": "\u200b"}, "'text' is '\\\\u200b', which the tokenizer turns into no tok"),  # a space of no width
+            ({"text": "the cat the cat"}, "6 tokens are more than the maximum of 5"),
+            ({"image": [tiny.picture(), tiny.picture()]}, "2 images; stage 1 needs one image and one text"),
         ],
     )
     def test_pairs_that_stage_1_cannot_learn_from(self, row, message):
@@ -196,7 +199,8 @@ class TestBadRows:
         limit = len(prompt) + len(output)
         LorgnetteCollator(processor, max_length=limit)(ROWS)
         message = (
-            rf"row 1 .*: {limit} tokens are more than the {limit - 1} .*{len(output)} of output, {QUERIES} for images"
+            rf"row 1 .*: {limit} tokens are more than the maximum of {limit - 1}: "
+            rf"{len(output)} of output, {QUERIES} for images"
         )
         with pytest.raises(ValueError, match=message):
             LorgnetteCollator(processor, max_length=limit - 1)(ROWS)

@@ -92,8 +92,8 @@ def test_prompts_are_those_of_training_and_answers_those_of_the_processor(learne
     assert not model.vision_model.training
     inputs = processor(images=[row["image"] for row in rows], return_tensors="pt")
     ids = model.eval().generate(**inputs, **decoding, eos_token_id=processor.stop_token_ids)
-    told = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert found == [text.strip() for text in told]
+    expected_texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert found == [text.strip() for text in expected_texts]
 
     # features of the frozen ViT in place of the pictures
     features = model.get_vision_features(batch["pixel_values"]).last_hidden_state
@@ -210,7 +210,7 @@ def test_the_callback_s_figures_choose_the_best_model_and_change_no_training(tmp
             pairs(5),
             metrics=["cider", "bleu"],
             batch_size=2,
-            report=lambda *told: reported.append(told[-1]),
+            report=lambda *arguments: reported.append(arguments[-1]),
         )
 
     plain = run_with_callback(tmp_path, tmp_path / "plain")
@@ -268,8 +268,8 @@ def test_a_recipe_measures_texts_at_each_evaluation_and_tells_trackers(tmp_path,
     main([*command.split(), "--qformer_config", json.dumps(qformer)])
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in history if "eval_cider" in entry] == [1, 2]
-    told = events.EventAccumulator(str(tmp_path / "logs")).Reload().Scalars("eval/cider")
-    assert [scalar.step for scalar in told] == [1, 2]
+    scalars = events.EventAccumulator(str(tmp_path / "logs")).Reload().Scalars("eval/cider")
+    assert [scalar.step for scalar in scalars] == [1, 2]
 
 
 def test_a_recipe_measures_the_answers_of_chats(tmp_path):

@@ -151,7 +151,7 @@ def test_what_is_whole_is_kept_and_the_rest_made_again(backbones, pictures, tmp_
         load_pairs(DataArguments(dataset=str(cache)), evaluate=False, seed=0)
     before = next(kept.glob("*.arrow")).stat()
     write(backbones[0], pictures, cache)
-    assert "2 of 4 shards are whole already" in caplog.text
+    assert "2 of 4 shards are complete already" in caplog.text
     assert next(kept.glob("*.arrow")).stat() == before
     assert arrow_files(cache) == whole
     write(backbones[0], pictures, cache)
@@ -254,10 +254,10 @@ def test_nothing_is_overwritten(backbones, pictures, cache, tmp_path):
     with pytest.raises(FileExistsError, match="is not empty, and no feature cache"):
         write(backbones[0], pictures, tmp_path / "mine")
     (cache / METADATA).write_text((cache / METADATA).read_text()[:100])
-    with pytest.raises(ValueError, match=f"{METADATA} cannot be read .*: write the feature cache anew"):
+    with pytest.raises(ValueError, match=f"{METADATA} cannot be read .*: write the feature cache again"):
         load_pairs(DataArguments(dataset=str(cache)), evaluate=False, seed=0)
     (cache / METADATA).unlink()
-    with pytest.raises(FileNotFoundError, match=f"has lost its {METADATA}"):
+    with pytest.raises(FileNotFoundError, match=f"has no {METADATA}"):
         load_pairs(DataArguments(dataset=str(cache)), evaluate=False, seed=0)
 
 

@@ -167,8 +167,8 @@ def test_flash_attention_keeps_packed_pairs_apart():
 def test_liger_gives_the_language_models_own_loss(monkeypatch):
     pytest.importorskip("liger_kernel")
     found = []
-    for there in (False, True):
-        monkeypatch.setattr(modeling_loss, "is_liger_kernel_available", lambda there=there: there)
+    for exists in (False, True):
+        monkeypatch.setattr(modeling_loss, "is_liger_kernel_available", lambda exists=exists: exists)
         built, batch = tiny_models.model().to("cuda").train(), tiny_models.inputs()
         labels = batch["input_ids"].masked_fill(batch["input_ids"] == built.config.image_token_id, -100)
         torch.manual_seed(0)

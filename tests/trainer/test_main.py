@@ -97,17 +97,17 @@ def test_a_mistake_in_the_recipe_is_one_message_and_status_2(recipe, capsys, tex
         (["--vision", "v", "--text", "t"], "dataset not given"),
         ([*BASE, "--learning_rat", "1"], "unknown option '--learning_rat' (did you mean learning_rate or qformer"),
         ([*BASE, "--config", "gone.yaml"], "cannot read the recipe gone.yaml"),
-        ([*BASE, "--model", "m"], "model 'm' is given: it has settled vision, text"),
+        ([*BASE, "--model", "m"], "model 'm' is given, which fixes vision, text"),
         ([*BASE, "--qformer_config", '{"use_qformer_text_input": true}'], "use_qformer_text_input needs qformer"),
         ([*BASE, "--lora", "r=4"], "lora is neither a mapping nor JSON"),
         ([*BASE, "--eval_strategy", "epoch"], "set eval_split, eval_dataset or eval_fraction"),
-        ([*BASE, "--eval_fraction", "2"], "has to lie between 0 and 1"),
+        ([*BASE, "--eval_fraction", "2"], "has to be between 0 and 1"),
         ([*BASE, "--streaming"], "streaming needs max_steps"),
         ([*BASE, "--remove_unused_columns", "true"], "remove_unused_columns has to stay false"),
         ([*BASE, "--label_smoothing_factor", "0.1"], "label_smoothing_factor is 0.1, and has to stay 0"),
         ([*BASE, "--text_column", "image"], "have the same name: image, image"),
         ([*BASE, "--messages_column", "image"], "have the same name: image, image"),
-        ([*BASE, "--messages_column", "chat", "--query_column", "q"], "hold the words, leave out query_column"),
+        ([*BASE, "--messages_column", "chat", "--query_column", "q"], "hold the texts, leave out query_column"),
         ([*BASE, "--load_best_model_at_end"], "save and eval strategy to match"),
     ],
 )
@@ -232,10 +232,10 @@ def test_two_recipes_from_pictures_to_words(tmp_path, recipe, monkeypatch):
     )
     renamed.save_to_disk(tmp_path / "renamed")
     renamed = {"dataset": str(tmp_path / "renamed"), "output_dir": str(tmp_path / "found"), "split": "train"}
-    told = retrieval.measure(
+    report = retrieval.measure(
         retrieval.RetrievalArguments(model=str(tmp_path / "stage1"), batch_size=4, rerank=2, **renamed)
     )
-    assert (told["texts"], told["metrics"]) == (4, reports[0]["metrics"])
+    assert (report["texts"], report["metrics"]) == (4, reports[0]["metrics"])
 
     processor = LorgnetteProcessor.from_backbones(vision, None, qformer=tmp_path / "bert", num_query_tokens=4)
     LorgnetteForImageTextRetrieval.from_backbones(

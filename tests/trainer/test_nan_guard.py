@@ -29,19 +29,19 @@ def test_step_and_rows_are_named_and_no_weight_has_moved(tmp_path, value, accumu
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation, "max_steps": 3}
     run, weights = trainer(*joined(write_backbones(tmp_path)), tmp_path / "out", **batches), Weights()
     run.add_callback(weights)
-    seen = []
+    recorded = []
 
     def second_step(rows):
-        seen.append(rows)
+        recorded.append(rows)
         return run.state.global_step == 1
 
     spoil(run.model, second_step, value)
     with pytest.raises(FloatingPointError) as caught, nan_guard(run):
         run.train()
-    rows = ", ".join(map(str, seen[-1]))
-    told = f"the loss is {value} in global step 2 on rows {rows}; the weights are still those of the step before"
-    assert str(caught.value) == told
-    assert len(seen) == accumulation + 1
+    rows = ", ".join(map(str, recorded[-1]))
+    messages = f"the loss is {value} in global step 2 on rows {rows}; the weights are those of the previous step"
+    assert str(caught.value) == messages
+    assert len(recorded) == accumulation + 1
     assert len(weights.after) == 1
     assert all(torch.equal(p, weights.after[0][n]) for n, p in run.model.named_parameters() if p.requires_grad)
     assert not any("nan_guard" in repr(hook) for hook in run.model._forward_hooks.values())
@@ -58,6 +58,6 @@ def test_evaluation_is_let_be(tmp_path):
 def test_all_processes_stop(tmp_path):
     write_backbones(tmp_path)
     run_processes("nan_worker.py", tmp_path)
-    told = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
-    assert sum("the loss is nan in global step 1 on rows 3;" in text for text in told) == 1
-    assert sum(", and not finite in another process; " in text for text in told) == 1
+    messages = [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)]
+    assert sum("the loss is nan in global step 1 on rows 3;" in text for text in messages) == 1
+    assert sum(", and not finite in another process; " in text for text in messages) == 1

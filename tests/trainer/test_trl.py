@@ -9,11 +9,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from strangers import WITHOUT_LORGNETTE
 from tiny import chat_tokenizer, image_processor
 from tiny_models import NUM_QUERY_TOKENS, QFORMER, inputs, language_model, vision_model
 from tiny_training import pairs
 from transformers import AutoModelForImageTextToText
+from without_lorgnette import WITHOUT_LORGNETTE
 
 from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor
 

@@ -1,7 +1,7 @@
-"""Configs of any architecture of transformers, shrunk until a model of them is built in a blink.
+"""Shrink configs of any architecture of transformers to tiny models.
 
-Fields are known by their names: widths, numbers of layers, heads and experts have few of them throughout transformers.
-What a config derives from others (lists of layers, ranks, offsets) is left to it.
+Field names identify widths and numbers of layers, heads and experts: transformers uses few names for them. Fields that
+    a config derives from others (lists of layers, ranks, offsets) are not set.
 """
 
 import copy
@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 MOST_WEIGHTS = 40_000_000
 VOCABULARY = 320
-# the whole name of a field -> its value; the first that matches
+# pattern for a field's full name -> its value; the first match counts
 _SIZES = {
     r"vocab_size|.*_vocab(_size)?|vocab_size_per_layer_input": VOCABULARY,
     r"hidden_size|n_embd|d_model|dim|embed_dim|emb_dim|embedding_(size|dim)|word_embed_proj_dim|backbone_hidden_size"
@@ -53,25 +53,25 @@ _LAYERS = r"num_hidden_layers|n_layers?|num_layers"
 
 
 class NotTinyError(ValueError):
-    """No tiny config could be made, with the reason."""
+    """No tiny config could be built; with the reason."""
 
 
 def tiny_model(
     config_class: type[PreTrainedConfig], build: Callable[[PreTrainedConfig], PreTrainedModel], **fields: Any
 ) -> PreTrainedModel:
-    """A model of few random weights, large enough to tell its outputs apart.
+    """A model with few random weights, scaled so that outputs differ.
 
     Args:
         build: from a config to a model.
-        fields: what the names do not say, for this class.
+        fields: further fields for this class.
 
     Raises:
-        NotTinyError: nothing that was tried gives a model that runs by itself; names the first cause.
+        NotTinyError: no attempt gives a model that runs; with the first cause.
     """
     cause: Exception | None = None
     try:
         ways = _ways(config_class)
-    except Exception as error:  # each class refuses what it does in its own way
+    except Exception as error:  # classes raise different exceptions
         ways, cause = [], error
     for shrunk in ways:
         try:
@@ -86,7 +86,7 @@ def tiny_model(
                 for weight in model.parameters():
                     if weight.is_floating_point():
                         weight.add_(torch.randn_like(weight) * 0.05)
-                for table in model.modules():  # transformers' own loading of a Youtu makes padding zero again
+                for table in model.modules():  # transformers resets a Youtu's padding embedding to zero when it loads
                     if isinstance(table, torch.nn.Embedding) and table.padding_idx is not None:
                         table.weight[table.padding_idx] = 0
                 if model.main_input_name == "input_ids" and not config.is_encoder_decoder:
@@ -109,14 +109,14 @@ def _in_words(cause: Exception | None) -> str:
 
 
 def _ways(config_class: type[PreTrainedConfig]) -> list[dict[str, Any]]:
-    """Keywords for the class, the smallest first."""
+    """Keyword arguments to try for the class, the smallest first."""
     small = _shrunk(config_class())
     plain = {name: value for name, value in small.items() if not isinstance(value, list)}
     return [small, _as_many_heads(small), plain, _as_many_heads(plain)]
 
 
 def _as_many_heads(shrunk: dict[str, Any]) -> dict[str, Any]:
-    """With as many heads of keys as there are of queries."""
+    """The fields with as many key heads as query heads."""
     fields = shrunk.copy()
     for name, value in fields.items():
         if isinstance(value, dict):
@@ -127,7 +127,7 @@ def _as_many_heads(shrunk: dict[str, Any]) -> dict[str, Any]:
 
 
 def _over(fields: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
-    """The fields, with the others in their place; of a config within, only those that are named."""
+    """Merge `others` into the fields, recursively into nested configs."""
     inner = {
         name: _over(fields[name], value)
         for name, value in others.items()
@@ -148,7 +148,7 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
         elif name in lists and name not in ("architectures",):
             shrunk[name] = [value[place] for place in kept]
         elif "drop" in name and isinstance(value, float):
-            shrunk[name] = 0.0  # so that training computes what evaluation does
+            shrunk[name] = 0.0  # training and evaluation then compute the same
         elif isinstance(value, int) and not isinstance(value, bool):
             if kept and re.fullmatch(_LAYERS, name):
                 shrunk[name] = len(kept)
@@ -160,7 +160,7 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _kinds_of_layers(lists: dict[str, list], layers: int | None) -> list[int]:
-    """The first layer of each kind, as the lists that have an entry a layer tell kinds apart; two or more."""
+    """The first layer of each kind, by the lists with an entry per layer; at least two."""
     if not layers:
         return []
     first: dict[str, int] = {}

@@ -1,11 +1,11 @@
-"""Every picture of Pillow's own tests, hundreds of them odd or broken, by processor, collator and pipeline.
+"""Load every picture of Pillow's own tests, many of them broken, by processor, collator and pipeline.
 
-    python -m faults.hostile
+    python -m robustness.hostile
 
-Each file has a process of its own, forked from one that holds a tiny random model. It has to be answered each way, or
-refused with an exception that `load_image` documents, within 5 seconds and 1 GB of memory on top of what the process
-had. Prints the counts and writes them to `results/hostile.md`, with the outcome of each file in `hostile.json` beside
-it. Exits with status 1 where a file does anything else, or is answered one way and refused another, or none is.
+Each file is loaded in its own process, forked from one with a tiny random model. Each of the three has to answer, or to
+raise an exception that `load_image` documents, within 5 seconds and 1 GB of additional memory. Prints the counts and
+writes them to `results/hostile.md`, and the outcome of each file to `hostile.json` beside it. Exits with status 1 if a
+file gives anything else, if the three disagree on a file, or if no file is answered.
 """
 
 import json
@@ -26,7 +26,7 @@ from typing import Any
 from tiny_training import joined, write_backbones
 
 from examples.quality.steps import say
-from examples.sources.registry import Archive, fetch, read_members, whole
+from examples.sources.registry import Archive, fetch, read_members, scratch_directory
 from lorgnette import LorgnetteCollator, LorgnetteImageToTextPipeline
 from lorgnette.processing.image_loading import FORMATS
 
@@ -42,7 +42,7 @@ PICTURES = Archive(
 )
 INSIDE = "Tests/images/"
 SECONDS, BYTES = 5.0, 2**30
-PATIENCE = 4 * SECONDS  # then the process is killed
+TIMEOUT_S = 4 * SECONDS  # then the process is killed
 DOCUMENTED = ("ValueError", "FileNotFoundError", "OSError", "TypeError")
 ANSWERED, SLOW, LARGE, CRASHED = "answered", "too slow", "too large", "crashed"
 
@@ -50,7 +50,7 @@ Way = Callable[[str], Any]
 
 
 def main(argv: list[str]) -> int:
-    parser = ArgumentParser(prog="python -m faults.hostile", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m robustness.hostile", description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="where downloads are kept")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where table and outcomes go")
     args = parser.parse_args(argv)
@@ -58,15 +58,15 @@ def main(argv: list[str]) -> int:
     results = args.results.resolve()
     results.mkdir(parents=True, exist_ok=True)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process that is forked has none of its parent's threads
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked process has none of its parent's threads
     with tempfile.TemporaryDirectory() as scratch:
         ways = make_ways(Path(scratch))
         home = Path.cwd()
-        os.chdir(folder)  # names in messages are then the same on any machine
+        os.chdir(folder)  # messages then name the same paths on any machine
         try:
             outcomes = {}
             for number, file in enumerate(files, 1):
-                outcomes[file] = visit(ways, file)
+                outcomes[file] = load_in_process(ways, file)
                 if number % 100 == 0:
                     say(f"{number} of {len(files)} files")
         finally:
@@ -86,7 +86,7 @@ def pictures(cache: Path) -> Path:
     target = cache / f"{PICTURES.name}-{PICTURES.version}-images"
     if not target.exists():
         archive = fetch(PICTURES, cache)
-        with whole(target) as folder:
+        with scratch_directory(target) as folder:
             for name, content in read_members(archive, lambda name: INSIDE in name):
                 path = folder / name.partition(INSIDE)[2]
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def pictures(cache: Path) -> Path:
 
 
 def make_ways(scratch: Path) -> dict[str, Way]:
-    """The three ways that a file may go, around one tiny random model."""
+    """The three ways to load a file, with one tiny random model."""
     model, processor = joined(write_backbones(scratch))
     collator = LorgnetteCollator(processor)
     pipe = LorgnetteImageToTextPipeline(model=model.eval(), processor=processor, device="cpu")
@@ -107,25 +107,25 @@ def make_ways(scratch: Path) -> dict[str, Way]:
     }
 
 
-def visit(ways: dict[str, Way], file: str) -> dict[str, dict[str, Any]]:
-    """Send a file all ways, one after another, in a process of its own.
+def load_in_process(ways: dict[str, Way], file: str) -> dict[str, dict[str, Any]]:
+    """Load a file in all ways, one after another, in a new process.
 
     Returns:
         by the way's name: `outcome`, "answered", the name of an exception, "too slow", "too large" or "crashed"; the
-        exception's `message`; `seconds`; `bytes`, the most memory up to its end on top of what the process had.
+        exception's `message`; `seconds`; `bytes`, the peak of additional memory.
     """
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=_look, args=(ways, file, sender))
+    child = fork.Process(target=_load_all_ways, args=(ways, file, sender))
     child.start()
     sender.close()
     found = {}
     try:
         for name in ways:
-            if not receiver.poll(PATIENCE):
-                lost = {"outcome": SLOW, "message": f"killed after {PATIENCE:g} s"}
+            if not receiver.poll(TIMEOUT_S):
+                lost = {"outcome": SLOW, "message": f"killed after {TIMEOUT_S:g} s"}
                 break
-            found[name] = _judged(receiver.recv())
+            found[name] = _apply_limits(receiver.recv())
     except EOFError:
         child.join()
         lost = {"outcome": CRASHED, "message": f"status {child.exitcode}"}
@@ -135,9 +135,9 @@ def visit(ways: dict[str, Way], file: str) -> dict[str, dict[str, Any]]:
     return found | {name: {**lost, "seconds": 0.0, "bytes": 0} for name in ways if name not in found}
 
 
-def _look(ways: dict[str, Way], file: str, sender: Any) -> None:
+def _load_all_ways(ways: dict[str, Way], file: str, sender: Any) -> None:
     warnings.simplefilter("ignore")
-    # well above what is allowed, so that the peak is measured and the machine is safe all the same
+    # above the allowed memory, so that the peak can be measured and the machine stays safe
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + 2 * BYTES,) * 2)
     before = _peak()
@@ -155,17 +155,17 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def _judged(found: dict[str, Any]) -> dict[str, Any]:
+def _apply_limits(found: dict[str, Any]) -> dict[str, Any]:
     if found["bytes"] > BYTES or found["outcome"] == "MemoryError":
         return found | {"outcome": LARGE}
     return found | {"outcome": SLOW} if found["seconds"] > SECONDS else found
 
 
 def failures(outcomes: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    """What should not have happened, a line each."""
+    """The failures, a line each."""
     ways = dict.fromkeys(way for found in outcomes.values() for way in found)
     wrong = [
-        f"{way}: no file is answered"  # to refuse all alike is to read none
+        f"{way}: no file is answered"  # refusing everything is a failure too
         for way in ways
         if not any(found[way]["outcome"] == ANSWERED for found in outcomes.values())
     ]
@@ -180,7 +180,7 @@ def failures(outcomes: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 
 
 def table(outcomes: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The Markdown of counts, of reasons to refuse, and of what took most."""
+    """The Markdown tables of counts, of reasons to refuse, and of the slowest and largest files."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("pillow", "transformers", "torch"))
     lines = [f"The {len(outcomes)} files of `{INSIDE}` in Pillow {PICTURES.version}; read with {packages}", ""]
     ways = list(next(iter(outcomes.values())))
@@ -202,7 +202,7 @@ def table(outcomes: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def reason(message: str) -> str:
-    """What a message says without the file's own name and numbers."""
+    """A message without the file's name and numbers."""
     if not message:
         return ""
     if "is no picture that is read here" in message:

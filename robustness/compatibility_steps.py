@@ -1,4 +1,4 @@
-"""What one tiny model goes through, and how it is found out whether it works."""
+"""The steps that test whether one tiny model works."""
 
 import inspect
 import tempfile
@@ -24,20 +24,20 @@ from .tiny_configs import VOCABULARY, NotTinyError, tiny_model
 
 
 LMS, VITS = "Language models", "ViTs"
-WORDS = 9
+TEXT_TOKENS = 9
 BRIDGE = QFORMER | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-# Sums in another order: a product of few rows, of many, of merged weights. Random weights make logits of about 1.
+# tolerance for another order of sums: other batch sizes, merged weights. Random weights make logits of about 1.
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a model.
+    """The result for one model.
 
     Args:
-        verdict: "works", "refused" at the join, "fails" afterwards, or "not tried".
-        reason: why it is not "works", or what it needs for that.
-        packed: of a language model that works: "yes", or why not.
+        verdict: "works", "refused" by `from_backbones`, "fails" afterwards, or "not tried".
+        reason: why it does not work, or what it needs to work.
+        packed: for a language model that works: "yes", or why not.
     """
 
     kind: str
@@ -47,8 +47,8 @@ class Outcome:
     packed: str = ""
 
 
-class WrongAnswerError(AssertionError):
-    """An answer that is not what it has to be."""
+class WrongOutputError(AssertionError):
+    """An output differs from the expected one."""
 
 
 def try_language_model(model_type: str, config_class: type[PreTrainedConfig]) -> Outcome:
@@ -56,10 +56,10 @@ def try_language_model(model_type: str, config_class: type[PreTrainedConfig]) ->
     try:
         text = tiny_model(config_class, AutoModelForCausalLM.from_config, **FIELDS.get(model_type, {}))
     except NotTinyError as error:
-        return Outcome(LMS, model_type, "not tried", UNTRIED.get(model_type) or short(error))
-    named = layers_to_name(text)
-    with hub_with(text) as hub:
-        return _try_joined(LMS, model_type, hub, vision_model(), text, named)
+        return Outcome(LMS, model_type, "not tried", UNTRIED.get(model_type) or shortened(error))
+    targets = required_lora_targets(text)
+    with hub_cache_with(text) as hub:
+        return _try_joined(LMS, model_type, hub, vision_model(), text, targets)
 
 
 def _try_joined(
@@ -68,17 +68,17 @@ def _try_joined(
     hub: TinyHub,
     vision: PreTrainedModel,
     text: PreTrainedModel,
-    named: list[str] | None = None,
+    targets: list[str] | None = None,
 ) -> Outcome:
     try:
-        built = joined(vision, text, named)
+        built = join(vision, text, targets)
     except ValueError as error:
-        return Outcome(kind, model_type, "refused", short(error))
+        return Outcome(kind, model_type, "refused", shortened(error))
     except Exception as error:
-        return Outcome(kind, model_type, "fails", f"at the join: {where(error)}")
-    outcome = through(built, kind, model_type, hub)
-    if outcome.verdict == "works" and named:
-        return replace(outcome, reason=f"lora has to name its target_modules, here {', '.join(named)}")
+        return Outcome(kind, model_type, "fails", f"at the join: {describe(error)}")
+    outcome = run_all_steps(built, kind, model_type, hub)
+    if outcome.verdict == "works" and targets:
+        return replace(outcome, reason=f"lora has to name its target_modules, here {', '.join(targets)}")
     return outcome
 
 
@@ -87,15 +87,15 @@ def try_vision_model(model_type: str, config_class: type[PreTrainedConfig]) -> O
     try:
         vision = tiny_model(config_class, MODEL_MAPPING[config_class]._from_config, **FIELDS.get(model_type, {}))
     except NotTinyError as error:
-        return Outcome(VITS, model_type, "not tried", UNTRIED.get(model_type) or short(error))
+        return Outcome(VITS, model_type, "not tried", UNTRIED.get(model_type) or shortened(error))
     text = language_model()
-    with hub_with(text) as hub:
+    with hub_cache_with(text) as hub:
         return _try_joined(VITS, model_type, hub, vision, text)
 
 
 @contextmanager
-def hub_with(text: PreTrainedModel) -> Iterator[TinyHub]:
-    """A Hub cache that has this language model, before a join puts LoRA into it."""
+def hub_cache_with(text: PreTrainedModel) -> Iterator[TinyHub]:
+    """A Hub cache with this language model, written before LoRA is attached."""
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         hub = TinyHub(Path(folder), patch)
@@ -103,10 +103,10 @@ def hub_with(text: PreTrainedModel) -> Iterator[TinyHub]:
         yield hub
 
 
-def joined(
+def join(
     vision: PreTrainedModel, text: PreTrainedModel, layers: list[str] | None = None
 ) -> LorgnetteForConditionalGeneration:
-    """The two, with LoRA on these layers or on the attention."""
+    """Join both, with LoRA on these layers or on the attention."""
     lora: dict[str, Any] = {"r": 2} | ({"target_modules": layers} if layers else {})
     built = LorgnetteForConditionalGeneration.from_backbones(
         vision, text, qformer_config=dict(BRIDGE), num_query_tokens=NUM_QUERY_TOKENS, lora=lora
@@ -119,53 +119,53 @@ def joined(
     return built.eval()
 
 
-def layers_to_name(text: PreTrainedModel) -> list[str] | None:
-    """Names of linear layers that LoRA can train, where the attention cannot have it or there is none.
+def required_lora_targets(text: PreTrainedModel) -> list[str] | None:
+    """Names of linear layers for LoRA if the default targets are not possible, else None.
 
-    peft refuses Mamba's last, and experts may be chosen for no token.
+    Leaves out Mamba's last layer, which peft refuses, and experts, which may get no token.
     """
     try:
         resolve_lora_config({}, text)
-    except Exception:  # or it is nothing that can be asked: the join says what
+    except Exception:  # from_backbones reports the error
         pass
     else:
         return None
     try:
         read = read_layers(text) - layers_of_one_weight(linear_layers(text))
-    except Exception:  # the join says why
+    except Exception:  # from_backbones reports the error
         read = set()
     names = {name.rsplit(".", 1)[-1] for name, layer in text.named_modules() if layer in read}
     return sorted(names - {"out_proj", "classifier", "gate_proj", "up_proj", "down_proj"}) or ["none"]
 
 
-def through(built: LorgnetteForConditionalGeneration, kind: str, model_type: str, hub: TinyHub) -> Outcome:
-    """Everything that comes after the join."""
+def run_all_steps(built: LorgnetteForConditionalGeneration, kind: str, model_type: str, hub: TinyHub) -> Outcome:
+    """Run all steps after `from_backbones`."""
     batch, packed, step = batch_for(built), "", "loss"
     try:
-        the_loss_is_the_language_models(built, batch)
+        check_loss(built, batch)
         step = "training"
         train(built, batch)
         step = "generate"
-        generates(built, batch)
+        check_generation(built, batch)
         if kind == LMS:
             step = "packing"
-            packed = packs(built)
+            packed = check_packing(built)
         with tempfile.TemporaryDirectory() as scratch:
             for step in SAVE_FORMATS[::-1]:
                 if step == "thin":
-                    names_its_backbones(built, hub)
-                comes_back(built, batch, step, Path(scratch, step))
+                    set_hub_backbones(built, hub)
+                check_reload(built, batch, step, Path(scratch, step))
     except Exception as error:
-        return Outcome(kind, model_type, "fails", f"{step}: {where(error)}")
+        return Outcome(kind, model_type, "fails", f"{step}: {describe(error)}")
     return Outcome(kind, model_type, "works", packed=packed)
 
 
 def batch_for(built: LorgnetteForConditionalGeneration, rows: int = 2) -> dict[str, torch.Tensor]:
-    """Prompts with a picture each, between words."""
+    """Prompts of text tokens with a picture each."""
     generator = torch.Generator().manual_seed(0)
-    words = torch.randint(3, VOCABULARY, (rows, WORDS), generator=generator)
+    text = torch.randint(3, VOCABULARY, (rows, TEXT_TOKENS), generator=generator)
     image = torch.full((rows, NUM_QUERY_TOKENS), built.config.image_token_id)
-    input_ids = torch.cat([words[:, :3], image, words[:, 3:]], dim=1)
+    input_ids = torch.cat([text[:, :3], image, text[:, 3:]], dim=1)
     config = built.config.vision_config
     size = getattr(config, "image_size", None) or 32
     height, width = (size, size) if isinstance(size, int) else size
@@ -185,8 +185,8 @@ def labels_of(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.T
     return labels
 
 
-def the_loss_is_the_language_models(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
-    """That of supervised positions alone is that of all logits."""
+def check_loss(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+    """The loss over supervised positions equals the cross entropy of all logits."""
     labels = labels_of(built, batch)
     built.eval()
     with torch.no_grad():
@@ -195,95 +195,95 @@ def the_loss_is_the_language_models(built: LorgnetteForConditionalGeneration, ba
         built.train()
         found = built(**batch, labels=labels).loss
     if not torch.isfinite(found):
-        raise WrongAnswerError(f"the loss is {found}")
-    same(found, expected, "loss of a training step", "cross entropy of the logits")
+        raise WrongOutputError(f"the loss is {found}")
+    assert_close(found, expected, "loss of a training step", "cross entropy of the logits")
 
 
 def train(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
-    """Two steps, in which every weight that trains gets a gradient."""
+    """Train two steps; every trainable weight must get a gradient."""
     built.train()
     optimizer = torch.optim.AdamW([weight for weight in built.parameters() if weight.requires_grad], lr=1e-3)
     for _ in range(2):
         loss = built(**batch, labels=labels_of(built, batch)).loss
         loss.backward()
         if not torch.isfinite(loss):
-            raise WrongAnswerError(f"the loss is {loss}")
+            raise WrongOutputError(f"the loss is {loss}")
         idle = [name for name, weight in built.named_parameters() if weight.requires_grad and weight.grad is None]
         if idle:
-            raise WrongAnswerError(f"{len(idle)} weights that train get no gradient ({idle[0]}, …)")
+            raise WrongOutputError(f"{len(idle)} weights that train get no gradient ({idle[0]}, …)")
         optimizer.step()
         optimizer.zero_grad()
     built.eval()
 
 
-def generates(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
-    """With the cache, what a pass over all says without it."""
+def check_generation(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.Tensor]) -> None:
+    """Generation with the cache gives the logits of one pass without it."""
     first = {name: value[:1] for name, value in batch.items()}
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
-    made = built.generate(**first, **settings, output_logits=True, return_dict_in_generate=True)
-    whole = first | {"input_ids": made.sequences, "attention_mask": torch.ones_like(made.sequences)}
+    output = built.generate(**first, **settings, output_logits=True, return_dict_in_generate=True)
+    whole = first | {"input_ids": output.sequences, "attention_mask": torch.ones_like(output.sequences)}
     with torch.no_grad():
         logits = built(**whole, use_cache=False).logits[:, -5:-1]
-    same(torch.stack(made.logits, dim=1), logits, "logits with the cache", "those without")
+    assert_close(torch.stack(output.logits, dim=1), logits, "logits with the cache", "those without")
 
 
-def packs(built: LorgnetteForConditionalGeneration) -> str:
-    """Two documents in a row are what each is alone; "yes", or why they cannot share one."""
+def check_packing(built: LorgnetteForConditionalGeneration) -> str:
+    """Packed sequences give the logits of each alone; returns "yes", or why packing is refused."""
     generator = torch.Generator().manual_seed(2)
-    words = torch.randint(3, VOCABULARY, (1, 12), generator=generator)
-    documents = torch.tensor([[0] * 5 + [1] * 7])
+    ids = torch.randint(3, VOCABULARY, (1, 12), generator=generator)
+    sequence_ids = torch.tensor([[0] * 5 + [1] * 7])
     with torch.no_grad():
         try:
-            together = built(words, sequence_ids=documents).logits
+            together = built(ids, sequence_ids=sequence_ids).logits
         except ValueError as error:
             if "cannot be packed" not in str(error):
                 raise
-            return "no: " + short(error).partition(" ")[2].replace(": it cannot be packed", "")
-        alone = torch.cat([built(words[:, :5]).logits, built(words[:, 5:]).logits], dim=1)
-    same(together, alone, "logits of packed documents", "those of each alone")
+            return "no: " + shortened(error).partition(" ")[2].replace(": it cannot be packed", "")
+        alone = torch.cat([built(ids[:, :5]).logits, built(ids[:, 5:]).logits], dim=1)
+    assert_close(together, alone, "logits of packed sequences", "those of each alone")
     return "yes"
 
 
-def names_its_backbones(built: LorgnetteForConditionalGeneration, hub: TinyHub) -> None:
-    """As if it had been joined from Hub ids: a thin save leaves them out."""
+def set_hub_backbones(built: LorgnetteForConditionalGeneration, hub: TinyHub) -> None:
+    """Record Hub ids as the backbones' sources, so that a thin save leaves them out."""
     hub.add("tiny/vision", built.vision_model)
     for part in ("vision", "text"):
         setattr(built.config, f"{part}_backbone", f"tiny/{part}")
         setattr(built.config, f"{part}_backbone_revision", hub.snapshot(f"tiny/{part}").name)
 
 
-def comes_back(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.Tensor], form: str, folder: Path):
-    """Saved in a form, and loaded to the same logits."""
+def check_reload(built: LorgnetteForConditionalGeneration, batch: dict[str, torch.Tensor], form: str, folder: Path):
+    """Save in a format, load, and compare logits."""
     built.save_pretrained(folder, save_format=form)
     loaded = LorgnetteForConditionalGeneration.from_pretrained(folder).eval()
     with torch.no_grad():
         ours, theirs = built(**batch).logits, loaded(**batch).logits
-    if form == "full" and not torch.allclose(ours, theirs, rtol=0, atol=1e-6):  # some kernels heed where memory begins
-        raise WrongAnswerError(f"logits after loading differ by {(ours - theirs).abs().max():.2g}")
-    same(ours, theirs, "logits", "those after loading")
+    if form == "full" and not torch.allclose(ours, theirs, rtol=0, atol=1e-6):  # some depend on memory alignment
+        raise WrongOutputError(f"logits after loading differ by {(ours - theirs).abs().max():.2g}")
+    assert_close(ours, theirs, "logits", "those after loading")
 
 
-def same(first: torch.Tensor, second: torch.Tensor, what: str, other: str) -> None:
+def assert_close(first: torch.Tensor, second: torch.Tensor, what: str, other: str) -> None:
     if first.shape != second.shape:
-        raise WrongAnswerError(f"{what} are {tuple(first.shape)}, {other} {tuple(second.shape)}")
+        raise WrongOutputError(f"{what} are {tuple(first.shape)}, {other} {tuple(second.shape)}")
     scale = float(second.abs().max().clamp(min=1.0))
     if not torch.allclose(first / scale, second / scale, **CLOSE):
-        raise WrongAnswerError(f"{what} and {other} differ by {(first - second).abs().max():.2g}, of {scale:.2g}")
+        raise WrongOutputError(f"{what} and {other} differ by {(first - second).abs().max():.2g}, of {scale:.2g}")
 
 
-def where(error: Exception) -> str:
-    """The error, and the last line of code on the way to it."""
+def describe(error: Exception) -> str:
+    """The error, and the last line of its traceback."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    place = "" if isinstance(error, WrongAnswerError) else f" ({Path(last.filename).name}:{last.lineno})"
-    return f"{type(error).__name__}: {short(error)}{place}"
+    place = "" if isinstance(error, WrongOutputError) else f" ({Path(last.filename).name}:{last.lineno})"
+    return f"{type(error).__name__}: {shortened(error)}{place}"
 
 
-def short(error: Exception) -> str:
+def shortened(error: Exception) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else text[:199] + "…"
 
 
-# Why a tiny one is not to be had, where the error that says so speaks of something else
+# the reason why no tiny model can be built, where the error message is misleading
 UNTRIED: dict[str, str] = {
     **dict.fromkeys(
         ("gemma4_assistant", "gemma4_unified_assistant"),
@@ -309,7 +309,7 @@ _REPEATED_BLOCK = {
     "attention_hidden_size": 64,
     "attention_head_dim": 16,
 }
-# in place of a backbone of timm
+# instead of a timm backbone
 _RESNET = {"backbone_config": {"model_type": "resnet", "out_features": ["stage2", "stage3", "stage4"]}}
 # the size, stride and padding of PP-OCR's convolutions
 _KERNELS = {
@@ -326,10 +326,10 @@ _KERNELS = {
     "symmetric_conv_long_shortratio": [3, 1, 1],
 }
 _SWIN = {"embed_dim": 48, "hidden_size": 384, "window_size": 2, "patch_size": 2}
-# What the names of fields do not say
+# fields whose sizes do not follow from their names
 FIELDS: dict[str, dict] = {
     "bamba": {"attn_layer_indices": [1]},
-    "blt": {"use_cache": False},  # the one that it makes by itself asks for layers of its config, which has none
+    "blt": {"use_cache": False},  # its default asks for layers that its config lacks
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
@@ -360,7 +360,7 @@ FIELDS: dict[str, dict] = {
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "omdet-turbo": _RESNET,
     "pp_ocrv6_medium_det": {"intraclass_block_config": _KERNELS},
-    "qwen4_exp": {"text_config": _INDEXER | _PER_LAYER_WORDS},  # as it is published
+    "qwen4_exp": {"text_config": _INDEXER | _PER_LAYER_WORDS},  # as published
     "qwen4_exp_text": _INDEXER,  # without what asks for words
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_shape": [16, 16], "axial_pos_embds_dim": [16, 16]},

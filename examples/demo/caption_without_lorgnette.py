@@ -1,6 +1,6 @@
-"""Captions pictures as somebody would who was handed the model's folder and has transformers, but not lorgnette.
+"""Caption pictures with a saved model's folder and transformers, without lorgnette.
 
-Usage: python -I stranger.py MODEL_FOLDER PICTURE_FOLDER ANSWERS.json
+Usage: python -I caption_without_lorgnette.py MODEL_FOLDER PICTURE_FOLDER ANSWERS.json
 
 Writes a JSON list of the answers to the folder's PNG files, in the order of their names.
 """
@@ -16,7 +16,7 @@ BATCH = 8
 
 
 class WithoutLorgnette(MetaPathFinder):
-    """Makes this interpreter one in which lorgnette is not installed."""
+    """Makes imports of lorgnette fail in this interpreter."""
 
     def find_spec(self, name: str, path=None, target=None) -> None:
         if name.partition(".")[0] == "lorgnette":

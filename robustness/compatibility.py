@@ -1,12 +1,11 @@
-"""Every causal LM and every ViT of the installed transformers, tiny, through all that a model here goes through.
+"""Test every causal LM and every ViT of the installed transformers with a tiny random model.
 
-    python -m faults.compatibility
-    python -m faults.compatibility --only llama,mamba,dinov2
+    python -m robustness.compatibility
+    python -m robustness.compatibility --only llama,mamba,dinov2
 
-Each is joined, trained for two steps, asked to continue a prompt, packed, saved merged, full and thin, and each save is
-loaded again. Writes which work, which are refused at the join and why, and which fail, to
-`docs/compatibility.md`. Exits with status 1 where one fails: is accepted at the join, and an error, or other numbers,
-follow.
+Each model is joined, trained for two steps, used for generation, packed, saved in all formats, and each save is loaded
+again. Writes which models work, which `from_backbones` refuses and why, and which fail, to `docs/compatibility.md`.
+Exits with status 1 if a model fails: `from_backbones` accepts it, and a later step raises or gives other numbers.
 """
 
 import multiprocessing
@@ -19,7 +18,7 @@ from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-import peft  # noqa: F401 (imported once, and not in each process again)
+import peft  # noqa: F401 (imported once, before processes fork)
 import torch
 from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -29,22 +28,22 @@ from transformers.utils import logging
 from .compatibility_steps import LMS, VITS, Outcome, try_language_model, try_vision_model
 
 
-SECONDS = 60  # for one model, before it is given up
+SECONDS = 60  # limit for one model
 
 
 @dataclass
 class Running:
-    """A model under trial in a process of its own: whatever becomes of it, the others go on."""
+    """A model that is tested in its own process, so that a crash does not stop the others."""
 
     kind: str
     model_type: str
     process: multiprocessing.Process
     receiver: Connection
-    begun: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.monotonic)
 
 
 def main(argv: list[str]) -> int:
-    parser = ArgumentParser(prog="python -m faults.compatibility", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m robustness.compatibility", description=__doc__.splitlines()[0])
     parser.add_argument("--only", help="model types, with commas between them; all by default")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time, each on one thread")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for one model, before it is given up")
@@ -56,41 +55,43 @@ def main(argv: list[str]) -> int:
         parser.error(f"transformers {version('transformers')} has no causal LM and no ViT of the type {unknown[0]!r}")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    begun = time.monotonic()
-    outcomes = sorted(tried(cases, args.jobs, args.seconds), key=lambda outcome: (outcome.kind, outcome.model_type))
+    started_at = time.monotonic()
+    outcomes = sorted(
+        try_models(cases, args.jobs, args.seconds), key=lambda outcome: (outcome.kind, outcome.model_type)
+    )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(table(outcomes), encoding="utf-8")
     failed = [outcome for outcome in outcomes if outcome.verdict == "fails"]
-    sys.stdout.write(f"{args.output}: {counts(outcomes)}, in {time.monotonic() - begun:.0f} s\n")
+    sys.stdout.write(f"{args.output}: {counts(outcomes)}, in {time.monotonic() - started_at:.0f} s\n")
     return 1 if failed else 0
 
 
 def language_models() -> Iterator[tuple[str, str, type[PreTrainedConfig]]]:
-    """All that `AutoModelForCausalLM` knows, by model type."""
+    """All model types of `AutoModelForCausalLM`."""
     for model_type, config_class in sorted(CONFIG_MAPPING.items()):
         if config_class in MODEL_FOR_CAUSAL_LM_MAPPING and config_class.model_type == model_type:
             yield LMS, model_type, config_class
 
 
 def vision_models() -> Iterator[tuple[str, str, type[PreTrainedConfig]]]:
-    """Those that `AutoModel` knows and that read `pixel_values`, by model type, some of which are no ViT."""
+    """All model types of `AutoModel` that read `pixel_values`; some are not ViTs."""
     for model_type, config_class in sorted(CONFIG_MAPPING.items()):
         try:
             model_class = MODEL_MAPPING[config_class]
-        except (KeyError, ValueError):  # the list has names of classes that are not there
+        except (KeyError, ValueError):  # the list names classes that do not exist
             continue
         if not isinstance(model_class, tuple) and config_class.model_type == model_type and _reads_pixels(model_class):
             yield VITS, model_type, config_class
 
 
 def _reads_pixels(model_class: type[PreTrainedModel]) -> bool:
-    # not asked by its name: a class whose requirements are not installed refuses all questions
+    # not getattr: a class whose requirements are not installed raises on every attribute
     named = (vars(base)["main_input_name"] for base in model_class.__mro__ if "main_input_name" in vars(base))
     return next(named, None) == "pixel_values"
 
 
-def tried(cases: list[tuple[str, str, type[PreTrainedConfig]]], jobs: int, seconds: float) -> Iterator[Outcome]:
-    """What became of each, in the order in which they end."""
+def try_models(cases: list[tuple[str, str, type[PreTrainedConfig]]], jobs: int, seconds: float) -> Iterator[Outcome]:
+    """Yield the result of each model, in the order of completion."""
     waiting, running = list(reversed(cases)), {}
     with tqdm(total=len(cases), unit="model") as progress:
         while waiting or running:
@@ -125,7 +126,7 @@ def _try(sender: Connection, kind: str, model_type: str, config_class: type[PreT
 
 
 def _ended(one: Running, seconds: float) -> Outcome | None:
-    """What the process has sent; that it was killed, or died; None while it goes on."""
+    """The process's result, or that it was killed or died; None while it runs."""
     outcome = None
     if one.receiver.poll():
         try:
@@ -134,7 +135,7 @@ def _ended(one: Running, seconds: float) -> Outcome | None:
             one.process.join()
             reason = f"the process ended with status {one.process.exitcode}"
             outcome = Outcome(one.kind, one.model_type, "fails", reason)
-    elif time.monotonic() - one.begun > seconds:
+    elif time.monotonic() - one.started_at > seconds:
         one.process.kill()
         outcome = Outcome(one.kind, one.model_type, "fails", f"not done after {seconds:.0f} s")
     if outcome is not None:
@@ -149,14 +150,14 @@ def counts(outcomes: list[Outcome]) -> str:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """The Markdown: a line a model type."""
+    """The Markdown table: a line for each model type."""
     lines = [
-        "# Which language models and ViTs go together with lorgnette",
+        "# Compatible language models and ViTs",
         "",
-        f"Written by `python -m faults.compatibility`, with transformers {version('transformers')}, peft "
+        f"Written by `python -m robustness.compatibility`, with transformers {version('transformers')}, peft "
         f"{version('peft')} and torch {version('torch')}. Each is built tiny and random, joined, trained for two steps "
-        "with LoRA, asked to continue a prompt, saved merged, full and thin, and each save loaded to the same logits. "
-        "What is refused is refused at the join.",
+        "with LoRA, used for generation, saved merged, full and thin, and each save loaded to the same logits. "
+        "`from_backbones` raises the refusals.",
     ]
     for kind in (LMS, VITS):
         ours = [outcome for outcome in outcomes if outcome.kind == kind]

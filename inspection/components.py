@@ -1,4 +1,4 @@
-"""What a model is made of: its parts, where they came from, and the shapes of what flows between them."""
+"""A model's components, their sources, and the shapes of the tensors between them."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.processing_lorgnette import LorgnetteProcessor
-from .checks import PARTS, part_of, undisturbed
+from .checks import PARTS, part_of, preserved_state
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Part:
     Args:
         name: `ViT`, `queries`, `Q-Former`, `projector`, `language model` or `LoRA`.
         kind: its class.
-        parameters, trainable: numbers; of trainable ones all, some or none.
-        bytes: of its parameters.
-        dtypes, devices: those of its parameters.
-        source: where its weights came from.
+        parameters, trainable: number of all and of trainable parameters.
+        bytes: size of its parameters.
+        dtypes, devices: of its parameters.
+        source: the origin of its weights.
     """
 
     name: str
@@ -37,13 +37,13 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Station:
-    """A tensor on the way from picture to text, and the part that makes it.
+class FlowTensor:
+    """A tensor between picture and text, and the part that outputs it.
 
     Args:
         what: `pixel values`, `features` …
-        shape: of one picture in one prompt, without the batch.
-        part: the part that it comes out of; None for what the processor makes.
+        shape: for one picture in one prompt, without the batch dimension.
+        part: the part that outputs it; None for the processor's outputs.
     """
 
     what: str
@@ -52,7 +52,7 @@ class Station:
 
 
 def parts(model: LorgnetteForConditionalGeneration) -> list[Part]:
-    """The model's parts in the order of the data's way. A tensor that two of them share counts once."""
+    """The model's parts in the order of the data flow. A tensor that two parts share counts once."""
     found = defaultdict(list)
     for name, parameter in model.named_parameters():
         found[part_of(name)].append(parameter)
@@ -76,22 +76,22 @@ def parts(model: LorgnetteForConditionalGeneration) -> list[Part]:
     ]
 
 
-def flow(model: LorgnetteForConditionalGeneration, processor: LorgnetteProcessor) -> list[Station]:
-    """The way of the data with this model's own shapes, measured on a grey square and the processor's own prompt."""
+def flow(model: LorgnetteForConditionalGeneration, processor: LorgnetteProcessor) -> list[FlowTensor]:
+    """The tensors between picture and text, measured on a grey square and the processor's default prompt."""
     grey = Image.fromarray(np.full((64, 64, 3), 128, dtype=np.uint8))
     inputs = {name: value.to(model.device) for name, value in processor(images=grey, return_tensors="pt").items()}
-    with undisturbed(model), torch.no_grad():
+    with preserved_state(model), torch.no_grad():
         pictures = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
-        seen = model.get_image_features(**pictures)
+        vision = model.get_image_features(**pictures)
         logits = model(**inputs).logits
-    queries = seen.qformer_outputs.last_hidden_state[:, : model.config.num_query_tokens]
+    queries = vision.qformer_outputs.last_hidden_state[:, : model.config.num_query_tokens]
     return [
-        Station("pixel values", tuple(inputs["pixel_values"].shape[1:])),
-        Station("features", tuple(seen.last_hidden_state.shape[1:]), "ViT"),
-        Station("query outputs", tuple(queries.shape[1:]), "Q-Former"),
-        Station("soft tokens", tuple(seen.pooler_output.shape[1:]), "projector"),
-        Station("embeddings of the prompt", (logits.shape[1], model.get_input_embeddings().embedding_dim)),
-        Station("logits", tuple(logits.shape[1:]), "language model"),
+        FlowTensor("pixel values", tuple(inputs["pixel_values"].shape[1:])),
+        FlowTensor("features", tuple(vision.last_hidden_state.shape[1:]), "ViT"),
+        FlowTensor("query outputs", tuple(queries.shape[1:]), "Q-Former"),
+        FlowTensor("visual tokens", tuple(vision.pooler_output.shape[1:]), "projector"),
+        FlowTensor("embeddings of the prompt", (logits.shape[1], model.get_input_embeddings().embedding_dim)),
+        FlowTensor("logits", tuple(logits.shape[1:]), "language model"),
     ]
 
 
@@ -100,7 +100,7 @@ def _source(model: LorgnetteForConditionalGeneration, part: str) -> str:
     name = getattr(model.config, field) if field else None
     revision = getattr(model.config, f"{field}_revision") if field else None
     if part == "Q-Former" and name:
-        return f"began as {name}" + (f" @ {revision[:8]}" if revision else "")
+        return f"initialised from {name}" + (f" @ {revision[:8]}" if revision else "")
     if name:
         return name + (f" @ {revision[:8]}" if revision else "")
     folder = model.name_or_path or "made in memory"

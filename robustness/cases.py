@@ -1,4 +1,4 @@
-"""What is killed: commands on tiny random parts, when, and what they may leave behind."""
+"""The killed commands, on tiny random models: their moments, and the folders that they may leave."""
 
 import json
 import re
@@ -22,17 +22,17 @@ from .killing import Moment
 
 
 QFORMER = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
-STEPS, EACH = 24, 2  # of a training run, and from one checkpoint to the next
+STEPS, SAVE_STEPS = 24, 2  # steps of a run, and between checkpoints
 
 
 @dataclass(frozen=True)
-class Left:
-    """What a killed process has left.
+class FolderState:
+    """The folder after a kill.
 
     Args:
-        fell: where the kill fell, by what is there.
-        whole: what the next process has to go on from.
-        unlike: in what that is not what it should be.
+        fell: when the kill happened, judged by the files.
+        whole: the state that the next process must resume from.
+        unlike: differences of that state from the uninterrupted run.
     """
 
     fell: str
@@ -41,10 +41,10 @@ class Left:
 
 
 class Case(ABC):
-    """A command, the moments at which it is killed, and what is asked of the folder that it leaves.
+    """A command, the moments of new kills, and the checks of the folder.
 
     Args:
-        work: where backbones and data lie.
+        work: folder of backbones and data.
     """
 
     name: str
@@ -56,19 +56,19 @@ class Case(ABC):
 
     @abstractmethod
     def arguments(self, output: Path, reference: bool = False) -> list[str]:
-        """Of Python, for the command to work in the folder `output`; the reference run keeps all that it makes."""
+        """Python's arguments for the command to write to `output`; the reference run deletes nothing."""
 
     @abstractmethod
     def moments(self, random: Random, seen: dict[str, float]) -> list[Moment]:
-        """`kills` moments in the order of the run, drawn with what an uninterrupted run was seen to make, and when."""
+        """`kills` random moments in the order of the run, from the times of an uninterrupted run's files."""
 
     @abstractmethod
-    def left(self, output: Path, reference: Path, begun: int) -> Left:
-        """What is in the folder after a kill of a process that began at `begun`, in nanoseconds since the epoch."""
+    def state_after_kill(self, output: Path, reference: Path, started_at: int) -> FolderState:
+        """The folder after a kill of a process that started at `started_at`, in nanoseconds since the epoch."""
 
     @abstractmethod
-    def went_on_from(self, log: str) -> str:
-        """What a process has gone on from, by its log, in the words of [`Left`]."""
+    def resumed_from(self, log: str) -> str:
+        """What a process resumed from, by new log, as in `FolderState.whole`."""
 
 
 class Training(Case):
@@ -87,7 +87,7 @@ class Training(Case):
         lora = {"r": 2, "lora_dropout": 0.1}
         command = (
             f"-m lorgnette.trainer stage2 --vision {self.work}/vit --text {self.work}/llama --num_query_tokens 4 "
-            f"--dataset {self.work}/pictures --output_dir {output} --max_steps {STEPS} --save_steps {EACH} "
+            f"--dataset {self.work}/pictures --output_dir {output} --max_steps {STEPS} --save_steps {SAVE_STEPS} "
             f"--per_device_train_batch_size 2 --learning_rate 1e-3 --logging_steps 1 --log_level info "
             f"--report_to none --use_cpu true --resume_from_checkpoint true {self.options}"
         ).split()
@@ -98,44 +98,46 @@ class Training(Case):
         def whole(step: int) -> str:
             return f"checkpoint-{step}/{TRAINER_STATE_NAME}"
 
-        found = [moment("before the first checkpoint", seen, random, "", f"checkpoint-{EACH}")]
+        found = [moment("before the first checkpoint", seen, random, "", f"checkpoint-{SAVE_STEPS}")]
         middle = self.kills - 3
-        steps = sorted(random.sample(range(2 * EACH, STEPS, EACH), middle))
+        steps = sorted(random.sample(range(2 * SAVE_STEPS, STEPS, SAVE_STEPS), middle))
         between = set(random.sample(steps, middle // 3))
         for step in steps:
             name = f"checkpoint-{step}"
             if step in between:
-                found.append(moment(f"after {name}", seen, random, whole(step), f"checkpoint-{step + EACH}"))
+                found.append(moment(f"after {name}", seen, random, whole(step), f"checkpoint-{step + SAVE_STEPS}"))
             else:
                 found.append(moment(f"while {name} is written", seen, random, name, whole(step)))
         found.append(moment("after the last checkpoint", seen, random, whole(STEPS), ".unfinished"))
         return [*found, moment("while the model is saved", seen, random, ".unfinished", CONFIG_NAME)]
 
-    def left(self, output: Path, reference: Path, begun: int) -> Left:
-        there = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-        whole = [path for path in there if fault_of(path) is None]
-        found = {path: differences(path, reference / path.name) for path in there}
+    def state_after_kill(self, output: Path, reference: Path, started_at: int) -> FolderState:
+        checkpoints = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        whole = [path for path in checkpoints if fault_of(path) is None]
+        found = {path: differences(path, reference / path.name) for path in checkpoints}
         unlike = [f"{path.name}: {difference}" for path in whole for difference in found[path]]
-        for path in set(whole[:-1]):  # a deletion that was cut off may have left all that training needs
+        for path in set(whole[:-1]):  # an interrupted deletion may have left all files that training needs
             unlike = [difference for difference in unlike if not difference.startswith(f"{path.name}: {LACKS}")]
-        files = {path: sum(file.is_file() for file in path.rglob("*")) for path in there}
-        of = {path: sum(file.is_file() for file in (reference / path.name).rglob("*")) for path in there}
-        # what an earlier process was killed at may lie there still
+        files = {path: sum(file.is_file() for file in path.rglob("*")) for path in checkpoints}
+        of = {path: sum(file.is_file() for file in (reference / path.name).rglob("*")) for path in checkpoints}
+        # files of an earlier killed process may remain
         saved = [output / ".unfinished", output / CONFIG_NAME]
-        its = [path for path in (*there, *saved) if changed_since(path, begun)]
+        new = [path for path in (*checkpoints, *saved) if changed_since(path, started_at)]
         fell = [f"in the deletion of {path.name}, {files[path]} of {of[path]} files left"
-                for path in there[:-1] if path in its and files[path] < of[path]]  # fmt: skip
-        if saved[0] in its:
+                for path in checkpoints[:-1] if path in new and files[path] < of[path]]  # fmt: skip
+        if saved[0] in new:
             fell.append("in the save at the end")
-        elif saved[1] in its:
+        elif saved[1] in new:
             fell.append("after the save at the end")
-        elif there and there[-1] in its and fault_of(there[-1]) is not None:
-            fell.append(f"in the writing of {there[-1].name}, {files[there[-1]]} of {of[there[-1]]} files")
+        elif checkpoints and checkpoints[-1] in new and fault_of(checkpoints[-1]) is not None:
+            fell.append(
+                f"in the writing of {checkpoints[-1].name}, {files[checkpoints[-1]]} of {of[checkpoints[-1]]} files"
+            )
         if not fell:
-            fell = [f"in training, after {there[-1].name}" if there else "before the first checkpoint"]
-        return Left("; ".join(fell), whole[-1].name if whole else "the start", unlike)
+            fell = [f"in training, after {checkpoints[-1].name}" if checkpoints else "before the first checkpoint"]
+        return FolderState("; ".join(fell), whole[-1].name if whole else "the start", unlike)
 
-    def went_on_from(self, log: str) -> str:
+    def resumed_from(self, log: str) -> str:
         found = re.search(r"Resuming training from checkpoint .* global step (\d+)", log)
         return f"checkpoint-{found[1]}" if found else "the start"
 
@@ -181,20 +183,22 @@ class Caching(Case):
             found.append(moment(f"while shard {n} is {what}", seen, random, begin, path(n)))
         return found
 
-    def left(self, output: Path, reference: Path, begun: int) -> Left:
+    def state_after_kill(self, output: Path, reference: Path, started_at: int) -> FolderState:
         shards = [path for path in output.glob("train/*") if path.suffix != ".unfinished"]
         theirs = reference / "train"
         unlike = [f"{path.name}/{name}" for path in shards for name in differences(path, theirs / path.name)]
-        cut = [f"in the writing of {path.stem}" for path in output.rglob("*.unfinished") if changed_since(path, begun)]
-        return Left(cut[0] if cut else "between shards", f"{len(shards)} whole shards", unlike)
+        cut = [
+            f"in the writing of {path.stem}" for path in output.rglob("*.unfinished") if changed_since(path, started_at)
+        ]
+        return FolderState(cut[0] if cut else "between shards", f"{len(shards)} whole shards", unlike)
 
-    def went_on_from(self, log: str) -> str:
-        found = re.search(r"(\d+) of \d+ shards are whole already", log)
+    def resumed_from(self, log: str) -> str:
+        found = re.search(r"(\d+) of \d+ shards are complete already", log)
         return f"{found[1]} whole shards" if found else "the start"
 
 
 class Exporting(Case):
-    """What the first case has trained, exported in full and tried by a stranger."""
+    """Export the first case's model in full, with the check by a process without lorgnette."""
 
     name = "export"
     title = "`hub_upload --export-dir`"
@@ -208,30 +212,30 @@ class Exporting(Case):
         folder = ".unfinished-export/export"
         written = max((path for path in seen if path.startswith(f"{folder}/")), key=seen.__getitem__)
         writing = [moment("while the export is written", seen, random, folder, written) for _ in range(self.kills - 1)]
-        return [*writing, moment("while a stranger tries it", seen, random, written, "export")]
+        return [*writing, moment("while a process without lorgnette checks it", seen, random, written, "export")]
 
-    def left(self, output: Path, reference: Path, begun: int) -> Left:
+    def state_after_kill(self, output: Path, reference: Path, started_at: int) -> FolderState:
         if (output / "export").exists():
-            return Left("after the end", "the start", differences(output / "export", reference / "export"))
+            return FolderState("after the end", "the start", differences(output / "export", reference / "export"))
         files, of = (
             sum(path.is_file() and path.suffix != ".pyc" for path in folder.rglob("*"))
             for folder in (output, reference)
         )
-        return Left(f"in the writing, {files} of {of} files" if files < of else "in the trial", "the start", [])
+        return FolderState(f"in the writing, {files} of {of} files" if files < of else "in the trial", "the start", [])
 
-    def went_on_from(self, log: str) -> str:
+    def resumed_from(self, log: str) -> str:
         return "the start"
 
 
 def moment(name: str, seen: dict[str, float], random: Random, begin: str, end: str) -> Moment:
-    """A random moment between two paths, counted from the last path before it: so it is met on a busy machine, too.
+    """A random moment between two paths, timed from the last path before it, which works on a busy machine too.
 
     Args:
-        seen: when an uninterrupted run was seen to make what.
+        seen: path to the time at which an uninterrupted run made it.
         begin: a path; "" for the start of the process.
         end: a path.
     """
-    last = seen.get(end, 0.0)  # what was too short to be seen has taken no time
+    last = seen.get(end, 0.0)  # a path that was never observed took no time
     first = seen.get(begin, last) if begin else 0.0
     when = random.uniform(first, max(first, last))
     lasting = (path for path in seen if "unfinished" not in path.removeprefix(".unfinished-"))
@@ -240,7 +244,7 @@ def moment(name: str, seen: dict[str, float], random: Random, begin: str, end: s
 
 
 def changed_since(path: Path, time_ns: int) -> bool:
-    """Whether anything was made in a folder since then, or deleted from it."""
+    """Whether a file in a folder was made or deleted since then."""
     return path.exists() and any(one.stat().st_mtime_ns >= time_ns for one in (path, *path.rglob("*")))
 
 
@@ -248,6 +252,6 @@ CASES = (Training, Streaming, Caching, Exporting)
 
 
 def write_parts(work: Path) -> None:
-    """Backbones and pictures that the cases share."""
+    """Write the cases' backbones and pictures."""
     write_backbones(work)
     write_pairs(work / "pictures")

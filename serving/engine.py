@@ -1,4 +1,4 @@
-"""A question to its answer: pictures are fetched and decoded beside the model's thread, then the model is asked."""
+"""From a parsed request to its answer: download and decode the pictures in worker threads, then generate."""
 
 import asyncio
 import functools
@@ -16,9 +16,9 @@ from anyio import CapacityLimiter
 
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.processing_lorgnette import LorgnetteProcessor
-from .batching import Batcher, Ticket
+from .allowed_hosts import AllowedHosts
+from .batching import Batcher, Request
 from .errors import RefusedError, timed_out
-from .hosts import Hosts
 from .loading import load
 from .metrics import Metrics
 from .payloads import Question
@@ -29,16 +29,16 @@ from .web_images import read_web_image
 
 @dataclass
 class Limits:
-    """What a worker spends on one question, and on how many at a time.
+    """Limits of a worker.
 
     Args:
-        timeout: seconds for all of it: below the 30 after which `wp_remote_post` and others hang up.
-        fetch_timeout: seconds of these for a picture's host.
-        fetch_bytes: of a picture's file.
+        timeout: seconds for a whole request: below the 30 after which `wp_remote_post` and others disconnect.
+        fetch_timeout: seconds of these for the download of a picture.
+        fetch_bytes: limit on a picture's file.
         max_body: bytes of a request; base64 makes a picture a third larger.
-        max_batch: questions that the model answers at a time.
-        capacity: questions in the house.
-        max_new_tokens: the most that a question may ask for, and what it gets without asking.
+        max_batch: requests in one batch of the model.
+        capacity: requests in progress, waiting ones included.
+        max_new_tokens: upper limit on a request's `max_new_tokens`, and the default.
     """
 
     timeout: float = 25.0
@@ -52,14 +52,14 @@ class Limits:
 
 @dataclass
 class Answer:
-    """A text, and what it took.
+    """A generated text and its token counts.
 
     Args:
-        why: `"stop"`, or `"length"` where the limit of tokens ended it.
+        finish_reason: `"stop"`, or `"length"` at the token limit.
     """
 
     text: str
-    why: str
+    finish_reason: str
     prompt_tokens: int
     completion_tokens: int
 
@@ -73,14 +73,14 @@ class Answer:
         }
 
 
-class Eyes:
-    """A loaded model with its bridges, ready to be asked.
+class InferenceEngine:
+    """A loaded model with its bridges, and the queue in front of it.
 
     Args:
-        model: on its device; the thread of this object owns it from now on.
-        processors: of each adapter, by the name that callers use; the first is the model's own bridge, and the others
-            are called in the model as they are here.
-        hosts: where pictures may come from.
+        model: on its device; from now on only the batcher's thread uses it.
+        processors: one for each adapter, by the name that callers use; the first is the model's own bridge. The others
+            have the same names in the model.
+        hosts: hosts that pictures may come from.
 
     Raises:
         ValueError: a processor that does not fit the model.
@@ -91,9 +91,9 @@ class Eyes:
         model: LorgnetteForConditionalGeneration,
         processors: Mapping[str, LorgnetteProcessor],
         limits: Limits | None = None,
-        hosts: Hosts | None = None,
+        hosts: AllowedHosts | None = None,
     ):
-        self.processors, self.limits, self.hosts = dict(processors), limits or Limits(), hosts or Hosts()
+        self.processors, self.limits, self.hosts = dict(processors), limits or Limits(), hosts or AllowedHosts()
         self.metrics = Metrics()
         for processor in self.processors.values():
             model.check_processor(processor)
@@ -110,7 +110,7 @@ class Eyes:
         )
         self.metrics.waiting.set_function(lambda: self.batcher.waiting)
         self._fetching = CapacityLimiter(self.limits.capacity)
-        self._decoding = CapacityLimiter(min(4, os.cpu_count() or 1))  # a large picture takes up to 1 GB meanwhile
+        self._decoding = CapacityLimiter(min(4, os.cpu_count() or 1))  # decoding a large picture takes up to 1 GB
 
     @classmethod
     def load(
@@ -122,20 +122,20 @@ class Eyes:
         revision: str | None = None,
         device: str | None = None,
         limits: Limits | None = None,
-        hosts: Hosts | None = None,
-    ) -> "Eyes":
-        """What [`~lorgnette.serving.loading.load`] loads, ready to be asked; see there for arguments and errors."""
+        hosts: AllowedHosts | None = None,
+    ) -> "InferenceEngine":
+        """An engine over what [`~lorgnette.serving.loading.load`] loads; see there for arguments and errors."""
         loaded, processors = load(model, bridges, name=name, revision=revision, device=device)
         return cls(loaded, processors, limits, hosts)
 
     def check_adapter(self, name: str) -> None:
-        """Raises a [`RefusedError`] for a name that no adapter has."""
+        """Raise a [`RefusedError`] for an unknown adapter name."""
         if name not in self.processors:
-            known = ", ".join(self.processors)
-            raise RefusedError(404, "unknown_adapter", f"there is no adapter {name[:100]!r}; there are {known}")
+            existing = ", ".join(self.processors)
+            raise RefusedError(404, "unknown_adapter", f"there is no adapter {name[:100]!r}; there are {existing}")
 
     def adapter_of(self, model: str) -> str:
-        """The adapter that a chat means: where there is one, it answers to any name. huggingface_hub asks `dummy`.
+        """The adapter for a chat's `model`: a single adapter accepts any name, since huggingface_hub sends `dummy`.
 
         Raises:
             RefusedError: there are several, and none of this name.
@@ -145,11 +145,11 @@ class Eyes:
         self.check_adapter(model)
         return model
 
-    async def begin(self, question: Question, deadline: float) -> "Asking":
-        """Fetch, decode and encode what is asked, and let it wait for the model.
+    async def begin(self, question: Question, deadline: float) -> "Generation":
+        """Download, decode and encode the inputs, and queue them for the model.
 
         Raises:
-            RefusedError: what is wrong with the question, or the worker.
+            RefusedError: the request is invalid, or the worker cannot answer it.
         """
         name = self.first if question.adapter is None else question.adapter
         self.check_adapter(name)
@@ -158,7 +158,7 @@ class Eyes:
             raise RefusedError(400, "lora_merged", message)
         limit = self.limits.max_new_tokens if question.max_new_tokens is None else question.max_new_tokens
         if limit > self.limits.max_new_tokens:
-            message = f"{limit} new tokens are asked for; {self.limits.max_new_tokens} are allowed"
+            message = f"{limit} new tokens are requested; {self.limits.max_new_tokens} are allowed"
             raise RefusedError(400, "too_many_tokens", message)
         limit = min(limit, question.at_most or limit)
         try:
@@ -175,27 +175,28 @@ class Eyes:
                 "that the language model reads"
             )
             raise RefusedError(400, "prompt_too_long", message)
-        asking = Asking(self, name, inputs, deadline, question.stops)
-        asking.ticket = Ticket(inputs, self.bridges[name], question.use_lora, limit, deadline, asking.hear)
+        generation = Generation(self, name, inputs, deadline, question.stops)
+        request = Request(inputs, self.bridges[name], question.use_lora, limit, deadline, generation.on_event)
+        generation.request = request
         if question.temperature > 0:
-            asking.ticket.sampler = Sampler(question.temperature, question.top_p, question.seed)
+            request.sampler = Sampler(question.temperature, question.top_p, question.seed)
         if question.stops:
-            asking.ticket.is_over = asking.has_stopped
-        self.batcher.submit(asking.ticket)
-        return asking
+            request.should_stop = generation.has_stopped
+        self.batcher.submit(request)
+        return generation
 
     async def _fetch(self, url: str, deadline: float) -> bytes:
         seconds = min(self.limits.fetch_timeout, deadline - time.monotonic())
 
         def read() -> bytes:
-            with _refusing():
+            with _picture_errors():
                 return read_web_image(url, seconds, self.limits.fetch_bytes, self.hosts)
 
-        # a name server or a host that keeps this thread longer keeps nobody waiting
+        # a slow name server or host blocks its thread, not the request
         return await anyio.to_thread.run_sync(read, abandon_on_cancel=True, limiter=self._fetching)
 
     def _encode(self, processor: LorgnetteProcessor, question: Question, files: list[bytes]) -> dict[str, Any]:
-        with _refusing():
+        with _picture_errors():
             images = [processor.load_image(data) for data in files]
         try:
             if question.messages is None:
@@ -217,91 +218,91 @@ class Eyes:
             raise RefusedError(400, "unusable_prompt", str(error)) from error
 
 
-class Asking:
-    """A question that waits for the model, or is being answered."""
+class Generation:
+    """A queued or running generation, as its caller's coroutine reads it."""
 
     def __init__(
         self,
-        eyes: Eyes,
+        engine: InferenceEngine,
         adapter: str,
         inputs: dict[str, torch.Tensor],
         deadline: float,
         stops: Sequence[str] = (),
     ):
-        self.eyes, self.adapter, self.deadline, self.stops = eyes, adapter, deadline, stops
+        self.engine, self.adapter, self.deadline, self.stops = engine, adapter, deadline, stops
         self.prompt_tokens = inputs["input_ids"].shape[1]
-        self.ticket: Ticket | None = None
-        self._loop, self._heard = asyncio.get_running_loop(), asyncio.Queue()
+        self.request: Request | None = None
+        self._loop, self._queue = asyncio.get_running_loop(), asyncio.Queue()
 
-    def hear(self, event: int | str | Exception) -> None:
-        """What the model's thread tells of the ticket."""
-        self._loop.call_soon_threadsafe(self._heard.put_nowait, event)
+    def on_event(self, event: int | str | Exception) -> None:
+        """Called in the model's thread with a token or the reason of the end."""
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
 
     def has_stopped(self, tokens: list[int]) -> bool:
-        """Whether there is a stop string in what these tokens say."""
+        """Whether the decoded tokens contain a stop string."""
         text = self._decode(tokens)
         return cut(text, self.stops) != text
 
     async def answer(self) -> Answer:
         """The whole answer. Raises [`RefusedError`] where the model fails or time is up."""
         async with aclosing(self._events()) as events:
-            *tokens, why = [event async for event in events]
-        return self._answer(tokens, why)
+            *tokens, reason = [event async for event in events]
+        return self._answer(tokens, reason)
 
     async def pieces(self) -> AsyncIterator[str | Answer]:
-        """The answer bit by bit, then as a whole. Raises what [`answer`] does."""
-        tokens, said, why = [], "", ""
+        """The text in pieces, then the whole answer. Raises what [`answer`] does."""
+        tokens, sent, reason = [], "", ""
         async with aclosing(self._events()) as events:
             async for event in events:
                 if isinstance(event, str):
-                    why = event
+                    reason = event
                     break
                 tokens.append(event)
                 text = self._decode(tokens)
                 if text.endswith("\ufffd"):  # half a character
                     continue
                 text = sendable(text, self.stops).strip()
-                if text.startswith(said) and len(text) > len(said):
-                    yield text[len(said) :]
-                    said = text
-        answer = self._answer(tokens, why)
-        if answer.text.startswith(said) and answer.text != said:
-            yield answer.text[len(said) :]
+                if text.startswith(sent) and len(text) > len(sent):
+                    yield text[len(sent) :]
+                    sent = text
+        answer = self._answer(tokens, reason)
+        if answer.text.startswith(sent) and answer.text != sent:
+            yield answer.text[len(sent) :]
         yield answer
 
     async def _events(self) -> AsyncIterator[int | str]:
-        """Tokens, and last why there are no more."""
+        """Tokens, then the reason of the end."""
         try:
             while True:
                 try:
                     async with asyncio.timeout(self.deadline - time.monotonic()):
-                        event = await self._heard.get()
+                        event = await self._queue.get()
                 except TimeoutError:
-                    raise timed_out(self.eyes.limits.timeout) from None
+                    raise timed_out(self.engine.limits.timeout) from None
                 if isinstance(event, Exception):
                     raise event
                 yield event
                 if isinstance(event, str):
                     return
         finally:
-            self.ticket.gone = True
+            self.request.is_cancelled = True
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.eyes.processors[self.adapter].decode(tokens, skip_special_tokens=True)
+        return self.engine.processors[self.adapter].decode(tokens, skip_special_tokens=True)
 
-    def _answer(self, tokens: list[int], why: str) -> Answer:
-        self.eyes.metrics.tokens.labels(self.adapter).inc(len(tokens))
+    def _answer(self, tokens: list[int], reason: str) -> Answer:
+        self.engine.metrics.tokens.labels(self.adapter).inc(len(tokens))
         text = cut(self._decode(tokens), self.stops).strip()
-        return Answer(text, why, self.prompt_tokens, len(tokens))
+        return Answer(text, reason, self.prompt_tokens, len(tokens))
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
-    """Within the block what is wrong with a picture, or with its host, refuses the question."""
+def _picture_errors() -> Iterator[None]:
+    """Turn errors of a picture or its host into a [`RefusedError`]."""
     try:
         yield
     except (OSError, TypeError, ValueError) as error:
-        status, code = next(told for kind, told in _PICTURE_ERRORS.items() if isinstance(error, kind))
+        status, code = next(response for kind, response in _PICTURE_ERRORS.items() if isinstance(error, kind))
         raise RefusedError(status, code, str(error)) from error
 
 

@@ -1,4 +1,4 @@
-"""Starts a command, waits for a moment, and kills it."""
+"""Start a command, wait for a moment, and kill it."""
 
 import os
 import signal
@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-PATIENCE = 300  # seconds without the path that is waited for, or an end
-_POLL = 0.0005  # seconds: a checkpoint of tiny parts takes some tens of milliseconds
+TIMEOUT_S = 300  # for the awaited path, or the end of the command
+_POLL = 0.0005  # seconds; writing a tiny checkpoint takes some tens of milliseconds
 
 
 @dataclass(frozen=True)
 class Moment:
-    """When a command is killed.
+    """The moment of a kill.
 
     Args:
-        name: what it does then.
-        after: relative to its output folder, the path that it has to have made or changed; "" for none.
-        seconds: how long it may go on then.
+        name: the command's activity at that moment.
+        after: wait until the command makes or changes this path, relative to its output folder; "" for none.
+        seconds: additional time before the kill.
     """
 
     name: str
@@ -34,16 +34,16 @@ def run_to_its_end(arguments: list[str], log: Path, environment: dict[str, str],
     """Run `python ARGUMENTS`, uninterrupted.
 
     Returns:
-        each path that was seen in `watched` meanwhile, relative to it, and after how many seconds it was first seen.
+        each path that appeared in `watched`, relative to it, and the seconds until it was first seen.
 
     Raises:
-        RuntimeError: it failed, or took too long; with the end of its log.
+        RuntimeError: it failed or took too long; with the end of its log.
     """
     seen: dict[str, float] = {}
     with _started(arguments, log, environment) as process:
-        begun = time.monotonic()
-        while process.poll() is None and time.monotonic() - begun < PATIENCE:
-            now = time.monotonic() - begun
+        started_at = time.monotonic()
+        while process.poll() is None and time.monotonic() - started_at < TIMEOUT_S:
+            now = time.monotonic() - started_at
             for folder, folders, files in os.walk(watched):
                 for name in (*folders, *files):
                     seen.setdefault(os.path.relpath(os.path.join(folder, name), watched), now)
@@ -53,20 +53,20 @@ def run_to_its_end(arguments: list[str], log: Path, environment: dict[str, str],
 
 
 def run_and_kill(arguments: list[str], log: Path, environment: dict[str, str], watched: Path, moment: Moment) -> bool:
-    """Run `python ARGUMENTS` and SIGKILL it at a moment of its work in the folder `watched`.
+    """Run `python ARGUMENTS` and SIGKILL it at a moment of its work in `watched`.
 
     Returns:
-        whether it was killed; it may have been through before.
+        whether it was killed; it may have finished before.
 
     Raises:
-        RuntimeError: it failed by itself, or the moment never came; with the end of its log.
+        RuntimeError: it failed by itself, or the moment never occurred; with the end of its log.
     """
     path = os.path.join(watched, moment.after)
-    begun, patient_until = time.time_ns(), time.monotonic() + PATIENCE
+    started_at, timeout_at = time.time_ns(), time.monotonic() + TIMEOUT_S
     with _started(arguments, log, environment) as process:
-        while process.poll() is None and moment.after and not _changed_since(path, begun):
-            if time.monotonic() > patient_until:
-                raise RuntimeError(f"{moment.name}: {path} never came\n{_tail(log)}")
+        while process.poll() is None and moment.after and not _changed_since(path, started_at):
+            if time.monotonic() > timeout_at:
+                raise RuntimeError(f"{moment.name}: {path} never appeared\n{_tail(log)}")
             time.sleep(_POLL)
         time.sleep(moment.seconds)
         process.kill()
@@ -77,7 +77,7 @@ def run_and_kill(arguments: list[str], log: Path, environment: dict[str, str], w
 
 @contextmanager
 def _started(arguments: list[str], log: Path, environment: dict[str, str]) -> Iterator[subprocess.Popen]:
-    """A process, and its end: that of its data loader workers and of an export's stranger as well."""
+    """A process; at the end it is killed with its data loader workers and an export's verification process."""
     with open(log, "w") as file:
         process = subprocess.Popen(
             [sys.executable, *arguments], stdout=file, stderr=file, env=environment, start_new_session=True

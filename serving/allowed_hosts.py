@@ -1,19 +1,19 @@
-"""Which hosts a worker fetches pictures from."""
+"""The hosts that a worker downloads pictures from."""
 
 from collections.abc import Iterable
 
 from .web_images import refuse_private
 
 
-class Hosts:
+class AllowedHosts:
     """A guard for [`~lorgnette.serving.web_images.download`].
 
     Args:
-        allowed: where pictures may come from, these names alone; None for all of the public internet.
-        internal: names that may lead into a private network; they are allowed too.
+        allowed: the only host names that pictures may come from; None for all of the public internet.
+        internal: host names that may resolve to private addresses; they are allowed too.
 
     Raises:
-        ValueError: a name with more than a host in it, which no host would ever equal.
+        ValueError: a name that holds more than a host, which no host would ever match.
     """
 
     def __init__(self, allowed: Iterable[str] | None = None, internal: Iterable[str] = ()):
@@ -23,7 +23,7 @@ class Hosts:
     def __call__(self, host: str, address: str) -> None:
         host = host.lower().rstrip(".")
         if self.allowed is not None and host not in self.allowed:
-            raise PermissionError(f"{host} is not among the hosts that pictures are fetched from here")
+            raise PermissionError(f"{host} is not one of the allowed hosts for pictures")
         if host not in self.internal:
             refuse_private(host, address)
 
@@ -31,6 +31,6 @@ class Hosts:
 def _names(hosts: Iterable[str]) -> frozenset[str]:
     names = frozenset(host.lower().rstrip(".") for host in hosts)
     for name in names:
-        if not name or set(name) & set("/[]@*") or name.count(":") == 1:  # more of them are IPv6
-            raise ValueError(f"{name!r} is no host: a name or an address is needed, without http:// and port")
+        if not name or set(name) & set("/[]@*") or name.count(":") == 1:  # two or more colons: IPv6
+            raise ValueError(f"{name!r} is not a host: give a name or an address, without http:// and port")
     return names

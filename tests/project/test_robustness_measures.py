@@ -1,4 +1,4 @@
-"""What `faults` measures: pictures one by one in processes of their own, bf16 beside fp32, memory over many steps."""
+"""What `robustness` measures: pictures in processes of their own, bf16 beside fp32, memory over many steps."""
 
 import ctypes
 import json
@@ -12,11 +12,11 @@ import torch
 import yaml
 from tiny_training import joined, pairs, write_backbones
 
-from faults import hostile, memory, numbers
-from faults.__main__ import kill_at
-from faults.killing import Moment
 from lorgnette import LorgnetteCollator
 from lorgnette.assembly.backbones import cast_parameters
+from robustness import hostile, memory, numbers
+from robustness.__main__ import kill_at
+from robustness.killing import Moment
 
 
 ANSWER = {"outcome": "answered", "message": "", "seconds": 0.1, "bytes": 2**20}
@@ -50,7 +50,7 @@ class TestHostile:
     @pytest.mark.slow
     def test_a_file_that_hangs_or_kills_harms_no_other(self, monkeypatch):
         monkeypatch.setattr(hostile, "SECONDS", 0.5)
-        monkeypatch.setattr(hostile, "PATIENCE", 2.0)
+        monkeypatch.setattr(hostile, "TIMEOUT_S", 2.0)
         monkeypatch.setattr(hostile, "BYTES", 2**27)
         kept = []
         taken = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE  # not of what earlier tests have freed
@@ -61,7 +61,7 @@ class TestHostile:
             "slow": lambda file: time.sleep(0.7),
             "greedier": lambda file: kept.append(bytearray(2**40)),
         }
-        found = hostile.visit(ways, "a file")
+        found = hostile.load_in_process(ways, "a file")
         assert {name: way["outcome"] for name, way in found.items()} == {
             "good": "answered",
             "refuses": "ValueError",
@@ -70,9 +70,9 @@ class TestHostile:
             "greedier": "too large",
         }
         assert found["refuses"]["message"].startswith("invalid literal")
-        assert hostile.visit({"slow": ways["slow"]}, "a file")["slow"]["outcome"] == "too slow"
+        assert hostile.load_in_process({"slow": ways["slow"]}, "a file")["slow"]["outcome"] == "too slow"
         for end, outcome in ((lambda file: time.sleep(60), "too slow"), (lambda file: ctypes.string_at(0), "crashed")):
-            found = hostile.visit({"good": ways["good"], "end": end, "after": ways["good"]}, "a file")
+            found = hostile.load_in_process({"good": ways["good"], "end": end, "after": ways["good"]}, "a file")
             assert [way["outcome"] for way in found.values()] == ["answered", outcome, outcome]
 
 
@@ -122,7 +122,7 @@ class TestMemory:
     @pytest.mark.slow
     def test_each_is_measured_in_a_process_of_its_own(self):
         """In one process what stage 1 has freed would hide what captions take."""
-        first, second = (memory.alone(os.getpid) for _ in range(2))
+        first, second = (memory.run_in_process(os.getpid) for _ in range(2))
         assert len({first, second, os.getpid()}) == 3
 
     def test_it_trains_by_the_shipped_recipes(self, tmp_path):
@@ -140,10 +140,10 @@ class TestMemory:
 
 def test_a_moment_that_a_faster_run_does_not_reach_comes_sooner(tmp_path):
     """It is timed by an uninterrupted run, beside which the machine may have had other things to do."""
-    code = "import pathlib, sys, time; pathlib.Path(sys.argv[1], 'begun').touch(); time.sleep(0.5)"
+    code = "import pathlib, sys, time; pathlib.Path(sys.argv[1], 'started_at').touch(); time.sleep(0.5)"
     starts: list[str] = []
     case = SimpleNamespace(arguments=lambda output: starts.append(output) or ["-c", code, str(output)])
     output = tmp_path / "output"
     output.mkdir()
-    kill_at(Moment("late", "begun", 1.8), case, [], tmp_path / "log.txt", dict(os.environ), output)
+    kill_at(Moment("late", "started_at", 1.8), case, [], tmp_path / "log.txt", dict(os.environ), output)
     assert 1 < len(starts) < 5  # 1.8 seconds are too late, 0.225 are not

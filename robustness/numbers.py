@@ -1,10 +1,10 @@
-"""How far bf16 is from fp32, in a model's loss and logits.
+"""Measure the deviation of bf16 from fp32 in a model's loss and logits.
 
-    python -m faults.numbers
-    python -m faults.numbers --model out/demo/model --dataset out/demo/pictures --split test
+    python -m robustness.numbers
+    python -m robustness.numbers --model out/demo/model --dataset out/demo/pictures --split test
 
-Without a model a tiny random one is measured, on noise. Prints a table and writes it to `results/numbers.md`, with the
-figures in `numbers.json` beside it. Exits with status 1 where they are further apart than [`TOLERANCE`].
+Without `--model` it measures a tiny random model on noise. Prints a table and writes it to `results/numbers.md`, and
+the figures to `numbers.json` beside it. Exits with status 1 if a deviation exceeds [`TOLERANCE`].
 """
 
 import copy
@@ -31,30 +31,30 @@ from lorgnette.trainer.data import load_pairs
 
 
 @dataclass(frozen=True)
-class Apart:
-    """How one way of computing differs from fp32, on the positions that are learned from.
+class Deviation:
+    """Deviation from fp32 at the labelled positions.
 
     Args:
-        loss: its difference, as a share of fp32's.
-        logits: root mean square of their differences, as a share of the standard deviation of fp32's at a position.
-        choices: share of positions at which another token is the likeliest.
+        loss: relative difference.
+        logits: root mean square difference, relative to the standard deviation of fp32's logits at a position.
+        choices: fraction of positions with another argmax.
     """
 
     loss: float
     logits: float
     choices: float
 
-    def __le__(self, other: "Apart") -> bool:
+    def __le__(self, other: "Deviation") -> bool:
         return all(ours <= theirs for ours, theirs in zip(asdict(self).values(), asdict(other).values(), strict=True))
 
 
-# bf16 keeps 8 bits of a number: a product is off by up to 0.4 %, and there are some hundred of them one after another.
-TOLERANCE = Apart(loss=0.02, logits=0.05, choices=0.05)
+# bf16 has 8 significant bits: a product is off by up to 0.4 %, and some hundred follow each other.
+TOLERANCE = Deviation(loss=0.02, logits=0.05, choices=0.05)
 WAYS = {"mixed": "fp32 weights, bf16 products (`bf16: true`)", "all": "bf16 weights as well (`dtype='bfloat16'`)"}
 
 
 def main(argv: list[str]) -> int:
-    parser = ArgumentParser(prog="python -m faults.numbers", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m robustness.numbers", description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a saved model of stage 2: a folder")
     parser.add_argument("--dataset", help="pictures and texts for it, in any form that training takes")
     parser.add_argument("--split", default="test")
@@ -92,11 +92,11 @@ def main(argv: list[str]) -> int:
 
 def compare(
     model: LorgnetteForConditionalGeneration, batches: Iterable[Mapping[str, torch.Tensor]]
-) -> tuple[float, dict[str, Apart]]:
-    """The loss in fp32, and how far from it both ways of bf16 are.
+) -> tuple[float, dict[str, Deviation]]:
+    """The loss in fp32, and the deviations of both kinds of bf16.
 
     Args:
-        model: of float32, in eval mode.
+        model: in float32 and eval mode.
         batches: with `labels`, as the collator makes them.
     """
     whole = copy.deepcopy(model)
@@ -117,7 +117,7 @@ def compare(
     losses = {way: torch.nn.functional.cross_entropy(value, targets).item() for way, value in logits.items()}
     reference = logits["fp32"]
     return losses["fp32"], {
-        way: Apart(
+        way: Deviation(
             loss=abs(losses[way] - losses["fp32"]) / losses["fp32"],
             logits=((logits[way] - reference).square().mean(-1).sqrt() / reference.std(-1)).mean().item(),
             choices=(logits[way].argmax(-1) != reference.argmax(-1)).double().mean().item(),
@@ -126,7 +126,7 @@ def compare(
     }
 
 
-def table(model: str | None, rows: int, loss: float, found: dict[str, Apart]) -> str:
+def table(model: str | None, rows: int, loss: float, found: dict[str, Deviation]) -> str:
     what = "A tiny random model on noise" if model is None else f"`{model}`"
     lines = [f"{what}, {rows} rows; loss in fp32: {loss:.4f}; torch {version('torch')}", ""]
     lines += ["| against fp32 | loss | logits | another likeliest token |", "|---|---|---|---|"]

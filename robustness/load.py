@@ -1,13 +1,12 @@
-"""Whether a worker under load gives each caller its own answer, loses none and keeps its memory; and how fast it is.
+"""Test a worker under load: right answers, no lost requests, bounded memory; and measure its speed.
 
-    python -m faults.load
+    python -m robustness.load
 
-Starts `lorgnette serve` on tiny random backbones with two bridges, first one question at a time (`--max-batch 1`), then
-batched, and lets 64 callers ask for a minute each: both bridges, LoRA on and off, prompts of several lengths, pictures
-in the request and from a host; 10 % bad requests, 5 % that hang up. Each answer is compared with the one to the same
-question when nobody else asked. Prints a table and writes it to `results/load.md`, with all figures in `load.json`
-beside it. Exits with status 1 where an answer is wrong, a caller gets none, or resident memory grows by more than
-[`BOUND`].
+Starts `lorgnette serve` on tiny random backbones with two bridges, first with `--max-batch 1`, then batched, and sends
+requests from 64 callers for a minute each: both bridges, LoRA on and off, prompts of several lengths, pictures in the
+request and from a host; 10 % invalid requests, 5 % that disconnect. Each answer is compared with the one to the same
+request without load. Prints a table and writes it to `results/load.md`, and all figures to `load.json` beside it. Exits
+with status 1 if an answer is wrong, a caller gets none, or resident memory grows by more than [`BOUND`].
 """
 
 import asyncio
@@ -37,11 +36,11 @@ from examples.demo.report import machine
 from examples.quality.steps import say
 
 
-BOUND = 16 * 2**20  # bytes that the most in the second half of a run may exceed the most in the first
-BAD, HANG_UP = 0.10, 0.05  # shares of the requests
-PATIENCE = 120.0  # seconds: one question at a time is slow, and its times are wanted, not cut off
+BOUND = 16 * 2**20  # bytes by which the peak of the second half of a run may exceed that of the first
+BAD, HANG_UP = 0.10, 0.05  # fractions of the requests
+TIMEOUT_S = 120.0  # without batching requests are slow, and their times are measured
 PROMPTS = ("What is this?", "Describe the picture, and tell what is in front. " * 2)
-# a bad request's fields, and its status
+# an invalid request's fields, and its status
 FAULTY = [
     ({"adapter": "three"}, 404),
     ({"prompt": ""}, 422),
@@ -57,15 +56,15 @@ FAULTY = [
 
 @dataclass
 class Outcome:
-    """What callers saw of one worker.
+    """The callers' results for one worker.
 
     Args:
-        seconds: from the first question to the last answer.
-        took: of each right answer, from question to answer.
-        counts: of `right`, `wrong`, `lost` (no answer, or another error), `told` (a bad request, with its status),
-            `mistold`, `hung up`, `busy` (a 503, asked again).
+        seconds: from the first request to the last answer.
+        took: seconds for each right answer.
+        counts: of `right`, `wrong`, `lost` (no answer, or another error), `told` (an invalid request
+            got its status), `mistold` (it did not), `hung up`, `busy` (a 503, retried).
         resident: bytes, every half second.
-        lost: the first of those, in words.
+        lost: their messages.
     """
 
     seconds: float
@@ -98,13 +97,13 @@ class Outcome:
 
 @contextmanager
 def worker(folder: Path, max_batch: int) -> Iterator[tuple[str, psutil.Process]]:
-    """`lorgnette serve` in a process of its own: its URL, and the process."""
+    """Run `lorgnette serve` in a process; yields its URL and the process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "lorgnette.cli", "serve", str(folder / "one"), "--name", "one"]
     command += ["--bridge", f"two={folder / 'two'}", "--internal-host", "127.0.0.1", "--port", str(port)]
-    command += ["--max-batch", str(max_batch), "--max-new-tokens", "16", "--timeout", str(PATIENCE), "--device", "cpu"]
+    command += ["--max-batch", str(max_batch), "--max-new-tokens", "16", "--timeout", str(TIMEOUT_S), "--device", "cpu"]
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     log = folder / f"worker-{max_batch}.log"
     with log.open("w") as output:
@@ -125,7 +124,7 @@ def worker(folder: Path, max_batch: int) -> Iterator[tuple[str, psutil.Process]]
 
 
 def questions(host: str) -> list[dict[str, Any]]:
-    """All that is asked, each to be answered in one way."""
+    """All requests; each has one right answer."""
     return [
         {
             "image_url": f"{host}/picture/{seed}" if seed % 2 else data_url(seed),
@@ -141,9 +140,9 @@ def questions(host: str) -> list[dict[str, Any]]:
 
 
 async def ask_all(url: str, host: str, process: psutil.Process, callers: int, seconds: float) -> Outcome:
-    """Ask alone, then let `callers` ask at once for so many seconds."""
+    """Send each request alone, then from `callers` concurrently for so many seconds."""
     limits = httpx2.Limits(max_connections=None)
-    async with httpx2.AsyncClient(base_url=url, timeout=PATIENCE + 10, limits=limits) as client:
+    async with httpx2.AsyncClient(base_url=url, timeout=TIMEOUT_S + 10, limits=limits) as client:
         asked = questions(host)
         alone = [(await client.post("/v1/vision", json=question)).raise_for_status().json() for question in asked]
         outcome, start = Outcome(seconds), time.monotonic()
@@ -172,7 +171,7 @@ async def ask_all(url: str, host: str, process: psutil.Process, callers: int, se
                     outcome.lost.append(f"{type(error).__name__}: {error}")
 
         await asyncio.gather(watch(), *(call(Random(seed)) for seed in range(callers)))
-        outcome.seconds = time.monotonic() - start  # with the last answers
+        outcome.seconds = time.monotonic() - start  # includes the last answers
     return outcome
 
 
@@ -205,12 +204,12 @@ async def ask_badly(
     if response.status_code == 503:
         outcome.counts["busy"] += 1
     else:
-        told = response.status_code == status and response.json()["error"]["message"]
-        outcome.counts["told" if told else "mistold"] += 1
+        is_right = response.status_code == status and response.json()["error"]["message"]
+        outcome.counts["told" if is_right else "mistold"] += 1
 
 
 def table(report: dict[str, Any]) -> str:
-    """The Markdown: a line a worker."""
+    """The Markdown table: a line for each worker."""
     lines = [f"{report['machine']}; {report['callers']} callers, {report['seconds']:g} s each", ""]
     lines += ["| questions at a time | right | wrong | lost | requests/s | p50 | p99 | memory grew by |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
@@ -224,8 +223,8 @@ def table(report: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Ask both workers; 1 where one of them did not hold."""
-    parser = ArgumentParser(prog="python -m faults.load", description=__doc__.partition("\n")[0])
+    """Test both workers; returns 1 if one fails."""
+    parser = ArgumentParser(prog="python -m robustness.load", description=__doc__.partition("\n")[0])
     parser.add_argument("--callers", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0, help="for each of the two workers")
     parser.add_argument("--output", type=Path, default=Path("results"))

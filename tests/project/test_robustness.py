@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from tiny_training import joined, pairs, trainer, write_backbones, write_pairs
 from transformers import Trainer, TrainerCallback, set_seed
 
-from faults.cases import Left, Training
-from faults.comparing import differences
 from lorgnette.trainer.__main__ import main
 from lorgnette.trainer.checkpoints import checkpoint_to_resume, fault_of, train_from
+from robustness.cases import FolderState, Training
+from robustness.comparing import differences
 
 
 QFORMER = '{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}'
@@ -86,7 +86,7 @@ def cut_off():
 
 
 def test_the_comparison_sees_every_bit_and_no_clock(folder, tmp_path):
-    """What these tests and `make faults` rest on."""
+    """What these tests and `make robustness` rest on."""
     whole, copy = folder / "whole" / "checkpoint-4", tmp_path / "copy"
     shutil.copytree(whole, copy)
     state = json.loads((copy / "trainer_state.json").read_text())
@@ -116,20 +116,22 @@ def test_where_a_kill_fell_is_read_off_what_that_process_has_touched(folder, tmp
         time.sleep(0.05)  # more than a tick of the clock that stamps files
         return now
 
-    begun = begin()
-    assert case.left(output, reference, begun) == Left("in training, after checkpoint-4", "checkpoint-4", [])
+    started_at = begin()
+    assert case.state_after_kill(output, reference, started_at) == FolderState(
+        "in training, after checkpoint-4", "checkpoint-4", []
+    )
     (output / "checkpoint-2" / "optimizer.pt").unlink()
     fell = f"in the deletion of checkpoint-2, {count - 1} of {count} files left"
-    assert case.left(output, reference, begun) == Left(fell, "checkpoint-4", [])
-    assert case.left(output, reference, begin()).fell == "in training, after checkpoint-4"
-    begun = begin()
+    assert case.state_after_kill(output, reference, started_at) == FolderState(fell, "checkpoint-4", [])
+    assert case.state_after_kill(output, reference, begin()).fell == "in training, after checkpoint-4"
+    started_at = begin()
     (output / "checkpoint-4" / "trainer_state.json").unlink()
     fell = f"in the writing of checkpoint-4, {count - 1} of {count} files"
-    assert case.left(output, reference, begun) == Left(fell, "the start", [])
+    assert case.state_after_kill(output, reference, started_at) == FolderState(fell, "the start", [])
     shutil.copy2(reference / "checkpoint-2" / "optimizer.pt", output / "checkpoint-2")
     weights = output / "checkpoint-2" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
-    left = case.left(output, reference, begin())
+    left = case.state_after_kill(output, reference, begin())
     assert (left.whole, left.unlike) == ("checkpoint-2", ["checkpoint-2: model.safetensors"])
 
 
@@ -265,7 +267,7 @@ def test_a_full_disk_stops_the_run_and_with_room_it_goes_on(folder, tmp_path, mo
     with pytest.raises((OSError, RuntimeError, SafetensorError)) as caught:
         main(stage2(folder, output))
     cut = output / ("checkpoint-2" if room < 1.2 else "checkpoint-4")
-    assert re.fullmatch(rf"{cut} is cut off; its disk has [\d,]+ free bytes", caught.value.__notes__[0])
+    assert re.fullmatch(rf"{cut} is incomplete; its disk has [\d,]+ free bytes", caught.value.__notes__[0])
     assert fault_of(cut) is not None
     assert fault_of(output / "checkpoint-2") is None or cut.name == "checkpoint-2"
     subprocess.run(["mount", "-o", f"remount,size={8 * size}", str(output.parent)], check=True)
@@ -304,10 +306,10 @@ class Deadly(list):
 @pytest.mark.slow
 def test_a_worker_that_dies_is_an_error(folder, tmp_path):
     broken = run(folder, tmp_path / "out", rows=Deadly(pairs()), dataloader_num_workers=1)
-    begun = time.monotonic()
+    started_at = time.monotonic()
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):
         go_on(broken)
-    assert time.monotonic() - begun < 300
+    assert time.monotonic() - started_at < 300
 
 
 @pytest.mark.parametrize("workers", ["0", pytest.param("1", marks=pytest.mark.slow)])

@@ -1,8 +1,8 @@
-"""Kill, begin again, compare: `python -m faults`, from the repository.
+"""Kill, restart, compare: `python -m robustness`, from the repository.
 
-Each case is a command, run once without interruption and then SIGKILLed at random moments, one process after another,
-until the last one comes to the end. Prints the tables and writes them to `results/faults.md`, with what they rest on in
-`faults.json` beside it. Exits with status 1 where a bit differs from the uninterrupted run, or something is left over.
+Each case is a command. It runs once without interruption, and then it is SIGKILLed at random moments and restarted
+until it finishes. Prints the tables and writes them to `results/robustness.md`, and the raw figures to
+`robustness.json` beside it. Exits with status 1 if a bit differs from the uninterrupted run, or a file is left over.
 """
 
 import json
@@ -25,15 +25,15 @@ from .comparing import differences
 from .killing import Moment, run_and_kill, run_to_its_end
 
 
-ATTEMPTS = 5  # at a moment that passes before the kill arrives
+ATTEMPTS = 5  # for a moment that passes before the kill
 
 
 def main(argv: list[str]) -> int:
-    parser = ArgumentParser(prog="python -m faults", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m robustness", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where table and outcomes go")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="robustness-") as scratch:
         work = Path(scratch).resolve()
         write_parts(work)
         random = Random(args.seed)
@@ -41,8 +41,8 @@ def main(argv: list[str]) -> int:
     report = {"versions": {name: version(name) for name in ("transformers", "torch", "datasets")}, "seed": args.seed}
     text = table(report, outcomes)
     args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "faults.json").write_text(json.dumps(report | {"cases": outcomes}, indent=1) + "\n")
-    (args.results / "faults.md").write_text(text, encoding="utf-8")
+    (args.results / "robustness.json").write_text(json.dumps(report | {"cases": outcomes}, indent=1) + "\n")
+    (args.results / "robustness.md").write_text(text, encoding="utf-8")
     say(text)
     return 0 if all(passed(outcome) for outcome in outcomes) else 1
 
@@ -57,11 +57,11 @@ def measure(case: Case, number: int, random: Random) -> dict[str, Any]:
     kills: list[dict[str, Any]] = []
     for moment in case.moments(random, seen):
         say(f"{case.name}: {moment.name}")
-        begun = kill_at(moment, case, kills, log, environment, output)
-        left = case.left(output, reference, begun)
+        started_at = kill_at(moment, case, kills, log, environment, output)
+        left = case.state_after_kill(output, reference, started_at)
         kills.append({"what": case.name, "moment": moment.name, **asdict(left)})
     run_to_its_end(case.arguments(output), log, environment, output)
-    tell_resumed(kills, case, log)
+    record_resumption(kills, case, log)
     left_over = [path.relative_to(output).as_posix() for path in output.rglob("*unfinished*")]
     return {"case": case.title, "kills": kills, "unlike": differences(output, reference), "left_over": left_over}
 
@@ -69,35 +69,35 @@ def measure(case: Case, number: int, random: Random) -> dict[str, Any]:
 def kill_at(
     moment: Moment, case: Case, kills: list[dict[str, Any]], log: Path, environment: dict[str, str], output: Path
 ) -> int:
-    """Begin again after the last kill, and kill; where the end comes first, from the very start once more, and sooner.
+    """Restart after the last kill, and kill; if the process ends first, start from scratch and kill earlier.
 
     Returns:
-        when the process began that was killed, in nanoseconds since the epoch.
+        the start of the killed process, in nanoseconds since the epoch.
     """
     for attempt in range(ATTEMPTS):
-        begun = time.time_ns()
-        # the uninterrupted run, by which moments are timed, may have had less of the machine
+        started_at = time.time_ns()
+        # the uninterrupted run, which gave the moments' times, may have been slower
         sooner = replace(moment, seconds=moment.seconds / 2**attempt)
         killed = run_and_kill(case.arguments(output), log, environment, output, sooner)
         if attempt == 0:
-            tell_resumed(kills, case, log)
+            record_resumption(kills, case, log)
         if killed:
-            return begun
+            return started_at
         shutil.rmtree(output)
         output.mkdir()
-    raise RuntimeError(f"{moment.name}: it was through {ATTEMPTS} times before it could be killed")
+    raise RuntimeError(f"{moment.name}: it finished {ATTEMPTS} times before it could be killed")
 
 
-def tell_resumed(kills: list[dict[str, Any]], case: Case, log: Path) -> None:
-    """Note what the process went on from that was begun after the last kill."""
+def record_resumption(kills: list[dict[str, Any]], case: Case, log: Path) -> None:
+    """Record what the process after the last kill resumed from."""
     if kills:
-        kills[-1]["went_on_from"] = case.went_on_from(log.read_text(errors="replace"))
+        kills[-1]["went_on_from"] = case.resumed_from(log.read_text(errors="replace"))
         if kills[-1]["went_on_from"] != kills[-1]["whole"]:
-            kills[-1]["unlike"].append(f"went on from {kills[-1]['went_on_from']}, not {kills[-1]['whole']}")
+            kills[-1]["unlike"].append(f"resumed from {kills[-1]['went_on_from']}, not {kills[-1]['whole']}")
 
 
 def environment_in(work: Path) -> dict[str, str]:
-    """No Hub, one thread, and nothing written outside the folder."""
+    """Environment variables: no Hub, one thread, all files in the folder."""
     (work / "tmp").mkdir(exist_ok=True)
     settings = {
         "HF_HUB_OFFLINE": "1",
@@ -114,14 +114,14 @@ def passed(outcome: dict[str, Any]) -> bool:
 
 
 def table(report: dict[str, Any], outcomes: list[dict[str, Any]]) -> str:
-    """The Markdown: a line a case, and a line a kill."""
+    """The Markdown tables: a line for each case, and for each kill."""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     lines = [f"{versions}, seed {report['seed']}", ""]
     lines += ["| killed | times | the end equals the uninterrupted run's | left over |", "|---|---|---|---|"]
     for outcome in outcomes:
         end, left = verdict(outcome["unlike"]), ", ".join(outcome["left_over"]) or "nothing"
         lines.append(f"| {outcome['case']} | {len(outcome['kills'])} | {end} | {left} |")
-    lines += ["", "| killed | where it fell | the next went on from | which is equal |", "|---|---|---|---|"]
+    lines += ["", "| killed | when | the next run resumed from | which is equal |", "|---|---|---|---|"]
     for kill in (kill for outcome in outcomes for kill in outcome["kills"]):
         what = f"{kill['what']}, {kill['moment']}"
         lines.append(f"| {what} | {kill['fell']} | {kill['went_on_from']} | {verdict(kill['unlike'])} |")

@@ -1,4 +1,4 @@
-"""A look at a row of data: the model answers, and where it looked is mapped."""
+"""Answer one row of data, and compute the attribution of the answer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,27 +6,27 @@ from typing import Any
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..trainer.collator import LorgnetteCollator
 from ..trainer.generation import generate_texts
-from .checks import undisturbed
-from .maps import Look, maps_of
+from .checks import preserved_state
+from .maps import Attribution, maps_of
 
 
-def look(
+def explain_row(
     model: LorgnetteForConditionalGeneration,
     collator: LorgnetteCollator,
     row: Mapping[str, Any],
     *,
     max_words: int = 8,
     max_new_tokens: int = 24,
-) -> Look | None:
-    """Let the model answer for a row, greedily, and see where it looked: [`~lorgnette.inspection.maps.maps_of`].
+) -> Attribution | None:
+    """Generate a row's answer greedily, and attribute it with [`~lorgnette.inspection.maps.maps_of`].
 
     Args:
-        row: as the collator takes it; no text is needed.
-        max_words: of the answer that are followed back.
-        max_new_tokens: of the answer.
+        row: as the collator takes it; it needs no text.
+        max_words: attribute at most so many words of the answer.
+        max_new_tokens: limit for the answer.
 
     Returns:
-        None for a row of features, which has no picture to draw on.
+        None for a row of cached features, which has no picture.
 
     Raises:
         ValueError, OSError, TypeError: the row has no picture that can be read.
@@ -35,13 +35,13 @@ def look(
     if "pixel_values" not in prompt:
         return None
     prompt.pop("row_index", None)
-    with undisturbed(model):
+    with preserved_state(model):
         decoding = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
         ((_, answer),) = generate_texts(model, collator, [dict(row)], decoding=decoding, batch_size=1)
-        return maps_of(model, collator.processor, prompt, answer, max_words, _called(row, collator))
+        return maps_of(model, collator.processor, prompt, answer, max_words, _row_name(row, collator))
 
 
-def _called(row: Mapping[str, Any], collator: LorgnetteCollator) -> str:
+def _row_name(row: Mapping[str, Any], collator: LorgnetteCollator) -> str:
     image = row.get(collator.image_column)
     if isinstance(image, str):
         return image[:200]

@@ -1,4 +1,4 @@
-"""In what a folder differs, bit for bit, from the same one of an uninterrupted run."""
+"""Compare a folder bit for bit with the one of an uninterrupted run."""
 
 import json
 import re
@@ -13,9 +13,9 @@ _OF_TIME = re.compile(r"_runtime$|_per_second$")
 
 
 def differences(folder: Path, reference: Path) -> list[str]:
-    """The files that are in one of two folders alone, or differ in a byte; checkpoints inside them are not looked at.
+    """Files that only one folder has, or that differ; checkpoints inside the folders are not compared.
 
-    Trainer's arguments, which name the folder, are left out; so are times and paths in its state.
+    Ignores Trainer's arguments, which name the folder, and times and paths in its state.
     """
     found = []
     for name in sorted(_files(folder) | _files(reference)):
@@ -31,7 +31,7 @@ def differences(folder: Path, reference: Path) -> list[str]:
 
 
 def state_of(path: Path) -> dict[str, Any]:
-    """Trainer's state without what differs from run to run: times, paths, and the summary of this process's share."""
+    """Trainer's state without times, paths and the run's summary, which differ between runs."""
     state = json.loads(path.read_text(encoding="utf-8"))
     state["best_model_checkpoint"] = Path(state["best_model_checkpoint"] or "").name
     state["log_history"] = [

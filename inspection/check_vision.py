@@ -1,4 +1,4 @@
-"""Do the soft tokens say anything, and do the answers depend on the picture?"""
+"""Check that visual tokens are informative, and that answers depend on the picture."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,93 +8,93 @@ import torch
 
 from ..modeling.modeling_checks import IGNORED
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
-from .check_words import PICTURE_KEYS
-from .checks import Check, undisturbed
+from .check_text import PICTURE_KEYS
+from .checks import Check, preserved_state
 
 
-COLLAPSED = 0.99  # mean cosine between two soft tokens of a picture, from which on they say the same
-FAINT, LOUD = 0.05, 100.0  # soft tokens' norm in word embeddings' norms
-CHANCE = 0.01  # p-value below which answers are taken to depend on the picture
-GAP = 0.02  # least share of the loss that right pictures take off: what is surely not nothing may still be little
-FEWEST = 8  # rows: with fewer the p-value cannot be that small
-ENOUGH = 32  # rows: with fewer a small difference may not show
-FLIPS = 10_000
+MAX_MEAN_COSINE = 0.99  # mean cosine between two visual tokens of a picture; from here on they count as equal
+MIN_NORM_RATIO, MAX_NORM_RATIO = 0.05, 100.0  # norm of visual tokens over norm of word embeddings
+MAX_P_VALUE = 0.01  # below it, answers depend on the picture
+MIN_GAP = 0.02  # the least relative drop of the loss by the right pictures: a significant drop may still be small
+MIN_ROWS = 8  # with fewer the p-value cannot fall below MAX_P_VALUE
+RELIABLE_ROWS = 32  # with fewer a small difference may not be significant
+SIGN_FLIPS = 10_000
 
 
 @torch.no_grad()
-def soft_tokens(
+def visual_tokens(
     model: LorgnetteForConditionalGeneration, batches: Sequence[Mapping[str, torch.Tensor]]
 ) -> torch.Tensor | None:
-    """`(N, Q, M)` float32 of all pictures in the batches; None where there are none."""
+    """`(N, Q, M)` float32 visual tokens of all pictures in the batches; None without batches."""
     keys = (*PICTURE_KEYS, "image_rows", "qformer_input_ids", "qformer_attention_mask")
-    with undisturbed(model):
-        seen = [
+    with preserved_state(model):
+        outputs = [
             model.get_image_features(**{key: batch[key] for key in keys if key in batch}).pooler_output.float()
             for batch in batches
         ]
-    return torch.cat(seen) if seen else None
+    return torch.cat(outputs) if outputs else None
 
 
 @torch.no_grad()
-def check_soft_norm(model: LorgnetteForConditionalGeneration, soft: torch.Tensor | None) -> Check:
-    """Soft tokens are of a size that the language model can read.
+def check_visual_norm(model: LorgnetteForConditionalGeneration, visual: torch.Tensor | None) -> Check:
+    """The norm of visual tokens is in the range of the language model's word embeddings.
 
     Args:
-        soft: `(N, Q, M)`.
+        visual: `(N, Q, M)`.
     """
-    name, title = "soft_norm", "Soft tokens are about as large as the language model's word embeddings"
-    if soft is None:
+    name, title = "visual_norm", "Visual tokens have about the norm of the language model's word embeddings"
+    if visual is None:
         return Check(name, title, None, "There are no pictures", "Give --image or --dataset")
     table = model.get_input_embeddings()
     count = min(table.num_embeddings, 4096)
     ids = torch.linspace(0, table.num_embeddings - 1, count, device=model.device).long()
-    words = table(ids).float().norm(dim=-1).median().item()  # called, not read: some scale what they look up
-    pictures = soft.norm(dim=-1).median().item()
+    words = table(ids).float().norm(dim=-1).median().item()  # called, since some scale their output
+    pictures = visual.norm(dim=-1).median().item()
     ratio = pictures / words
-    passed = FAINT < ratio < LOUD
+    passed = MIN_NORM_RATIO < ratio < MAX_NORM_RATIO
     finding = f"Median norm {pictures:.3g}, of word embeddings {words:.3g}: {ratio:.3g} times"
     advice = (
-        "What is far smaller is drowned by the words around it, what is far larger drowns them: lower the learning "
-        "rate of the projector, or begin from its initialisation again"
+        "Visual tokens that are far smaller than the text's embeddings are ignored, and far larger ones dominate: "
+        "lower the learning rate of the projector, or initialise it again"
     )
-    figures = {"soft_tokens": pictures, "words": words, "ratio": ratio}
+    figures = {"visual_tokens": pictures, "words": words, "ratio": ratio}
     return Check(name, title, passed, finding, "" if passed else advice, figures)
 
 
-def check_queries(soft: torch.Tensor | None) -> Check:
-    """A picture's soft tokens differ from each other.
+def check_queries(visual: torch.Tensor | None) -> Check:
+    """A picture's visual tokens differ from each other.
 
     Args:
-        soft: `(N, Q, M)`.
+        visual: `(N, Q, M)`.
     """
-    name, title = "queries", "Queries have not collapsed into one"
-    if soft is None:
+    name, title = "queries", "Queries have not collapsed"
+    if visual is None:
         return Check(name, title, None, "There are no pictures", "Give --image or --dataset")
-    if soft.shape[1] < 2:
+    if visual.shape[1] < 2:
         return Check(name, title, None, "There is one query", "")
-    if not soft.isfinite().all():
-        finding = f"{int((~soft.isfinite()).any(-1).sum())} of {soft[..., 0].numel()} soft tokens are not finite"
-        return Check(name, title, False, finding, "Look for weights that are not finite: the loss was not, either")
-    directions = torch.nn.functional.normalize(soft, dim=-1)
+    if not visual.isfinite().all():
+        finding = f"{int((~visual.isfinite()).any(-1).sum())} of {visual[..., 0].numel()} visual tokens are not finite"
+        return Check(name, title, False, finding, "Find the weights that are not finite; the loss was not, either")
+    directions = torch.nn.functional.normalize(visual, dim=-1)
     cosines = (directions @ directions.transpose(1, 2)).mean(0)  # (Q, Q)
     pairs = ~torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
     mean = cosines[pairs].mean().item()
-    values = torch.linalg.svdvals(soft) ** 2  # (N, min(Q, M)); shares of the picture's energy
+    values = torch.linalg.svdvals(visual) ** 2  # (N, min(Q, M)); shares of the picture's energy
     rank = torch.special.entr(values / values.sum(-1, keepdim=True)).sum(-1).exp().mean().item()
     finding = (
-        f"Mean cosine between two of a picture's {soft.shape[1]} soft tokens {mean:.3f}, effective rank {rank:.1f}"
+        f"Mean cosine between two of a picture's {visual.shape[1]} visual tokens {mean:.3f}, effective rank {rank:.1f}"
     )
     figures: dict[str, Any] = {"mean_cosine": mean, "effective_rank": rank, "cosines": cosines.tolist()}
-    if len(soft) > 1:
+    if len(visual) > 1:
         across = directions.transpose(0, 1) @ directions.permute(1, 2, 0)  # (Q, N, N)
-        others = ~torch.eye(len(soft), dtype=torch.bool, device=soft.device)
+        others = ~torch.eye(len(visual), dtype=torch.bool, device=visual.device)
         figures["between_pictures"] = across[:, others].mean().item()
-        finding += f"; between the same one of two pictures {figures['between_pictures']:.3f}"
-    passed = mean < COLLAPSED
+        finding += f"; between two pictures, at the same query, {figures['between_pictures']:.3f}"
+    passed = mean < MAX_MEAN_COSINE
     advice = (
-        f"The language model is given one soft token {soft.shape[1]} times. See that query_tokens were not filled with "
-        "one value, begin from a stage-1 model or a BERT (qformer=), and lower the learning rate. Where the right "
-        "pictures take much off the loss all the same, outputs ask for no more than one thing of a picture"
+        f"All {visual.shape[1]} visual tokens are nearly equal. Check that query_tokens do not hold one value, "
+        "start from a stage-1 model or a BERT (qformer=), and lower the learning rate. If the right pictures still "
+        "lower the loss much, the outputs need only one feature of a picture"
     )
     return Check(name, title, passed, finding, "" if passed else advice, figures)
 
@@ -102,29 +102,29 @@ def check_queries(soft: torch.Tensor | None) -> Check:
 def check_sees(
     model: LorgnetteForConditionalGeneration, batches: Sequence[Mapping[str, torch.Tensor]], seed: int = 0
 ) -> Check:
-    """Outputs are likelier beside their own picture than beside another row's.
+    """Outputs have a lower loss with their own picture than with another row's.
 
-    The loss of each row (mean nats a token of its output) is measured with its own picture, that of a row with another
-    output, mean grey (0 after normalisation) and noise. The p-value is of a paired sign-flip test of the differences
-    between the first two (Phipson & Smyth 2010, equation 2): the chance of such a mean where pictures do not matter.
+    Measures each row's loss (mean nats a token of its output) with its own picture, with that of a row with another
+    output, with mean grey (0 after normalisation) and with noise. The p-value comes from a paired sign-flip test of the
+    differences between the first two (Phipson & Smyth 2010, equation 2).
 
     Args:
         batches: with `labels` and one image a row, on the model's device.
     """
     name, title = "sees", "Answers depend on the picture"
-    batches = [_spread(batch) for batch in batches]
+    batches = [_with_picture_per_row(batch) for batch in batches]
     rows = sum(len(batch["input_ids"]) for batch in batches)
-    if rows < FEWEST:
-        finding = f"{rows} rows with outputs; with fewer than {FEWEST} nothing can be said"
+    if rows < MIN_ROWS:
+        finding = f"{rows} rows with outputs; at least {MIN_ROWS} are needed"
         return Check(name, title, None, finding, "Give --dataset, and more --rows")
     if any(_images(batch) != len(batch["input_ids"]) for batch in batches):
-        return Check(name, title, None, "Rows with several images, or none, cannot change them", "")
+        return Check(name, title, None, "Rows need exactly one image each, so that rows can exchange them", "")
     learned = [zip(batch["input_ids"], batch["labels"] != IGNORED, strict=True) for batch in batches]
     outputs = [tuple(ids[mask].tolist()) for pairs in learned for ids, mask in pairs]
-    partners = strangers(outputs, seed)
+    partners = other_rows(outputs, seed)
     moved = np.array([outputs[row] != outputs[partner] for row, partner in enumerate(partners)])
-    if moved.sum() < FEWEST:
-        finding = f"{len(set(outputs))} different outputs in {rows} rows: there are no other pictures to compare with"
+    if moved.sum() < MIN_ROWS:
+        finding = f"{len(set(outputs))} different outputs in {rows} rows: too few to exchange pictures"
         return Check(name, title, None, finding, "Give rows whose texts differ")
     generator = torch.Generator().manual_seed(seed)
     keys = [key for key in PICTURE_KEYS if key in batches[0]]
@@ -137,29 +137,29 @@ def check_sees(
                   {"blank": torch.zeros_like(pixels), "noise": noise}.items()}  # fmt: skip
     losses = {kind: _row_losses(model, batches, shown) for kind, shown in kinds.items()}
     gaps = (losses["shuffled"] - losses["right"])[moved]
-    chance = sign_flip(gaps, seed)
+    p_value = sign_flip(gaps, seed)
     means = {kind: float(values[moved].mean()) for kind, values in losses.items()}
-    gap = 1 - means["right"] / means["shuffled"] if means["shuffled"] else 0.0  # sure of it beside any picture
-    passed = gap > GAP and chance < CHANCE
+    gap = 1 - means["right"] / means["shuffled"] if means["shuffled"] else 0.0  # a loss of 0 with any picture
+    passed = gap > MIN_GAP and p_value < MAX_P_VALUE
     finding = ", ".join(f"{kind} {mean:.3f}" for kind, mean in means.items())
     finding = f"Loss on {moved.sum()} rows, by picture: {finding} nats a token"
-    finding += f"; the right ones take off {gap:.1%}, p = {chance:.2g}"
+    finding += f"; the right ones lower it by {gap:.1%}, p = {p_value:.2g}"
     advice = (
-        "The model speaks without looking. See that pictures and texts of the training rows belong together, that the "
+        "The answers do not depend on the picture. Check that pictures and texts of the training rows match, that the "
         "other checks are green, and train longer, from a stage-1 Q-Former"
     )
-    if moved.sum() < ENOUGH:
-        advice += f". Or {moved.sum()} rows are too few to tell: give more --rows"
+    if moved.sum() < RELIABLE_ROWS:
+        advice += f". Or {moved.sum()} rows are too few: give more --rows"
     return Check(
-        name, title, passed, finding, "" if passed else advice, {"losses": means, "gap": gap, "p_value": chance}
+        name, title, passed, finding, "" if passed else advice, {"losses": means, "gap": gap, "p_value": p_value}
     )
 
 
-def strangers(outputs: Sequence[Any], seed: int) -> np.ndarray:
-    """For each row another one, no row twice, whose output is another where that can be for all."""
+def other_rows(outputs: Sequence[Any], seed: int) -> np.ndarray:
+    """A permutation of the rows: each row gets a row with another output, if that is possible for all."""
     order = np.random.default_rng(seed).permutation(len(outputs))
     ranks = {output: rank for rank, output in enumerate(dict.fromkeys(outputs))}
-    order = order[np.argsort([ranks[outputs[row]] for row in order], kind="stable")]  # like outputs side by side
+    order = order[np.argsort([ranks[outputs[row]] for row in order], kind="stable")]  # sorted by output
     most = max(np.bincount([ranks[output] for output in outputs]))
     partners = np.empty(len(outputs), dtype=int)
     partners[order] = np.roll(order, most)
@@ -168,8 +168,8 @@ def strangers(outputs: Sequence[Any], seed: int) -> np.ndarray:
 
 def sign_flip(differences: np.ndarray, seed: int = 0) -> float:
     """p-value of a mean above 0, by flipping the signs of `(rows,)` differences at random."""
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (FLIPS, len(differences)))
-    return float(1 + ((signs * differences).mean(1) >= differences.mean()).sum()) / (1 + FLIPS)
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (SIGN_FLIPS, len(differences)))
+    return float(1 + ((signs * differences).mean(1) >= differences.mean()).sum()) / (1 + SIGN_FLIPS)
 
 
 def _row_losses(
@@ -177,9 +177,9 @@ def _row_losses(
     batches: Sequence[Mapping[str, torch.Tensor]],
     shown: Mapping[str, torch.Tensor],
 ) -> np.ndarray:
-    """`(rows,)` mean nats a token of each row's output, with these pictures in the rows' order."""
+    """`(rows,)` mean nats a token of each row's output, with the given pictures in the rows' order."""
     losses, first = [], 0
-    with undisturbed(model), torch.no_grad():
+    with preserved_state(model), torch.no_grad():
         for batch in batches:
             last = first + len(batch["input_ids"])
             labels = batch["labels"][:, 1:]
@@ -193,8 +193,8 @@ def _row_losses(
     return torch.cat(losses).double().cpu().numpy()
 
 
-def _spread(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch with a picture for each image, also where several are one."""
+def _with_picture_per_row(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with one picture entry per image, also where images share an entry."""
     spread = dict(batch)
     rows = spread.pop("image_rows", None)
     if rows is not None:

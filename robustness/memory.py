@@ -1,12 +1,11 @@
-"""Whether memory grows, and whether losses stay finite, over thousands of steps and captions.
+"""Test that memory does not grow, and that losses stay finite, over thousands of steps and captions.
 
-    python -m faults.memory
+    python -m robustness.memory
 
 Trains both stages on tiny random backbones by `recipes/stage1.yaml` and `recipes/stage2.yaml`, in bf16, and captions
-pictures one by one, each in a process of its own: what an earlier one has freed would hide what a later one takes.
-Prints a table and writes it to `results/memory.md`, with the samples in `memory.json` beside it. Exits with status 1
-where a loss, a gradient or a weight is not finite, or where the resident memory grows by more than [`BOUND`] after
-warming up.
+pictures one by one, each in its own process, since memory that one test frees would hide the next test's use. Prints a
+table and writes it to `results/memory.md`, and the samples to `memory.json` beside it. Exits with status 1 if a loss, a
+gradient or a weight is not finite, or if resident memory grows by more than [`BOUND`] after the warm-up.
 """
 
 import gc
@@ -39,25 +38,25 @@ from lorgnette.trainer.arguments import Stage1Arguments, Stage2Arguments
 from lorgnette.trainer.run import parse, train
 
 
-BOUND = 2048  # bytes a step: 4 MB over 2,000 steps. Trainer's own log takes about 100 of them
-WARM_UP = 0.25  # of the steps, in which allocators and caches fill
+BOUND = 2048  # bytes a step: 4 MB over 2,000 steps; Trainer's own log takes about 100
+WARM_UP = 0.25  # fraction of the steps in which allocators and caches fill
 ROWS = 128
 RECIPES = Path(__file__).parents[1] / "recipes"
-# recipe -> its arguments, and the module that builds a model of them
+# recipe -> its arguments class, and the module that builds the model
 STAGES = {"stage1": (Stage1Arguments, stage1), "stage2": (Stage2Arguments, stage2)}
 BATCHES = {"stage1": 16, "stage2": 4}  # smaller than the recipes': minutes, not hours
 
 
 def main(argv: list[str]) -> int:
-    parser = ArgumentParser(prog="python -m faults.memory", description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog="python -m robustness.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--results", type=Path, default=Path("results"), help="where table and samples go")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         parts = write_parts(work)
-        outcomes = {f"training, {stage}": alone(trained, stage, args.steps, work, parts) for stage in STAGES}
-        outcomes["captions"] = alone(captioned, args.steps, parts)
+        outcomes = {f"training, {stage}": run_in_process(trained, stage, args.steps, work, parts) for stage in STAGES}
+        outcomes["captions"] = run_in_process(captioned, args.steps, parts)
     text = table(outcomes)
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "memory.json").write_text(json.dumps(outcomes, indent=1) + "\n", encoding="utf-8")
@@ -69,14 +68,14 @@ def main(argv: list[str]) -> int:
     return 1 if wrong else 0
 
 
-def alone(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What a function returns in a process that has done nothing else."""
+def run_in_process(measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Call a function in a fresh process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(measure, *arguments).result()
 
 
 def write_parts(work: Path) -> dict[str, str]:
-    """Backbones, the Q-Former's start and `ROWS` pictures of noise, each with its own words, in folders."""
+    """Write backbones, a BERT and `ROWS` pictures of noise with different texts."""
     vision, text = write_backbones(work)
     words = tiny.bert_tokenizer()
     for part in (bert(vocab_size=len(words)), words):
@@ -101,7 +100,7 @@ class Watch(TrainerCallback):
 
 
 def trained(stage: str, steps: int, work: Path, parts: dict[str, str]) -> dict[str, Any]:
-    """Train by the shipped recipe, with other parts, on constant data, and nothing saved or evaluated."""
+    """Train with the shipped recipe on tiny backbones and fixed data, without saving or evaluation."""
     arguments, module = STAGES[stage]
     watch = Watch()
     options = {
@@ -133,7 +132,7 @@ def trained(stage: str, steps: int, work: Path, parts: dict[str, str]) -> dict[s
 
 
 def captioned(count: int, parts: dict[str, str]) -> dict[str, Any]:
-    """Caption pictures one by one, from their files."""
+    """Caption picture files one by one."""
     model, processor = joined((parts["vision"], parts["text"]))
     pipe = LorgnetteImageToTextPipeline(model=model.eval(), processor=processor, device="cpu")
     samples = []
@@ -144,7 +143,7 @@ def captioned(count: int, parts: dict[str, str]) -> dict[str, Any]:
 
 
 def is_finite(trainer: Trainer) -> bool:
-    """Whether all losses and gradients that were logged are, and what was trained; a loss that is not stops the run."""
+    """Whether all logged losses and gradients and the trained weights are finite; nan_guard raises for a loss."""
     log = [
         value for entry in trainer.state.log_history for name, value in entry.items() if name in ("loss", "grad_norm")
     ]
@@ -157,7 +156,7 @@ def resident() -> int:
 
 
 def measured(samples: list[int]) -> dict[str, Any]:
-    """The slope of the straight line through what comes after warming up, by least squares."""
+    """The least-squares slope of the samples after the warm-up."""
     gc.collect()
     start = int(len(samples) * WARM_UP)
     slope = float(np.polyfit(np.arange(start, len(samples)), samples[start:], 1)[0])
@@ -172,7 +171,7 @@ def measured(samples: list[int]) -> dict[str, Any]:
 
 
 def failures(outcomes: dict[str, dict[str, Any]]) -> list[str]:
-    """What should not have happened, a line each."""
+    """The failures, a line each."""
     wrong = []
     for name, outcome in outcomes.items():
         if outcome["bytes_a_step"] > BOUND:
