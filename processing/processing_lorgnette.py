@@ -307,7 +307,8 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
     ) -> dict[str, list[list[int]]]:
         if max_length is None and self.tokenizer.model_max_length < 10**9:  # 1e30 stands for "not known"
             max_length = self.tokenizer.model_max_length
-        if truncation not in (False, None, "do_not_truncate") and max_length is not None:
+        truncates = truncation not in (False, None, "do_not_truncate") and max_length is not None
+        if truncates and max(map(len, rows)) > max_length:
             rows = from_package("assembly.truncation", "truncation").truncated(self.tokenizer, rows, max_length)
         if padding == "max_length" and max_length is None:
             raise ValueError('padding="max_length" needs a max_length; the tokenizer knows of none')
