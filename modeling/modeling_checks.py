@@ -80,16 +80,10 @@ def check_placeholders(
     labels: torch.Tensor | None = None,
     sequence_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The number of images of each row, `(B,)`, or of each of D packed sequences, `(D,)`.
+    """The number of images of each row, `(B,)`, or of each packed sequence; a ValueError for other placeholders.
 
-    Args:
-        mask: `(B, S)`, True at placeholders; `num_query_tokens` of them an image.
-        num_images: images of the whole batch, or None where there are none.
-        row_index: `(B,)` or `(D,)`, names of the rows in messages; their positions by default.
-        labels: `(B, S)`.
-        sequence_ids: `(B, S)`, the packed sequence of each token; below 0 for padding.
-
-    Raises a ValueError, with the row and both counts, for another number of placeholders, or a label on one.
+    `mask` `(B, S)` is True at placeholders, which are `num_query_tokens` an image and have no labels; `num_images` are
+    those of the batch, and `row_index` names the rows in messages.
     """
     in_rows = count_in_rows(mask, sequence_ids)
     per_image, counts = num_query_tokens, in_rows.tolist()
@@ -123,13 +117,7 @@ def check_finite(
     row_index: torch.Tensor | None,
     image_rows: torch.Tensor | None = None,
 ) -> None:
-    """Raise a ValueError, with image and row, for pictures (or features) `(N, …)` with NaN or inf in them.
-
-    Args:
-        images_per_row: `(B,)`; None for one each.
-        row_index: as in [`check_placeholders`].
-        image_rows: which of the pictures each image is; each its own by default.
-    """
+    """Raise a ValueError, with image and row, for pictures (or features) `(N, …)` with NaN or inf in them."""
     broken = ~torch.isfinite(pictures.flatten(1)).all(dim=1)
     broken = (broken if image_rows is None else broken[image_rows]).nonzero()
     if len(broken):

@@ -89,13 +89,9 @@ def supervised_loss(
     decode: Callable[..., ModelOutput] | None = None,
     **inputs: Any,
 ) -> CausalLMOutputWithPast:
-    """What the LM's forward returns, but for logits.
+    """What the LM's forward returns, but for logits; the sum over labels is divided by `num_items_in_batch`.
 
-    Args:
-        labels, supervised_positions: see [`supervised`].
-        num_items_in_batch: what the sum over positions is divided by; their number by default.
-        decode: in place of the LM's decoder; it may leave out the states of first tokens, the same number in each row.
-        inputs: of the decoder, `inputs_embeds` `(B, S, M)` and so on.
+    `decode` may leave out the states of first tokens, the same number in each row.
     """
     outputs = (decode or language_model.base_model)(**inputs)
     states, targets = supervised(outputs.last_hidden_state, labels, supervised_positions)  # (K, M), (K,)

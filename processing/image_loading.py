@@ -17,7 +17,6 @@ from huggingface_hub import get_session
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 
-from ..configuration.configuration_lorgnette import from_package
 from .prompt_encoding import error_context
 
 
@@ -47,11 +46,7 @@ def load_image(source: Any, timeout: Any = None, max_pixels: int = MAX_IMAGE_PIX
     if source is None:
         raise ValueError("the image is None")
     if isinstance(source, (np.ndarray, torch.Tensor)):
-        if layout is None and source.dtype == np.uint8 and source.shape[2:] in ((3,), (4,)):
-            source = Image.fromarray(source)
-        else:
-            what = "an image as a tensor, or as an array that is not (H, W, 3) or (H, W, 4) of 8 bits,"
-            source = from_package("assembly.arrays", what).image_of(source, layout)
+        source = _from_array(source, layout)
     name, data = ("the picture", b"") if isinstance(source, Image.Image) else _read(source, timeout)
     if not data and not isinstance(source, Image.Image):
         raise ValueError(f"{name} is empty (0 bytes)")
@@ -160,7 +155,7 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 def _to_rgb(image: Image.Image) -> Image.Image:
     info = {WERE_FLOATS: True} if image.mode == "F" or image.info.get(WERE_FLOATS) is True else {}
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = Image.fromarray(to_uint8(np.asarray(image)))
+        image = Image.fromarray(_to_uint8(np.asarray(image)))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -169,7 +164,28 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image
 
 
-def to_uint8(values: np.ndarray) -> np.ndarray:
+def _from_array(source: np.ndarray | torch.Tensor, layout: Any) -> Image.Image:
+    layout, prefers_first, pixels = getattr(layout, "value", layout), isinstance(source, torch.Tensor), source
+    if prefers_first:
+        pixels = (source.float() if source.is_floating_point() else source).detach().cpu().numpy()
+    axes = {"channels_first": 0, "channels_last": -1}
+    fitting = [name for name, axis in axes.items() if pixels.ndim == 3 and pixels.shape[axis] in (1, 3, 4)]
+    if not pixels.size or not (pixels.ndim == 2 or fitting):
+        needed = "(H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels is needed"
+        raise ValueError(f"an array of shape {pixels.shape} is no image: {needed}")
+    if fitting:
+        layout = layout or fitting[0 if prefers_first else -1]
+        if layout not in fitting:
+            takes = " or ".join(fitting)
+            raise ValueError(f"input_data_format is {layout!r}; an image of shape {pixels.shape} takes {takes}")
+        pixels = np.moveaxis(pixels, axes[layout], -1)
+        pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    image = Image.fromarray(np.ascontiguousarray(_to_uint8(pixels)))
+    image.info[WERE_FLOATS] = pixels.dtype.kind == "f"
+    return image
+
+
+def _to_uint8(values: np.ndarray) -> np.ndarray:
     """8-bit values of booleans, of integers of 8 or 16 bits, or of floats from 0 to 1."""
     if values.dtype == np.uint8:
         return values

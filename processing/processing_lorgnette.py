@@ -14,7 +14,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 from transformers.utils import PROCESSOR_NAME
 
 from ..configuration.configuration_lorgnette import AUTO_PROCESSOR, IN_PACKAGE, from_package, save_code
-from .image_loading import MAX_IMAGE_PIXELS, load_image_for
+from .image_loading import MAX_IMAGE_PIXELS, WERE_FLOATS, load_image_for
 from .prompt_encoding import (
     IMAGE_TOKEN,
     answer_frame,
@@ -277,7 +277,9 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         """`pixel_values` `(N, 3, H, W)` and what else the image processor gives; a ValueError for a wrong range."""
         own = {name: getattr(self.image_processor, name, None) for name in ("do_rescale", "rescale_factor")}
         asked = own | {name: value for name, value in images_kwargs.items() if value is not None}
-        if asked["do_rescale"] is False or asked["rescale_factor"] == 1:
+        takes_8_bits = asked == own and self.image_processor.do_normalize is False
+        were_floats = any(image.info.get(WERE_FLOATS) for image in images)
+        if (asked["do_rescale"] is False or asked["rescale_factor"] == 1) and (were_floats or not takes_8_bits):
             rescaling = from_package("assembly.rescaling", "an image processor that does not rescale")
             images_kwargs |= rescaling.rescaling_of(self.image_processor, images, images_kwargs)
         return self.image_processor(images, **images_kwargs)
@@ -305,7 +307,8 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
     ) -> dict[str, list[list[int]]]:
         if max_length is None and self.tokenizer.model_max_length < 10**9:  # 1e30 stands for "not known"
             max_length = self.tokenizer.model_max_length
-        if truncation not in (False, None, "do_not_truncate") and max_length is not None:
+        truncates = truncation not in (False, None, "do_not_truncate") and max_length is not None
+        if truncates and max(map(len, rows)) > max_length:
             rows = from_package("assembly.truncation", "truncation").truncated(self.tokenizer, rows, max_length)
         if padding == "max_length" and max_length is None:
             raise ValueError('padding="max_length" needs a max_length; the tokenizer knows of none')

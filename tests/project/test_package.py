@@ -28,7 +28,7 @@ from lorgnette.publishing.card import TEMPLATE
 assert TEMPLATE.is_file(), TEMPLATE
 sys.path.insert(0, sys.argv[1])
 from saved import assert_same, build, logits_and_captions
-from strangers import visit
+from without_lorgnette import load_without_lorgnette
 from datasets import Dataset
 from tiny import picture
 from transformers import Trainer, TrainingArguments
@@ -43,7 +43,7 @@ trainer = Trainer(model, arguments, data_collator=lorgnette.LorgnetteCollator(pr
 assert trainer.train().global_step == 2
 trainer.save_model("saved.model-1")
 logits, caption = logits_and_captions(model.eval(), processor, here)
-assert_same(*visit(here / "saved.model-1", here), model, logits, caption)
+assert_same(*load_without_lorgnette(here / "saved.model-1", here), model, logits, caption)
 """
 
 
