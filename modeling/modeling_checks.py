@@ -160,7 +160,7 @@ def setting_of(name: str, kwargs: dict[str, Any], *configs: GenerationConfig | N
 
 
 def check_decoding(embedded: bool, kwargs: dict[str, Any], *configs: GenerationConfig | None) -> None:
-    """Raise a ValueError for ways of decoding that do not read embeddings, where a prompt is `embedded` (has images)."""
+    """Raise a ValueError for ways of decoding that do not read embeddings, where a prompt is `embedded`."""
     used = [name for name in _READS_IDS_ALONE if setting_of(name, kwargs, *configs) not in (None, False)]
     if setting_of("cache_implementation", kwargs, *configs) == "paged":
         used.append('cache_implementation="paged"')
