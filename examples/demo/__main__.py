@@ -18,6 +18,8 @@ from pathlib import Path
 
 from datasets import Dataset, disable_progress_bars
 
+from lorgnette.trainer.messages import set_up_logging
+
 from ..sources import backbones
 from ..sources.cifar import PICTURES
 from ..sources.registry import Archive
@@ -59,6 +61,7 @@ def main(argv: list[str]) -> int:
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
     folders["report"].mkdir(parents=True)
     phase = Stopwatch()
+    set_up_logging(True)
     disable_progress_bars()  # a few thousand rows are saved at once
 
     with phase("backbones: downloaded once, then from the cache"):

