@@ -139,7 +139,7 @@ def resolve_save_format(model: PreTrainedModel, save_format: str | None, changed
     if save_format == "merged" and getattr(model.config, "lora_config", None) is None:
         raise ValueError("This model has no LoRA to merge: save it full")
     if save_format is None:
-        logger.warning_once(f"Models are saved in full, with all weights of their backbones: {obstacle}")
+        logger.info_once(f"Models are saved in full, with all weights of their backbones: {obstacle}")
     return save_format or "full"
 
 
