@@ -18,6 +18,9 @@ TRAINING_DEFAULTS = {
 }
 
 
+FORMATS = ("table", "llava", "coco", "webdataset", "pairs", "saved", "folder", "hub")  # see `formats.py`
+
+
 @dataclass
 class VisionArguments:
     """Arguments for the ViT: its source, and which of its features to use."""
@@ -158,9 +161,20 @@ class SourceArguments:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "A Hub dataset id; a folder (imagefolder, feature cache, or what `save_to_disk` wrote); a .jsonl, "
-            ".json, .parquet or .arrow file, in which image paths are relative to the file's folder."
+            "help": "A Hub dataset id; a .csv, .tsv, .jsonl, .json (LLaVA's and COCO's too), .parquet, .arrow or .tar "
+            "file; a folder: imagefolder, pictures with .txt files, .tar files, feature cache, or what `save_to_disk` "
+            "wrote. Paths of pictures are relative to the file's folder."
         },
+    )
+    format: str | None = field(
+        default=None,
+        metadata={
+            "help": "How to read `dataset`, in place of what its files say: table, llava, coco, webdataset, pairs, "
+            "saved, folder or hub."
+        },
+    )
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder that relative paths of pictures start from, if not the file's own."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub dataset."})
@@ -176,6 +190,8 @@ class SourceArguments:
     def __post_init__(self):
         if self.dataset is None:
             raise ValueError("dataset not given: name a Hub dataset, a folder or a file")
+        if self.format not in (None, *FORMATS):
+            raise ValueError(f"format is {self.format!r}; it takes {', '.join(FORMATS)}")
 
 
 @dataclass
@@ -186,7 +202,13 @@ class RowArguments(SourceArguments):
         default=False,
         metadata={"help": "Stream the rows instead of downloading them; training then needs max_steps."},
     )
-    text_column: str = field(default="text", metadata={"help": "Column with the text (or a class label)."})
+    text_column: list[str] | str | None = field(
+        default="text",
+        metadata={
+            "help": "Column with the text, a list of texts or a class label; or several columns with a text each (a "
+            "JSON list on the command line). In training each text of a picture is a row."
+        },
+    )
     query_column: str | None = field(
         default=None, metadata={"help": "Column with each row's query, in place of `query`."}
     )
@@ -200,6 +222,10 @@ class RowArguments(SourceArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if isinstance(self.text_column, str) and self.text_column.startswith("["):
+            self.text_column = json.loads(self.text_column)
+        if self.text_column is None:  # as `text_column: null` over a recipe that names one
+            self.text_column = RowArguments.text_column
         if self.skip_unreadable and self.streaming:
             raise ValueError("skip_unreadable reads all pictures first, which cannot be done with a stream")
         if self.messages_column is not None:
@@ -216,10 +242,18 @@ class RowArguments(SourceArguments):
 
     @property
     def text_columns(self) -> list[str]:
-        """The columns with text: chats, or texts and queries."""
+        """The columns with text in the data set: chats, or texts and queries."""
         if self.messages_column is not None:
             return [self.messages_column]
-        return [self.text_column, *([self.query_column] if self.query_column else [])]
+        texts = [self.text_column] if isinstance(self.text_column, str) else self.text_column
+        return [*texts, *([self.query_column] if self.query_column else [])]
+
+    @property
+    def text_name(self) -> str:
+        """The column with text in loaded rows: several columns become one, `text`."""
+        if self.messages_column is not None:
+            return "messages"
+        return self.text_column if isinstance(self.text_column, str) else "text"
 
 
 @dataclass

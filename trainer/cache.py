@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..processing.image_loading import load_image_for
 from .arguments import SourceArguments, VisionArguments
-from .data import check_columns, load_source, numbered, picture_opener, undecoded
+from .data import check_columns, numbered, picture_opener, undecoded
 from .feature_cache import (
     COLUMN,
     METADATA,
@@ -28,6 +28,7 @@ from .feature_cache import (
     read_metadata,
     vision_settings,
 )
+from .formats import load_source
 from .precision import autocast, default_mixed_precision
 from .process import start_process
 from .recipe import parse_recipe

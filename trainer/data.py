@@ -11,18 +11,22 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, List, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, Image, List
+from transformers.utils import logging
 
 from ..assembly.conversations import messages_of
 from ..processing.image_loading import WEB
-from ..processing.prompt_encoding import error_context, parts_of
-from .arguments import DataArguments, RowArguments, SourceArguments
+from ..processing.prompt_encoding import IMAGE_TOKEN, error_context, parts_of
+from .arguments import DataArguments, RowArguments
 from .augmentation import AugmentationSeeds
 from .feature_cache import COLUMN, feature_opener, is_cache, load_cache
+from .formats import Rows, find_format, load_source
 
 
-FILE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
-Rows = Dataset | IterableDataset
+logger = logging.get_logger(__name__)
+
+_warned: list[int | None] = []  # the row that was warned of
+_POSITION = "lorgnette: position"  # of a text's row among the rows with lists of texts
 
 
 def load_pairs(
@@ -50,6 +54,7 @@ def load_pairs(
         raise ValueError(
             f"augment changes pictures, and {args.dataset} is a feature cache, which has none: leave it out"
         )
+    read_chats_as_such(args)
     train, open_train = _numbered_rows(args, args.dataset, args.train_split)
     evaluation, open_evaluation = None, open_train
     if args.eval_fraction is not None:
@@ -59,10 +64,13 @@ def load_pairs(
     elif evaluate:
         source, split = args.eval_dataset or args.dataset, args.eval_split or "train"
         evaluation, open_evaluation = _numbered_rows(args, source, split)
+    train, open_train = _one_row_per_text(train, open_train, args)
+    if evaluation is not None:
+        evaluation, open_evaluation = _one_row_per_text(evaluation, open_evaluation, args)
     if length_column is not None:
         if args.streaming:
             raise ValueError("a stream cannot be grouped by length: its rows come one by one")
-        text_columns = ["messages"] if args.messages_column else args.text_columns
+        text_columns = [args.text_name, *([args.query_column] if args.query_column else [])]
         train = _with_lengths(train, length_column, text_columns)
         if evaluation is not None:  # Trainer groups evaluation rows too
             evaluation = _with_lengths(evaluation, length_column, text_columns)
@@ -97,8 +105,9 @@ def _length(texts: dict[str, Any]) -> int:
 def load_rows(args: RowArguments, split: str) -> Rows:
     """The rows of one split of `args.dataset`, in order, in the format of [`load_pairs`]; raises the same errors.
 
-    The text column may hold a list of texts.
+    The text column may hold a list of texts, which stay together.
     """
+    read_chats_as_such(args)
     return _lazily(*_numbered_rows(args, args.dataset, split))
 
 
@@ -123,51 +132,77 @@ def _numbered_rows(args: RowArguments, source: str, split: str) -> tuple[Rows, p
     if "index" in wanted:
         raise ValueError(f'{name}: the column "index" has to be renamed: row numbers go by that name')
 
-    text = features.get(args.text_column)
     dataset = undecoded(dataset.select_columns([*wanted, "index"] if cached else wanted))
+    if not isinstance(args.text_column, str):
+        dataset = _joined(dataset, args.text_column, args.text_name)
+    text = features.get(args.text_name)
     if args.messages_column not in (None, "messages"):
         dataset = dataset.rename_column(args.messages_column, "messages")  # the collator's name for chats
     if next(iter(dataset), None) is None:
         raise ValueError(f"{name} has no rows")
     if not cached:  # a cache has the source's row numbers
         dataset = numbered(dataset)
-    labels = {args.text_column: text.names} if isinstance(text, ClassLabel) else {}
+    labels = {args.text_name: text.names} if isinstance(text, ClassLabel) else {}
     openers = {image_column: open_image, "messages": partial(_open_chat, base=base)}
     return dataset, partial(_open_batch, openers=openers, labels=labels)
 
 
-def load_source(
-    args: SourceArguments, source: str, split: str | None = None, streaming: bool = False
-) -> tuple[Rows | DatasetDict, Path | None]:
-    """A split, or all splits, and the base folder of relative image paths (None for a Hub dataset).
+def read_chats_as_such(args: RowArguments) -> None:
+    """Set `messages_column` for a data set in LLaVA's format, unless columns with text are named."""
+    names_none = args.messages_column is None and args.text_column == RowArguments.text_column
+    if names_none and not is_cache(args.dataset) and (args.format or find_format(args.dataset)) == "llava":
+        args.messages_column = "messages"
+
+
+def _joined(dataset: Rows, columns: list[str], name: str) -> Rows:
+    """The rows with several columns of text as one, a list."""
+    if isinstance(dataset, Dataset):
+        texts = [list(values) for values in zip(*(dataset[column][:] for column in columns), strict=True)]
+        return dataset.remove_columns(columns).add_column(name, texts)
+    return dataset.map(lambda row: {name: [row[column] for column in columns]}, remove_columns=columns)
+
+
+def _one_row_per_text(rows: Rows, open_batch: partial, args: DataArguments) -> tuple[Rows, Callable[[dict], dict]]:
+    """Repeat each row that has a list of texts, once for each of them.
 
     Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: no such split, a file of an unknown type, an empty file.
+        ValueError: a row without a text, or one whose text is none, with its number.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        builder = FILE_BUILDERS.get(path.suffix.lower())
-        if builder is None:
-            raise ValueError(f"dataset {source!r}: a file has to end in {', '.join(FILE_BUILDERS)}")
-        if path.stat().st_size == 0:
-            raise ValueError(f"dataset {source!r}: the file is empty")
-        return load_dataset(builder, data_files=str(path), split=split, streaming=streaming), path.parent
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        saved = load_from_disk(str(path))
-        if isinstance(saved, Dataset):
-            saved = DatasetDict(train=saved)
-        if split is None:
-            return saved, path
-        if split not in saved:
-            raise ValueError(f"dataset {source!r} has no split {split!r}; it has {', '.join(saved)}")
-        return saved[split].to_iterable_dataset() if streaming else saved[split], path
-    if path.is_dir():
-        return load_dataset(str(path), args.dataset_config, split=split, streaming=streaming), path
-    if path.suffix.lower() in FILE_BUILDERS or path.is_absolute() or source.startswith((".", "~")):
-        raise FileNotFoundError(f"dataset {source!r}: no such file or folder")
-    revision = args.dataset_revision if source == args.dataset else None
-    return load_dataset(source, args.dataset_config, split=split, streaming=streaming, revision=revision), None
+    column = args.text_name
+    first = next(iter(rows.select_columns([column])), {}).get(column)
+    if args.messages_column is not None or not isinstance(first, list):
+        return rows, open_batch
+    if not isinstance(rows, Dataset):
+        return rows.map(_repeated, batched=True, batch_size=1, fn_kwargs={"column": column}), open_batch
+    texts, numbers = rows[column][:], rows["index"][:]
+    for number, values in zip(numbers, texts, strict=True):
+        _check_texts(values, number)
+    counts = [len(values) for values in texts]
+    repeated = {
+        "index": np.repeat(np.asarray(numbers), counts),
+        column: [text for values in texts for text in values],
+        _POSITION: np.repeat(np.arange(len(counts)), counts),
+    }
+    return Dataset.from_dict(repeated), partial(_open_repeated, rows=rows, column=column, open_batch=open_batch)
+
+
+def _repeated(batch: dict, column: str) -> dict:
+    ((values,), number) = batch[column], batch["index"][0]
+    _check_texts(values, number)
+    return {name: value * len(values) for name, value in batch.items()} | {column: values}
+
+
+def _check_texts(values: Any, number: int) -> None:
+    if not values:
+        raise ValueError(f"row {number} has no text: its list is {values!r}")
+    for position, text in enumerate(values):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"row {number}: text {position} of {len(values)} is {text!r:.80}")
+
+
+def _open_repeated(batch: dict, rows: Dataset, column: str, open_batch: Callable[[dict], dict]) -> dict:
+    """A batch of the data set that [`_one_row_per_text`] makes: the columns of the original rows, and one text."""
+    return open_batch(rows[batch[_POSITION]] | {name: batch[name] for name in batch if name != _POSITION})
 
 
 def check_columns(existing: Collection[str], wanted: list[str], name: str) -> None:
@@ -243,7 +278,19 @@ def _open_chat(messages: Any, number: int | None, base: Path | None) -> list[dic
         for part in parts:
             if "image" in part:
                 part["image"] = _open_picture(part["image"], number, base)
+            elif IMAGE_TOKEN in part.get("text", ""):
+                _warn_of_mark(number)
     return [{**message, "content": parts} for message, parts in opened]
+
+
+def _warn_of_mark(number: int | None) -> None:
+    """Once in a process: most rows of such a data set have it."""
+    if not _warned:
+        _warned.append(number)
+        logger.warning(
+            f"row {number}: {IMAGE_TOKEN} stands in the text of a chat, and is read as text. Give the picture its "
+            'place with a part {"type": "image"}; --format llava converts LLaVA\'s `conversations`'
+        )
 
 
 def _open_picture(value: Any, number: int | None, base: Path | None) -> Any:
@@ -260,4 +307,9 @@ def _open_picture(value: Any, number: int | None, base: Path | None) -> Any:
                 return file.read()
         except OSError as error:
             raise OSError(f"row {number}: cannot read {value[:200]}: {str(error)[:300]}") from error
-    return str(base / value) if base is not None else value
+    if base is None:
+        return value
+    path = base / Path(value).expanduser()
+    if "\\" in value and not path.exists():  # a path that was written on Windows
+        path = base / value.replace("\\", "/")
+    return str(path)

@@ -92,7 +92,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
     metrics, decoding = text_metrics(args.metrics), decoding_of(args.decoding, args.max_new_tokens)
     with process.main_process_first():
         dataset = load_rows(args, args.split)
-    column = "messages" if args.messages_column else args.text_column
+    column = args.text_name
     if isinstance(dataset, Dataset):  # before hours of generation; a stream is checked while it is read
         references = [references_of(row, column) for row in dataset.select_columns(["index", column])]
         for metric in metrics.values():

@@ -94,7 +94,7 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
         splits = {args.split: rows}
         (rows,) = leave_out_unreadable(splits, args.image_column, processor.load_image, args.output_dir).values()
 
-    references = [references_of(row, args.text_column) for row in rows.select_columns(["index", args.text_column])]
+    references = [references_of(row, args.text_name) for row in rows.select_columns(["index", args.text_name])]
     different = list(dict.fromkeys(text for texts in references for text in texts))
     ids = dict(zip(different, map(tuple, processor.encode_for_qformer(different)["input_ids"]), strict=True))
     distinct = {ids[text]: text for text in different}  # one text for each sequence of ids

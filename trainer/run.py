@@ -120,7 +120,7 @@ def train(
         data_collator=LorgnetteCollator(
             processor,
             image_column=data_args.image_column,
-            text_column=data_args.text_column,
+            text_column=data_args.text_name,
             query_column=data_args.query_column,
             max_length=data_args.max_length or model.max_text_length,
             pack_to=data_args.pack_to,

@@ -44,7 +44,7 @@ def check_negatives(data_args: DataArguments, trainer: Trainer) -> None:
                 "Set dataloader_drop_last"
             )
     if isinstance(trainer.eval_dataset, Dataset) and args.train_sampling_strategy != "group_by_length":
-        _check_in_order(trainer.eval_dataset, data_args.text_column, args)
+        _check_in_order(trainer.eval_dataset, data_args.text_name, args)
 
 
 def _check_in_order(rows: Dataset, text_column: str, args: TrainingArguments) -> None:

@@ -52,7 +52,7 @@ def measure_texts(model_args: Stage2Arguments, data_args: DataArguments, trainer
             decoding=model_args.generate_decoding,
             batch_size=trainer.args.per_device_eval_batch_size,
             image_column=data_args.image_column,
-            text_column="messages" if data_args.messages_column else data_args.text_column,
+            text_column=data_args.text_name,
             query_column=data_args.query_column,
             report=trainer.callback_handler.on_log,
         )

@@ -1,0 +1,396 @@
+"""One set of pictures in each format that people have gives the same batches; what is broken is named."""
+
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset
+from tiny import chat_tokenizer, image_processor, picture
+
+from lorgnette import LorgnetteCollator, LorgnetteProcessor
+from lorgnette.trainer.arguments import DataArguments, RowArguments
+from lorgnette.trainer.data import load_pairs, load_rows
+from lorgnette.trainer.formats import find_format
+
+
+TEXTS = ["a cat, and a dog", 'a "red" car', "a bird", "NA"]
+CAPTIONS = [[f"{text} {number}" for number in range(5)] for text in TEXTS]
+QUERY = "Describe the picture."
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Keep what `datasets` prepares out of the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Four pictures in a folder of their own."""
+    (tmp_path / "data" / "pics").mkdir(parents=True)
+    for number in range(len(TEXTS)):
+        picture(number).save(tmp_path / "data" / "pics" / f"{number:03d}.png")
+    return tmp_path / "data"
+
+
+def names() -> list[str]:
+    return [f"pics/{number:03d}.png" for number in range(len(TEXTS))]
+
+
+def write_csv(root: Path, sep: str = ",", name: str = "rows.csv", encoding: str = "utf-8", end: str = "\n") -> Path:
+    with (root / name).open("w", newline="", encoding=encoding) as file:
+        writer = csv.writer(file, delimiter=sep, lineterminator=end)
+        writer.writerows([("image", "text"), *zip(names(), TEXTS, strict=True)])
+    return root / name
+
+
+def write_tsv(root: Path) -> Path:
+    return write_csv(root, "\t", "rows.tsv")
+
+
+def write_windows_csv(root: Path) -> Path:
+    """A byte order mark, CRLF, and backslashes."""
+    path = write_csv(root, encoding="utf-8-sig", end="\r\n")
+    path.write_bytes(path.read_bytes().replace(b"pics/", b"pics\\"))
+    return path
+
+
+def write_jsonl(root: Path) -> Path:
+    rows = [{"image": name, "text": text} for name, text in zip(names(), TEXTS, strict=True)]
+    (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root / "rows.jsonl"
+
+
+def write_webdataset(root: Path, name: str = "shards-000.tar", numbers: range = range(len(TEXTS))) -> Path:
+    with tarfile.open(root / name, "w") as archive:
+        for number in numbers:
+            files = {"png": (root / names()[number]).read_bytes(), "txt": TEXTS[number].encode()}
+            for suffix, content in files.items():
+                entry = tarfile.TarInfo(f"{number:03d}.{suffix}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    return root / name
+
+
+def write_shards(root: Path) -> str:
+    for number in range(2):
+        write_webdataset(root, f"part-{number:03d}.tar", range(2 * number, 2 * number + 2))
+    return f"{root}/part-{{000..001}}.tar"
+
+
+def write_folder_of_shards(root: Path) -> Path:
+    (root / "tars" / "pics").mkdir(parents=True)
+    for name in names():
+        (root / "tars" / name).write_bytes((root / name).read_bytes())
+    for number in range(2):
+        write_webdataset(root / "tars", f"part-{number:03d}.tar", range(2 * number, 2 * number + 2))
+    for name in names():
+        (root / "tars" / name).unlink()
+    return root / "tars"
+
+
+def write_pairs(root: Path) -> Path:
+    for name, text in zip(names(), TEXTS, strict=True):
+        (root / name).with_suffix(".txt").write_text(text + "\n")
+    return root / "pics"
+
+
+def write_imagefolder(root: Path) -> Path:
+    rows = [{"file_name": Path(name).name, "text": text} for name, text in zip(names(), TEXTS, strict=True)]
+    (root / "pics" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root / "pics"
+
+
+def write_parquet(root: Path) -> Path:
+    Dataset.from_dict({"image": names(), "text": TEXTS}).to_parquet(root / "rows.parquet")
+    return root / "rows.parquet"
+
+
+WRITERS = (write_csv, write_tsv, write_windows_csv, write_jsonl, write_webdataset, write_shards)
+WRITERS += (write_folder_of_shards, write_pairs, write_imagefolder, write_parquet)
+
+
+def llava_rows() -> list[dict]:
+    return [
+        {"id": number, "image": name, "conversations": [
+            {"from": "human", "value": f"<image>\n{QUERY}"}, {"from": "gpt", "value": text}]}
+        for number, (name, text) in enumerate(zip(names(), TEXTS, strict=True))
+    ]  # fmt: skip
+
+
+def write_llava(root: Path, rows: list[dict] | None = None) -> Path:
+    (root / "llava.json").write_text(json.dumps(llava_rows() if rows is None else rows, indent=1))
+    return root / "llava.json"
+
+
+def write_llava_jsonl(root: Path) -> Path:
+    (root / "llava.jsonl").write_text("\n".join(map(json.dumps, llava_rows())))
+    return root / "llava.jsonl"
+
+
+def coco_content() -> dict:
+    return {
+        "info": {"year": 2014},
+        "images": [{"id": number + 7, "file_name": Path(name).name} for number, name in enumerate(names())],
+        "annotations": [
+            {"id": 10 * number + place, "image_id": number + 7, "caption": caption}
+            for place in range(5)
+            for number, caption in ((number, CAPTIONS[number][place]) for number in range(len(TEXTS)))
+        ],
+    }
+
+
+def write_coco(root: Path, content: dict | None = None) -> Path:
+    (root / "captions.json").write_text(json.dumps(coco_content() if content is None else content, indent=2))
+    return root / "captions.json"
+
+
+def processor() -> LorgnetteProcessor:
+    return LorgnetteProcessor.from_backbones(image_processor(), chat_tokenizer(), num_query_tokens=2, query=QUERY)
+
+
+def batch_of(source: Path | str, **fields) -> dict[str, torch.Tensor]:
+    arguments = DataArguments(dataset=str(source), **fields)
+    rows, _ = load_pairs(arguments, evaluate=False, seed=0)
+    collator = LorgnetteCollator(processor(), text_column=arguments.text_name)
+    rows = rows if isinstance(rows, Dataset) else rows.take(len(TEXTS))
+    return dict(collator(list(rows)))
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "streamed"])
+def test_each_format_gives_the_same_batch(root, streaming):
+    fields = {"streaming": True, "shuffle_buffer_size": 0} if streaming else {}
+    expected = batch_of(write_jsonl(root))
+    assert expected["pixel_values"].shape[0] == len(TEXTS)
+    for write in WRITERS:
+        for stale in (*root.glob("*.*"), *root.glob("pics/*.txt"), *root.glob("pics/metadata*")):
+            stale.unlink()
+        assert_equal(batch_of(write(root), **fields), expected)
+
+
+@pytest.mark.parametrize("write", [write_llava, write_llava_jsonl])
+def test_llavas_picture_stands_where_its_mark_does(root, write):
+    source = write(root)
+    assert find_format(str(source)) == "llava"
+    rows, _ = load_pairs(DataArguments(dataset=str(source)), evaluate=False, seed=0)
+    parts = rows[1]["messages"][0]["content"]
+    assert [part["type"] for part in parts] == ["image", "text"]
+    assert Path(parts[0]["image"]) == root / names()[1]
+    found, collator = batch_of(source), LorgnetteCollator(processor(), text_column="messages")
+    chats = [
+        {"index": number, "messages": [
+            {"role": "user", "content": [{"type": "image", "image": str(root / name)}, {"type": "text", "text": QUERY}]},
+            {"role": "assistant", "content": text}]}
+        for number, (name, text) in enumerate(zip(names(), TEXTS, strict=True))
+    ]  # fmt: skip
+    assert_equal(found, dict(collator(chats)))
+    assert "<image>" not in processor().tokenizer.decode(found["input_ids"][0]).replace("<image>" * 2, "")
+
+
+def test_several_pictures_none_and_pictures_without_a_mark(root):
+    several = {"image": names()[:2], "conversations": [
+        {"from": "human", "value": "<image> and <image>: which?"}, {"from": "gpt", "value": "The second."}]}  # fmt: skip
+    unmarked = {"image": names()[2], "conversations": [
+        {"from": "user", "value": "What?"}, {"from": "assistant", "value": "A bird."}]}  # fmt: skip
+    words = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}]}
+    rows, _ = load_pairs(
+        DataArguments(dataset=str(write_llava(root, [several | {"images": None}, unmarked | {"image": [names()[2]]}]))),
+        evaluate=False, seed=0,
+    )  # fmt: skip
+    assert [part["type"] for part in rows[0]["messages"][0]["content"]] == ["image", "text", "image", "text"]
+    assert [part["type"] for part in rows[1]["messages"][0]["content"]] == ["image", "text"]
+    (root / "llava.json").unlink()
+    rows, _ = load_pairs(DataArguments(dataset=str(write_llava(root, [words]))), evaluate=False, seed=0)
+    assert [part["type"] for part in rows[0]["messages"][0]["content"]] == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"conversations": [{"from": "human", "value": "<image><image>"}]}, "row 2: there are 2 <image> .* 1 pictures"),
+        ({"image": None}, "row 2: there are 1 <image> .* 0 pictures"),
+        ({"conversations": [{"from": "robot", "value": "Hi"}]}, "row 2: \"from\" is 'robot'; known are human"),
+        ({"conversations": [{"from": "human", "value": None}]}, "row 2: the value of a turn from human is None"),
+        ({"conversations": []}, "row 2: conversations is"),
+    ],
+)
+def test_a_broken_conversation_is_named(root, change, message):
+    rows = llava_rows()
+    rows[2] |= change
+    with pytest.raises(ValueError, match=message):
+        batch_of(write_llava(root, rows))
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "streamed"])
+def test_each_text_of_a_picture_is_a_row_of_training_and_all_are_references(root, streaming):
+    rows = [{"image": name, "text": texts} for name, texts in zip(names(), CAPTIONS, strict=True)]
+    (root / "lists.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = {f"caption_{number}": [texts[number] for texts in CAPTIONS] for number in range(5)}
+    Dataset.from_dict({"image": names(), **columns}).to_parquet(root / "columns.parquet")
+    fields = {"streaming": True, "shuffle_buffer_size": 0} if streaming else {}
+    sources = [
+        (root / "lists.jsonl", {}),
+        (root / "columns.parquet", {"text_column": list(columns)}),
+        (root / "columns.parquet", {"text_column": json.dumps(list(columns))}),
+    ]
+    if not streaming:
+        sources.append((write_coco(root), {"image_root": str(root / "pics")}))
+    for source, named in sources:
+        arguments = DataArguments(dataset=str(source), **named, **fields)
+        trained, _ = load_pairs(arguments, evaluate=False, seed=0)
+        trained = list(trained if isinstance(trained, Dataset) else trained.take(20))
+        assert [row["text"] for row in trained] == [text for texts in CAPTIONS for text in texts], source
+        assert [row["index"] for row in trained] == [number for number in range(4) for _ in range(5)]
+        assert [Path(row["image"]).name for row in trained[::5]] == [Path(name).name for name in names()]
+        evaluated = load_rows(RowArguments(dataset=str(source), **named), "train")
+        assert [row["text"] for row in evaluated] == CAPTIONS
+
+
+def test_a_picture_is_held_out_with_all_its_texts(root):
+    arguments = DataArguments(dataset=str(write_coco(root)), image_root=str(root / "pics"), eval_fraction=0.5)
+    trained, held_out = load_pairs(arguments, evaluate=True, seed=0, length_column="length")
+    assert len(trained) == len(held_out) == 10
+    assert {row["index"] for row in trained} & {row["index"] for row in held_out} == set()
+    assert all(row["length"] == len(row["text"]) for row in trained)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [([], "row 1 has no text"), (["a", None], "row 1: text 1 of 2 is None"), (["a", " "], "row 1: text 1 of 2 is ' '")],
+)
+def test_a_missing_text_among_several_is_named(root, texts, message):
+    rows = [{"image": name, "text": ["a", "b"]} for name in names()]
+    rows[1]["text"] = texts
+    (root / "lists.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=message):
+        batch_of(root / "lists.jsonl")
+
+
+def coco_with(**changes) -> dict:
+    content = coco_content()
+    content["annotations"][3] |= changes
+    return content
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda root: write_coco(root, coco_with(image_id=99)), "annotation 3 is of the picture 99, which `images`"),
+        (lambda root: write_coco(root, coco_with(caption=5)), "annotation 3: its caption is a int, 5"),
+        (lambda root: write_coco(root, coco_with(caption=None)), "annotation 3: its caption is a NoneType"),
+        (lambda root: cut(write_webdataset(root), 2), "shards-000.tar is cut short"),
+        (lambda root: cut(write_webdataset(root), 1), "shards-000.tar is cut short"),
+        (
+            lambda root: broken_line(write_jsonl(root), b'{"image": oh no}'),
+            r'line 2, b\'{"image": oh no}\', is no JSON',
+        ),
+        (lambda root: broken_line(write_csv(root), b"pics/001.png,caf\xe9"), "line 2, .*caf.*is not UTF-8"),
+        (lambda root: empty(root / "rows.csv"), "the file is empty"),
+        (lambda root: unpaired(write_pairs(root), "000.txt"), r"1 files have no text of the same name \(000.png"),
+        (lambda root: unpaired(write_pairs(root), "001.png"), r"1 files have no picture of the same name \(001.txt"),
+    ],
+)
+def test_what_is_broken_is_named_before_training(root, write, message):
+    with pytest.raises(ValueError, match=message):
+        batch_of(write(root))
+
+
+def cut(path: Path, by: int) -> Path:
+    content = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(content[: len(content) // by])
+    return path
+
+
+def broken_line(path: Path, line: bytes) -> Path:
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], line, *lines[2:]]))
+    return path
+
+
+def empty(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+def unpaired(folder: Path, name: str) -> Path:
+    (folder / name).unlink()
+    return folder
+
+
+def test_a_caption_that_is_a_number_is_named(root):
+    (root / "numbers.csv").write_text("image,text\npics/000.png,5\npics/001.png,7\n")
+    with pytest.raises(TypeError, match="row 0: column 'text' holds a int"):
+        batch_of(root / "numbers.csv")
+
+
+def test_a_missing_picture_is_named_with_the_folder_that_was_searched(root):
+    (root / "rows.csv").write_text("image,text\npics/000.png,a\npics/gone.png,b\n")
+    with pytest.raises(OSError, match=rf"row 1.*{root}/pics/gone.png"):
+        batch_of(root / "rows.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("gone.csv", FileNotFoundError, r"no such file or folder \(.*data contains pics/\)"),
+        ("nowhere/rows.csv", FileNotFoundError, "no folder .*nowhere"),
+        ("gone-{00..01}.tar", FileNotFoundError, r"no file .*gone-00.tar \(.* contains pics/\)"),
+    ],
+)
+def test_a_missing_file_is_named_with_what_lies_beside(root, name, error, message):
+    with pytest.raises(error, match=message):
+        batch_of(root / name)
+
+
+def test_what_is_not_recognised_is_told_with_what_is_read(root):
+    (root / "rows.xlsx").write_text("x")
+    (root / "others").mkdir()
+    (root / "others" / "notes.docx").write_text("x")
+    with pytest.raises(ValueError, match=r"files that end in '.xlsx' are not read.*a .csv, .tsv.*WebDataset"):
+        find_format(str(root / "rows.xlsx"))
+    with pytest.raises(ValueError, match=r"contains notes.docx.*save_to_disk"):
+        find_format(str(root / "others"))
+    assert find_format("jxie/flickr8k") == "hub"
+
+
+def test_the_format_can_be_overruled(root):
+    write_pairs(root)
+    rows = load_rows(RowArguments(dataset=str(write_llava(root)), format="table", text_column="id"), "train")
+    assert rows[1]["id"] == 1
+    with pytest.raises(ValueError, match="format is 'xml'; it takes table"):
+        RowArguments(dataset="x", format="xml")
+
+
+def test_splits_of_paired_folders(root):
+    for split in ("train", "val"):
+        (root / "split" / split).mkdir(parents=True)
+        for number, text in enumerate(TEXTS[:2]):
+            picture(number).save(root / "split" / split / f"{number}.jpg")
+            (root / "split" / split / f"{number}.txt").write_text(f"{text} {split}")
+    arguments = DataArguments(dataset=str(root / "split"), eval_split="validation")
+    trained, held_out = load_pairs(arguments, evaluate=True, seed=0)
+    assert [row["text"] for row in held_out] == [f"{text} val" for text in TEXTS[:2]]
+    assert Path(trained[0]["image"]) == root / "split" / "train" / "0.jpg"
+
+
+def test_a_mark_in_the_words_of_a_chat_is_warned_of_once(root, caplog):
+    rows = [{"messages": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A cat."}],
+             "image": name} for name in names()]  # fmt: skip
+    (root / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    trained, _ = load_pairs(
+        DataArguments(dataset=str(root / "chats.jsonl"), messages_column="messages"), evaluate=False, seed=0
+    )
+    with caplog.at_level("WARNING"):
+        list(trained)
+    assert caplog.text.count("<image> stands in the text of a chat") == 1

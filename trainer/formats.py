@@ -1,0 +1,336 @@
+"""Recognise the format of a data set by its files, read it with the loaders of `datasets`, and name its columns.
+
+- `table`: a .csv, .tsv, .jsonl, .json, .parquet or .arrow file, with its own columns
+- `llava`: a .json or .jsonl file with `conversations` of `from` and `value`: `messages`, with pictures in their parts
+- `coco`: a .json file with `images` and `annotations`: `image`, and `text`, a list of captions
+- `webdataset`: a .tar file, a folder of them, or `data-{000..009}.tar`: `image`, `text`, and those of other files
+- `pairs`: a folder of pictures, each with a .txt file of its name: `image` and `text`
+- `saved`: a folder of `Dataset.save_to_disk`, with its columns
+- `folder`: a folder that `datasets` reads (imagefolder, CSV or Parquet files …), with the columns that it gives
+- `hub`: a data set of the Hub, with its columns
+"""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+from ..processing.prompt_encoding import IMAGE_TOKEN, error_context
+from .arguments import SourceArguments
+
+
+logger = logging.getLogger(__name__)
+
+Rows = Dataset | IterableDataset
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+_BUILDERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_PART = {"type": Value("string"), "text": Value("string"), "image": Value("string")}
+_MESSAGES = Features({"messages": List({"role": Value("string"), "content": List(_PART)})})
+_SUPPORTED = (
+    "These are read: a .csv, .tsv, .jsonl or .parquet file with the columns image and text, for example "
+    '{"image": "pictures/cat.jpg", "text": "a cat"}; .json files of LLaVA and COCO; .tar files of WebDataset; a folder '
+    "of pictures with a .txt file each, or with a metadata.csv; a folder of save_to_disk; a data set of the Hub"
+)
+
+
+def load_source(
+    args: SourceArguments, source: str, split: str | None = None, streaming: bool = False
+) -> tuple[Rows | DatasetDict, Path | None]:
+    """A split, or all splits, and the base folder of relative image paths (None for a Hub dataset).
+
+    Args:
+        args: for `format`, `image_root`, and the configuration and revision of a Hub dataset.
+
+    Raises:
+        FileNotFoundError: no such file or folder; says what its parent folder contains.
+        ValueError: no such split, an unknown format, a broken file (with its line, where there are lines).
+    """
+    kind, path = args.format or find_format(source), Path(source).expanduser()
+    if path.exists():
+        logger.info("%s is read as %s (--format overrules this)", source, kind)
+    base = None if kind == "hub" else path if path.is_dir() else path.parent
+    if args.image_root is not None:
+        base = Path(args.image_root).expanduser()
+        if not base.is_dir():
+            raise FileNotFoundError(f"image_root {args.image_root!r}: no such folder")
+    with _readable(path):
+        if kind in _READERS:
+            rows = _READERS[kind](path)
+            splits = rows if isinstance(rows, DatasetDict) else DatasetDict(train=rows)
+            if split is None:
+                return splits, base
+            if split not in splits:
+                raise ValueError(f"dataset {source!r} has no split {split!r}; it has {', '.join(splits)}")
+            return splits[split].to_iterable_dataset() if streaming else splits[split], base
+        if kind == "webdataset":
+            files = {"train": list(map(str, _shards(path)))}
+            loaded = load_dataset("webdataset", data_files=files, split=split, streaming=streaming)
+            return _rename_webdataset(loaded, args.image_column), base
+        if kind == "table":
+            suffix = path.suffix.lower()
+            # "None" and "NA" are words
+            options = {"keep_default_na": False, "sep": "\t" if suffix == ".tsv" else ","}
+            keywords = options if _BUILDERS[suffix] == "csv" else {}
+            builder, files = _BUILDERS[suffix], {"train": str(path)}
+            return load_dataset(builder, data_files=files, split=split, streaming=streaming, **keywords), base
+        revision = args.dataset_revision if source == args.dataset else None
+        name = str(path) if kind == "folder" else source
+        return load_dataset(name, args.dataset_config, split=split, streaming=streaming, revision=revision), base
+
+
+# ------------------------------------------------------------------------------------------------ recognition
+
+
+def find_format(source: str) -> str:
+    """The format of a data set, one of [`~lorgnette.trainer.arguments.FORMATS`].
+
+    Raises:
+        FileNotFoundError: no such file or folder; says what its parent folder contains.
+        ValueError: unknown files; says which ones, and which formats are read.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _format_of_file(path)
+    if path.is_dir():
+        return _format_of_folder(path)
+    suffix = path.suffix.lower()
+    if suffix == ".tar" and _BRACES.search(source):
+        return "webdataset"
+    if suffix in (*_BUILDERS, ".tar") or path.is_absolute() or source.startswith((".", "~")):
+        has = f"{path.parent} contains {_listing(path.parent)}" if path.parent.is_dir() else f"no folder {path.parent}"
+        raise FileNotFoundError(f"dataset {source!r}: no such file or folder ({has})")
+    return "hub"
+
+
+def _format_of_file(path: Path) -> str:
+    suffix = path.suffix.lower()
+    if path.stat().st_size == 0:
+        raise ValueError(f"dataset {str(path)!r}: the file is empty")
+    if suffix == ".tar":
+        return "webdataset"
+    if suffix not in _BUILDERS:
+        raise ValueError(f"dataset {str(path)!r}: files that end in {suffix!r} are not read. {_SUPPORTED}")
+    if _BUILDERS[suffix] != "json":
+        return "table"
+    keys = _first_keys(path)
+    if {"images", "annotations"} <= keys:
+        return "coco"
+    return "llava" if "conversations" in keys else "table"
+
+
+def _format_of_folder(path: Path) -> str:
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return "saved"
+    files = chain(path.glob("*"), path.glob("*/*"))
+    suffixes = {file.suffix.lower() for file in files if file.is_file()}
+    if ".tar" in suffixes:
+        return "webdataset"
+    if suffixes & _BUILDERS.keys():  # a metadata file among them
+        return "folder"
+    if not suffixes & set(PICTURES):
+        raise ValueError(f"dataset {str(path)!r} contains {_listing(path)}. {_SUPPORTED}")
+    return "pairs" if ".txt" in suffixes else "folder"
+
+
+def _first_keys(path: Path) -> set[str]:
+    """The keys of a JSON file's object, or of its first row; empty for broken JSON, which the loader reports."""
+    decoder = json.JSONDecoder()
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        text = file.read(2**20).lstrip()
+        start = 1 if text.startswith("[") else 0
+        try:
+            try:
+                first, _ = decoder.raw_decode(text[start:].lstrip())
+            except ValueError:  # a row, or one object, of more than a MiB
+                first, _ = decoder.raw_decode((text + file.read())[start:].lstrip())
+        except ValueError:
+            return set()
+    return set(first) if isinstance(first, dict) else set()
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"{', '.join(names[:8])}{more}" if names else "nothing"
+
+
+# ------------------------------------------------------------------------------------------------ broken files
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Within the block a file that `datasets` cannot read is a ValueError with the file, the line and the cause."""
+    try:
+        yield
+    except DatasetGenerationError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, UnicodeDecodeError):
+            reason = f"{_line_of(path, _decodes)} is not UTF-8 ({cause.reason}): save the file as UTF-8"
+        elif path.suffix.lower() in (".json", ".jsonl"):
+            reason = f"{_line_of(path, _is_json)} is no JSON ({cause})"
+        else:
+            reason = f"it cannot be read ({str(cause)[:300]})"
+        raise ValueError(f"dataset {str(path)!r}: {reason}") from error
+
+
+def _line_of(path: Path, is_right: Callable[[bytes], Any]) -> str:
+    """The first line of a file for which `is_right` raises a ValueError."""
+    if path.is_file():
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    is_right(line)
+                except ValueError:
+                    return f"line {number}, {line.strip()[:80]!r},"
+    return "it"
+
+
+def _decodes(line: bytes) -> None:
+    line.decode("utf-8")
+
+
+def _is_json(line: bytes) -> None:
+    if line.strip():
+        json.loads(line)
+
+
+# ------------------------------------------------------------------------------------------------ readers
+
+
+def _read_saved(path: Path) -> Dataset | DatasetDict:
+    return load_from_disk(str(path))
+
+
+def _read_llava(path: Path) -> Dataset:
+    rows = load_dataset("json", data_files=str(path), split="train")
+
+    def convert(row: dict[str, Any], number: int) -> dict[str, Any]:
+        with error_context(f"dataset {str(path)!r}: row {number}"):
+            return {"messages": _messages_of(row)}
+
+    names = rows.column_names
+    return rows.map(convert, with_indices=True, remove_columns=names, features=_MESSAGES, desc=f"reading {path.name}")
+
+
+def _messages_of(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """LLaVA's or ShareGPT's `conversations` as messages; `<image>` is replaced by the next picture."""
+    turns, images = row.get("conversations"), row.get("image") or row.get("images") or []
+    images = [images] if isinstance(images, str) else list(images)
+    if not turns:
+        raise ValueError(f'conversations is {turns!r}; a list of {{"from": "human", "value": "…"}} is needed')
+    marks = sum(str(turn.get("value")).count(IMAGE_TOKEN) for turn in turns)
+    if marks not in ({0, len(images)} if images else {0}):
+        raise ValueError(f"there are {marks} {IMAGE_TOKEN} in the text and {len(images)} pictures")
+    remaining, messages = iter(images), []
+    for turn in turns:
+        role, value = _ROLES.get(str(turn.get("from")).lower()), turn.get("value")
+        if role is None:
+            raise ValueError(f'"from" is {turn.get("from")!r}; known are {", ".join(_ROLES)}')
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"the value of a turn from {turn['from']} is {value!r}; text is needed")
+        parts = []
+        if not marks and role == "user":  # some data sets leave `<image>` out: the pictures come first
+            parts = [_part(image=image) for image in remaining]
+        for position, text in enumerate(value.split(IMAGE_TOKEN)):
+            if position:
+                parts.append(_part(image=next(remaining)))
+            if text.strip():
+                parts.append(_part(text=text.strip()))
+        messages.append({"role": role, "content": parts})
+    return messages
+
+
+def _part(text: str | None = None, image: str | None = None) -> dict[str, str | None]:
+    return {"type": "text" if image is None else "image", "text": text, "image": image}
+
+
+def _read_coco(path: Path) -> Dataset:
+    """COCO's captions: a row per picture that has some, in the order of `images`."""
+    with error_context(f"dataset {str(path)!r}"):
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        files = {image["id"]: image["file_name"] for image in content["images"]}
+        captions: dict[Any, list[str]] = {}
+        for number, annotation in enumerate(content["annotations"]):
+            name, caption = annotation.get("image_id"), annotation.get("caption")
+            if name not in files:
+                raise ValueError(f"annotation {number} is of the picture {name!r}, which `images` does not contain")
+            if not isinstance(caption, str):
+                kind = f"a {type(caption).__name__}, {caption!r:.80}"
+                raise ValueError(f"annotation {number}: its caption is {kind}; text is needed (COCO's *captions* file)")
+            captions.setdefault(name, []).append(caption)
+    if without := len(files) - len(captions):
+        logger.warning("%s: %d of %d pictures have no caption and are left out", path, without, len(files))
+    rows = [(file, captions[name]) for name, file in files.items() if name in captions]
+    return Dataset.from_dict({"image": [file for file, _ in rows], "text": [texts for _, texts in rows]})
+
+
+def _read_pairs(path: Path) -> Dataset | DatasetDict:
+    """Pictures with texts beside them; folders called train, validation, val or test are splits."""
+    names = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+    folders = {names[name.name]: name for name in path.iterdir() if name.is_dir() and name.name in names}
+    if folders and not any(file.suffix.lower() in PICTURES for file in path.iterdir()):
+        return DatasetDict({name: _pairs_in(folder, path) for name, folder in folders.items()})
+    return _pairs_in(path, path)
+
+
+def _pairs_in(folder: Path, base: Path) -> Dataset:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    pictures = {file.with_suffix(""): file for file in files if file.suffix.lower() in PICTURES}
+    texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
+    for kind, alone in (("text", pictures.keys() - texts.keys()), ("picture", texts.keys() - pictures.keys())):
+        if alone:
+            first = min(alone)
+            name = (pictures | texts)[first].relative_to(base)
+            raise ValueError(f"dataset {str(base)!r}: {len(alone)} files have no {kind} of the same name ({name}, …)")
+    rows: dict[str, list[str]] = {"image": [], "text": []}
+    for name, picture in pictures.items():
+        with error_context(str(texts[name])):
+            rows["text"].append(texts[name].read_text(encoding="utf-8-sig").strip())
+        rows["image"].append(picture.relative_to(base).as_posix())
+    return Dataset.from_dict(rows)
+
+
+_READERS = {"saved": _read_saved, "llava": _read_llava, "coco": _read_coco, "pairs": _read_pairs}
+
+
+def _shards(path: Path) -> list[Path]:
+    """The .tar files of a WebDataset: a file, those of a folder, or those that a range in braces names."""
+    if path.is_dir():
+        files = sorted(path.rglob("*.tar"))
+    elif match := _BRACES.search(str(path)):
+        numbers = range(int(match[1]), int(match[2]) + 1)
+        width, before, after = len(match[1]), str(path)[: match.start()], str(path)[match.end() :]
+        files = [Path(f"{before}{number:0{width}d}{after}") for number in numbers]
+    else:
+        files = [path]
+    for file in files:
+        if not file.is_file():
+            has = _listing(file.parent) if file.parent.is_dir() else "nothing"
+            raise FileNotFoundError(f"dataset {str(path)!r}: no file {file} ({file.parent} contains {has})")
+        with file.open("rb") as opened:  # a tar ends with 1,024 zeros; its reader stops in silence where it is cut
+            opened.seek(-min(1024, file.stat().st_size), os.SEEK_END)
+            if opened.read() != bytes(1024):
+                raise ValueError(f"dataset {str(path)!r}: {file.name} is cut short: the end of the archive is missing")
+    return files
+
+
+def _rename_webdataset(rows: Any, image_column: str) -> Any:
+    """Rename the first picture's and the first text's column to `image` and `text`."""
+    first = next(iter(rows.values())) if isinstance(rows, dict) else rows
+    columns = first.column_names or list(next(iter(first), {}))
+    picture = next((name for name in columns if f".{name}" in PICTURES), None)
+    text = next((name for name in ("txt", "text", "caption") if name in columns), None)
+    names = {picture: "image", text: "text"} if image_column not in (picture, *columns) else {}
+    return rows.rename_columns({old: new for old, new in names.items() if old is not None and old != new})
