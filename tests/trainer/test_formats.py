@@ -199,10 +199,10 @@ def test_llavas_picture_stands_where_its_mark_does(root, write):
 
 
 def test_several_pictures_none_and_pictures_without_a_mark(root):
-    several = {"image": names()[:2], "conversations": [
-        {"from": "human", "value": "<image> and <image>: which?"}, {"from": "gpt", "value": "The second."}]}  # fmt: skip
-    unmarked = {"image": names()[2], "conversations": [
-        {"from": "user", "value": "What?"}, {"from": "assistant", "value": "A bird."}]}  # fmt: skip
+    turns = [{"from": "human", "value": "<image> and <image>: which?"}, {"from": "gpt", "value": "The second."}]
+    several = {"image": names()[:2], "conversations": turns}
+    unmarked_turns = [{"from": "user", "value": "What?"}, {"from": "assistant", "value": "A bird."}]
+    unmarked = {"image": names()[2], "conversations": unmarked_turns}
     words = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}]}
     rows, _ = load_pairs(
         DataArguments(dataset=str(write_llava(root, [several | {"images": None}, unmarked | {"image": [names()[2]]}]))),
