@@ -14,7 +14,9 @@ def inspect(
         list[str] | None, typer.Option(help="A picture to explain: a file or URL. May be repeated.")
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Pictures and texts, in any format that training takes.")] = None,
-    split: Annotated[str, typer.Option(help="Split of the dataset; better one that was not trained on.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="Split of the dataset; by default test, or the rows that training held out.")
+    ] = None,
     image_column: Annotated[str, typer.Option(help="Column with the pictures.")] = "image",
     text_column: Annotated[str, typer.Option(help="Column with the texts.")] = "text",
     query_column: Annotated[str | None, typer.Option(help="Column with the query of each row.")] = None,
@@ -45,7 +47,7 @@ def inspect(
     from ..processing.processing_lorgnette import LorgnetteProcessor
     from ..trainer.arguments import RowArguments
     from ..trainer.collator import LorgnetteCollator
-    from ..trainer.data import load_rows
+    from ..trainer.data import load_rows_of_model
     from ..trainer.messages import set_up_logging
     from .check_weights import Original
     from .inspector import inspect_model
@@ -64,7 +66,8 @@ def inspect(
     if dataset is not None:
         columns = {"image_column": image_column, "text_column": text_column}
         columns |= {"query_column": query_column, "messages_column": messages_column}
-        data_rows = list(islice(load_rows(RowArguments(dataset=dataset, **columns), split), rows))
+        found, _ = load_rows_of_model(RowArguments(dataset=dataset, **columns), split, model)
+        data_rows = list(islice(found, rows))
     inspection = inspect_model(
         loaded,
         processor,

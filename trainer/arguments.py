@@ -131,6 +131,13 @@ class Stage2Arguments(BackboneArguments):
     generate_samples: int = field(
         default=100, metadata={"help": "Number of rows for generate_metrics, the first of the evaluation data."}
     )
+    sample_answers: int = field(
+        default=5,
+        metadata={
+            "help": "Evaluation rows whose answers are shown at each evaluation, and kept in output_dir/samples.md; 0 "
+            "for none."
+        },
+    )
     generate_decoding: str = field(
         default="greedy", metadata={"help": "How they are decoded: greedy, caption or short_answer."}
     )

@@ -142,14 +142,19 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> None:
     with `enable_jit_checkpoint`, it saves within a step, and dropout differs when the step is repeated.
 
     Raises:
-        SystemExit: SIGTERM stopped it before the last step, after a save; with the shell's status for SIGTERM.
+        SystemExit: SIGTERM stopped it before the last step, after a save; or Ctrl-C. With the shell's status.
     """
     trainer.add_callback(_LastStep())
     on_sigterm = None
     if (stock := trainer.pop_callback(JITCheckpointCallback)) is not None:
         trainer.add_callback(on_sigterm := _OnSigterm(stock))
+    if checkpoint is not None:
+        logger.info("training resumes from %s", checkpoint)
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        _log_interruption(trainer)
+        raise SystemExit(128 + signal.SIGINT) from None
     except (OSError, RuntimeError, SafetensorError) as error:
         incomplete = Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}")
         if incomplete.is_dir() and fault_of(incomplete) is not None:  # torch does not report a full disk
@@ -166,6 +171,15 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> None:
     if on_sigterm is not None and on_sigterm.was_signalled and step < steps:
         logger.warning("SIGTERM: stopped after step %d of %d, which is saved.", step, steps)
         raise SystemExit(128 + signal.SIGTERM)
+
+
+def _log_interruption(trainer: Trainer) -> None:
+    folder, step, steps = Path(trainer.args.output_dir), trainer.state.global_step, trainer.state.max_steps
+    found = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    newest = next((path for path in found if fault_of(path) is None), None)
+    kept = "no checkpoint is complete yet" if newest is None else f"the newest complete checkpoint is {newest}"
+    again = "the same command starts again" if newest is None else "--resume_from_checkpoint true continues from it"
+    logger.warning("Interrupted after step %d of %d; %s: %s.", step, steps, kept, again)
 
 
 class _AlreadyFinishedError(Exception):

@@ -21,6 +21,7 @@ from .arguments import DataArguments, RowArguments
 from .augmentation import AugmentationSeeds
 from .feature_cache import COLUMN, feature_opener, is_cache, load_cache
 from .formats import Rows, find_format, load_source
+from .provenance import read_held_out
 
 
 logger = logging.get_logger(__name__)
@@ -145,6 +146,32 @@ def _numbered_rows(args: RowArguments, source: str, split: str) -> tuple[Rows, p
     labels = {args.text_name: text.names} if isinstance(text, ClassLabel) else {}
     openers = {image_column: open_image, "messages": partial(_open_chat, base=base)}
     return dataset, partial(_open_batch, openers=openers, labels=labels)
+
+
+def load_rows_of_model(args: RowArguments, split: str | None, model: str) -> tuple[Rows, str]:
+    """Rows to evaluate a model on, and the name of their split.
+
+    Args:
+        split: by default `test`; if there is none, the rows that `eval_fraction` held out when `model` was trained.
+
+    Raises:
+        ValueError: there is neither, see [`load_rows`] for the rest.
+    """
+    try:
+        return load_rows(args, split or "test"), split or "test"
+    except ValueError as error:
+        held_out = None if split is not None else read_held_out(model, args.dataset)
+        if held_out is None:
+            raise
+        logger.info(f"{args.dataset} has no split test ({error}): the rows that training held out are used")
+    name, numbers = held_out
+    rows = load_rows(args, name)
+    if not isinstance(rows, Dataset):
+        return rows.filter(lambda row: row["index"] in numbers), f"{name} (held out)"
+    chosen = [place for place, number in enumerate(rows.with_format(None)["index"][:]) if number in numbers]
+    if not chosen:
+        raise ValueError(f"{args.dataset} ({name}) has none of the {len(numbers)} rows that training held out")
+    return rows.select(chosen, keep_in_memory=True), f"{name} (held out)"
 
 
 def read_chats_as_such(args: RowArguments) -> None:

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .arguments import RowArguments, Stage2Arguments
 from .collator import LorgnetteCollator
-from .data import load_rows
+from .data import load_rows_of_model
 from .decoding import DECODING, decoding_of
 from .feature_cache import check_cache, is_cache
 from .generation import generate_texts, references_of
@@ -46,9 +46,12 @@ class EvaluateArguments(RowArguments):
 
     model: str | None = field(default=None, metadata={"help": "A saved lorgnette model: a folder or a Hub id."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
-    split: str = field(
-        default="test",
-        metadata={"help": "Slices such as test[:500] work, except in streams, caches and what save_to_disk wrote."},
+    split: str | None = field(
+        default=None,
+        metadata={
+            "help": "By default test or, if there is none, the rows that the model's training held out. Slices such as "
+            "test[:500] work, except in streams, caches and what save_to_disk wrote."
+        },
     )
     metrics: list[str] = field(
         default_factory=lambda: ["cider", "bleu"],
@@ -91,7 +94,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
     casting = autocast(precision, process.device)
     metrics, decoding = text_metrics(args.metrics), decoding_of(args.decoding, args.max_new_tokens)
     with process.main_process_first():
-        dataset = load_rows(args, args.split)
+        dataset, split = load_rows_of_model(args, args.split, args.model)
     column = args.text_name
     if isinstance(dataset, Dataset):  # before hours of generation; a stream is checked while it is read
         references = [references_of(row, column) for row in dataset.select_columns(["index", column])]
@@ -111,8 +114,8 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
         check_cache(args.dataset, model, processor.image_processor)
     rows_in_all = len(dataset) if isinstance(dataset, Dataset) else None
     if args.skip_unreadable:
-        splits = {args.split: dataset}
-        dataset = leave_out_unreadable(splits, args.image_column, processor.load_image, args.output_dir)[args.split]
+        splits = {split: dataset}
+        dataset = leave_out_unreadable(splits, args.image_column, processor.load_image, args.output_dir)[split]
 
     share = split_dataset_by_node(dataset, rank=process.process_index, world_size=process.num_processes)
     rows = tqdm(share, desc="generating", disable=not process.is_main_process)
@@ -138,6 +141,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
             "rows": len(results),
             "skipped": 0 if rows_in_all is None else rows_in_all - len(results),
             **{name: getattr(args, name) for name in _REPORTED},
+            "split": split,
             **hub_dataset(args),
             "decoding": {"preset": args.decoding, **decoding},
             "device": str(process.device),

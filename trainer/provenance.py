@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .arguments import SourceArguments
+from datasets import Dataset
+
+from .arguments import DataArguments, SourceArguments
 from .feature_cache import is_cache, read_metadata
 
 
 TRAINING_DATA = "training_data.json"
+HELD_OUT = "held_out.json"
 
 
 def hub_dataset(args: SourceArguments) -> dict[str, str | None]:
@@ -33,3 +36,23 @@ def write_training_data(folder: str | Path, args: SourceArguments, split: str, r
     told: dict[str, Any] = {**hub_dataset(args), "split": split, "rows": rows}
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, TRAINING_DATA).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def write_held_out(folder: str | Path, args: DataArguments, rows: Dataset) -> None:
+    """Write `held_out.json` to a run's folder: the numbers of the rows that `eval_fraction` held out."""
+    numbers = sorted(set(rows.with_format(None)["index"][:]))
+    held_out = {"dataset": Path(args.dataset).name, "split": args.train_split, "rows": numbers}
+    Path(folder, HELD_OUT).write_text(json.dumps(held_out) + "\n", encoding="utf-8")
+
+
+def read_held_out(model: str, dataset: str) -> tuple[str, set[int]] | None:
+    """The split and the numbers of the rows of `dataset` that the training of `model` held out; None if unknown.
+
+    `model` is a run's folder, or a checkpoint in it.
+    """
+    for folder in (Path(model).expanduser(), Path(model).expanduser().parent):
+        if (folder / HELD_OUT).is_file():
+            held_out = json.loads((folder / HELD_OUT).read_text(encoding="utf-8"))
+            if held_out["dataset"] == Path(dataset).name:
+                return held_out["split"], set(held_out["rows"])
+    return None

@@ -22,7 +22,8 @@ from .messages import set_up_logging
 from .nan_guard import nan_guard
 from .precision import default_mixed_precision, has_bf16_hardware
 from .process import warn_of_missing_processes
-from .provenance import write_training_data
+from .progress import LastLogCallback, LossPartsCallback, summarise
+from .provenance import write_held_out, write_training_data
 from .recipe import parse_recipe
 from .unreadable import leave_out_unreadable
 
@@ -129,16 +130,20 @@ def train(
         processing_class=processor,  # saved with every checkpoint
         callbacks=[CleanPush(), *([augmentation] if augmentation is not None else [])],
     )
+    # ahead of callbacks that print, and of trackers: these read what ours add to the logs
+    trainer.callback_handler.callbacks[:0] = [LastLogCallback(), LossPartsCallback()]
     if prepare is not None:
         prepare(trainer)
     if trainer.is_world_process_zero():  # before training, since a killed run leaves checkpoints
         rows = len(train_dataset) if isinstance(train_dataset, Dataset) else None
         write_training_data(training_args.output_dir, data_args, data_args.train_split, rows)
+        if data_args.eval_fraction is not None and eval_dataset is not None:
+            write_held_out(training_args.output_dir, data_args, eval_dataset)
     with nan_guard(trainer):
         train_from(trainer, checkpoint)
     trainer.save_model()
     trainer.save_state()
-    logger.info("%s holds the model and its processor", training_args.output_dir)
+    summarise(trainer)
     if training_args.push_to_hub:  # save_model has pushed
         push_card(trainer)
     return trainer

@@ -2,6 +2,7 @@
 
 from functools import partial
 from itertools import islice
+from typing import Any
 
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
@@ -14,6 +15,7 @@ from .callbacks import GenerateMetricsCallback
 from .decoding import decoding_of
 from .learning_rates import QFormerLearningRate
 from .metrics import text_metrics
+from .progress import SamplesCallback
 from .run import check_arguments, parse, train
 
 
@@ -38,11 +40,16 @@ def prepare(model_args: Stage2Arguments, data_args: DataArguments, trainer: Trai
     if model_args.qformer_learning_rate is not None:
         factory = partial(QFormerLearningRate, trainer.args, model_args.qformer_learning_rate)
         trainer.optimizer_cls_and_kwargs = (factory, {})
+    columns = {"image_column": data_args.image_column, "text_column": data_args.text_name}
+    columns["query_column"] = data_args.query_column
+    if trainer.eval_dataset is not None and model_args.sample_answers:
+        rows = list(islice(trainer.eval_dataset, model_args.sample_answers))
+        trainer.add_callback(SamplesCallback(trainer.processing_class, rows, columns))
     if model_args.generate_metrics:
-        measure_texts(model_args, data_args, trainer)
+        measure_texts(model_args, columns, trainer)
 
 
-def measure_texts(model_args: Stage2Arguments, data_args: DataArguments, trainer: Trainer) -> None:
+def measure_texts(model_args: Stage2Arguments, columns: dict[str, Any], trainer: Trainer) -> None:
     """Measure generated texts at each evaluation."""
     trainer.add_callback(
         GenerateMetricsCallback(
@@ -51,9 +58,7 @@ def measure_texts(model_args: Stage2Arguments, data_args: DataArguments, trainer
             metrics=model_args.generate_metrics,
             decoding=model_args.generate_decoding,
             batch_size=trainer.args.per_device_eval_batch_size,
-            image_column=data_args.image_column,
-            text_column=data_args.text_name,
-            query_column=data_args.query_column,
+            **columns,
             report=trainer.callback_handler.on_log,
         )
     )

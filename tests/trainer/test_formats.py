@@ -190,7 +190,7 @@ def test_llavas_picture_stands_where_its_mark_does(root, write):
     found, collator = batch_of(source), LorgnetteCollator(processor(), text_column="messages")
     chats = [
         {"index": number, "messages": [
-            {"role": "user", "content": [{"type": "image", "image": str(root / name)}, {"type": "text", "text": QUERY}]},
+            {"role": "user", "content": [{"type": "image", "image": root / name}, {"type": "text", "text": QUERY}]},
             {"role": "assistant", "content": text}]}
         for number, (name, text) in enumerate(zip(names(), TEXTS, strict=True))
     ]  # fmt: skip

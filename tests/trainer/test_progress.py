@@ -1,0 +1,120 @@
+"""What a run tells besides Trainer's figures: stage 1's losses apart, sample answers, its end, and what it held out."""
+
+import json
+import re
+
+import datasets
+import pytest
+import tiny
+import tiny_models
+from tiny_training import write_backbones, write_pairs
+from transformers import TrainerCallback
+
+from lorgnette.trainer import run
+from lorgnette.trainer.__main__ import main
+from lorgnette.trainer.progress import SAMPLES
+from lorgnette.trainer.provenance import HELD_OUT
+
+
+def options(text: str) -> list[str]:
+    return text.split()
+
+
+COMMON = options("--use_cpu --report_to none --per_device_train_batch_size 3 --learning_rate 1e-3 --num_query_tokens 4")
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """Backbones and pictures in folders, as options of a command."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    vision, text = write_backbones(tmp_path)
+    data = write_pairs(tmp_path / "pictures")
+    return {"vision": ["--vision", vision], "text": ["--text", text], "data": ["--dataset", str(data)]}
+
+
+@pytest.fixture
+def trained(tmp_path, parts, caplog):
+    """The folder of a run of stage 2 that held out a part, and what it logged."""
+    with caplog.at_level("INFO", logger="lorgnette"):
+        more = options("--lora {} --eval_fraction 0.25 --max_steps 4 --sample_answers 2 --load_best_model_at_end true")
+        more += options("--eval_strategy steps --eval_steps 2 --save_steps 2")
+        backbones = [*parts["vision"], *parts["text"]]
+        main(["stage2", *backbones, *parts["data"], *COMMON, *more, "--output_dir", f"{tmp_path}/out"])
+    return tmp_path / "out", caplog.text
+
+
+def history(folder):
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def test_a_run_says_what_it_was_and_what_comes_next(trained, capsys):
+    folder, log = trained
+    losses = [entry for entry in history(folder) if "loss" in entry]
+    assert [entry["step"] for entry in losses] == [4], "fewer steps than logging_steps: the last one is logged"
+    assert re.search(rf"{folder}/checkpoint-[24] has the best (eval_)?loss: \d", log)
+    assert "the model is that one" in log
+    assert f"next: lorgnette caption {folder} PICTURE" in log
+
+
+def test_answers_to_held_out_pictures_are_kept_with_the_pictures(trained):
+    folder, _ = trained
+    held_out = json.loads((folder / HELD_OUT).read_text())
+    assert held_out["split"] == "train"
+    assert len(held_out["rows"]) == 3
+    page = (folder / SAMPLES).read_text()
+    assert page.count("## Step") == 2
+    thumbnails = re.findall(r"!\[\]\((samples/(\d+)\.jpg)\) \| (\d+) \|", page)
+    assert len(thumbnails) == 4
+    for path, name, number in thumbnails:
+        assert (folder / path).is_file()
+        assert name == number
+        assert int(number) in held_out["rows"]
+
+
+def test_evaluate_uses_what_training_held_out(trained, parts, tmp_path):
+    folder, _ = trained
+    evaluate = ["evaluate", *parts["data"], "--metrics", "exact_match", "--max_new_tokens", "2"]
+    main([*evaluate, "--model", str(folder), "--output_dir", f"{tmp_path}/found"])
+    report = json.loads((tmp_path / "found" / "metrics.json").read_text())
+    assert (report["rows"], report["split"]) == (3, "train (held out)")
+    predictions = [json.loads(line) for line in (tmp_path / "found" / "predictions.jsonl").read_text().splitlines()]
+    assert sorted(row["index"] for row in predictions) == json.loads((folder / HELD_OUT).read_text())["rows"]
+    main([*evaluate, "--model", str(folder / "checkpoint-2"), "--output_dir", f"{tmp_path}/of_checkpoint"])
+    main([*evaluate, "--model", str(folder), "--split", "train", "--output_dir", f"{tmp_path}/all"])
+    assert json.loads((tmp_path / "all" / "metrics.json").read_text())["rows"] == 12
+    (folder / HELD_OUT).unlink()
+    with pytest.raises(ValueError, match="test"):
+        main([*evaluate, "--model", str(folder), "--output_dir", f"{tmp_path}/none"])
+
+
+def test_stage_1_logs_its_losses_apart(tmp_path, parts):
+    for part in (tiny_models.bert(vocab_size=len(tiny.bert_tokenizer())), tiny.bert_tokenizer()):
+        part.save_pretrained(tmp_path / "bert")
+    more = options("--max_steps 5 --logging_steps 2 --save_strategy no --itm_weight 2 --dataloader_drop_last true")
+    sources = [*parts["vision"], *parts["data"], "--qformer", str(tmp_path / "bert")]
+    main(["stage1", *sources, *COMMON, *more, "--output_dir", f"{tmp_path}/out"])
+    logged = [entry for entry in history(tmp_path / "out") if "loss" in entry]
+    assert [entry["step"] for entry in logged] == [2, 4, 5]
+    for entry in logged:
+        whole = entry["loss_itc"] + 2 * entry["loss_itm"] + entry["loss_itg"]
+        assert float(entry["loss"]) == pytest.approx(whole, abs=2e-3)
+
+
+def test_an_interruption_says_how_to_continue(tmp_path, parts, caplog, monkeypatch):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    sources = [*parts["vision"], *parts["text"], *parts["data"]]
+    more = options("--lora {} --max_steps 4 --save_steps 2")
+    command = ["stage2", *sources, *COMMON, *more, "--output_dir", f"{tmp_path}/out"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(run, "CleanPush", Interrupt)
+        main(command)
+    assert ended.value.code == 130
+    assert "Interrupted after step 3 of 4" in caplog.text
+    assert f"{tmp_path}/out/checkpoint-2: --resume_from_checkpoint true continues from it" in caplog.text
+    with caplog.at_level("INFO", logger="lorgnette"):
+        main([*command, "--resume_from_checkpoint", "true"])
+    assert f"training resumes from {tmp_path}/out/checkpoint-2" in caplog.text

@@ -1,0 +1,166 @@
+"""What a run reports besides Trainer's own figures: losses of stage 1 apart, sample answers, a summary at the end."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..assembly.conversations import messages_of
+from ..modeling.modeling_loss import in_process_group
+from ..processing.processing_lorgnette import LorgnetteProcessor
+from ..processing.prompt_encoding import images_in
+from .collator import LorgnetteCollator
+from .decoding import decoding_of
+from .generation import generate_texts, references_of
+
+
+logger = logging.getLogger(__name__)
+
+SAMPLES = "samples.md"
+THUMBNAIL = 160  # pixels, the longer side
+
+
+class LossPartsCallback(TrainerCallback):
+    """Adds `loss_itc`, `loss_itm` and `loss_itg` of stage 1 to the logged training loss: means over the same steps."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.count = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: torch.nn.Module, **_: Any
+    ) -> None:
+        self.handle = model.register_forward_hook(self._add)
+
+    @torch.compiler.disable  # keeps the hook out of the compiled graph
+    def _add(self, model: torch.nn.Module, _: tuple, outputs: Any) -> None:
+        if model.training:
+            parts = {name: value for name, value in outputs.items() if name.startswith("loss_")}
+            self.sums = {name: self.sums.get(name, 0) + value.detach().float() for name, value in parts.items()}
+            self.count += 1
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **_: Any,
+    ) -> None:
+        if "loss" not in logs or not self.count:
+            return
+        parts = {}
+        for name, total in self.sums.items():
+            mean = total / self.count
+            if in_process_group():
+                dist.all_reduce(mean)
+                mean /= dist.get_world_size()
+            parts[name] = round(mean.item(), 4)
+        self.sums, self.count = {}, 0
+        logs.update(parts)
+        state.log_history[-1].update(parts)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.handle.remove()
+
+
+class LastLogCallback(TrainerCallback):
+    """Logs the last step too: a run of fewer than `logging_steps` would log no loss."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps
+
+
+class SamplesCallback(TrainerCallback):
+    """Shows, at each evaluation, what the model answers to some held-out pictures, and keeps it in `samples.md`.
+
+    Args:
+        processor: the model's.
+        rows: as [`LorgnetteCollator`] takes them.
+        columns: `image_column`, `text_column` and `query_column`, as the collator has them.
+    """
+
+    def __init__(self, processor: LorgnetteProcessor, rows: Sequence[Mapping[str, Any]], columns: dict[str, Any]):
+        self.collator, self.rows, self.columns = LorgnetteCollator(processor, **columns), rows, columns
+        self.truths = [references_of(row, columns["text_column"])[0] for row in rows]
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module,
+        **_: Any,
+    ) -> None:
+        # in all processes: a sharded model computes in all or none
+        decoding = decoding_of("greedy")
+        answers = [text for _, text in generate_texts(
+            model, self.collator, self.rows, decoding=decoding, batch_size=len(self.rows))]  # fmt: skip
+        if not state.is_world_process_zero:
+            return
+        numbers = [row.get("index", position) for position, row in enumerate(self.rows)]
+        lines = list(zip(numbers, self.truths, answers, strict=True))
+        table = Table("row", "text", "answer", title=f"held-out pictures at step {state.global_step}", expand=True)
+        for number, truth, answer in lines:
+            table.add_row(str(number), truth, answer)
+        Console(stderr=True).print(table)
+        self._write(Path(args.output_dir), state.global_step, lines)
+
+    def _write(self, folder: Path, step: int, lines: list[tuple[int, str, str]]) -> None:
+        """Append the answers of an evaluation to `samples.md`; its thumbnails are written once."""
+        page = folder / SAMPLES
+        thumbnails = [
+            self._thumbnail(folder, number, row) for (number, _, _), row in zip(lines, self.rows, strict=True)
+        ]
+        text = page.read_text(encoding="utf-8") if page.is_file() else "# Answers to held-out pictures\n"
+        text += f"\n## Step {step}\n\n| picture | row | text | answer |\n|---|---|---|---|\n"
+        for thumbnail, (number, truth, answer) in zip(thumbnails, lines, strict=True):
+            cells = [" ".join(each.split()).replace("|", "\\|") for each in (truth, answer)]
+            text += f"| {thumbnail} | {number} | {cells[0]} | {cells[1]} |\n"
+        page.write_text(text, encoding="utf-8")
+
+    def _thumbnail(self, folder: Path, number: int, row: Mapping[str, Any]) -> str:
+        """A picture of the row, small, as Markdown; empty where the row has features in place of pictures."""
+        chat = messages_of(row["messages"]) if row.get("messages") else []
+        source = row.get(self.columns["image_column"]) or next(iter(images_in(chat)), None)
+        source = source[0] if isinstance(source, list) else source
+        if source is None:
+            return ""
+        path = folder / "samples" / f"{number}.jpg"
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            picture = self.collator.processor.load_image(source)
+            picture.thumbnail((THUMBNAIL, THUMBNAIL))
+            picture.save(path)
+        return f"![]({path.relative_to(folder).as_posix()})"
+
+
+def summarise(trainer: Trainer) -> None:
+    """Log the validation figures of a run, its best checkpoint, where the model is, and the next command."""
+    state, folder = trainer.state, trainer.args.output_dir
+    evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+    names = [name for name in dict.fromkeys(name for entry in evaluations for name in entry)
+             if name.startswith("eval_") and not name.endswith(("runtime", "_per_second"))]  # fmt: skip
+    if evaluations and state.is_world_process_zero:
+        table = Table("step", *(name.removeprefix("eval_") for name in names), title="evaluations")
+        for entry in evaluations:
+            values = [entry.get(name) for name in names]
+            table.add_row(str(entry["step"]), *("" if value is None else f"{value:.4g}" for value in values))
+        Console(stderr=True).print(table)
+    if state.best_model_checkpoint is not None:
+        best = (
+            f"{state.best_model_checkpoint} has the best {trainer.args.metric_for_best_model}: {state.best_metric:.4g}"
+        )
+        loaded = "; the model is that one" if trainer.args.load_best_model_at_end else "; the model is of the last step"
+        logger.info("%s%s", best, loaded)
+    logger.info("%s holds the model and its processor, after step %d", folder, state.global_step)
+    if trainer.model.can_generate():
+        logger.info("next: lorgnette caption %s PICTURE", folder)
+    else:
+        logger.info("next: lorgnette train stage2 --config … --qformer %s", folder)
