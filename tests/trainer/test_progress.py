@@ -109,9 +109,10 @@ def test_an_interruption_says_how_to_continue(tmp_path, parts, caplog, monkeypat
     sources = [*parts["vision"], *parts["text"], *parts["data"]]
     more = options("--lora {} --max_steps 4 --save_steps 2")
     command = ["stage2", *sources, *COMMON, *more, "--output_dir", f"{tmp_path}/out"]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+    with monkeypatch.context() as patch:
         patch.setattr(run, "CleanPush", Interrupt)
-        main(command)
+        with pytest.raises(SystemExit) as ended:
+            main(command)
     assert ended.value.code == 130
     assert "Interrupted after step 3 of 4" in caplog.text
     assert f"{tmp_path}/out/checkpoint-2: --resume_from_checkpoint true continues from it" in caplog.text
