@@ -20,7 +20,7 @@ from lorgnette.assembly.endpoint import write_endpoint
 from lorgnette.configuration.configuration_lorgnette import SAVE_FORMATS
 from lorgnette.modeling.modeling_saving import resolve_save_format
 from lorgnette.publishing.card import make_card
-from lorgnette.publishing.export import atomic_directory, check, load
+from lorgnette.publishing.export import new_directory, check, load
 from lorgnette.publishing.guards import check_card, check_folder
 from lorgnette.publishing.push import check_name, push, readable_hub_errors
 from lorgnette.publishing.space import write_space
@@ -64,7 +64,7 @@ def prepare(
         RuntimeError: a process without lorgnette gets other outputs from the folder than the model here, or none.
     """
     check_name(repo_id)
-    with atomic_directory(folder) as unfinished:
+    with new_directory(folder) as unfinished:
         model, processor = load(source)
         save_format = resolve_save_format(model, save_format)
         # find errors before writing gigabytes

@@ -67,7 +67,7 @@ def load(source: str | Path) -> tuple[LorgnettePreTrainedModel, LorgnetteProcess
 
 
 @contextmanager
-def atomic_directory(folder: str | Path) -> Iterator[Path]:
+def new_directory(folder: str | Path) -> Iterator[Path]:
     """Yield a scratch folder; it is renamed to `folder` when the block ends, and deleted on an error.
 
     A later call for the same folder deletes what a killed process left.
@@ -111,7 +111,7 @@ def check(
     Raises:
         RuntimeError: the folder does not load there, or its outputs differ; with the cause and the numbers.
     """
-    # beside the export: `atomic_directory` deletes both after a kill
+    # beside the export: `new_directory` deletes both after a kill
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=Path(folder).resolve().parent) as scratch:
         here, outputs = Path(scratch), Path(scratch) / "outputs.safetensors"
         picture = draw(here / "picture.png") if picture is None else Path(picture).resolve(strict=True)
