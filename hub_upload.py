@@ -20,7 +20,7 @@ from lorgnette.assembly.endpoint import write_endpoint
 from lorgnette.configuration.configuration_lorgnette import SAVE_FORMATS
 from lorgnette.modeling.modeling_saving import resolve_save_format
 from lorgnette.publishing.card import make_card
-from lorgnette.publishing.export import new_directory, check, load
+from lorgnette.publishing.export import check, load, new_directory
 from lorgnette.publishing.guards import check_card, check_folder
 from lorgnette.publishing.push import check_name, push, readable_hub_errors
 from lorgnette.publishing.space import write_space
