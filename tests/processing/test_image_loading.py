@@ -181,7 +181,7 @@ class TestBad:
             (np.full((4, 4), 70000), "70000"),
             (np.zeros((5, 5, 5), dtype=np.uint8), r"shape \(5, 5, 5\)"),
             (np.zeros(4, dtype=np.uint8), r"shape \(4,\)"),
-            (np.zeros((0, 4, 3), dtype=np.uint8), "4 x 0 pixels"),
+            (np.zeros((0, 4, 3), dtype=np.uint8), r"shape \(0, 4, 3\) is no image"),
             (np.zeros((0, 4), dtype=np.uint8), r"shape \(0, 4\)"),
             (np.array([["a", "b"]]), "<U1"),
         ],

@@ -460,11 +460,8 @@ def test_a_push_that_was_cut_off_goes_on_and_of_two_at_once_one_is_refused(hub, 
 
 
 def test_another_size_of_a_kind_is_another_model(tmp_path):
-    for name, fields in (
-        ("a", {"n_embd": 32}),
-        ("b", {"n_embd": 64, "n_head": 4}),
-        ("c", {"n_embd": 32, "n_inner": 7}),
-    ):
+    kinds = {"a": {"n_embd": 32}, "b": {"n_embd": 64, "n_head": 4}, "c": {"n_embd": 32, "n_inner": 7}}
+    for name, fields in kinds.items():
         text = {"model_type": "gpt2", "n_head": 4, **fields}
         (tmp_path / name).write_text(json.dumps({"model_type": "lorgnette", "text_config": text}))
     a, b, c = (identity(tmp_path / name) for name in "abc")
