@@ -10,6 +10,8 @@ from huggingface_hub import ModelCard, get_token
 from huggingface_hub.constants import CONFIG_NAME
 from safetensors import SafetensorError, safe_open
 
+from ..assembly.card_metadata import NO_LICENSE
+
 
 # the file types of a saved model, its processor, its code and its card
 _KINDS = (".safetensors", ".json", ".py", ".jinja", ".txt", ".model", ".md")
@@ -69,7 +71,7 @@ def check_card(card: str | Path) -> None:
     """
     if not Path(card).is_file():
         raise FileNotFoundError(f"There is no card {card}")
-    if ModelCard.load(Path(card)).data.license in (None, "", "unknown"):
+    if ModelCard.load(Path(card)).data.license in NO_LICENSE:
         raise ValueError(f"{card} names no licence")
 
 
