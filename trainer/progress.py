@@ -22,8 +22,8 @@ from .generation import generate_texts, references_of
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = "samples.md"
-THUMBNAIL = 160  # pixels, the longer side
+SAMPLES, THUMBNAILS = "samples.md", "samples"
+_LONGER_SIDE = 160  # pixels, of a thumbnail
 
 
 class LossPartsCallback(TrainerCallback):
@@ -132,11 +132,11 @@ class SamplesCallback(TrainerCallback):
         source = source[0] if isinstance(source, list) else source
         if source is None:
             return ""
-        path = folder / "samples" / f"{number}.jpg"
+        path = folder / THUMBNAILS / f"{number}.jpg"
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
             picture = self.collator.processor.load_image(source)
-            picture.thumbnail((THUMBNAIL, THUMBNAIL))
+            picture.thumbnail((_LONGER_SIDE, _LONGER_SIDE))
             picture.save(path)
         return f"![]({path.relative_to(folder).as_posix()})"
 
