@@ -190,7 +190,8 @@ def test_llavas_picture_stands_where_its_mark_does(root, write):
     found, collator = batch_of(source), LorgnetteCollator(processor(), text_column="messages")
     chats = [
         {"index": number, "messages": [
-            {"role": "user", "content": [{"type": "image", "image": str(root / name)}, {"type": "text", "text": QUERY}]},
+            {"role": "user", "content": [
+                {"type": "image", "image": str(root / name)}, {"type": "text", "text": QUERY}]},
             {"role": "assistant", "content": text}]}
         for number, (name, text) in enumerate(zip(names(), TEXTS, strict=True))
     ]  # fmt: skip
@@ -200,7 +201,8 @@ def test_llavas_picture_stands_where_its_mark_does(root, write):
 
 def test_several_pictures_none_and_pictures_without_a_mark(root):
     several = {"image": names()[:2], "conversations": [
-        {"from": "human", "value": "<image> and <image>: which?"}, {"from": "gpt", "value": "The second."}]}  # fmt: skip
+        {"from": "human", "value": "<image> and <image>: which?"},
+        {"from": "gpt", "value": "The second."}]}  # fmt: skip
     unmarked = {"image": names()[2], "conversations": [
         {"from": "user", "value": "What?"}, {"from": "assistant", "value": "A bird."}]}  # fmt: skip
     words = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi."}]}
