@@ -6,17 +6,19 @@ Commands that train, measure and publish pass their arguments through unchanged:
 
 import importlib
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
 from .inspection.command import inspect
+from .trainer.early_checks import check_model
 from .trainer.messages import quiet_libraries, set_up_logging
 
 
@@ -47,21 +49,30 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    context.obj["debug"] = debug
+    context.obj |= {"debug": debug, "program": f"lorgnette {context.invoked_subcommand}"}
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception, program: str = "lorgnette") -> str:
     """An error as one line, printed in place of the traceback."""
-    message = " ".join(str(error).split())
+    message = " ".join(_without_worker(str(error)).split())
     message = message if message and isinstance(error, _EXPECTED_ERRORS) else f"{type(error).__name__}: {message}"
-    return f"lorgnette: error: {message} (lorgnette --debug … shows where)"
+    return f"{program}: error: {message} (lorgnette --debug … shows where)"
+
+
+def _without_worker(message: str) -> str:
+    """The error's own message, where torch raises an error of a data loader's worker with its whole traceback."""
+    worker = re.match(r"Caught (\w+) in \w+ worker process \d+\.\s+Original Traceback", message)
+    if worker is None:
+        return message
+    *_, last = re.split(rf"^(?:\w+\.)*{worker[1]}: ?", message, flags=re.MULTILINE)
+    return last
 
 
 @app.command(context_settings=_PASS_THROUGH)
 def train(context: typer.Context) -> None:
     """Train stage 1 or stage 2 by a recipe.
 
-    Example: lorgnette train stage2 --config recipes/stage2.yaml --dataset ./my-pictures
+    Example: lorgnette train stage2 --config stage2 --dataset ./my-pictures --text_column text
     """
     stages = ("stage1", "stage2")
     if not context.args or context.args[0] not in (*stages, "--help"):
@@ -70,6 +81,7 @@ def train(context: typer.Context) -> None:
         typer.echo(context.command.help)
         typer.echo("\nlorgnette train stage1 --help and lorgnette train stage2 --help list the options.")
         return
+    context.obj["program"] += f" {context.args[0]}"
     _pass_through(context, "lorgnette.trainer.__main__", context.args)
 
 
@@ -77,7 +89,7 @@ def train(context: typer.Context) -> None:
 def cache(context: typer.Context) -> None:
     """Write the features of the frozen ViT to disk; both stages read them in place of pictures.
 
-    Example: lorgnette cache --config recipes/cache.yaml --dataset ./my-pictures --output_dir out/cache
+    Example: lorgnette cache --config cache --dataset ./my-pictures --output_dir out/cache
     """
     _pass_through(context, "lorgnette.trainer.__main__", ["cache", *context.args])
 
@@ -100,7 +112,7 @@ def push(context: typer.Context) -> None:
 
     Example: lorgnette push out/stage2 --repo-id me/my-eyes --metrics out/evaluate/metrics.json
     """
-    _pass_through(context, "lorgnette.hub_upload", context.args, "run", prog="lorgnette push")
+    _pass_through(context, "lorgnette.hub_upload", context.args, "run")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -111,20 +123,20 @@ def export(
 ) -> None:
     """Fill a new folder with what `push` would upload; a process without lorgnette loads and checks it.
 
-    After the two folders come options of `lorgnette push`: --repo-id, which the card names, --save-format, --license …
+    After the two folders come options of `lorgnette push`: --save-format; --repo-id and --license for the card …
 
-    Example: lorgnette export out/stage2 out/export --repo-id me/my-eyes --save-format merged
+    Example: lorgnette export out/stage2 out/export --save-format merged
     """
     arguments = [source, "--dry-run", "--export-dir", folder, *context.args]
-    _pass_through(context, "lorgnette.hub_upload", arguments, "run", prog="lorgnette push")
+    _pass_through(context, "lorgnette.hub_upload", arguments, "run")
 
 
-def _pass_through(
-    context: typer.Context, module: str, arguments: list[str], function: str = "main", **settings: str
-) -> None:
-    if "--help" in arguments:
+def _pass_through(context: typer.Context, module: str, arguments: list[str], function: str = "main") -> None:
+    if {"--help", "--help-all"} & set(arguments):
         typer.echo(f"{context.command.help}\n")
-    getattr(importlib.import_module(module), function)(arguments, **settings)
+    name = context.info_name
+    prog = "lorgnette" if arguments[:1] == [name] else f"lorgnette {name}"  # a trainer's command adds its name
+    getattr(importlib.import_module(module), function)(arguments, prog=prog)
 
 
 @app.command()
@@ -137,8 +149,11 @@ def caption(
 ) -> None:
     """Caption pictures: one line each, with the picture's name, a tab and the text.
 
+    A picture that cannot be read is an error on stderr; the others are captioned, and the exit status is 2.
+
     Example: lorgnette caption out/stage2 cat.jpg https://example.org/dog.png --prompt "What animal is this?"
     """
+    check_model("MODEL", model)
     from tqdm.auto import tqdm
 
     from .assembly.picture_sizes import check_image_processor
@@ -156,10 +171,21 @@ def caption(
     captioner = LorgnetteImageToTextPipeline(model=loaded, processor=processor)
     options = {"prompt": prompt, "max_new_tokens": max_new_tokens}
     options = {name: value for name, value in options.items() if value is not None}
-    answers = captioner((picture for picture in pictures), **options)  # a generator: each answer is printed at once
-    for picture, answer in zip(pictures, tqdm(answers, total=len(pictures), unit="picture", disable=None), strict=True):
+    failed = 0
+    for picture in tqdm(pictures, unit="picture", disable=None):
+        captioner.call_count = 0  # a Pipeline warns of many calls on a GPU
+        try:
+            answer = captioner(processor.load_image(picture), **options)
+        except (OSError, TypeError, ValueError) as error:
+            failed += 1
+            message = str(error) if picture in str(error) else f"{picture}: {error}"
+            tqdm.write(f"lorgnette caption: error: {message}", file=sys.stderr)
+            continue
         text = " ".join(answer[0]["generated_text"].split())
         tqdm.write(f"{picture}\t{text}", file=sys.stdout)
+    if failed:
+        typer.echo(f"lorgnette caption: {failed} of {len(pictures)} pictures failed", err=True)
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -198,6 +224,7 @@ def serve(
     if key is None and host not in _LOOPBACK:
         typer.echo(f"anybody who reaches {host}:{port} can send requests: --api-key-env requires a key", err=True)
     _check_free(host, port)
+    check_model("MODEL", model)
     with _extra("serve"):
         from .serving.allowed_hosts import AllowedHosts
         from .serving.engine import InferenceEngine, Limits
@@ -234,6 +261,7 @@ def page(
     if host not in _LOOPBACK:
         typer.echo(f"anybody who reaches {host}:{port} can send requests", err=True)
     _check_free(host, port)
+    check_model("MODEL", model)
     with _extra("app"):
         from .serving.app import SETTINGS, build
     from .processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
@@ -281,17 +309,17 @@ def _extra(name: str) -> Iterator[None]:
 
 def main() -> None:
     """Run the command line. Exit status: 2 for a usage error or an exception, 1 if `inspect` finds a red check."""
-    settings: dict[str, bool] = {}
+    settings: dict[str, Any] = {"debug": False, "program": "lorgnette"}
     quiet_libraries()
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False, obj=settings)
     except TyperException as error:
-        typer.echo(f"lorgnette: error: {error.format_message()} (--help lists the options)", err=True)
+        typer.echo(f"{settings['program']}: error: {error.format_message()} (--help lists the options)", err=True)
         status = error.exit_code
     except Exception as error:
         if settings["debug"]:
             raise
-        typer.echo(one_line(error), err=True)
+        typer.echo(one_line(error, settings["program"]), err=True)
         status = 2
     sys.exit(status or 0)
 

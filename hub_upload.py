@@ -32,13 +32,14 @@ logger = logging.getLogger("lorgnette.hub_upload")
 
 def prepare(
     source: str | Path,
-    repo_id: str,
+    repo_id: str | None,
     folder: str | Path,
     *,
     save_format: str | None = None,
     license: str | None = None,
     metrics: tuple[str | Path, ...] = (),
     picture: str | Path | None = None,
+    needs_license: bool = True,
 ) -> list[str]:
     """Export a model with its card, and check that the folder works and can be published.
 
@@ -46,12 +47,14 @@ def prepare(
 
     Args:
         source: a saved model of either stage, a run's folder or a checkpoint.
-        repo_id: `owner/name`, for the card's examples.
+        repo_id: `owner/name`, for the card's examples; None for a folder that stays here: then the card has the
+            folder's name.
         folder: the target; created if it does not exist.
         save_format: `"thin"`, `"full"` or `"merged"`, as `save_pretrained` takes it; None leaves it to the model.
         license: one of the Hub's identifiers; by default the one that the backbones' cards agree on.
         metrics: `metrics.json` files of `lorgnette.trainer evaluate` or `retrieval`, of this model.
         picture: the file for the check; a drawn one by default.
+        needs_license: False for a folder that stays here: a licence that is not known is a warning.
 
     Returns:
         the relative paths of the folder's files.
@@ -63,16 +66,30 @@ def prepare(
             another model, a file that must not be published.
         RuntimeError: a process without lorgnette gets other outputs from the folder than the model here, or none.
     """
-    check_name(repo_id)
+    if repo_id is not None:
+        check_name(repo_id)
+    else:
+        repo_id = Path(folder).resolve().name
+        logger.warning("No --repo-id is given: the card has the folder's name, %s, as its title", repo_id)
     with new_directory(folder) as unfinished:
         model, processor = load(source)
         save_format = resolve_save_format(model, save_format)
         # find errors before writing gigabytes
-        card = make_card(model, processor, repo_id, source, license=license, metrics=metrics, save_format=save_format)
+        card = make_card(
+            model,
+            processor,
+            repo_id,
+            source,
+            license=license,
+            needs_license=needs_license,
+            metrics=metrics,
+            save_format=save_format,
+        )
         if picture is not None:
             processor.load_image(str(picture))
         card.save(unfinished / "README.md")
-        check_card(unfinished / "README.md")
+        if needs_license:
+            check_card(unfinished / "README.md")
         model.save_pretrained(unfinished, save_format=save_format)
         processor.save_pretrained(unfinished)
         if not processor.is_stage1:
@@ -135,7 +152,7 @@ def run(argv: list[str], prog: str = "hub_upload.py") -> None:
     parser = _Parser(prog=prog, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="OUT", help="a saved lorgnette model, a Trainer's output_dir or a checkpoint")
     parser.add_argument(
-        "--repo-id", required=True, metavar="OWNER/NAME", help="the repository; created if it does not exist"
+        "--repo-id", metavar="OWNER/NAME", help="the repository; created if it does not exist. An export needs none"
     )
     parser.add_argument("--private", action="store_true", help="create it as private")
     parser.add_argument(
@@ -158,6 +175,8 @@ def run(argv: list[str], prog: str = "hub_upload.py") -> None:
     args = parser.parse_args(argv)
     if args.export_dir and not args.dry_run:
         parser.error("--export-dir goes with --dry-run")
+    if args.repo_id is None and not args.export_dir:
+        parser.error("the following arguments are required: --repo-id")
     set_up_logging(True)
     shared = {name: getattr(args, name) for name in ("save_format", "license", "picture")} | {
         "metrics": tuple(args.metrics)
@@ -165,12 +184,12 @@ def run(argv: list[str], prog: str = "hub_upload.py") -> None:
     if args.dry_run:
         with nullcontext() if args.export_dir else tempfile.TemporaryDirectory() as scratch:
             folder = Path(args.export_dir or Path(scratch, "export"))
-            files = prepare(args.source, args.repo_id, folder, **shared)
+            files = prepare(args.source, args.repo_id, folder, needs_license=not args.export_dir, **shared)
             sizes = {name: (folder / name).stat().st_size for name in files}
             card = (folder / "README.md").read_text(encoding="utf-8")
         if args.export_dir:
             told = f"{len(sizes)} files, {sum(sizes.values()):,} bytes"
-            logger.info("%s holds what %s would hold: %s; its card is README.md", folder, args.repo_id, told)
+            logger.info("%s holds the export: %s; its card is README.md", folder, told)
         else:
             lines = "\n".join(f"{size:>15,}  {name}" for name, size in sizes.items())
             logger.info("%s would hold, in bytes:\n%s\n\n%s", args.repo_id, lines, card)

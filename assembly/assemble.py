@@ -10,6 +10,7 @@ from ..configuration.configuration_lorgnette import LorgnetteConfig, LorgnetteQF
 from ..configuration.configuration_retrieval import LorgnetteRetrievalConfig
 from ..modeling.modeling_loading import parse_dtype
 from .backbones import cast_parameters, load_bert, load_language_model, load_vision_model, next_free_token_id
+from .checkpoint_names import accept_names_in_files
 from .lora_targets import resolve_lora_config
 from .processor_checks import check_token_ids
 from .qformer_init import QFormerInit, load_bert_weights, qformer_fields
@@ -107,6 +108,7 @@ def assemble(
     qformer_init.load_into(model.qformer)
     cast_parameters(model, language_backbone.model.dtype if dtype in (None, "auto") else dtype)
     model.mark_backbones_loaded()
+    accept_names_in_files(model)
     if processor is not None:
         model.adopt_processor(processor)
     return model
@@ -181,6 +183,7 @@ def assemble_stage1(
         load_bert_weights(model.qformer, qformer_init.model)
     cast_parameters(model, vision_backbone.model.dtype if dtype in (None, "auto") else dtype)
     model.mark_backbones_loaded()
+    accept_names_in_files(model)
     if processor is not None:
         model.check_processor(processor)
         model._processor = processor

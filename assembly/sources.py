@@ -6,6 +6,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from .local_paths import is_path, what_is_there
+
 
 QFORMER_TOKENIZER = "qformer_tokenizer"  # the folder in a processor's that holds the second tokenizer
 
@@ -19,12 +21,11 @@ def from_pretrained_arguments(source: str | Path, revision: str | None = None) -
     path = Path(source)
     if path.suffix != ".gguf":
         # for a mistyped path, transformers' error would be about Hub ids
-        is_path = isinstance(source, Path) or str(source).startswith((".", "~")) or path.is_absolute()
-        if (is_path or str(source).count("/") > 1) and not path.is_dir():
-            raise FileNotFoundError(f"There is no folder {source}")
+        if is_path(source) and not path.is_dir():
+            raise FileNotFoundError(f"There is no folder {source} ({what_is_there(source)})")
         return str(source), {"revision": revision}
     if not path.is_file():
-        raise FileNotFoundError(f"There is no GGUF file {path}")
+        raise FileNotFoundError(f"There is no GGUF file {path} ({what_is_there(path)})")
     return str(path.parent), {"gguf_file": path.name}
 
 

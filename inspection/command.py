@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ..trainer.early_checks import check_model
+
 
 def inspect(
     model: Annotated[
@@ -38,6 +40,7 @@ def inspect(
 
     The exit status is 1 if a check is red.
     """
+    check_model("MODEL", model)
     from itertools import islice
 
     import torch

@@ -1,5 +1,6 @@
 """Fill `model_card.md` from a model's config, its parts and its training records."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from ..modeling.modeling_base import LorgnettePreTrainedModel
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .records import Result, datasets_of, results_of, training_of
 
+
+logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"
 
@@ -31,6 +34,7 @@ def make_card(
     source: str | Path,
     *,
     license: str | None = None,
+    needs_license: bool = True,
     metrics: tuple[str | Path, ...] = (),
     save_format: str = "full",
 ) -> ModelCard:
@@ -39,21 +43,30 @@ def make_card(
     Args:
         source: the folder that the model was loaded from; the card reports Trainer's records there.
         license: one of the Hub's identifiers; by default the one that the backbones' cards agree on.
+        needs_license: False for a card that stays here: without a known licence it has none, which is a warning.
         metrics: `metrics.json` files of `lorgnette.trainer evaluate` or `retrieval`.
         save_format: of the exported folder.
 
     Raises:
-        ValueError: no licence was given and the backbones' are unknown or differ; metrics of another model.
+        ValueError: no licence was given, it is needed, and the backbones' are unknown or differ; metrics of another
+            model.
         FileNotFoundError: a metrics file does not exist.
     """
     config, name = model.config, repo_id.split("/")[-1]
+    if not license:
+        try:
+            license = license_of(config)
+        except ValueError as error:
+            if needs_license:
+                raise
+            logger.warning("The card names no licence, which a push needs. %s", error)
     metadata = card_metadata(config, save_format)
     task = metadata["pipeline_tag"]
     lora = save_format != "merged" and bool(getattr(config, "lora_config", None))
     results = [result for path in metrics for result in results_of(path, source)]
     index = {"model_name": name, "eval_results": [_as_eval_result(result, task) for result in results]}
     data = ModelCardData(
-        license=license or license_of(config),
+        license=license,
         **metadata,
         datasets=datasets_of(source) or None,
         metrics=list(dict.fromkeys(result.metric for result in results)) or None,

@@ -1,9 +1,10 @@
-"""`python -m lorgnette.trainer COMMAND --config recipes/….yaml`; the same behind torchrun or `accelerate launch -m`."""
+"""`python -m lorgnette.trainer COMMAND --config RECIPE`; the same behind torchrun or `accelerate launch -m`."""
 
 import importlib
 import sys
 from argparse import ArgumentParser
 
+from .early_checks import check_command_line
 from .messages import quiet_libraries
 
 
@@ -17,13 +18,24 @@ COMMANDS = {
 }
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], prog: str = "python -m lorgnette.trainer") -> None:
+    """Run a command.
+
+    Args:
+        prog: the program's name without the command, for help and errors.
+    """
     listing = "; ".join(f"{name}: {purpose}" for name, purpose in COMMANDS.items())
-    parser = ArgumentParser(prog="python -m lorgnette.trainer", epilog="COMMAND --help lists its options.")
+    parser = ArgumentParser(prog=prog, epilog="COMMAND --help lists its options.")
     parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=listing)
     command = parser.parse_args(argv[:1]).command
+    prog = f"{prog} {command}"
+    try:
+        check_command_line(argv[1:])
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"{prog}: error: {error}\n")
+        sys.exit(2)
     quiet_libraries()
-    importlib.import_module(f"lorgnette.trainer.{command}").main(argv[1:])
+    importlib.import_module(f"lorgnette.trainer.{command}").main(argv[1:], prog=prog)
     importlib.import_module("lorgnette.trainer.process").end_process_group()
 
 

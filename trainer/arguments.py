@@ -18,6 +18,13 @@ TRAINING_DEFAULTS = {
 }
 
 
+# What people set first: `--help` of a stage lists these.
+COMMON_OPTIONS = (
+    *("vision", "text", "qformer", "num_query_tokens", "lora", "query", "model"),
+    *("dataset", "image_column", "text_column", "messages_column", "eval_split", "eval_fraction", "skip_unreadable"),
+    *("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "qformer_learning_rate", "bf16", "eval_strategy", "resume_from_checkpoint", "report_to"),
+)
 FORMATS = ("table", "llava", "coco", "webdataset", "pairs", "saved", "folder", "hub")  # see `formats.py`
 
 

@@ -62,12 +62,12 @@ class CacheArguments:
                 raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least 1")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], prog: str = "python -m lorgnette.trainer cache") -> None:
     """Write a cache from a recipe and the command line; see `recipes/cache.yaml`."""
     arguments = parse_recipe(
         (VisionArguments, SourceArguments, CacheArguments),
         argv,
-        prog="python -m lorgnette.trainer cache",
+        prog=prog,
         description=__doc__ or "",
     )
     write_cache(*arguments)

@@ -72,9 +72,9 @@ class EvaluateArguments(RowArguments):
         decoding_of(self.decoding, self.max_new_tokens)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], prog: str = "python -m lorgnette.trainer evaluate") -> None:
     """Evaluate from the command line or a YAML file."""
-    (args,) = parse_recipe((EvaluateArguments,), argv, prog="python -m lorgnette.trainer evaluate", description=__doc__)
+    (args,) = parse_recipe((EvaluateArguments,), argv, prog=prog, description=__doc__)
     evaluate(args)
 
 

@@ -23,6 +23,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
+from ..assembly.local_paths import listing, what_is_there
 from ..processing.prompt_encoding import IMAGE_TOKEN, error_context
 from .arguments import SourceArguments
 
@@ -107,8 +108,7 @@ def find_format(source: str) -> str:
     if suffix == ".tar" and _BRACES.search(source):
         return "webdataset"
     if suffix in (*_BUILDERS, ".tar") or path.is_absolute() or source.startswith((".", "~")):
-        has = f"{path.parent} contains {_listing(path.parent)}" if path.parent.is_dir() else f"no folder {path.parent}"
-        raise FileNotFoundError(f"dataset {source!r}: no such file or folder ({has})")
+        raise FileNotFoundError(f"dataset {source!r}: no such file or folder ({what_is_there(path)})")
     return "hub"
 
 
@@ -138,7 +138,7 @@ def _format_of_folder(path: Path) -> str:
     if suffixes & _BUILDERS.keys():  # a metadata file among them
         return "folder"
     if not suffixes & set(PICTURES):
-        raise ValueError(f"dataset {str(path)!r} contains {_listing(path)}. {_SUPPORTED}")
+        raise ValueError(f"dataset {str(path)!r} contains {listing(path)}. {_SUPPORTED}")
     return "pairs" if ".txt" in suffixes else "folder"
 
 
@@ -156,12 +156,6 @@ def _first_keys(path: Path) -> set[str]:
         except ValueError:
             return set()
     return set(first) if isinstance(first, dict) else set()
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return f"{', '.join(names[:8])}{more}" if names else "nothing"
 
 
 # ------------------------------------------------------------------------------------------------ broken files
@@ -317,7 +311,7 @@ def _shards(path: Path) -> list[Path]:
         files = [path]
     for file in files:
         if not file.is_file():
-            has = _listing(file.parent) if file.parent.is_dir() else "nothing"
+            has = listing(file.parent) if file.parent.is_dir() else "nothing"
             raise FileNotFoundError(f"dataset {str(path)!r}: no file {file} ({file.parent} contains {has})")
         with file.open("rb") as opened:  # a tar ends with 1,024 zeros; its reader stops in silence where it is cut
             opened.seek(-min(1024, file.stat().st_size), os.SEEK_END)

@@ -1,18 +1,18 @@
 """Parse a YAML recipe and the command line into argument dataclasses with `HfArgumentParser`."""
 
+import argparse
 import difflib
 import json
-import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-import yaml
 from transformers import HfArgumentParser
+
+from .recipe_files import read_recipe
 
 
 def parse_recipe(
@@ -23,18 +23,30 @@ def parse_recipe(
     description: str,
     defaults: Mapping[str, Any] = MappingProxyType({}),
     check: Callable[..., None] = lambda *_: None,
+    common: Sequence[str] = (),
 ) -> tuple[Any, ...]:
-    """Fill `dataclass_types` from `--config FILE.yaml`, then from the other command-line options, which have priority.
+    """Fill `dataclass_types` from `--config RECIPE`, then from the other command-line options, which have priority.
 
-    The YAML file is one flat mapping from field names to values. `null` stands for None in it and on the command line;
-    mappings are written as JSON on the command line. `defaults` replace those of the dataclasses' own.
+    The recipe, a file or one of the package by its name, is one flat mapping from field names to values. `null` stands
+    for None in it and on the command line; mappings are written as JSON on the command line. `defaults` replace those
+    of the dataclasses' own.
 
     An error in either (an unknown field, a wrong type, a ValueError of a dataclass' `__post_init__` or of `check`)
     prints one message naming the field and exits with status 2, as argparse does, but without the usage of all options,
     which would fill several screens.
+
+    Args:
+        common: the options that `--help` lists; `--help-all` then lists all. Without it `--help` lists all.
     """
     parser = _Parser(dataclass_types, prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.yaml", help="a recipe: any of the options below, as `name: value`")
+    parser.add_argument(
+        "--config", metavar="RECIPE", help="A .yaml file of options, `name: value`; or a recipe of the package: stage2."
+    )
+    if common:
+        parser.usage = "%(prog)s [--config RECIPE] [--OPTION VALUE …]"
+        parser.add_argument("--help-all", action="help", help="List all options.")
+        if "--help-all" not in argv:
+            parser.list_only({*common, "config", "help", "help_all"})
     for kind in (str, int, float):
         parser.register("type", kind, partial(_or_null, kind))
     hints = {name: hint for cls in dataclass_types for name, hint in typing.get_type_hints(cls).items()}
@@ -57,35 +69,27 @@ def parse_recipe(
     return tuple(filled)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with the floats of YAML 1.2: `1e-6` is a number too."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"), list("-+.0123456789")
-)
-
-
 class _Parser(HfArgumentParser):
+    help_option = "--help"
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all options\n")
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} {self.help_option} lists all options\n")
+
+    def list_only(self, names: set[str]) -> None:
+        """Leave all other options out of the help."""
+        self.help_option = "--help-all"
+        self.epilog = f"{self.prog} --help-all lists the other options, those of transformers.TrainingArguments too."
+        for action in self._actions:
+            if action.dest not in names:
+                action.help = argparse.SUPPRESS
 
 
 def _read_yaml(parser: HfArgumentParser, path: str, hints: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's mapping with scalars as text; the parser converts them by the field's type.
-
-    YAML 1.1 alone would read `eval_strategy: no` as False and `learning_rate: 1e-4` as a string.
-    """
+    """A recipe's mapping with scalars as text; the parser converts them by the field's type."""
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-        typed, plain = yaml.load(text, Loader=_Loader), yaml.load(text, Loader=yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        parser.error(f"cannot read the recipe {path}: {error}")
-    if not isinstance(typed, dict):
-        parser.error(f"the recipe {path} is not a mapping of `name: value` lines")
-    names = [key.value for key, _ in yaml.compose(text).value]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        parser.error(f"{path}: {', '.join(twice)} given twice; YAML would take the last")
+        typed, plain = read_recipe(path)
+    except ValueError as error:
+        parser.error(str(error))
     values = {}
     for name, value in zip(plain, typed.values(), strict=True):
         is_scalar = not (value is None or isinstance(value, dict | list))

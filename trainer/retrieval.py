@@ -57,11 +57,9 @@ class RetrievalArguments(RowArguments):
                 raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least {least}")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], prog: str = "python -m lorgnette.trainer retrieval") -> None:
     """Evaluate from the command line or a YAML file."""
-    (args,) = parse_recipe(
-        (RetrievalArguments,), argv, prog="python -m lorgnette.trainer retrieval", description=__doc__
-    )
+    (args,) = parse_recipe((RetrievalArguments,), argv, prog=prog, description=__doc__)
     measure(args)
 
 

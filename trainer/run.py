@@ -10,8 +10,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, enable_full_determinism, set_seed
 from transformers.utils import logging as transformers_logging
 
+from ..assembly.checkpoint_names import accept_names_in_files
 from ..processing.processing_lorgnette import LorgnetteProcessor
-from .arguments import TRAINING_DEFAULTS, BackboneArguments, DataArguments
+from .arguments import COMMON_OPTIONS, TRAINING_DEFAULTS, BackboneArguments, DataArguments
 from .augmentation import AugmentationSeeds
 from .checkpoints import check_backbones, checkpoint_to_resume, train_from
 from .collator import LorgnetteCollator
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def parse(
-    stage: str,
+    prog: str,
     model_arguments: type,
     argv: list[str],
     description: str | None,
@@ -42,7 +43,7 @@ def parse(
     return parse_recipe(
         (model_arguments, DataArguments, TrainingArguments),
         argv,
-        prog=f"python -m lorgnette.trainer {stage}",
+        prog=prog,
         description=description or "",
         defaults=TRAINING_DEFAULTS
         | {
@@ -52,6 +53,7 @@ def parse(
             "disable_tqdm": not sys.stderr.isatty(),  # in a file the lines of figures are enough
         },
         check=check,
+        common=COMMON_OPTIONS,
     )
 
 
@@ -95,6 +97,7 @@ def train(
             length_column=training_args.length_column_name if grouped else None,
         )
     model, processor = build()
+    accept_names_in_files(model)
     if checkpoint is not None:
         check_backbones(checkpoint, model)
     for source in filter(None, (data_args.dataset, data_args.eval_dataset)):
@@ -170,14 +173,18 @@ def check_arguments(model_args: BackboneArguments, data_args: DataArguments, tra
 
 def _check_whole_batches(args: TrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
     """Refuse data that `dataloader_drop_last` would drop entirely: Trainer would save an untrained model."""
-    batch_sizes = {"training": args.train_batch_size, "evaluation": args.eval_batch_size}
-    for (name, size), rows in zip(batch_sizes.items(), (train_dataset, eval_dataset), strict=True):
-        needed = size * args.world_size
-        if args.dataloader_drop_last and isinstance(rows, Sized) and len(rows) < needed:
-            raise ValueError(
-                f"the {len(rows)} rows of the {name} data do not fill one batch of {size} on {args.world_size} "
-                "process(es), and dataloader_drop_last drops incomplete batches: make the batches smaller"
+    if not args.dataloader_drop_last:
+        return
+    batches = {"train": (args.train_batch_size, train_dataset), "eval": (args.eval_batch_size, eval_dataset)}
+    names, too_few = {"train": "training", "eval": "evaluation"}, []
+    for kind, (size, rows) in batches.items():
+        if isinstance(rows, Sized) and len(rows) < size * args.world_size:
+            too_few.append(
+                f"the {len(rows)} rows of the {names[kind]} data do not fill one batch of {size} on {args.world_size} "
+                f"process(es): lower per_device_{kind}_batch_size"
             )
+    if too_few:
+        raise ValueError(f"dataloader_drop_last drops incomplete batches, and {'; '.join(too_few)}")
 
 
 def _log_setup(args: TrainingArguments) -> None:

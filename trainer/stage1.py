@@ -11,9 +11,9 @@ from .arguments import DataArguments, Stage1Arguments
 from .run import check_arguments, parse, train
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], prog: str = "python -m lorgnette.trainer stage1") -> None:
     """Train from a recipe and the command line; see `recipes/stage1.yaml`."""
-    model_args, data_args, training_args = parse("stage1", Stage1Arguments, argv, __doc__, check)
+    model_args, data_args, training_args = parse(prog, Stage1Arguments, argv, __doc__, check)
     train(partial(build, model_args), data_args, training_args, partial(check_negatives, data_args))
 
 
@@ -41,7 +41,7 @@ def check_negatives(data_args: DataArguments, trainer: Trainer) -> None:
         if left == 1 and reached:
             raise ValueError(
                 f"the last of {rows} pairs would be a batch by itself, after {whole} of {size}: it has no negatives. "
-                "Set dataloader_drop_last"
+                "Set dataloader_drop_last, or change per_device_train_batch_size"
             )
     if isinstance(trainer.eval_dataset, Dataset) and args.train_sampling_strategy != "group_by_length":
         _check_in_order(trainer.eval_dataset, data_args.text_name, args)

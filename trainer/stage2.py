@@ -1,5 +1,6 @@
 """Stage 2: between a frozen ViT and a frozen LM, Q-Former, projector and LoRA learn to put pictures into words."""
 
+import logging
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -19,9 +20,12 @@ from .progress import SamplesCallback
 from .run import check_arguments, parse, train
 
 
-def main(argv: list[str]) -> None:
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str], prog: str = "python -m lorgnette.trainer stage2") -> None:
     """Train from a recipe and the command line; see `recipes/stage2.yaml`."""
-    model_args, data_args, training_args = parse("stage2", Stage2Arguments, argv, __doc__, check)
+    model_args, data_args, training_args = parse(prog, Stage2Arguments, argv, __doc__, check)
     train(partial(build, model_args), data_args, training_args, partial(prepare, model_args, data_args))
 
 
@@ -72,6 +76,9 @@ def build(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, Lor
     """
     model, processor = model_and_processor(args)
     resolve_save_format(model, None)
+    if model.config.lora_config is None:
+        how = "its model was saved without" if args.model else "--lora '{}', or `lora: {}` in the recipe, adds it"
+        logger.warning("The language model gets no LoRA (%s): only Q-Former and projector train.", how)
     return model, processor
 
 

@@ -1,18 +1,23 @@
 """`lorgnette COMMAND`: what each takes, where it goes, and what a mistake looks like."""
 
+import re
 import socket
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import version
 
+import datasets
 import pytest
 from repository import ROOT
 from tiny import picture
 from tiny_serving import save_bridges
+from tiny_training import write_pairs
+from torch.utils.data import DataLoader, Dataset
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor, cli
 from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
+from lorgnette.trainer.data import load_pairs
 
 
 COMMANDS = ("train", "cache", "evaluate", "caption", "inspect", "export", "push", "serve", "app")
@@ -82,7 +87,9 @@ def test_help_of_what_is_handed_on_lists_all_options(run, command, option):
         ("export out to --repo-id me/x", "hub_upload", "out --dry-run --export-dir to --repo-id me/x"),
     ],
 )
-def test_arguments_are_handed_on_as_they_stand(run, handed_on, arguments, module, given):
+def test_arguments_are_handed_on_as_they_stand(run, handed_on, arguments, module, given, tmp_path, monkeypatch):
+    (tmp_path / "a.yaml").write_text("bf16: true")
+    monkeypatch.chdir(tmp_path)
     assert run(*arguments.split())[0] == 0
     assert handed_on == {module: given.split()}
 
@@ -107,8 +114,14 @@ def test_arguments_are_handed_on_as_they_stand(run, handed_on, arguments, module
         ("serve m --port 0 --name a --bridge default=b", "a bridge cannot be called 'default'"),
         ("serve m --host ::zz", "--host ::zz: "),
         ("push out", "lorgnette push: error: the following arguments are required: --repo-id"),
-        ("export out to", "lorgnette push: error: the following arguments are required: --repo-id"),
-        ("evaluate --no_such_option 1", "unknown option '--no_such_option'"),
+        ("export out to --no-such", "lorgnette export: error: unrecognized arguments: --no-such"),
+        ("evaluate --no_such_option 1", "lorgnette evaluate: error: unknown option '--no_such_option'"),
+        ("train stage2 --learning_rat 1", "lorgnette train stage2: error: unknown option '--learning_rat' (did you"),
+        ("train stage1 --config gone", "lorgnette train stage1: error: cannot read the recipe gone: no such file"),
+        ("cache --dataset ./gone", "lorgnette cache: error: dataset './gone': no such file or folder"),
+        ("caption out/gone cat.png", "lorgnette caption: error: MODEL: there is no folder out/gone"),
+        ("inspect ./gone", "lorgnette inspect: error: MODEL: there is no folder ./gone"),
+        ("serve ./gone --port 0", "lorgnette serve: error: MODEL: there is no folder ./gone"),
     ],
 )
 def test_mistakes_are_told_in_a_line(run, arguments, message):
@@ -117,7 +130,8 @@ def test_mistakes_are_told_in_a_line(run, arguments, message):
     assert message in errors
     assert "Traceback" not in errors
     *_, last = errors.splitlines()
-    assert last.startswith(("lorgnette: error: ", "lorgnette push --help lists", "python -m lorgnette.trainer"))
+    command = arguments.partition(" ")[0]
+    assert last.startswith(("lorgnette: error: ", f"lorgnette {command}"))
     assert len(errors.splitlines()) <= 2
 
 
@@ -125,16 +139,41 @@ def test_errors_on_the_way_are_one_line_unless_debugging(run, monkeypatch, tmp_p
     asked = ("caption", str(tmp_path / "none"), "cat.png")
     status, _, errors = run(*asked)
     assert status == 2
-    assert errors == f"lorgnette: error: There is no folder {tmp_path / 'none'} (lorgnette --debug … shows where)\n"
+    assert errors == (
+        f"lorgnette caption: error: MODEL: there is no folder {tmp_path / 'none'} ({tmp_path} contains nothing) "
+        "(lorgnette --debug … shows where)\n"
+    )
     monkeypatch.setattr(sys, "argv", ["lorgnette", "--debug", *asked])
-    with pytest.raises(OSError, match="There is no folder"):
+    with pytest.raises(OSError, match="there is no folder"):
         cli.main()
     asked = ("export", str(tmp_path / "none"), str(tmp_path / "to"), "--repo-id", "me/x")
-    assert run(*asked)[0] == 2
+    status, _, errors = run(*asked)
+    assert status == 2
+    assert errors.startswith(f"lorgnette export: error: There is no folder {tmp_path / 'none'} (")
     monkeypatch.setattr(sys, "argv", ["lorgnette", "--debug", *asked])
     with pytest.raises(OSError, match="There is no folder"):
         cli.main()
     assert cli.one_line(KeyError("x")).startswith("lorgnette: error: KeyError: 'x'")
+
+
+class _Rows(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, position):
+        try:
+            raise OSError("not a picture")
+        except OSError as error:
+            raise ValueError("row 12: pics/broken.jpg cannot be read:\nnot a picture") from error
+
+
+def test_an_error_of_a_data_loader_worker_is_its_own_message():
+    with pytest.raises(ValueError, match="Original Traceback") as raised:
+        list(DataLoader(_Rows(), num_workers=1))
+    assert cli.one_line(raised.value, "lorgnette train stage2") == (
+        "lorgnette train stage2: error: row 12: pics/broken.jpg cannot be read: not a picture "
+        "(lorgnette --debug … shows where)"
+    )
 
 
 @pytest.mark.parametrize("command", ["serve", "app"])
@@ -148,7 +187,7 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(run, command):
 
 
 def test_what_is_interrupted_says_nothing(run, monkeypatch):
-    def interrupted(argv):
+    def interrupted(argv, prog):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lorgnette.trainer.cache.main", interrupted)
@@ -171,6 +210,46 @@ def test_captions(run, folder, tmp_path):
     status, output, _ = run("caption", str(folder / "one"), *files, "--prompt", "What?", "--max-new-tokens", "5")
     assert status == 0
     assert output == "".join(f"{file}\t{text}\n" for file, text in zip(files, texts, strict=True))
+
+
+def test_a_picture_that_cannot_be_read_is_an_error_and_the_others_are_captioned(run, folder, tmp_path):
+    files = [str(tmp_path / name) for name in ("one.png", "broken.png", "gone.png", "two.png")]
+    for file in (files[0], files[3]):
+        picture(0).save(file)
+    (tmp_path / "broken.png").write_bytes(b"words")
+    status, output, errors = run("caption", str(folder / "one"), *files, "--max-new-tokens", "3")
+    assert status == 2
+    assert [line.partition("\t")[0] for line in output.splitlines()] == [files[0], files[3]]
+    broken, gone, total = [line for line in errors.splitlines() if line.startswith("lorgnette caption: ")]
+    assert files[1] in broken
+    assert files[2] in gone
+    assert (broken.count("broken.png"), gone.count("gone.png")) == (1, 1)
+    assert total == "lorgnette caption: 2 of 4 pictures failed"
+
+
+def test_the_help_of_a_stage_lists_what_people_set_first(run):
+    for stage, own in (("stage1", "--qformer"), ("stage2", "--lora")):
+        status, output, _ = run("train", stage, "--help")
+        assert status == 0
+        assert {"--dataset", "--learning_rate", "--output_dir", own} <= set(output.split())
+        assert len(output.splitlines()) < 120
+        assert f"lorgnette train {stage} --help-all lists the other options" in " ".join(output.split())
+        assert "--adam_beta1" not in output
+        assert "--adam_beta1" in run("train", stage, "--help-all")[1]
+
+
+def test_the_example_of_train_works_as_printed(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_pairs(tmp_path / "my-pictures")
+    given = []
+    monkeypatch.setattr("lorgnette.trainer.stage2.train", lambda *arguments: given.extend(arguments))
+    (example,) = re.findall(r"Example: lorgnette (.+)", run("train", "--help")[1])
+    status, _, errors = run(*example.split())
+    assert (status, errors) == (0, "")
+    rows, held_out = load_pairs(given[1], evaluate=True, seed=0)
+    assert {"image", "text"} <= set(rows.column_names)
+    assert len(rows) + len(held_out) == 12
 
 
 def test_serving(run, folder, monkeypatch):

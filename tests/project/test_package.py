@@ -26,6 +26,8 @@ assert "site-packages" in lorgnette.__file__ and "wheel-env" in lorgnette.__file
 import lorgnette.hub_upload
 from lorgnette.publishing.card import TEMPLATE
 assert TEMPLATE.is_file(), TEMPLATE
+from lorgnette.trainer.recipe_files import RECIPES, find_recipe
+assert RECIPES.parent == Path(lorgnette.__file__).parent and find_recipe("stage2").is_file(), RECIPES
 sys.path.insert(0, sys.argv[1])
 from saved import assert_same, build, logits_and_captions
 from without_lorgnette import load_without_lorgnette

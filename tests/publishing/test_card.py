@@ -14,8 +14,10 @@ from tiny_training import CAPTIONS, joined, trainer, write_backbones
 from transformers import TrainingArguments
 
 from lorgnette.assembly.card_metadata import license_of
+from lorgnette.hub_upload import run
 from lorgnette.publishing.card import make_card
 from lorgnette.publishing.guards import check_card
+from lorgnette.publishing.push import push
 from lorgnette.publishing.records import datasets_of, results_of, training_of
 from lorgnette.trainer.arguments import SourceArguments
 from lorgnette.trainer.provenance import hub_dataset, write_training_data
@@ -226,3 +228,24 @@ def test_data_on_this_machine_are_not_named(tmp_path, monkeypatch):
     assert hub_dataset(SourceArguments(dataset="out")) == {"dataset_id": "people/pictures"} | {
         name: metadata[name] for name in ("dataset_config", "dataset_revision")
     }
+
+
+def test_a_local_export_needs_neither_a_name_nor_a_licence(tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setattr("lorgnette.hub_upload.check", lambda *args, **kwargs: None)  # it is slow, and tried elsewhere
+    for part in joined(write_backbones(tmp_path)):
+        part.save_pretrained(tmp_path / "out")
+    exported = tmp_path / "my-eyes"
+    run([str(tmp_path / "out"), "--dry-run", "--export-dir", str(exported)], prog="lorgnette export")
+    card = ModelCard.load(exported / "README.md")
+    assert card.data.license is None
+    assert "\n# my-eyes\n" in card.text
+    assert "the card has the folder's name, my-eyes, as its title" in caplog.text
+    assert "The card names no licence, which a push needs. The ViT came from a folder" in caplog.text
+    with pytest.raises(ValueError, match="names no licence"):
+        push(exported, "me/eyes")
+    for options in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit):
+            run([str(tmp_path / "out"), *options], prog="lorgnette push")
+        assert "lorgnette push: error: the following arguments are required: --repo-id" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="its licence is not known"):
+        run([str(tmp_path / "out"), "--dry-run", "--repo-id", "me/eyes"])

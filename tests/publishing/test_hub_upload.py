@@ -32,14 +32,12 @@ from lorgnette.trainer.__main__ import main as run_command
 
 UPLOAD = ROOT / "hub_upload.py"
 PUSH = """
-import json, logging, sys
-logging.basicConfig(level="INFO")
+import json, logging, sys; logging.basicConfig(level="INFO")
 from lorgnette.publishing.push import push
 print(push(*sys.argv[1:3], **json.loads(sys.argv[3])).oid)
 """
 PUSHES = """
-import json, logging, sys
-logging.basicConfig(level="INFO")
+import json, logging, sys; logging.basicConfig(level="INFO")
 from lorgnette.publishing.push import push
 for folder, options in json.loads(sys.argv[2]):
     try:

@@ -1,6 +1,7 @@
 """`python -m lorgnette.trainer`: how a recipe is read, and what is refused before anything is loaded."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -165,6 +166,7 @@ def test_a_recipe_trains_resumes_and_leaves_a_model_to_go_on_from(tmp_path, reci
     path = recipe(RECIPE.format(vision=vision, text=text, data=data, output=tmp_path / "out"))
     main(["stage2", "--config", path])
     assert [record.message for record in caplog.records if "runs on the CPU" in record.message] != []
+    assert "gets no LoRA" not in caplog.text
     whole = losses(tmp_path / "out" / "trainer_state.json")
     weights = load_file(tmp_path / "out" / "model.safetensors")
 
@@ -250,8 +252,16 @@ def test_two_recipes_from_pictures_to_words(tmp_path, recipe, monkeypatch):
     assert built.config.num_query_tokens == 4
     assert reports[0]["model_revision"] is None
     too_large = ["stage1", *stage1, "--dataset", features, "--per_device_train_batch_size", "13", "--output_dir"]
-    with pytest.raises(ValueError, match="the 12 rows of the training data do not fill one batch of 13 on 1 process"):
+    both = [str(tmp_path / "x"), "--per_device_eval_batch_size", "4", "--eval_split", "train[:3]", "--eval_strategy"]
+    expected = (
+        r"the 12 rows of the training data do not fill one batch of 13 on 1 process\(es\): lower "
+        "per_device_train_batch_size$"
+    )
+    with pytest.raises(ValueError, match=expected):
         main([*too_large, str(tmp_path / "x")])
+    expected = r"lower per_device_train_batch_size; the 3 rows of the evaluation .* lower per_device_eval_batch_size$"
+    with pytest.raises(ValueError, match=expected):
+        main([*too_large, *both, "epoch", "--dataset", str(data)])
     assert not (tmp_path / "x" / "config.json").exists()
     with pytest.raises(ValueError, match=r"cache .* does not belong to this model: vision_feature_layer is None .* 1"):
         main(
@@ -350,6 +360,32 @@ def test_trackers_are_told_of_a_run_whose_qformer_reads_the_query(tmp_path, reci
     main(["stage2", "--config", path, *changes, *instructed])
     assert list((tmp_path / "logs").rglob("events.*"))
     assert LorgnetteProcessor.from_pretrained(tmp_path / "out").qformer_tokenizer is not None
+
+
+def test_restored_checkpoints_list_no_keys_and_a_language_model_without_lora_is_told(tmp_path, monkeypatch, caplog):
+    """The ViT has other names in files than in memory: a save in full, of both stages, writes those of the files."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    (vision, text), data = write_backbones(tmp_path), write_pairs(tmp_path / "pictures")
+    for part in (tiny_models.bert(vocab_size=len(tiny.bert_tokenizer())), tiny.bert_tokenizer()):
+        part.save_pretrained(tmp_path / "bert")
+    shared = f"--vision {vision} --qformer {tmp_path}/bert --dataset {data} --eval_fraction 0.25 --use_cpu "
+    shared += "--max_steps 2 --per_device_train_batch_size 3 --per_device_eval_batch_size 3 --dataloader_drop_last "
+    shared += "--report_to none --save_steps 1 --eval_strategy steps --eval_steps 1 --load_best_model_at_end"
+    for stage, own in (("stage1", []), ("stage2", ["--text", text])):
+        output = tmp_path / stage
+        command = [stage, *shared.split(), *own, "--output_dir", str(output)]
+        main(command)
+        saved = load_file(output / "model.safetensors")
+        assert "vision_model.encoder.layer.0.attention.attention.key.weight" in saved
+        main([*command, "--resume_from_checkpoint", str(output / "checkpoint-1")])
+        again = load_file(output / "model.safetensors")
+        assert all(torch.equal(value, again[name]) for name, value in saved.items())
+        assert [message for message in caplog.messages if "keys in the checkpoint" in message] == []
+        told = [message for message in caplog.messages if "The language model gets no LoRA (--lora '{}'" in message]
+        assert len(told) == (2 if stage == "stage2" else 0)
+    weights = [*AutoModel.from_pretrained(tmp_path / "stage1").vision_model.parameters()]
+    assert all(map(torch.equal, weights, AutoModel.from_pretrained(vision).parameters()))
 
 
 def losses(state):
