@@ -10,12 +10,12 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from ..assembly.card_metadata import complete_card
 from ..assembly.endpoint import write_endpoint
 from ..modeling.modeling_saving import resolve_save_format
-from .unreadable import REPORT
+from .unreadable import CHECK_REPORT, REPORT
 
 
 _GITIGNORE = ".gitignore"
 # a pickle, files with paths and host names of this machine, and the .gitignore itself, which would affect later uploads
-_STAYS_HERE = (TRAINING_ARGS_NAME, TRAINER_STATE_NAME, REPORT, "runs/", _GITIGNORE)
+_STAYS_HERE = (TRAINING_ARGS_NAME, TRAINER_STATE_NAME, REPORT, CHECK_REPORT, "runs/", _GITIGNORE)
 
 
 class CleanPush(TrainerCallback):

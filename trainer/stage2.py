@@ -14,13 +14,15 @@ from .callbacks import GenerateMetricsCallback
 from .decoding import decoding_of
 from .learning_rates import QFormerLearningRate
 from .metrics import text_metrics
+from .dry_run import dry_run
 from .run import check_arguments, parse, train
 
 
 def main(argv: list[str]) -> None:
     """Train from a recipe and the command line; see `recipes/stage2.yaml`."""
     model_args, data_args, training_args = parse("stage2", Stage2Arguments, argv, __doc__, check)
-    train(partial(build, model_args), data_args, training_args, partial(prepare, model_args, data_args))
+    run = dry_run if data_args.dry_run else train
+    run(partial(build, model_args), data_args, training_args, partial(prepare, model_args, data_args))
 
 
 def check(model_args: Stage2Arguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
