@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import resource
 import sys
 import time
 from collections import Counter
@@ -15,8 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils.notebook import NotebookProgressCallback
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..modeling.modeling_saving import keys_to_ignore_on_save
 from ..processing.processing_lorgnette import LorgnetteProcessor
@@ -173,9 +171,7 @@ def _measure(
     every = every if every > 0 else math.ceil(training_args.num_train_epochs * steps)
     stopwatch = _Stopwatch(training_args.device)
     trainer.add_callback(stopwatch)
-    for callback in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
-        trainer.remove_callback(callback)
-    # train() makes this optimizer in place of the recipe's
+    trainer.remove_callback(PrinterCallback)  # it prints the losses
     trainer.optimizer_cls_and_kwargs = (_NoStep, {})
     with nan_guard(trainer):
         trainer.train()
@@ -250,7 +246,8 @@ def _show_batch(batch: dict[str, torch.Tensor], processor: LorgnetteProcessor, c
     shown = f", the first {_SHOWN_TEXTS}" if len(rows) > _SHOWN_TEXTS else ""
     console.print(
         f"A batch of {shape[0]} rows of {shape[1]} tokens and {pictures} pictures{shown}; "
-        "\\[\\[…]] has labels, and the loss is on it alone:"
+        "[[ ]] has labels, and the loss is on it alone:",
+        markup=False,
     )
     for runs in rows[:_SHOWN_TEXTS]:
         text = labelled_text(runs, ("[[", "]]"))
@@ -269,6 +266,10 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of tensors on a GPU, otherwise of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
