@@ -306,7 +306,10 @@ def _extra(name: str) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line. Exit status: 2 for a usage error or an exception, 1 if `inspect` finds a red check, or `check` a bad row."""
+    """Run the command line.
+
+    Exit status: 2 for a usage error or an exception, 1 if `inspect` finds a red check or `check` a bad row.
+    """
     settings: dict[str, bool] = {}
     quiet_libraries()
     try:

@@ -182,8 +182,8 @@ class SourceArguments:
     skip_unreadable: bool = field(
         default=False,
         metadata={
-            "help": "Read all pictures first, and leave out rows with unreadable pictures, in training those with empty "
-            "texts too; output_dir/unreadable.json lists them. Otherwise such a row is an error."
+            "help": "Read all pictures first, and leave out rows with unreadable pictures, and in training those with "
+            "empty texts; output_dir/unreadable.json lists them. Otherwise such a row is an error."
         },
     )
 

@@ -41,7 +41,7 @@ class InitArguments(SourceArguments):
     """The data set, and what the recipe should not choose itself."""
 
     text_column: list[str] | str | None = field(
-        default=None, metadata={"help": "Column with the text; recognised without it."}
+        default=None, metadata={"help": "Column with the text, or a JSON list of several; recognised without it."}
     )
     vision: str | None = field(default=None, metadata={"help": "ViT; without it chosen by the memory."})
     text: str | None = field(default=None, metadata={"help": "Causal LM; without it chosen by the memory."})
@@ -147,9 +147,7 @@ def recipe(args: InitArguments, contents: Contents, output_dir: str) -> str:
         (f"text: {_yaml(args.text or text)}", "given" if args.text else "the LM, chosen likewise; frozen, with LoRA"),
     ]
     if args.qformer is not None:
-        lines.append(
-            (f"qformer: {_yaml(args.qformer)}", "the Q-Former's initial weights; leave it out for random ones")
-        )
+        lines.append((f"qformer: {_yaml(args.qformer)}", "the Q-Former's initial weights; without it random ones"))
     lines += [
         ("num_query_tokens: 32", "visual tokens a picture, as in BLIP-2"),
         ("lora: {r: 16, lora_alpha: 32, lora_dropout: 0.05}", "without LoRA the LM keeps its own style of writing"),
@@ -171,8 +169,8 @@ def recipe(args: InitArguments, contents: Contents, output_dir: str) -> str:
     ]
     if rows < FEW_PICTURES:
         head += [
-            f"# {rows} pictures are few for a new Q-Former: it may learn how the texts are written and little of what is",
-            "# in the pictures. A trained model is another start: `model: …` in place of backbones, qformer, lora and",
+            f"# {rows} pictures are few for a new Q-Former: it may learn how the texts are written, and little of what",
+            "# the pictures show. A trained model is another start: `model: …` in place of backbones, qformer, lora and",
             "# num_query_tokens.",
         ]
     return "\n".join([*head, "", *written]) + "\n"
@@ -223,8 +221,8 @@ def _training_lines(numbers: Plan, rows: int, output_dir: str, evaluates: bool) 
     lines = [
         ("", "--- training: any of transformers.TrainingArguments"),
         (f"output_dir: {_yaml(output_dir)}", "the model, checkpoints and check.json"),
-        (f"num_train_epochs: {numbers.epochs}", f"{numbers.steps} steps an epoch, {total} in all; the aim is {STEPS}, in "
-         f"at most {MOST_EPOCHS} epochs"),
+        (f"num_train_epochs: {numbers.epochs}", f"{numbers.steps} steps an epoch, {total} in all; the aim is {STEPS}, "
+         f"in at most {MOST_EPOCHS} epochs"),
         (f"per_device_train_batch_size: {numbers.at_once}", "pairs in the model at once; fewer if memory runs out"),
         (f"gradient_accumulation_steps: {accumulation}", f"{numbers.batch} of {numbers.pairs} pairs a step"
          f"{', so that an epoch has several steps' if numbers.batch < LARGEST_BATCH else ''}"),

@@ -12,9 +12,9 @@ from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import DataArguments, Stage2Arguments
 from .callbacks import GenerateMetricsCallback
 from .decoding import decoding_of
+from .dry_run import dry_run
 from .learning_rates import QFormerLearningRate
 from .metrics import text_metrics
-from .dry_run import dry_run
 from .run import check_arguments, parse, train
 
 
