@@ -161,8 +161,6 @@ def _measure(
     console: Console,
 ) -> dict[str, Any]:
     """Show a batch, run three steps without changing a weight, and print the figures; returns them."""
-    if training_args.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     trainer = make_trainer(parts, data_args, _settings(training_args), prepare)
     loader = trainer.get_train_dataloader()
     _show_batch(next(iter(loader)), parts.processor, console)

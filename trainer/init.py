@@ -170,8 +170,8 @@ def recipe(args: InitArguments, contents: Contents, output_dir: str) -> str:
     if rows < FEW_PICTURES:
         head += [
             f"# {rows} pictures are few for a new Q-Former: it may learn how the texts are written, and little of",
-            "# what the pictures show. A trained model is another start: `model: …` in place of backbones, qformer, lora and",
-            "# num_query_tokens.",
+            "# what the pictures show. A trained model is another start: `model: …` in place of vision, text, qformer,",
+            "# num_query_tokens and lora.",
         ]
     return "\n".join([*head, "", *written]) + "\n"
 

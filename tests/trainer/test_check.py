@@ -135,7 +135,11 @@ def test_numbers_in_place_of_texts(check, tmp_path):
     assert status == 1
     assert len(report["bad"]) == len(CAPTIONS)
     assert report["bad"][3] == {
-        **{"split": "train", "index": 3, "position": 3, "kind": "text", "left_out": False},
+        "split": "train",
+        "index": 3,
+        "position": 3,
+        "kind": "text",
+        "left_out": False,
         "reason": "column 'text' holds a int, not a string",
     }
     assert "… and 7 more" in output
