@@ -32,7 +32,6 @@ KINDS = {
     "text": "a text or a chat that cannot be used",
     "length": "more tokens than fit",
 }
-LEFT_OUT = ("picture", "text")  # kinds with rows that `skip_unreadable` leaves out
 _SHOWN_ROWS, _SHOWN_TEXTS = 5, 3
 _TIMED, _MOST_BATCHES = 2, 4  # steps; batches of a step, above which the time of a step is scaled
 
@@ -56,7 +55,7 @@ def dry_run(
     parts = load_parts(build, data_args, training_args)
     workers = training_args.dataloader_num_workers
     bad = find_bad_rows(parts.splits, make_collator(parts, data_args), data_args.text_name, workers)
-    stops = [row for row in bad if not (data_args.skip_unreadable and row.left_out)]
+    stops = [row for row in bad if not (data_args.skip_unreadable and row.skippable)]
     counts = {name: len(rows) for name, rows in parts.splits.items()}
     report = {"rows": counts, "bad": [asdict(row) for row in bad], "left_out": len(bad) - len(stops)}
     _write(report, training_args.output_dir)
@@ -69,7 +68,7 @@ def dry_run(
     path = Path(training_args.output_dir, CHECK_REPORT)
     total = sum(counts.values())
     if stops:
-        leaves = any(row.left_out for row in stops) and not data_args.skip_unreadable
+        leaves = any(row.skippable for row in stops) and not data_args.skip_unreadable
         advice = "; skip_unreadable: true leaves out unreadable pictures and empty texts" if leaves else ""
         console.print(f"check failed: training would stop at {len(stops)} of {total} rows{advice}. See {path}")
         raise SystemExit(1)
@@ -87,7 +86,7 @@ class BadRow:
         position: its number in the split.
         kind: one of [`KINDS`].
         reason: the message of the error.
-        left_out: `skip_unreadable` leaves it out.
+        skippable: `skip_unreadable` leaves it out.
     """
 
     split: str
@@ -95,7 +94,7 @@ class BadRow:
     position: int
     kind: str
     reason: str
-    left_out: bool
+    skippable: bool
 
 
 def find_bad_rows(

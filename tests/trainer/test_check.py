@@ -139,7 +139,7 @@ def test_numbers_in_place_of_texts(check, tmp_path):
         "index": 3,
         "position": 3,
         "kind": "text",
-        "left_out": False,
+        "skippable": False,
         "reason": "column 'text' holds a int, not a string",
     }
     assert "… and 7 more" in output
