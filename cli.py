@@ -74,15 +74,41 @@ def train(context: typer.Context) -> None:
 
     Example: lorgnette train stage2 --config stage2 --dataset ./my-pictures --text_column text
     """
+    if _names_stage(context):
+        _pass_through(context, "lorgnette.trainer.__main__", context.args)
+
+
+@app.command(context_settings=_PASS_THROUGH)
+def init(context: typer.Context) -> None:
+    """Write a recipe of stage 2 that fits a data set and this machine's memory, with the reason for each line.
+
+    Example: lorgnette init --dataset ./my-pictures --output recipe.yaml
+    """
+    _pass_through(context, "lorgnette.trainer.__main__", ["init", *context.args])
+
+
+@app.command(context_settings=_PASS_THROUGH)
+def check(context: typer.Context) -> None:
+    """Read all rows as training will, show a batch and time two steps; the exit status is 1 if a row cannot be used.
+
+    Example: lorgnette check stage2 --config recipe.yaml
+    """
+    if _names_stage(context):
+        _pass_through(context, "lorgnette.trainer.__main__", ["check", *context.args])
+
+
+def _names_stage(context: typer.Context) -> bool:
+    """Whether the first argument is a stage; False after the command's help was shown."""
     stages = ("stage1", "stage2")
     if not context.args or context.args[0] not in (*stages, "--help"):
         raise typer.BadParameter(f"name the stage first: {' or '.join(stages)}")
-    if context.args[0] == "--help":
-        typer.echo(context.command.help)
-        typer.echo("\nlorgnette train stage1 --help and lorgnette train stage2 --help list the options.")
-        return
-    context.obj["program"] += f" {context.args[0]}"
-    _pass_through(context, "lorgnette.trainer.__main__", context.args)
+    if context.args[0] != "--help":
+        context.obj["program"] += f" {context.args[0]}"
+        return True
+    typer.echo(context.command.help)
+    name = f"lorgnette {context.command.name}"
+    typer.echo(f"\n{name} stage1 --help and {name} stage2 --help list the options.")
+    return False
 
 
 @app.command(context_settings=_PASS_THROUGH)
@@ -308,7 +334,10 @@ def _extra(name: str) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line. Exit status: 2 for a usage error or an exception, 1 if `inspect` finds a red check."""
+    """Run the command line.
+
+    Exit status: 2 for a usage error or an exception, 1 if `inspect` finds a red check or `check` a bad row.
+    """
     settings: dict[str, Any] = {"debug": False, "program": "lorgnette"}
     quiet_libraries()
     try:

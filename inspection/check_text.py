@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from ..modeling.modeling_checks import IGNORED
 from ..modeling.modeling_lora import lora_layers
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..trainer.collator import LorgnetteCollator
+from ..trainer.labelled_text import text_runs
 from .checks import Check, first_few, preserved_state
 
 
@@ -44,7 +44,7 @@ def check_labels(collator: LorgnetteCollator, rows: Sequence[dict[str, Any]]) ->
         on_picture += int((learned & pictures).sum())
         other += int((learned & (labels != ids)).sum()) + int((~learned[length:]).sum())
         unended += int(ids[-1]) not in stops or not bool(learned[-1])
-        example = example or _text_runs(collator.processor.tokenizer, ids.tolist(), learned.tolist(), pictures.tolist())
+        example = example or text_runs(collator.processor.tokenizer, ids.tolist(), learned.tolist(), pictures.tolist())
     wrong = {
         f"{on_prompt} labels are on tokens of the prompt": on_prompt,
         f"{on_picture} are on placeholders": on_picture,
@@ -153,18 +153,3 @@ def _losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """`(B, S - 1)` nats of each token but the first; the values at placeholders are meaningless."""
     targets = ids[:, 1:].clamp(max=logits.shape[-1] - 1)
     return torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
-
-
-def _text_runs(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], learned: list[bool], pictures: list[bool]
-) -> list[list[str]]:
-    """A row as runs of `[text, kind]`, the kinds being `prompt`, `picture` and `learned`."""
-    runs: list[tuple[str, list[int]]] = []
-    for token, is_learned, is_picture in zip(ids, learned, pictures, strict=True):
-        kind = "learned" if is_learned else "picture" if is_picture else "prompt"
-        if not runs or runs[-1][0] != kind:
-            runs.append((kind, []))
-        runs[-1][1].append(token)
-    return [
-        [f"<image> x {len(tokens)}" if kind == "picture" else tokenizer.decode(tokens), kind] for kind, tokens in runs
-    ]

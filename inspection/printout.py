@@ -5,12 +5,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from ..trainer.labelled_text import labelled_text
 from .inspector import Inspection
 from .report import human_shape, human_size
 
 
 MARKS = {True: "[bold green]✓ green[/]", False: "[bold red]✗ red[/]", None: "[dim]· not run[/]"}
-STYLES = {"learned": "bold green", "picture": "cyan", "prompt": "dim"}
 
 
 def print_inspection(inspection: Inspection, console: Console | None = None) -> None:
@@ -29,7 +29,7 @@ def print_inspection(inspection: Inspection, console: Console | None = None) -> 
         if check.advice:
             console.print(Text(f"→ {check.advice}", style="yellow" if check.passed is False else "dim"))
         if check.name == "labels" and check.figures:
-            console.print(Text.assemble(*((text, STYLES[kind]) for text, kind in check.figures["example"])))
+            console.print(labelled_text(check.figures["example"]))
     for attribution in inspection.attributions:
         console.print(f"\n{escape(attribution.name)}: answer [bold]{escape(attribution.answer) or '(nothing)'}[/]")
         for word in attribution.words:

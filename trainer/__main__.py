@@ -10,6 +10,8 @@ from .messages import quiet_libraries
 
 # command -> description; the module of that name has `main(argv)`
 COMMANDS = {
+    "init": "write a recipe of stage 2 that fits a data set and this machine",
+    "check": "read all rows as training will, and time two steps; `stage1` or `stage2` comes next",
     "stage1": "teach the Q-Former to see what words can say: contrast, matching, generation",
     "stage2": "train Q-Former, projector and LoRA to put pictures into words",
     "retrieval": "measure how a stage-1 model finds texts for pictures, and pictures for texts",

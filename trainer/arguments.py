@@ -196,8 +196,8 @@ class SourceArguments:
     skip_unreadable: bool = field(
         default=False,
         metadata={
-            "help": "Read all pictures first, and leave out rows with unreadable pictures; output_dir/unreadable.json "
-            "lists them. Otherwise such a row is an error."
+            "help": "Read all pictures first, and leave out rows with unreadable pictures, and in training those with "
+            "empty texts; output_dir/unreadable.json lists them. Otherwise such a row is an error."
         },
     )
 
@@ -308,9 +308,18 @@ class DataArguments(RowArguments):
         default=None,
         metadata={"help": "Pad batches to a multiple of it, so that torch_compile sees few lengths, for example 64."},
     )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Train nothing: read all rows, show a batch and time two steps, as `lorgnette check` does. "
+            "output_dir/check.json lists the rows that training would stop at."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.dry_run and self.streaming:
+            raise ValueError("dry_run reads all rows, which cannot be done with a stream: leave out streaming")
         if self.eval_fraction is not None:
             if not 0 < self.eval_fraction < 1:
                 raise ValueError(f"eval_fraction is {self.eval_fraction}; it has to be between 0 and 1")

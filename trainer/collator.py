@@ -27,6 +27,10 @@ from .unsupported import Batch, refuse_unsupported_arguments
 refuse_unsupported_arguments()
 
 
+class LengthError(ValueError):
+    """A row is longer than the context."""
+
+
 @dataclass
 class LorgnetteCollator:
     """Collate rows into the inputs of `forward`, for the processor's stage.
@@ -94,7 +98,7 @@ class LorgnetteCollator:
                 the numbers), an invalid image; for OSError and TypeError see
                 [`~LorgnetteProcessor.load_image`]. All name the row.
         """
-        examples = self._examples(rows, self._stage1 if self.processor.is_stage1 else self._stage2)
+        examples = self._examples(rows, self.encode)
         shared = [[n] for n in range(len(examples))]  # the examples of each row
         if self.pack_to is not None:
             shared = packs([len(example.ids) for example in examples], self.pack_to)
@@ -132,7 +136,7 @@ class LorgnetteCollator:
         Raises:
             ValueError, OSError, TypeError: as for a batch; or a stage-1 processor, which has no prompts.
         """
-        examples = self._examples(rows, partial(self._stage2, answered=False))
+        examples = self._examples(rows, partial(self._encode_text, answered=False))
         pad_token_id = self.processor.tokenizer.pad_token_id
         return {
             "input_ids": self._padded([example.prompt for example in examples], pad_token_id, "left"),
@@ -147,12 +151,31 @@ class LorgnetteCollator:
         """
         return [len(example.prompt) for example in self._encoded(rows, partial(self._encode_text, answered=False))]
 
+    def encode(self, row: dict[str, Any]) -> "_Example":
+        """A row's tokens, and in place of its images functions that load them.
+
+        Raises:
+            LengthError: it is longer than the context.
+            ValueError, TypeError: as for a batch, except for pictures.
+        """
+        return self._encode_pair(row) if self.processor.is_stage1 else self._encode_text(row)
+
+    def forget_images(self) -> None:
+        """Drop the images that the functions of [`encode`] have loaded; each batch does so itself."""
+        self._loaded.clear()
+
     def _examples(self, rows: list[dict[str, Any]], encode: Callable[[dict[str, Any]], "_Example"]) -> list["_Example"]:
         if not rows:
             raise ValueError("the batch is empty")
-        self._loaded.clear()
+        self.forget_images()
+
+        def encode_and_load(row: dict[str, Any]) -> "_Example":
+            example = encode(row)
+            example.images = [load() for load in example.images]
+            return example
+
         examples = []
-        for row, example in zip(rows, self._encoded(rows, encode), strict=True):
+        for row, example in zip(rows, self._encoded(rows, encode_and_load), strict=True):
             if "augmentation_seed" in row:  # only training rows have one, see augmentation.py
                 generator = np.random.default_rng(row["augmentation_seed"])
                 example.images = [augment(image, generator) for image in example.images]
@@ -188,7 +211,8 @@ class LorgnetteCollator:
             batch["row_index"] = torch.tensor([row["index"] for row in rows])
         return batch
 
-    def _stage1(self, row: dict[str, Any]) -> "_Example":
+    def _encode_pair(self, row: dict[str, Any]) -> "_Example":
+        """A row of stage 1, with a function that loads the image."""
         text = _text(row, self.text_column)
         ids = self.processor.encode_for_qformer([text])["input_ids"][0]
         if len(ids) <= self.processor.qformer_tokenizer.num_special_tokens_to_add():
@@ -197,12 +221,7 @@ class LorgnetteCollator:
         if len(images) != 1:
             raise ValueError(f"{len(images)} images; stage 1 needs one image and one text")
         self._check_length([], ids, self.processor.qformer_tokenizer)
-        return _Example([], ids, [load() for load in images])
-
-    def _stage2(self, row: dict[str, Any], answered: bool = True) -> "_Example":
-        example = self._encode_text(row, answered)
-        example.images = [load() for load in example.images]
-        return example
+        return _Example([], ids, images)
 
     def _encode_text(self, row: dict[str, Any], answered: bool = True) -> "_Example":
         """A row of stage 2, with functions that load the images."""
@@ -287,7 +306,7 @@ class LorgnetteCollator:
         limit = tokenizer.model_max_length if self.max_length is None else self.max_length
         if len(prompt) + len(output) > limit:
             placeholders = prompt.count(self.processor.image_token_id)
-            raise ValueError(
+            raise LengthError(
                 f"{len(prompt) + len(output)} tokens are more than the maximum of {limit}: {len(output)} of "
                 f"output, {placeholders} for images, {len(prompt) - placeholders} of the other prompt"
             )

@@ -65,9 +65,10 @@ def load_pairs(
     elif evaluate:
         source, split = args.eval_dataset or args.dataset, args.eval_split or "train"
         evaluation, open_evaluation = _numbered_rows(args, source, split)
-    train, open_train = _one_row_per_text(train, open_train, args)
+    check = not (args.skip_unreadable or args.dry_run)  # both find empty texts themselves, with all others
+    train, open_train = _one_row_per_text(train, open_train, args, check)
     if evaluation is not None:
-        evaluation, open_evaluation = _one_row_per_text(evaluation, open_evaluation, args)
+        evaluation, open_evaluation = _one_row_per_text(evaluation, open_evaluation, args, check)
     if length_column is not None:
         if args.streaming:
             raise ValueError("a stream cannot be grouped by length: its rows come one by one")
@@ -189,21 +190,26 @@ def _joined(dataset: Rows, columns: list[str], name: str) -> Rows:
     return dataset.map(lambda row: {name: [row[column] for column in columns]}, remove_columns=columns)
 
 
-def _one_row_per_text(rows: Rows, open_batch: partial, args: DataArguments) -> tuple[Rows, Callable[[dict], dict]]:
-    """Repeat each row that has a list of texts, once for each of them.
+def _one_row_per_text(
+    rows: Rows, open_batch: partial, args: DataArguments, check: bool
+) -> tuple[Rows, Callable[[dict], dict]]:
+    """Repeat each row that has a list of texts, once for each of them; without `check` one without a text gets None.
 
     Raises:
-        ValueError: a row without a text, or one whose text is none, with its number.
+        ValueError: with `check`, a row without a text, or one whose text is none, with its number.
     """
     column = args.text_name
     first = next(iter(rows.select_columns([column])), {}).get(column)
-    if args.messages_column is not None or not isinstance(first, list):
+    has_lists = isinstance(first, list) or isinstance((rows.features or {}).get(column), List)
+    if args.messages_column is not None or not has_lists:
         return rows, open_batch
     if not isinstance(rows, Dataset):
         return rows.map(_repeated, batched=True, batch_size=1, fn_kwargs={"column": column}), open_batch
     texts, numbers = rows[column][:], rows["index"][:]
-    for number, values in zip(numbers, texts, strict=True):
-        _check_texts(values, number)
+    if check:
+        for number, values in zip(numbers, texts, strict=True):
+            _check_texts(values, number)
+    texts = [values or [None] for values in texts]
     counts = [len(values) for values in texts]
     repeated = {
         "index": np.repeat(np.asarray(numbers), counts),

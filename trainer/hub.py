@@ -12,13 +12,13 @@ from ..assembly.endpoint import write_endpoint
 from ..modeling.modeling_saving import resolve_save_format
 from .progress import SAMPLES, THUMBNAILS
 from .provenance import HELD_OUT
-from .unreadable import REPORT
+from .unreadable import CHECK_REPORT, REPORT
 
 
 _GITIGNORE = ".gitignore"
 # a pickle, files with paths and host names of this machine, pictures and texts of the training data, and the .gitignore
 # itself, which would affect later uploads
-_STAYS_HERE = (TRAINING_ARGS_NAME, TRAINER_STATE_NAME, REPORT, "check.json", HELD_OUT, SAMPLES, f"{THUMBNAILS}/")
+_STAYS_HERE = (TRAINING_ARGS_NAME, TRAINER_STATE_NAME, REPORT, CHECK_REPORT, HELD_OUT, SAMPLES, f"{THUMBNAILS}/")
 _STAYS_HERE += ("runs/", _GITIGNORE)
 
 

@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,6 +79,51 @@ def train(
             a batch and `dataloader_drop_last` is set; a feature cache or the checkpoint belongs to other backbones.
     """
     checkpoint = checkpoint_to_resume(training_args)
+    parts = load_parts(build, data_args, training_args)
+    if checkpoint is not None:
+        check_backbones(checkpoint, parts.model)
+    if data_args.skip_unreadable:
+        parts.splits = leave_out_unreadable(
+            parts.splits,
+            data_args.image_column,
+            parts.processor.load_image,
+            training_args.output_dir,
+            training_args.dataloader_num_workers,
+            data_args.text_name,
+        )
+    trainer = make_trainer(parts, data_args, training_args, prepare)
+    if trainer.is_world_process_zero():  # before training, since a killed run leaves checkpoints
+        rows = parts.splits["train"]
+        count = len(rows) if isinstance(rows, Dataset) else None
+        write_training_data(training_args.output_dir, data_args, data_args.train_split, count)
+        if data_args.eval_fraction is not None and "eval" in parts.splits:
+            write_held_out(training_args.output_dir, data_args, parts.splits["eval"])
+    with nan_guard(trainer):
+        train_from(trainer, checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    summarise(trainer)
+    if training_args.push_to_hub:  # save_model has pushed
+        push_card(trainer)
+    return trainer
+
+
+@dataclass
+class Parts:
+    """What a Trainer is made of: the model, its processor, the rows, and the seeds of augmentation."""
+
+    model: PreTrainedModel
+    processor: LorgnetteProcessor
+    splits: dict[str, Any]  # `train`, and `eval` if there is evaluation
+    augmentation: AugmentationSeeds | None
+
+
+def load_parts(
+    build: Callable[[], tuple[PreTrainedModel, LorgnetteProcessor]],
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+) -> Parts:
+    """Set the seed, load the data and build the model; the arguments and errors are those of [`train`]."""
     _log_setup(training_args)
     # before building the model: the Q-Former and LoRA have random initial weights
     (enable_full_determinism if training_args.full_determinism else set_seed)(training_args.seed)
@@ -98,57 +144,49 @@ def train(
         )
     model, processor = build()
     accept_names_in_files(model)
-    if checkpoint is not None:
-        check_backbones(checkpoint, model)
     for source in filter(None, (data_args.dataset, data_args.eval_dataset)):
         if is_cache(source):
             check_cache(source, model, processor.image_processor)
-    if data_args.skip_unreadable:
-        splits = {"train": train_dataset} | ({"eval": eval_dataset} if evaluate else {})
-        kept = leave_out_unreadable(
-            splits,
-            data_args.image_column,
-            processor.load_image,
-            training_args.output_dir,
-            training_args.dataloader_num_workers,
-        )
-        train_dataset, eval_dataset = kept["train"], kept.get("eval")
-    _check_whole_batches(training_args, train_dataset, eval_dataset)
-    _log_sizes(model)
+    splits = {"train": train_dataset} | ({"eval": eval_dataset} if evaluate else {})
+    return Parts(model, processor, splits, augmentation)
 
+
+def make_collator(parts: Parts, data_args: DataArguments) -> LorgnetteCollator:
+    """The collator of training."""
+    return LorgnetteCollator(
+        parts.processor,
+        image_column=data_args.image_column,
+        text_column=data_args.text_name,
+        query_column=data_args.query_column,
+        max_length=data_args.max_length or parts.model.max_text_length,
+        pack_to=data_args.pack_to,
+        pad_to_multiple_of=data_args.pad_to_multiple_of,
+    )
+
+
+def make_trainer(
+    parts: Parts,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    prepare: Callable[[Trainer], None] | None = None,
+) -> Trainer:
+    """The stock Trainer; the arguments and errors are those of [`train`]."""
+    train_dataset, eval_dataset = parts.splits["train"], parts.splits.get("eval")
+    _check_whole_batches(training_args, train_dataset, eval_dataset)
+    _log_sizes(parts.model)
     trainer = Trainer(
-        model=model,
+        model=parts.model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        data_collator=LorgnetteCollator(
-            processor,
-            image_column=data_args.image_column,
-            text_column=data_args.text_name,
-            query_column=data_args.query_column,
-            max_length=data_args.max_length or model.max_text_length,
-            pack_to=data_args.pack_to,
-            pad_to_multiple_of=data_args.pad_to_multiple_of,
-        ),
-        processing_class=processor,  # saved with every checkpoint
-        callbacks=[CleanPush(), *([augmentation] if augmentation is not None else [])],
+        data_collator=make_collator(parts, data_args),
+        processing_class=parts.processor,  # saved with every checkpoint
+        callbacks=[CleanPush(), *([parts.augmentation] if parts.augmentation is not None else [])],
     )
     # ahead of callbacks that print, and of trackers: these read what ours add to the logs
     trainer.callback_handler.callbacks[:0] = [LastLogCallback(), LossPartsCallback()]
     if prepare is not None:
         prepare(trainer)
-    if trainer.is_world_process_zero():  # before training, since a killed run leaves checkpoints
-        rows = len(train_dataset) if isinstance(train_dataset, Dataset) else None
-        write_training_data(training_args.output_dir, data_args, data_args.train_split, rows)
-        if data_args.eval_fraction is not None and eval_dataset is not None:
-            write_held_out(training_args.output_dir, data_args, eval_dataset)
-    with nan_guard(trainer):
-        train_from(trainer, checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    summarise(trainer)
-    if training_args.push_to_hub:  # save_model has pushed
-        push_card(trainer)
     return trainer
 
 

@@ -8,13 +8,15 @@ from transformers import Trainer, TrainingArguments
 from ..modeling.modeling_retrieval import LorgnetteForImageTextRetrieval
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import DataArguments, Stage1Arguments
+from .dry_run import dry_run
 from .run import check_arguments, parse, train
 
 
 def main(argv: list[str], prog: str = "python -m lorgnette.trainer stage1") -> None:
     """Train from a recipe and the command line; see `recipes/stage1.yaml`."""
     model_args, data_args, training_args = parse(prog, Stage1Arguments, argv, __doc__, check)
-    train(partial(build, model_args), data_args, training_args, partial(check_negatives, data_args))
+    run = dry_run if data_args.dry_run else train
+    run(partial(build, model_args), data_args, training_args, partial(check_negatives, data_args))
 
 
 def check(model_args: Stage1Arguments, data_args: DataArguments, training_args: TrainingArguments) -> None:

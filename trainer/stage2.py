@@ -14,6 +14,7 @@ from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import DataArguments, Stage2Arguments
 from .callbacks import GenerateMetricsCallback
 from .decoding import decoding_of
+from .dry_run import dry_run
 from .learning_rates import QFormerLearningRate
 from .metrics import text_metrics
 from .progress import SamplesCallback
@@ -26,7 +27,8 @@ logger = logging.getLogger(__name__)
 def main(argv: list[str], prog: str = "python -m lorgnette.trainer stage2") -> None:
     """Train from a recipe and the command line; see `recipes/stage2.yaml`."""
     model_args, data_args, training_args = parse(prog, Stage2Arguments, argv, __doc__, check)
-    train(partial(build, model_args), data_args, training_args, partial(prepare, model_args, data_args))
+    run = dry_run if data_args.dry_run else train
+    run(partial(build, model_args), data_args, training_args, partial(prepare, model_args, data_args))
 
 
 def check(model_args: Stage2Arguments, data_args: DataArguments, training_args: TrainingArguments) -> None:

@@ -1,8 +1,8 @@
-"""Find rows with unreadable pictures by reading all pictures before training."""
+"""Find rows with unreadable pictures and empty texts by reading all rows before training."""
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..assembly.conversations import messages_of
-from ..processing.prompt_encoding import images_in
+from ..processing.prompt_encoding import images_in, parts_of
 from .feature_cache import COLUMN
 
 
 REPORT = "unreadable.json"
+CHECK_REPORT = "check.json"  # of a dry run
+EMPTY = "the text is empty"
 _SHOWN = 20  # in the log; the report lists all
 
 logger = logging.getLogger(__name__)
@@ -29,32 +31,41 @@ def leave_out_unreadable(
     load_image: Callable[[Any], Any],
     output_dir: str | Path,
     num_workers: int = 0,
+    text_column: str | None = None,
 ) -> dict[str, Dataset]:
-    """The splits without rows whose pictures cannot be read; each process checks its share.
+    """The splits without rows whose pictures cannot be read or whose text is empty; each process checks its share.
 
     The rows left out are logged, and listed with the reasons in `output_dir/unreadable.json`.
 
     Args:
-        splits: rows as [`~lorgnette.trainer.data.load_pairs`] gives them; the rows of a feature cache are not checked.
+        splits: rows as [`~lorgnette.trainer.data.load_pairs`] gives them; a feature cache has no pictures to read.
         load_image: the processor's; it raises for an unreadable picture.
+        text_column: column with a text, or `messages`; None leaves texts unread.
 
     Raises:
         ValueError: no row of a split can be read.
     """
-    state, found = PartialState(), {}
+    state, found, kept = PartialState(), {}, {}
+    reason = _Reason(image_column, load_image, text_column)
     for name, rows in splits.items():
-        mine = rows.select(range(state.process_index, len(rows), state.num_processes), keep_in_memory=True)
-        shares = gather_object([_reasons(mine, image_column, load_image, name, num_workers)])
-        found[name] = {number: reason for share in shares for number, reason in share.items()}
-        _check_some_are_left(found[name], len(rows), name)
+        mine = range(state.process_index, len(rows), state.num_processes)
+        reasons = _reasons(rows.select(mine, keep_in_memory=True), reason, name, num_workers)
+        shares = gather_object([{mine[position]: text for position, text in reasons.items()}])
+        reasons = {position: text for share in shares for position, text in share.items()}
+        numbers = rows.with_format(None)["index"][:]
+        found[name] = {str(numbers[position]): reasons[position] for position in sorted(reasons)}
+        _check_some_are_left(found[name], len(rows) - len(reasons), name)
+        kept[name] = without(rows, reasons)
     if state.is_main_process:
         report_unreadable(found, output_dir)
-    kept = {}
-    for name, rows in splits.items():
-        numbers = rows.with_format(None)["index"][:]
-        positions = [position for position, number in enumerate(numbers) if str(number) not in found[name]]
-        kept[name] = rows.select(positions, keep_in_memory=True)  # the data set's folder may be read-only
     return kept
+
+
+def without(rows: Dataset, positions: Iterable[int]) -> Dataset:
+    """The rows except those at `positions`."""
+    left_out = set(positions)
+    kept = [position for position in range(len(rows)) if position not in left_out]
+    return rows.select(kept, keep_in_memory=True)  # the data set's folder may be read-only
 
 
 def find_unreadable(
@@ -66,33 +77,46 @@ def find_unreadable(
         ValueError: no picture can be read.
         TypeError: a row's column does not hold a picture; names the row.
     """
-    found = _reasons(rows, image_column, load_image, name, num_workers)
-    _check_some_are_left(found, len(rows), name)
+    reasons = _reasons(rows, _Reason(image_column, load_image), name, num_workers)
+    numbers = rows.with_format(None)["index"][:]
+    found = {str(numbers[position]): reason for position, reason in reasons.items()}
+    _check_some_are_left(found, len(rows) - len(reasons), name)
     return found
 
 
-def _reasons(
-    rows: Dataset, image_column: str, load_image: Callable[[Any], Any], name: str, num_workers: int
-) -> dict[str, str]:
-    if COLUMN in rows.column_names:
-        return {}
+def read_all(
+    rows: Dataset, find: Callable[[Callable[[], dict[str, Any]]], Any], description: str, num_workers: int = 0
+) -> dict[int, Any]:
+    """Read all rows once, in `num_workers` processes; return what is found in a row, by the row's position.
+
+    Args:
+        find: called for each row with a function that reads it; returns None if there is nothing to tell.
+
+    Raises:
+        TypeError: as `find` raises it; names the row.
+    """
     # batches lower the overhead of workers
-    loader = DataLoader(
-        _Reasons(rows, image_column, load_image), batch_size=32, num_workers=num_workers, collate_fn=list
-    )
-    numbers = iter(rows.with_format(None)["index"][:])
-    found = {}
-    with tqdm(total=len(rows), desc=f"reading the pictures of {name}", unit="row") as progress:
-        for reasons in loader:
-            found |= {str(next(numbers)): reason for reason in reasons}
-            progress.update(len(reasons))
-    return {number: reason for number, reason in found.items() if reason is not None}
+    loader = DataLoader(_Findings(rows, find), batch_size=32, num_workers=num_workers, collate_fn=list)
+    found: dict[int, Any] = {}
+    with tqdm(total=len(rows), desc=description, unit="row") as progress:
+        for findings in loader:
+            for finding in findings:
+                if finding is not None:
+                    found[progress.n] = finding
+                progress.update()
+    return found
 
 
-def _check_some_are_left(found: dict[str, str], rows: int, name: str) -> None:
-    if found and len(found) == rows:
+def _reasons(rows: Dataset, reason: "_Reason", name: str, num_workers: int) -> dict[int, str]:
+    if COLUMN in rows.column_names and reason.text_column is None:
+        return {}
+    return read_all(rows, reason, f"reading the pictures of {name}", num_workers)
+
+
+def _check_some_are_left(found: dict[str, str], left: int, name: str) -> None:
+    if found and not left:
         number, reason = next(iter(found.items()))
-        raise ValueError(f"{name}: no picture of its {rows} rows can be read; row {number}: {reason}")
+        raise ValueError(f"{name}: none of its {len(found)} rows can be read; row {number}: {reason}")
 
 
 def report_unreadable(found: dict[str, dict[str, str]], output_dir: str | Path) -> None:
@@ -105,33 +129,55 @@ def report_unreadable(found: dict[str, dict[str, str]], output_dir: str | Path) 
             shown = [f"{number} ({reason})" for number, reason in list(reasons.items())[:_SHOWN]]
             more = f" and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
             rows = f"{', '.join(shown)}{more}; see {path}"
-            logger.warning("%s: %d rows with unreadable pictures are left out: %s", name, len(reasons), rows)
+            logger.warning("%s: %d rows that cannot be read are left out: %s", name, len(reasons), rows)
 
 
-class _Reasons:
-    """For each row the reason why its pictures cannot be read, or None."""
+class _Findings:
+    """For each row what `find` finds in it, or None."""
 
-    def __init__(self, rows: Dataset, image_column: str, load_image: Callable[[Any], Any]):
-        self.rows, self.image_column, self.load_image = rows, image_column, load_image
+    def __init__(self, rows: Dataset, find: Callable[[Callable[[], dict[str, Any]]], Any]):
+        self.rows, self.find = rows, find
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, position: int) -> str | None:
+    def __getitem__(self, position: int) -> Any:
         try:
-            row = self.rows[position]
+            return self.find(lambda: self.rows[position])
+        except TypeError as error:
+            number = self.rows.with_format(None)["index"][position]
+            raise TypeError(f"row {number}: {error}") from error
+
+
+class _Reason:
+    """Why a row's pictures cannot be read, or that its text is empty; None for a row that is left in."""
+
+    def __init__(self, image_column: str, load_image: Callable[[Any], Any], text_column: str | None = None):
+        self.image_column, self.load_image, self.text_column = image_column, load_image, text_column
+
+    def __call__(self, read: Callable[[], dict[str, Any]]) -> str | None:
+        try:
+            row = read()
+            if self.text_column is not None and is_empty(row.get(self.text_column)):
+                return EMPTY
             for picture in self._pictures(row):
                 self.load_image(picture)
         except (OSError, ValueError) as error:
             return str(error)
-        except TypeError as error:
-            number = self.rows.with_format(None)["index"][position]
-            raise TypeError(f"row {number}: {error}") from error
         return None
 
     def _pictures(self, row: dict[str, Any]) -> list[Any]:
+        if COLUMN in row:
+            return []
         own = images_in(messages_of(row["messages"])) if row.get("messages") else []
         value = row.get(self.image_column)
         if value is None and row.get("messages"):
             return own  # a chat's column may be empty
         return own + (value if isinstance(value, list) else [value])
+
+
+def is_empty(text: Any) -> bool:
+    """Whether a text, or the last message of a chat, is nothing but white space."""
+    if isinstance(text, list) and text:
+        text = "".join(part.get("text") or "<image>" for part in parts_of(messages_of(text)[-1]))
+    return text is None or text == [] or (isinstance(text, str) and not text.strip())

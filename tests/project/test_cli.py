@@ -20,7 +20,7 @@ from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
 from lorgnette.trainer.data import load_pairs
 
 
-COMMANDS = ("train", "cache", "evaluate", "caption", "inspect", "export", "push", "serve", "app")
+COMMANDS = ("init", "check", "train", "cache", "evaluate", "caption", "inspect", "export", "push", "serve", "app")
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 def handed_on(monkeypatch):
     """Module -> the arguments that its `main` was called with."""
     calls = {}
-    for name in ("trainer.stage1", "trainer.stage2", "trainer.cache", "trainer.evaluate", "hub_upload"):
+    for name in ("trainer.stage1", "trainer.stage2", "trainer.init", "trainer.cache", "trainer.evaluate", "hub_upload"):
         module = cli.importlib.import_module(f"lorgnette.{name}")
         function = "run" if name == "hub_upload" else "main"
         monkeypatch.setattr(module, function, lambda argv, name=name, **_: calls.update({name: argv}))
@@ -81,6 +81,9 @@ def test_help_of_what_is_handed_on_lists_all_options(run, command, option):
     [
         ("train stage1 --config a.yaml --bf16 false", "trainer.stage1", "--config a.yaml --bf16 false"),
         ("train stage2 --lora {} --seed=3", "trainer.stage2", "--lora {} --seed=3"),
+        ("check stage1 --config a.yaml", "trainer.stage1", "--config a.yaml --dry_run true"),
+        ("check stage2 --seed=3", "trainer.stage2", "--seed=3 --dry_run true"),
+        ("init --dataset d --force", "trainer.init", "--dataset d --force"),
         ("cache --dataset d --splits train test", "trainer.cache", "--dataset d --splits train test"),
         ("evaluate --model m --metrics cider bleu", "trainer.evaluate", "--model m --metrics cider bleu"),
         ("push out --repo-id me/x --private", "hub_upload", "out --repo-id me/x --private"),
@@ -100,6 +103,9 @@ def test_arguments_are_handed_on_as_they_stand(run, handed_on, arguments, module
         ("frobnicate", "No such command 'frobnicate'"),
         ("train", "name the stage first: stage1 or stage2"),
         ("train stage3", "name the stage first: stage1 or stage2"),
+        ("check", "name the stage first: stage1 or stage2"),
+        ("check stage2 --dry_rum true", "unknown option '--dry_rum' (did you mean dry_run?"),
+        ("init", "dataset not given"),
         ("caption", "Missing argument"),
         ("caption m cat.png --max-new-tokens 0", "Invalid value for '--max-new-tokens'"),
         ("serve m --bridge charts", "--bridge charts: NAME=MODEL is needed"),

@@ -177,6 +177,9 @@ def parse(monkeypatch, capsys):
     for module, work in (
         ("trainer.stage1", "train"),
         ("trainer.stage2", "train"),
+        ("trainer.stage1", "dry_run"),
+        ("trainer.stage2", "dry_run"),
+        ("trainer.init", "write"),
         ("trainer.cache", "write_cache"),
         ("trainer.evaluate", "evaluate"),
         ("trainer.retrieval", "measure"),
@@ -192,7 +195,7 @@ def parse(monkeypatch, capsys):
             lorgnette(*arguments)
         elif command == "train":
             trainer(*arguments)
-        elif command in ("cache", "evaluate"):
+        elif command in ("init", "check", "cache", "evaluate"):
             trainer(command, *arguments)
         elif command == "push":
             _parse(hub_upload.run, list(arguments))

@@ -137,7 +137,7 @@ def test_unreadable_pictures_stop_or_are_counted(learned, tmp_path):
     assert (report["skipped"], list(left_out)) == (2, ["1", "3"])
     assert "gone.png" in left_out["3"]
     (tmp_path / "none.jsonl").write_text(json.dumps(rows[1]))
-    with pytest.raises(ValueError, match="no picture of its 1 rows can be read"):
+    with pytest.raises(ValueError, match="none of its 1 rows can be read"):
         evaluate(model, tmp_path / "none.jsonl", tmp_path / "out", "--skip-unreadable")
 
 

@@ -47,7 +47,7 @@ def test_training_stops_at_them_or_goes_on_without_them(folder, tmp_path, caplog
     report = json.loads((tmp_path / "out" / "unreadable.json").read_text())
     assert sorted(int(number) for reasons in report.values() for number in reasons) == [3, 7]
     assert "3.png" in {**report["train"], **report["eval"]}["3"]
-    assert "rows with unreadable pictures are left out: " in caplog.text
+    assert "rows that cannot be read are left out: " in caplog.text
 
 
 def test_workers_find_the_same(folder, tmp_path):
@@ -56,7 +56,7 @@ def test_workers_find_the_same(folder, tmp_path):
     assert found[0] == found[1]
     assert list(found[0]) == ["3", "7"]
     kept = leave_out_unreadable({"train": rows}, "image", load_image, tmp_path / "out")["train"]
-    with pytest.raises(ValueError, match="no picture of its 2 rows can be read; row 3: "):
+    with pytest.raises(ValueError, match="none of its 2 rows can be read; row 3: "):
         find_unreadable(rows.select([3, 7]), "image", load_image, "train")
     assert find_unreadable(kept, "image", load_image, "train") == {}
 
