@@ -39,7 +39,7 @@ def test_save_pretrained_and_re_saves_without_lorgnette(tmp_path):
     assert not [name for name in names if name.endswith((".bin", ".pkl", ".pt"))]
     for what in ("model", "captions", "answers"):
         again = tmp_path / f"re-saved.2-{what}"
-        assert names <= {path.name for path in again.iterdir()}, what
+        assert names - {"lm_adapter"} <= {path.name for path in again.iterdir()}, what  # which needs the package
     assert_same(*load_without_lorgnette(tmp_path / "re-saved.2-answers", tmp_path), built, logits, caption)
 
 

@@ -159,14 +159,10 @@ def test_a_trained_folder_is_published_and_loads_by_name(hub, trained, tmp_path)
         assert torch.equal(load_file(tmp_path / "seen.safetensors")["logits"], model(**batch).logits)
     assert read.stdout.splitlines()[-2:] == ["refused: OSError True"] * 2
     copy = files_of(hub, "them/copy")
-    of_the_upload = {
-        "handler.py",
-        "requirements.txt",
-        "web_images.py",
-        *(name for name in files if name.startswith("space/")),
-    }
+    of_the_package = {"handler.py", "requirements.txt", "web_images.py"}
+    of_the_package |= {name for name in files if name.startswith(("space/", "lm_adapter/"))}
     assert {"handler.py", "space/app.py"} <= set(files)
-    assert set(files) - of_the_upload <= set(copy)
+    assert set(files) - of_the_package <= set(copy)
     assert set(ModelCard(copy["README.md"].decode()).data.tags) >= {"lorgnette", "q-former"}
     assert not hub.leaks
     assert not hub.holds(b"token-of-")

@@ -141,9 +141,9 @@ def test_an_existing_file_stays_unless_forced(tmp_path):
     with pytest.raises(FileExistsError, match=r"recipe\.yaml exists: .* --force"):
         main(["init", "--dataset", source])
     assert Path("recipe.yaml").read_text() == "mine"
-    main(["init", "--dataset", source, "--force", "--vision", "a/vit", "--text", "./lm", "--qformer", "null"])
+    main(["init", "--dataset", source, "--force", "--vision", "a/vit", "--text", "a/lm", "--qformer", "null"])
     model, _, _ = parsed("recipe.yaml")
-    assert (model.vision, model.text, model.qformer) == ("a/vit", "./lm", None)
+    assert (model.vision, model.text, model.qformer) == ("a/vit", "a/lm", None)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_columns_that_are_not_recognised_are_listed(tmp_path):
     Dataset.from_dict({"a": SENTENCES, "n": [1] * 4}).to_parquet(source)
     with pytest.raises(ValueError, match="no column with pictures is recognised among a, n"):
         main(["init", "--dataset", source, "--output", "other.yaml"])
-    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+    with pytest.raises(SystemExit):  # before anything is imported
         main(["init", "--dataset", str(tmp_path / "gone.csv"), "--output", "other.yaml"])
     assert not Path("other.yaml").exists()
 

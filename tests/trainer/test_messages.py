@@ -59,5 +59,6 @@ def test_a_run_into_a_file_says_a_line_a_step(tmp_path):
     lines = done.stderr.splitlines()
     assert [line for line in lines if not re.match(r"\d\d:\d\d:\d\d (INFO|WARNING) lorgnette\.", line)] == []
     assert sum("Models are saved in full" in line for line in lines) == 1
-    assert lines[-1].endswith(f"{tmp_path / 'out'} holds the model and its processor")
+    assert lines[-2].endswith(f"{tmp_path / 'out'} holds the model and its processor, after step 2")
+    assert lines[-1].endswith(f"next: lorgnette caption {tmp_path / 'out'} PICTURE")
     assert [line.partition(":")[0] for line in done.stdout.splitlines()] == ["{'loss'", "{'loss'", "{'train_runtime'"]
