@@ -12,7 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 
 def accept_names_in_files(model: PreTrainedModel) -> None:
-    """Let `load_state_dict` take the names that [`PreTrainedModel.save_pretrained`] writes, besides those in memory."""
+    """Let `load_state_dict` take the names that `PreTrainedModel.save_pretrained` writes, besides those in memory."""
     model.register_load_state_dict_pre_hook(_rename)
 
 
