@@ -93,5 +93,5 @@ def test_a_mistake_is_status_2_and_one_line(folder, tmp_path, monkeypatch, capsy
     paths = {name: str(folder / name) for name in ("model", "pictures", "nowhere")}
     assert inspect(*(option.format(**paths) for option in options)) == 2
     *_, last = capsys.readouterr().err.splitlines()
-    assert last.startswith("lorgnette: error: ")
+    assert last.startswith("lorgnette inspect: error: ")
     assert message in last

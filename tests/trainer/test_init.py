@@ -123,7 +123,7 @@ def test_the_recipe_trains_as_it_stands(tmp_path, parts, capsys, write, count):
 
 
 def test_each_line_has_its_reason(tmp_path):
-    main(["init", "--dataset", str(write_csv(tmp_path, 40)), "--output", "recipes/mine.yaml"])
+    main(["init", "--dataset", write_csv(tmp_path, 40).name, "--output", "recipes/mine.yaml"])
     text = Path("recipes/mine.yaml").read_text()
     assert "# Stage 2 for" in text
     assert "40 pictures are few" in text
@@ -236,9 +236,11 @@ def test_columns_that_are_not_recognised_are_listed(tmp_path):
     assert not Path("other.yaml").exists()
 
 
-def test_the_commands_of_the_page(tmp_path, parts, monkeypatch, capsys):
-    """The block of docs/training.md, with tiny backbones."""
-    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_the_commands_of_the_page(tmp_path, parts, monkeypatch, capsys, page):
+    """From a folder of pictures to a captioned new one, by the commands of the pages, with tiny backbones."""
+    page = (ROOT / page).read_text(encoding="utf-8")
+    tiny.picture(99).save("new.jpg")
     block = page.split("<!-- run by tests/trainer/test_init.py -->\n```bash\n")[1].split("```")[0]
     write_pairs(tmp_path, 40).rename(tmp_path / "my-pictures")
     for line in block.splitlines():
