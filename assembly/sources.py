@@ -1,5 +1,6 @@
 """Sources of a model: a Hub id, a local folder, or a GGUF file, which transformers takes as folder and file name."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ def from_pretrained_arguments(source: str | Path, revision: str | None = None) -
     Raises:
         FileNotFoundError: a `.gguf` file or a path that does not exist.
     """
+    source = os.path.expanduser(source)
     path = Path(source)
     if path.suffix != ".gguf":
         # for a mistyped path, transformers' error would be about Hub ids

@@ -238,6 +238,11 @@ class RowArguments(SourceArguments):
         super().__post_init__()
         if isinstance(self.text_column, str) and self.text_column.startswith("["):
             self.text_column = json.loads(self.text_column)
+        if not isinstance(self.text_column, str | None):
+            if not self.text_column:
+                raise ValueError("text_column is an empty list")
+            if "text" in (self.image_column, self.query_column):
+                raise ValueError("several text columns become one, `text`: rename the other column of that name")
         if self.text_column is None:  # as `text_column: null` over a recipe that names one
             self.text_column = RowArguments.text_column
         if self.skip_unreadable and self.streaming:
@@ -279,7 +284,9 @@ class DataArguments(RowArguments):
     )
     train_split: str = field(
         default="train",
-        metadata={"help": "Slices such as train[:1000] work, except in streams, caches and what save_to_disk wrote."},
+        metadata={
+            "help": "Slices such as train[:1000] work for files and folders that datasets loads, and on the Hub."
+        },
     )
     eval_dataset: str | None = field(
         default=None, metadata={"help": "A separate evaluation data set, in any of the same formats."}

@@ -168,6 +168,7 @@ def _settings(
         "dataset_config": source.dataset_config,
         "dataset_revision": source.dataset_revision,
         "image_column": source.image_column,
+        **({} if source.image_root is None else {"image_root": source.image_root}),
         "shard_size": args.shard_size,
         "skip_unreadable": source.skip_unreadable,
         "splits": {name: len(rows) for name, rows in splits.items()},

@@ -178,7 +178,9 @@ def _log_interruption(trainer: Trainer) -> None:
     found = sorted(folder.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     newest = next((path for path in found if fault_of(path) is None), None)
     kept = "no checkpoint is complete yet" if newest is None else f"the newest complete checkpoint is {newest}"
-    again = "the same command starts again" if newest is None else "--resume_from_checkpoint true continues from it"
+    again = "the same command starts again" if not found else "--resume_from_checkpoint true continues from it"
+    if found and newest is None:
+        again = "--resume_from_checkpoint true starts again"
     logger.warning("Interrupted after step %d of %d; %s: %s.", step, steps, kept, again)
 
 

@@ -4,6 +4,8 @@ Every row gets an `index`, its number in the split, which errors name. Rows hold
 the processor decodes them.
 """
 
+import os
+import re
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from datasets import ClassLabel, Dataset, Image, List
+from datasets import ClassLabel, Dataset, Image, List, Value
 from transformers.utils import logging
 
 from ..assembly.conversations import messages_of
@@ -20,7 +22,7 @@ from ..processing.prompt_encoding import IMAGE_TOKEN, error_context, parts_of
 from .arguments import DataArguments, RowArguments
 from .augmentation import AugmentationSeeds
 from .feature_cache import COLUMN, feature_opener, is_cache, load_cache
-from .formats import Rows, find_format, load_source
+from .formats import Rows, find_format, load_source, readable
 from .provenance import read_held_out
 
 
@@ -60,6 +62,8 @@ def load_pairs(
     evaluation, open_evaluation = None, open_train
     if args.eval_fraction is not None:
         # Split off even without evaluation: a run that resumes this one may evaluate.
+        if len(train) < 2:
+            raise ValueError(f"eval_fraction is {args.eval_fraction}, and {args.dataset} has {len(train)} row")
         parts = train.train_test_split(args.eval_fraction, seed=seed)
         train, evaluation = parts["train"], parts["test"]
     elif evaluate:
@@ -125,7 +129,8 @@ def _numbered_rows(args: RowArguments, source: str, split: str) -> tuple[Rows, p
         image_column, open_image = args.image_column, partial(_open_picture, base=base)
     name = f"{source} ({split})"
     # A stream may have unknown columns until it is read; then nothing in it is decoded.
-    features = dataset.features or next(iter(dataset), {})
+    with readable(Path(source).expanduser()):
+        features = dataset.features or next(iter(dataset), {})
     wanted = [image_column, *args.text_columns]
     if args.messages_column and image_column == DataArguments.image_column and image_column not in features:
         wanted = args.text_columns  # chats may hold their pictures themselves; a named column has to exist
@@ -161,7 +166,8 @@ def load_rows_of_model(args: RowArguments, split: str | None, model: str) -> tup
     try:
         return load_rows(args, split or "test"), split or "test"
     except ValueError as error:
-        held_out = None if split is not None else read_held_out(model, args.dataset)
+        is_missing = re.search("Unknown split|has no split", str(error)) is not None
+        held_out = read_held_out(model, args.dataset) if split is None and is_missing else None
         if held_out is None:
             raise
         logger.info(f"{args.dataset} has no split test ({error}): the rows that training held out are used")
@@ -202,6 +208,9 @@ def _one_row_per_text(
     first = next(iter(rows.select_columns([column])), {}).get(column)
     has_lists = isinstance(first, list) or isinstance((rows.features or {}).get(column), List)
     if args.messages_column is not None or not has_lists:
+        if check and isinstance(rows, Dataset) and isinstance(rows.features[column], Value):
+            for number, text in zip(rows["index"][:], rows[column][:], strict=True):
+                _check_texts([text], number)
         return rows, open_batch
     if not isinstance(rows, Dataset):
         return rows.map(_repeated, batched=True, batch_size=1, fn_kwargs={"column": column}), open_batch
@@ -229,8 +238,11 @@ def _check_texts(values: Any, number: int) -> None:
     if not values:
         raise ValueError(f"row {number} has no text: its list is {values!r}")
     for position, text in enumerate(values):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"row {number}: text {position} of {len(values)} is {text!r:.80}")
+        which = "the text" if len(values) == 1 else f"text {position} of {len(values)}"
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"row {number}: {which} is a {type(text).__name__}, {text!r:.80}; a string is needed")
+        if text is None or not text.strip():
+            raise ValueError(f"row {number}: {which} is {'None' if text is None else 'empty'}")
 
 
 def _open_repeated(batch: dict, rows: Dataset, column: str, open_batch: Callable[[dict], dict]) -> dict:
@@ -338,11 +350,11 @@ def _open_picture(value: Any, number: int | None, base: Path | None) -> Any:
         try:
             with fsspec.open(value, "rb") as file:
                 return file.read()
-        except OSError as error:
+        except (OSError, ImportError, ValueError) as error:
             raise OSError(f"row {number}: cannot read {value[:200]}: {str(error)[:300]}") from error
     if base is None:
         return value
-    path = base / Path(value).expanduser()
+    path = base / os.path.expanduser(value)
     if "\\" in value and not path.exists():  # a path that was written on Windows
         path = base / value.replace("\\", "/")
     return str(path)

@@ -24,7 +24,7 @@ def check_command_line(argv: Sequence[str]) -> None:
     if {"-h", "--help", "--help-all"} & set(argv):
         return
     given = _options(argv)
-    if "config" in given and find_recipe(given["config"]).is_file():  # a pipe can be read only once
+    if given.get("config") and find_recipe(given["config"]).is_file():  # a pipe can be read only once
         given = read_recipe(given["config"])[0] | given
     for name in MODELS:
         if isinstance(value := given.get(name), str):
@@ -36,7 +36,7 @@ def check_command_line(argv: Sequence[str]) -> None:
 
 def check_model(name: str, source: str) -> None:
     """Raise FileNotFoundError if `source` is a path and does not exist."""
-    if is_local(source) and not Path(source).exists():
+    if is_local(source) and not os.path.exists(os.path.expanduser(source)):
         raise FileNotFoundError(f"{name}: there is no folder {source} ({what_is_there(source)}{_hint(source)})")
 
 
@@ -55,7 +55,7 @@ def _hint(source: str) -> str:
     return f"; {_HUB_ID}" if could_be_hub_id else ""
 
 
-def _options(argv: Sequence[str]) -> dict[str, str]:
+def _options(argv: Sequence[str]) -> dict[str, str | None]:
     """The values of options; of several values the first."""
     given = {}
     for position, argument in enumerate(argv):
@@ -63,6 +63,6 @@ def _options(argv: Sequence[str]) -> dict[str, str]:
             name, equals, value = argument[2:].partition("=")
             if not equals:
                 value = argv[position + 1] if position + 1 < len(argv) else ""
-            if value and not value.startswith("--") and value != "null":
-                given[name.replace("-", "_")] = value
+            if value and not value.startswith("--"):
+                given[name.replace("-", "_")] = None if value == "null" else value
     return given

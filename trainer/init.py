@@ -254,7 +254,11 @@ def _yaml(value: str | list[str]) -> str:
     if isinstance(value, list):
         return json.dumps(value, ensure_ascii=False)
     plain = re.fullmatch(r"[A-Za-z_./~][\w./~-]*", value) and value.lower() not in _YAML_WORDS
-    return value if plain and not re.fullmatch(r"\.?(\d.*|nan|inf)", value.lower()) else json.dumps(value)
+    return (
+        value
+        if plain and not re.fullmatch(r"\.?(\d.*|nan|inf)", value.lower())
+        else json.dumps(value, ensure_ascii=False)
+    )
 
 
 def _shell(value: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 def quiet_libraries() -> None:
     """Leave out what libraries say while they are imported, and draw bars rarely where stderr is a file."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_missing_kernel)
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)  # the error that follows says it
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds; tqdm reads it where it is imported
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")

@@ -1,5 +1,6 @@
 """Record the data of training and evaluation for the model's card, without local paths."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def hub_dataset(args: SourceArguments) -> dict[str, str | None]:
         metadata = read_metadata(args.dataset)
         source = {name: metadata[name] for name in fields}
     path = Path(source.pop("dataset")).expanduser()
-    if path.exists() or path.is_absolute():
+    if args.format != "hub" and (path.exists() or path.is_absolute()):
         return {"dataset_id": None, "dataset_config": None, "dataset_revision": None}
     return {"dataset_id": path.as_posix(), **source}
 
@@ -41,8 +42,14 @@ def write_training_data(folder: str | Path, args: SourceArguments, split: str, r
 def write_held_out(folder: str | Path, args: DataArguments, rows: Dataset) -> None:
     """Write `held_out.json` to a run's folder: the numbers of the rows that `eval_fraction` held out."""
     numbers = sorted(set(rows.with_format(None)["index"][:]))
-    held_out = {"dataset": Path(args.dataset).name, "split": args.train_split, "rows": numbers}
+    held_out = {"dataset": _digest(args.dataset), "split": args.train_split, "rows": numbers}
     Path(folder, HELD_OUT).write_text(json.dumps(held_out) + "\n", encoding="utf-8")
+
+
+def _digest(dataset: str) -> str:
+    """A data set's id or absolute path, as a digest: what is kept beside a model names no folder of this machine."""
+    path = Path(dataset).expanduser()
+    return hashlib.sha256(str(path.resolve() if path.exists() else dataset).encode()).hexdigest()
 
 
 def read_held_out(model: str, dataset: str) -> tuple[str, set[int]] | None:
@@ -53,6 +60,6 @@ def read_held_out(model: str, dataset: str) -> tuple[str, set[int]] | None:
     for folder in (Path(model).expanduser(), Path(model).expanduser().parent):
         if (folder / HELD_OUT).is_file():
             held_out = json.loads((folder / HELD_OUT).read_text(encoding="utf-8"))
-            if held_out["dataset"] == Path(dataset).name:
+            if held_out["dataset"] == _digest(dataset):
                 return held_out["split"], set(held_out["rows"])
     return None

@@ -213,7 +213,7 @@ def test_wrong_sources_are_errors(folder):
         ("empty.jsonl", ValueError, "the file is empty"),
         ("rows.txt", ValueError, "files that end in .* are not read"),
         ("gone.jsonl", FileNotFoundError, "no such file or folder"),
-        ("none.parquet", ValueError, "corresponds to no data"),
+        ("none.parquet", ValueError, "has no rows"),
     ]:
         with pytest.raises(error, match=message):
             load_pairs(arguments(folder / name), evaluate=False, seed=0)

@@ -16,6 +16,7 @@ from lorgnette import LorgnetteCollator, LorgnetteProcessor
 from lorgnette.trainer.arguments import DataArguments, RowArguments
 from lorgnette.trainer.data import load_pairs, load_rows
 from lorgnette.trainer.formats import find_format
+from lorgnette.trainer.stage2 import pictures_of
 
 
 TEXTS = ["a cat, and a dog", 'a "red" car', "a bird", "NA"]
@@ -267,7 +268,11 @@ def test_a_picture_is_held_out_with_all_its_texts(root):
 
 @pytest.mark.parametrize(
     ("texts", "message"),
-    [([], "row 1 has no text"), (["a", None], "row 1: text 1 of 2 is None"), (["a", " "], "row 1: text 1 of 2 is ' '")],
+    [
+        ([], "row 1 has no text"),
+        (["a", None], "row 1: text 1 of 2 is None"),
+        (["a", " "], "row 1: text 1 of 2 is empty"),
+    ],
 )
 def test_a_missing_text_among_several_is_named(root, texts, message):
     rows = [{"image": name, "text": ["a", "b"]} for name in names()]
@@ -330,7 +335,7 @@ def unpaired(folder: Path, name: str) -> Path:
 
 def test_a_caption_that_is_a_number_is_named(root):
     (root / "numbers.csv").write_text("image,text\npics/000.png,5\npics/001.png,7\n")
-    with pytest.raises(TypeError, match="row 0: column 'text' holds a int"):
+    with pytest.raises(TypeError, match="row 0: the text is a int, 5"):
         batch_of(root / "numbers.csv")
 
 
@@ -370,6 +375,96 @@ def test_the_format_can_be_overruled(root):
     assert rows[1]["id"] == 1
     with pytest.raises(ValueError, match="format is 'xml'; it takes table"):
         RowArguments(dataset="x", format="xml")
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def pairs_with(root: Path, *names: str) -> Path:
+    """Paired pictures and texts, and empty files of further names."""
+    write_pairs(root)
+    for name in names:
+        (root / "pics" / name).parent.mkdir(exist_ok=True)
+        picture(9).save(root / "pics" / name) if name.endswith((".jpg", ".png")) else write(root / "pics" / name, "x")
+    return root / "pics"
+
+
+def split_folders(root: Path, *folders: str) -> Path:
+    for folder in folders:
+        (root / "split" / folder).mkdir(parents=True)
+        picture(1).save(root / "split" / folder / "0.png")
+        write(root / "split" / folder / "0.txt", "a cat")
+    return root / "split"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: write_coco(root, coco_with_image(id=7)), "image 2 has the id 7, as 000.png has"),
+        (lambda root: write_coco(root, coco_with_image(file_name=None)), "image 2 has no id or no file_name"),
+        (lambda root: write_coco(root, coco_content() | {"annotations": {}}), "`annotations` is no list of objects"),
+        (lambda root: write(root / "a.csv", "text,image\na dog, running,pics/0.png\n"), "3 fields and the header 2"),
+        (lambda root: write(root / "a.tsv", "a cat\tpics/000.png\na dog\tpics/001.png\n"), "a header is needed"),
+        (lambda root: write(root / "a.csv", "image,text\n"), "has no rows"),
+        (lambda root: write(root / "a.json", json.dumps({"image": names(), "text": TEXTS})), "one object of lists"),
+        (lambda root: write(root / "a.json", '[\n {"image": "a",\n "text" "b"}]'), "line 3, column 9 is no JSON"),
+        (lambda root: pairs_with(root, "000.jpg"), "000.jpg and 000.png share one text"),
+        (lambda root: pairs_with(root, "README.txt"), "no picture of the same name .*--format folder"),
+        (lambda root: split_folders(root, "train", "extra"), "the folder extra beside train is none of train"),
+        (lambda root: split_folders(root, "train", "val", "validation"), "validation beside train is a second folder"),
+        (lambda root: write_llava(root, [{"conversations": "[]"}]), "conversations is '\\[\\]'"),
+    ],
+)
+def test_what_would_be_read_as_something_else_is_refused(root, make, message):
+    with pytest.raises(ValueError, match=message):
+        batch_of(make(root))
+
+
+def coco_with_image(**changes) -> dict:
+    content = coco_content()
+    content["images"][2] |= changes
+    return content
+
+
+def test_names_that_datasets_would_expand_and_hidden_files(root):
+    folder = root / "[x] y"
+    for name in ("000.png", "001.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes((root / "pics" / name).read_bytes())
+    write(folder / "rows.csv", "image,text\n000.png,a\n001.png,b\n")
+    assert batch_of(folder / "rows.csv")["pixel_values"].shape[0] == 2
+    assert batch_of(pairs_with(root, ".thumb.png"))["pixel_values"].shape[0] == 4
+
+
+def test_tars_in_folders_of_splits(root):
+    for split, numbers in (("train", range(3)), ("val", range(3, 4))):
+        (root / "tars" / split).mkdir(parents=True)
+        path = write_webdataset(root, numbers=numbers)
+        path.rename(root / "tars" / split / "part-0.tar")
+    arguments = DataArguments(dataset=str(root / "tars"), eval_split="validation")
+    trained, held_out = load_pairs(arguments, evaluate=True, seed=0)
+    assert [row["text"] for row in trained] == TEXTS[:3]
+    assert [row["text"] for row in held_out] == TEXTS[3:]
+
+
+def test_pictures_that_metadata_leave_out_and_texts_over_lines_are_warned_of(root, caplog):
+    write(root / "pics" / "metadata.csv", "file_name,text\n000.png,a\n001.png,b\n")
+    with caplog.at_level("WARNING", logger="lorgnette"):
+        batch_of(root / "pics")
+        batch_of(write(root / "rows.csv", 'image,text\npics/000.png,"a\ncat"\npics/001.png,b\n'))
+    assert "2 pictures are in no row of its metadata" in caplog.text
+    assert "3 lines make 2 rows" in caplog.text
+
+
+def test_sample_pictures_have_all_their_texts(root):
+    arguments = DataArguments(dataset=str(write_coco(root)), image_root=str(root / "pics"), eval_fraction=0.5)
+    _, held_out = load_pairs(arguments, evaluate=True, seed=0)
+    rows = pictures_of(held_out, "text", 5)
+    assert [len(row["text"]) for row in rows] == [5, 5]
+    assert len({row["index"] for row in rows}) == 2
 
 
 def test_splits_of_paired_folders(root):
