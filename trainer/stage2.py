@@ -57,7 +57,7 @@ def prepare(model_args: Stage2Arguments, data_args: DataArguments, trainer: Trai
 
 
 def pictures_of(rows: Iterable[dict[str, Any]], text_column: str, count: int) -> list[dict[str, Any]]:
-    """The first `count` pictures of evaluation rows, each with all its texts: a row each has them one after the other."""
+    """The first `count` pictures of evaluation rows, each with all its texts, which have followed one another."""
     found = []
     for _, group in islice(groupby(enumerate(rows), key=lambda item: item[1].get("index", item[0])), count):
         same = [row for _, row in group]
