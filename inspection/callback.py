@@ -11,12 +11,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..trainer.collator import LorgnetteCollator
+from ..trainer.trackers import send_pictures
 from .check_weights import Original
 from .drawing import overlay, sheet
 from .inspector import Inspection, inspect_model
 from .maps import Attribution
 from .report import write_html
-from .trackers import send_pictures
 
 
 class InspectionCallback(TrainerCallback):

@@ -13,11 +13,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..assembly.conversations import messages_of
 from ..modeling.modeling_loss import in_process_group
-from ..processing.processing_lorgnette import LorgnetteProcessor
 from ..processing.prompt_encoding import images_in
 from .collator import LorgnetteCollator
 from .decoding import decoding_of
 from .generation import generate_texts, references_of
+from .trackers import send_table
 
 
 logger = logging.getLogger(__name__)
@@ -78,16 +78,19 @@ class LastLogCallback(TrainerCallback):
 
 
 class SamplesCallback(TrainerCallback):
-    """Shows, at each evaluation, what the model answers to some held-out pictures, and keeps it in `samples.md`.
+    """Shows, at each evaluation, what the model answers to some held-out pictures.
+
+    A terminal and trackers get a table; `samples.md` keeps the answers of all evaluations.
 
     Args:
-        processor: the model's.
+        trainer: for its processor and its trackers.
         rows: as [`LorgnetteCollator`] takes them.
         columns: `image_column`, `text_column` and `query_column`, as the collator has them.
     """
 
-    def __init__(self, processor: LorgnetteProcessor, rows: Sequence[Mapping[str, Any]], columns: dict[str, Any]):
-        self.collator, self.rows, self.columns = LorgnetteCollator(processor, **columns), rows, columns
+    def __init__(self, trainer: Trainer, rows: Sequence[Mapping[str, Any]], columns: dict[str, Any]):
+        self.collator, self.rows, self.columns = LorgnetteCollator(trainer.processing_class, **columns), rows, columns
+        self.trackers = trainer.callback_handler.callbacks
         self.truths = [references_of(row, columns["text_column"])[0] for row in rows]
 
     def on_evaluate(
@@ -110,6 +113,8 @@ class SamplesCallback(TrainerCallback):
         for number, truth, answer in lines:
             table.add_row(str(number), truth, answer)
         Console(stderr=True).print(table)
+        for tracker in self.trackers:
+            send_table(tracker, "samples", ("row", "text", "answer"), lines, state.global_step)
         self._write(Path(args.output_dir), state.global_step, lines)
 
     def _write(self, folder: Path, step: int, lines: list[tuple[int, str, str]]) -> None:

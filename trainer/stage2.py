@@ -51,7 +51,7 @@ def prepare(model_args: Stage2Arguments, data_args: DataArguments, trainer: Trai
     columns["query_column"] = data_args.query_column
     if trainer.eval_dataset is not None and model_args.sample_answers:
         rows = pictures_of(trainer.eval_dataset, columns["text_column"], model_args.sample_answers)
-        trainer.add_callback(SamplesCallback(trainer.processing_class, rows, columns))
+        trainer.add_callback(SamplesCallback(trainer, rows, columns))
     if model_args.generate_metrics:
         measure_texts(model_args, columns, trainer)
 

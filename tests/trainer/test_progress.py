@@ -7,6 +7,7 @@ import datasets
 import pytest
 import tiny
 import tiny_models
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import write_backbones, write_pairs
 from transformers import TrainerCallback
 
@@ -69,6 +70,20 @@ def test_answers_to_held_out_pictures_are_kept_with_the_pictures(trained):
         assert (folder / path).is_file()
         assert name == number
         assert int(number) in held_out["rows"]
+
+
+def test_trackers_get_the_answers_as_a_table(tmp_path, parts, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    more = options("--eval_fraction 0.25 --max_steps 1 --sample_answers 2 --eval_strategy steps --eval_steps 1")
+    more += options("--save_strategy no --report_to tensorboard")
+    backbones = [*parts["vision"], *parts["text"]]
+    main(["stage2", *backbones, *parts["data"], *COMMON, *more, "--output_dir", f"{tmp_path}/out"])
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    (event,) = board.Tensors("samples/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert text.startswith("| row | text | answer |\n| --- | --- | --- |\n| ")
+    assert len(text.splitlines()) == 4
 
 
 def test_evaluate_uses_what_training_held_out(trained, parts, tmp_path):
