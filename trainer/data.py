@@ -40,7 +40,7 @@ def load_pairs(
     augmentation: AugmentationSeeds | None = None,
     length_column: str | None = None,
 ) -> tuple[Rows, Rows | None]:
-    """The training rows and, with `evaluate`, the evaluation rows.
+    """The training rows and, with `evaluate` or `eval_fraction`, the evaluation rows.
 
     A row holds `index` and the columns that `args` names, `messages_column` as `messages`. A picture (in its column, in
     a list there or in a message) is a path, a URL, bytes or a dict of bytes and path; of a feature cache there is
@@ -89,7 +89,7 @@ def load_pairs(
             train = train.map(_with_visit, with_indices=True)
     if augmentation is not None:
         open_train = partial(augmentation.mark, open_batch=open_train)
-    return _lazily(train, open_train), _lazily(evaluation, open_evaluation) if evaluate else None
+    return _lazily(train, open_train), None if evaluation is None else _lazily(evaluation, open_evaluation)
 
 
 def _with_lengths(rows: Dataset, column: str, text_columns: list[str]) -> Dataset:

@@ -96,8 +96,8 @@ def train(
         rows = parts.splits["train"]
         count = len(rows) if isinstance(rows, Dataset) else None
         write_training_data(training_args.output_dir, data_args, data_args.train_split, count)
-        if data_args.eval_fraction is not None and "eval" in parts.splits:
-            write_held_out(training_args.output_dir, data_args, parts.splits["eval"])
+        if parts.held_out is not None:
+            write_held_out(training_args.output_dir, data_args, parts.held_out)
     with nan_guard(trainer):
         train_from(trainer, checkpoint)
     trainer.save_model()
@@ -110,12 +110,13 @@ def train(
 
 @dataclass
 class Parts:
-    """What a Trainer is made of: the model, its processor, the rows, and the seeds of augmentation."""
+    """What a Trainer is made of."""
 
     model: PreTrainedModel
     processor: LorgnetteProcessor
     splits: dict[str, Any]  # `train`, and `eval` if there is evaluation
     augmentation: AugmentationSeeds | None
+    held_out: Dataset | None  # the rows of `eval_fraction`, with or without evaluation
 
 
 def load_parts(
@@ -148,7 +149,8 @@ def load_parts(
         if is_cache(source):
             check_cache(source, model, processor.image_processor)
     splits = {"train": train_dataset} | ({"eval": eval_dataset} if evaluate else {})
-    return Parts(model, processor, splits, augmentation)
+    held_out = None if data_args.eval_fraction is None else eval_dataset
+    return Parts(model, processor, splits, augmentation, held_out)
 
 
 def make_collator(parts: Parts, data_args: DataArguments) -> LorgnetteCollator:

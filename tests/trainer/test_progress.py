@@ -102,6 +102,14 @@ def test_evaluate_uses_what_training_held_out(trained, parts, tmp_path):
         main([*evaluate, "--model", str(folder), "--output_dir", f"{tmp_path}/none"])
 
 
+def test_held_out_rows_are_kept_by_a_run_that_does_not_evaluate(tmp_path, parts):
+    more = options("--eval_fraction 0.25 --max_steps 1 --save_strategy no")
+    main(
+        ["stage2", *parts["vision"], *parts["text"], *parts["data"], *COMMON, *more, "--output_dir", f"{tmp_path}/out"]
+    )
+    assert len(json.loads((tmp_path / "out" / HELD_OUT).read_text())["rows"]) == 3
+
+
 def test_stage_1_logs_its_losses_apart(tmp_path, parts):
     for part in (tiny_models.bert(vocab_size=len(tiny.bert_tokenizer())), tiny.bert_tokenizer()):
         part.save_pretrained(tmp_path / "bert")
