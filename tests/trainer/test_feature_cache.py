@@ -135,7 +135,7 @@ def test_an_error_in_training_names_the_row_of_the_source(backbones, pictures, t
     )
     rows.save_to_disk(tmp_path / "rows")
     cache = write(backbones[0], tmp_path / "rows", tmp_path / "cache")
-    with pytest.raises(ValueError, match="row 2: column 'text' is empty"):
+    with pytest.raises(ValueError, match="row 2: the text is empty"):
         losses("stage2", backbones, cache, tmp_path / "out", "--eval_strategy", "no")
 
 
