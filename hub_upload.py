@@ -188,8 +188,8 @@ def run(argv: list[str], prog: str = "hub_upload.py") -> None:
             sizes = {name: (folder / name).stat().st_size for name in files}
             card = (folder / "README.md").read_text(encoding="utf-8")
         if args.export_dir:
-            told = f"{len(sizes)} files, {sum(sizes.values()):,} bytes"
-            logger.info("%s holds the export: %s; its card is README.md", folder, told)
+            size = f"{len(sizes)} files, {sum(sizes.values()):,} bytes"
+            logger.info("%s holds the export: %s; its card is README.md", folder, size)
         else:
             lines = "\n".join(f"{size:>15,}  {name}" for name, size in sizes.items())
             logger.info("%s would hold, in bytes:\n%s\n\n%s", args.repo_id, lines, card)

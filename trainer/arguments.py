@@ -25,6 +25,8 @@ COMMON_OPTIONS = (
     *("output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("learning_rate", "qformer_learning_rate", "bf16", "eval_strategy", "resume_from_checkpoint", "report_to"),
 )
+# the endings of files with rows, and the loaders of `datasets` for them
+BUILDERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 FORMATS = ("table", "llava", "coco", "webdataset", "pairs", "saved", "folder", "hub")  # see `formats.py`
 
 

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..assembly.local_paths import is_local, what_is_there
+from .arguments import BUILDERS
 from .recipe_files import find_recipe, read_recipe
 
 
 MODELS = ("model", "vision", "text", "qformer")
 DATA = ("dataset", "eval_dataset")
-DATA_FILES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".arrow", ".tar")
+DATA_FILES = (*BUILDERS, ".tar")
 _HUB_ID = "for a repository of the Hub of that name, run this in another folder"
 
 

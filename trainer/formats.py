@@ -30,14 +30,13 @@ from datasets.exceptions import DatasetGenerationError
 
 from ..assembly.local_paths import listing, what_is_there
 from ..processing.prompt_encoding import IMAGE_TOKEN, error_context
-from .arguments import SourceArguments
+from .arguments import BUILDERS, SourceArguments
 
 
 logger = logging.getLogger(__name__)
 
 Rows = Dataset | IterableDataset
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-_BUILDERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _SPLITS = dict.fromkeys(("train", "training"), "train") | {"test": "test"}
 _SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
@@ -85,7 +84,7 @@ def load_source(
             loaded = load_dataset("webdataset", data_files=files, split=split, streaming=streaming)
             return _rename_webdataset(loaded, args.image_column), base
         if kind == "table":
-            builder, keywords = _BUILDERS[path.suffix.lower()], {}
+            builder, keywords = BUILDERS[path.suffix.lower()], {}
             if builder == "csv":  # "None" and "NA" are words
                 keywords = {"keep_default_na": False, "sep": "\t" if path.suffix.lower() == ".tsv" else ","}
                 _check_header(path, keywords["sep"])
@@ -119,7 +118,7 @@ def find_format(source: str) -> str:
     suffix = path.suffix.lower()
     if suffix == ".tar" and _BRACES.search(source):
         return "webdataset"
-    if suffix in (*_BUILDERS, ".tar") or path.is_absolute() or source.startswith((".", "~")):
+    if suffix in (*BUILDERS, ".tar") or path.is_absolute() or source.startswith((".", "~")):
         raise FileNotFoundError(f"dataset {source!r}: no such file or folder ({what_is_there(path)})")
     return "hub"
 
@@ -130,9 +129,9 @@ def _format_of_file(path: Path) -> str:
         raise ValueError(f"dataset {str(path)!r}: the file is empty")
     if suffix == ".tar":
         return "webdataset"
-    if suffix not in _BUILDERS:
+    if suffix not in BUILDERS:
         raise ValueError(f"dataset {str(path)!r}: files that end in {suffix!r} are not read. {_SUPPORTED}")
-    if _BUILDERS[suffix] != "json":
+    if BUILDERS[suffix] != "json":
         return "table"
     keys = _first_keys(path)
     if {"images", "annotations"} <= keys:
@@ -149,7 +148,7 @@ def _format_of_folder(path: Path) -> str:
         return "webdataset"
     if suffixes & set(PICTURES) and ".txt" in suffixes and not any(path.glob("metadata.*")):
         return "pairs"
-    if suffixes & _BUILDERS.keys():  # a metadata file among them
+    if suffixes & BUILDERS.keys():  # a metadata file among them
         return "folder"
     if not suffixes & set(PICTURES):
         raise ValueError(f"dataset {str(path)!r} contains {listing(path)}. {_SUPPORTED}")
@@ -197,7 +196,7 @@ def readable(path: Path) -> Iterator[None]:
 def _reason(path: Path, cause: BaseException) -> str:
     suffix = path.suffix.lower()
     if isinstance(cause, UnicodeDecodeError):
-        where = _line_of(path, _decodes) if suffix in _BUILDERS else "a text in it"
+        where = _line_of(path, _decodes) if suffix in BUILDERS else "a text in it"
         return f"{where} is not UTF-8 ({cause.reason}): save it as UTF-8"
     if suffix == ".json":
         try:
@@ -233,7 +232,7 @@ def _check_rows(path: Path, rows: Rows) -> None:
             raise ValueError(
                 f"dataset {str(path)!r} is one object of lists; a list of objects is needed, one for a row"
             )
-    if _BUILDERS[path.suffix.lower()] == "csv":
+    if BUILDERS[path.suffix.lower()] == "csv":
         with path.open("rb") as file:
             lines = sum(bool(line.strip()) for line in file) - 1
         if lines != len(rows):
@@ -409,8 +408,7 @@ def _shards(path: Path) -> dict[str, list[Path]]:
             raise ValueError(f"dataset {str(path)!r}: the range {match[0]} is empty")
     for file in files:
         if not file.is_file():
-            has = listing(file.parent) if file.parent.is_dir() else "nothing"
-            raise FileNotFoundError(f"dataset {str(path)!r}: no file {file} ({file.parent} contains {has})")
+            raise FileNotFoundError(f"dataset {str(path)!r}: no file {file} ({what_is_there(file)})")
         with file.open("rb") as opened:  # a tar ends with 1,024 zeros; its reader stops in silence where it is cut
             opened.seek(-min(1024, file.stat().st_size), os.SEEK_END)
             if opened.read() != bytes(1024):

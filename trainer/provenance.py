@@ -34,9 +34,9 @@ def hub_dataset(args: SourceArguments) -> dict[str, str | None]:
 
 def write_training_data(folder: str | Path, args: SourceArguments, split: str, rows: int | None) -> None:
     """Write `training_data.json` to a run's folder: Hub id, split and number of rows (None for a stream)."""
-    told: dict[str, Any] = {**hub_dataset(args), "split": split, "rows": rows}
+    contents: dict[str, Any] = {**hub_dataset(args), "split": split, "rows": rows}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, TRAINING_DATA).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    Path(folder, TRAINING_DATA).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
 def write_held_out(folder: str | Path, args: DataArguments, rows: Dataset) -> None:

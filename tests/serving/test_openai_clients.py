@@ -13,40 +13,13 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from tiny import picture
 from tiny_chat import MAX_NEW_TOKENS, chat, messages_about, said
-from tiny_serving import blocked, data_url, load, save_bridges, serving, wait_for
+from tiny_serving import blocked, data_url, load, serving, wait_for
 
 from lorgnette import LorgnetteProcessor
 from lorgnette.serving.batching import Batcher, Request
-from lorgnette.serving.engine import InferenceEngine, Limits
+from lorgnette.serving.engine import InferenceEngine
 from lorgnette.serving.payloads import ChatRequest
 from lorgnette.serving.sampling import Sampler
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("bridges")
-    save_bridges(made)
-    return made
-
-
-@pytest.fixture(scope="module")
-def worker(folder):
-    """With two adapters."""
-    with serving(load(folder, max_new_tokens=MAX_NEW_TOKENS)) as (url, _):
-        yield url
-
-
-@pytest.fixture(scope="module")
-def single(folder):
-    """With one adapter."""
-    limits = Limits(max_new_tokens=MAX_NEW_TOKENS)
-    with serving(InferenceEngine.load(folder / "one", {}, name="one", device="cpu", limits=limits)) as (url, _):
-        yield url
-
-
-@pytest.fixture(scope="module")
-def greedy(worker):
-    return said(worker)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from tiny_serving import (
     load,
     metric,
     picture_host,
-    save_bridges,
     save_merged,
     serving,
     wait_for,
@@ -31,13 +30,6 @@ from lorgnette.serving.stops import cut, sendable
 
 
 PROMPT = "What is this?"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    made = tmp_path_factory.mktemp("bridges")
-    save_bridges(made)
-    return made
 
 
 @pytest.fixture(scope="module")
