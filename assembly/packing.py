@@ -4,20 +4,25 @@ Some language models detect sequences by restarting positions; others do not, an
 sequences. So this module makes the masks with `transformers.masking_utils`, and passes them with the positions: a token
 attends to earlier tokens of its own sequence, within the LM's sliding window.
 
+A sequence may hold several texts for one prompt, `[prompt][text 1][text 2] …`: a text attends to the prompt and to
+itself, and its positions go on from the prompt's end. Each text begins with the prompt's last token, whose state
+predicts its first. Values and gradients are those of a sequence for each text.
+
 Shapes: B rows, S tokens a row, D sequences in all, T tokens in all.
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.masking_utils import create_masks_for_generate, packed_sequence_mask_function
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate, packed_sequence_mask_function
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..modeling.modeling_base import KV_CACHE
-from ..modeling.modeling_checks import IGNORED, value_check
+from ..modeling.modeling_checks import IGNORED, row_name, value_check
 
 
 PADDING = -1  # in place of a sequence's number
@@ -32,31 +37,50 @@ def unmasked_layers(language_model: PreTrainedModel) -> list[str]:
 
 
 @value_check
-def checked_sequences(sequence_ids: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+def checked_sequences(
+    sequence_ids: torch.Tensor, starts: torch.Tensor, text_ids: torch.Tensor | None, text_starts: torch.Tensor
+) -> torch.Tensor:
     """`(B, S)` int64 numbers of sequences, which begin where `starts` `(B, S)` is True; below 0 is padding.
 
     Raises:
-        ValueError: they are not in order.
+        ValueError: they, or the texts of a sequence, are not in order.
     """
     numbers = sequence_ids[starts & (sequence_ids >= 0)]
     if not torch.equal(numbers, torch.arange(len(numbers), device=numbers.device)):
         raise ValueError(f"the sequences of a batch are numbered in their order, from 0; these are {numbers.tolist()}")
+    if text_ids is not None:
+        at = text_starts & (sequence_ids >= 0)
+        sequences, texts = sequence_ids[at], text_ids[at]
+        is_first = sequences != nn.functional.pad(sequences[:-1], (1, 0), value=PADDING)
+        # a prompt of one token has no part of its own: its text comes first
+        wrong = torch.where(is_first, (texts != 0) & (texts != 1), texts != texts.roll(1) + 1)
+        if wrong.any():
+            number = int(sequences[wrong][0])
+            raise ValueError(
+                "text_ids are 0 at a sequence's prompt and count its texts from 1; those of sequence "
+                f"{number} are {texts[sequences == number].tolist()}"
+            )
     return sequence_ids.clone()
 
 
 def check_sequences(
-    sequence_ids: torch.Tensor, language_model: PreTrainedModel, keywords: dict[str, Any]
+    sequence_ids: torch.Tensor,
+    language_model: PreTrainedModel,
+    keywords: dict[str, Any],
+    text_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Raise if sequences could attend to each other; else return `sequence_ids`.
 
     Args:
-        sequence_ids: `(B, S)`, see [`packed`].
+        sequence_ids, text_ids: `(B, S)`, see [`packed`].
         keywords: what else the language model is given.
 
     Raises:
         ValueError: numbers out of order, a language model or an attention implementation that cannot tell sequences
             apart, an input that goes with one sequence a row.
     """
+    if sequence_ids is None:
+        raise ValueError("text_ids are given without the sequence_ids whose texts they count")
     in_the_way = [name for name in ("position_ids", KV_CACHE) if keywords.get(name) is not None]
     if in_the_way:
         raise ValueError(f"sequence_ids and {', '.join(in_the_way)}: positions are counted from each sequence's first")
@@ -75,17 +99,40 @@ def check_sequences(
             "it cannot be packed"
         )
     attention = language_model.config._attn_implementation
+    if text_ids is not None and attention not in MASKED_BY:
+        raise ValueError(
+            f"attn_implementation {attention!r} cannot mask several texts of one prompt: take "
+            f"{', '.join(MASKED_BY)}, or one text a row (texts_per_image: 1)"
+        )
     if attention not in MASKED_BY and not is_flash_attention_requested(language_model.config):
         raise ValueError(
             f"attn_implementation {attention!r} cannot mask sequences: take {', '.join(MASKED_BY)} or FlashAttention"
         )
-    return checked_sequences(sequence_ids, _starts(sequence_ids))
+    return checked_sequences(sequence_ids, _starts(sequence_ids), text_ids, _starts(sequence_ids, text_ids))
 
 
-def pack(language_model: PreTrainedModel, sequence_ids: torch.Tensor, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of a language model for packed rows: checked, and [`packed`]; raises what [`check_sequences`] does."""
-    sequence_ids = check_sequences(sequence_ids, language_model, inputs)
-    return packed(language_model, sequence_ids, inputs["inputs_embeds"], inputs["labels"])
+def pack(
+    language_model: PreTrainedModel,
+    sequence_ids: torch.Tensor,
+    text_ids: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+    inputs: dict[str, Any],
+) -> dict[str, Any]:
+    """The inputs of a language model for packed rows: checked, and [`packed`].
+
+    Raises:
+        ValueError: what [`check_sequences`] raises; a sequence longer than the context, with its row `(D,)`.
+    """
+    sequence_ids = check_sequences(sequence_ids, language_model, inputs, text_ids)
+    packed_inputs = packed(language_model, sequence_ids, inputs["inputs_embeds"], inputs["labels"], text_ids)
+    context = getattr(language_model.config, "max_position_embeddings", None)
+    if context is not None and sequence_ids.shape[1] > context:  # a row may be longer than each of its sequences
+        last = positions(sequence_ids, text_ids).masked_fill(sequence_ids == PADDING, 0)
+        length = int(last.max()) + 1
+        if length > context:
+            row = row_name(int(sequence_ids.flatten()[last.argmax()]), row_index)
+            raise ValueError(f"{row} has {length} tokens; the language model's context is {context}")
+    return packed_inputs
 
 
 def packed(
@@ -93,6 +140,7 @@ def packed(
     sequence_ids: torch.Tensor,
     inputs_embeds: torch.Tensor,
     labels: torch.Tensor | None,
+    text_ids: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """The inputs of a causal LM in which no sequence attends to another.
 
@@ -100,13 +148,15 @@ def packed(
         sequence_ids: `(B, S)` int64, each token's sequence, numbered from 0 through the batch; -1 for padding.
         inputs_embeds: `(B, S, M)`.
         labels: `(B, S)`; a sequence's first is left out, as a row's is.
+        text_ids: `(B, S)` int64, where sequences hold several texts: 0 at the prompt except its last token, n at text
+            n, which begins with that token. Its embeddings in text 1 are taken for the later texts, too.
 
     Returns:
         `inputs_embeds`, `attention_mask`, `position_ids` `(B, S)` and `labels`. With FlashAttention, which takes
         lengths in place of a mask, all tokens in one row `(1, T)`.
     """
     if labels is not None:
-        labels = labels.masked_fill(_starts(sequence_ids), IGNORED)
+        labels = labels.masked_fill(_starts(sequence_ids, text_ids), IGNORED)
     if is_flash_attention_requested(language_model.config):
         kept = sequence_ids != PADDING
         sequence_ids, inputs_embeds = sequence_ids[kept][None], inputs_embeds[kept][None]
@@ -116,28 +166,93 @@ def packed(
         longest = int(lengths.diff().max())
         seeing = {"attention_mask": None, "cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
         seeing |= {"max_length_q": longest, "max_length_k": longest}
+        position_ids = positions(sequence_ids)
     else:
-        mask = create_masks_for_generate(
-            language_model.config,
-            inputs_embeds,
-            attention_mask=sequence_ids != PADDING,
-            and_mask_function=packed_sequence_mask_function(sequence_ids),
-            **{KV_CACHE: None},
-        )
-        seeing = {"attention_mask": mask}
-    return seeing | {"inputs_embeds": inputs_embeds, "position_ids": positions(sequence_ids), "labels": labels}
+        position_ids = positions(sequence_ids, text_ids)
+        if text_ids is not None:
+            inputs_embeds = _with_prompt_ends(inputs_embeds, sequence_ids, text_ids)
+        masks = _masks(language_model.config.get_text_config(), inputs_embeds, sequence_ids, text_ids, position_ids)
+        seeing = {"attention_mask": masks}
+    return seeing | {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "labels": labels}
 
 
-def positions(sequence_ids: torch.Tensor) -> torch.Tensor:
-    """`(B, S)` int64, counted from the beginning of each sequence."""
-    columns = torch.arange(sequence_ids.shape[1], device=sequence_ids.device).expand_as(sequence_ids)
-    return columns - columns.masked_fill(~_starts(sequence_ids), 0).cummax(dim=1).values
+def positions(sequence_ids: torch.Tensor, text_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """`(B, S)` int64, counted from the beginning of each sequence; each text goes on from its prompt."""
+    columns = _columns(sequence_ids)
+    begins = _latest(columns, _starts(sequence_ids))
+    if text_ids is not None:
+        starts = _starts(sequence_ids, text_ids)
+        skipped = _latest(columns, starts) - _latest(columns, starts & (text_ids == 1))  # earlier texts
+        begins = begins + torch.where(text_ids > 0, skipped, 0)
+    return columns - begins
 
 
-def _starts(sequence_ids: torch.Tensor) -> torch.Tensor:
-    """`(B, S)` bool: where a sequence, or padding, begins."""
-    before = nn.functional.pad(sequence_ids[:, :-1], (1, 0), value=PADDING - 1)
-    return sequence_ids != before
+def _with_prompt_ends(inputs_embeds: torch.Tensor, sequence_ids: torch.Tensor, text_ids: torch.Tensor) -> torch.Tensor:
+    """`(B, S, M)` embeddings in which each text begins as the first one of its sequence does."""
+    columns, starts = _columns(sequence_ids), _starts(sequence_ids, text_ids)
+    sources = torch.where(starts & (text_ids > 1), _latest(columns, starts & (text_ids == 1)), columns)
+    rows = torch.arange(len(sources), device=sources.device)[:, None] * sources.shape[1]
+    return inputs_embeds.flatten(0, 1).index_select(0, (rows + sources).flatten()).view_as(inputs_embeds)
+
+
+def _masks(
+    config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    sequence_ids: torch.Tensor,
+    text_ids: torch.Tensor | None,
+    position_ids: torch.Tensor,
+) -> Any:
+    """The LM's attention masks, one, or one for each type of its layers."""
+    inputs = {
+        "config": config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": sequence_ids != PADDING,
+        KV_CACHE: None,
+    }
+    if text_ids is None:
+        return create_masks_for_generate(**inputs, and_mask_function=packed_sequence_mask_function(sequence_ids))
+    window = getattr(config, "sliding_window", None)
+
+    def mask(window: int | None) -> Any:
+        function = _text_mask_function(sequence_ids, text_ids, position_ids, window)
+        return create_causal_mask(**inputs, and_mask_function=function)
+
+    if (kinds := getattr(config, "layer_types", None)) is None:
+        return mask(window)
+    return {kind: mask(window if kind == "sliding_attention" else None) for kind in set(kinds)}
+
+
+def _text_mask_function(
+    sequence_ids: torch.Tensor, text_ids: torch.Tensor, position_ids: torch.Tensor, window: int | None
+) -> Callable:
+    """A mask function of `transformers.masking_utils`: a text sees its prompt and itself, in a window of positions."""
+
+    def sees(batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor):
+        same_sequence = sequence_ids[batch_idx, q_idx] == sequence_ids[batch_idx, kv_idx]
+        text = text_ids[batch_idx, kv_idx]
+        seen = same_sequence & ((text == 0) | (text == text_ids[batch_idx, q_idx]))
+        if window is None:
+            return seen
+        # transformers counts a window in columns, of which earlier texts take some
+        return seen & (position_ids[batch_idx, kv_idx] > position_ids[batch_idx, q_idx] - window)
+
+    return sees
+
+
+def _columns(ids: torch.Tensor) -> torch.Tensor:
+    """`(B, S)` int64, the column of each token."""
+    return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+
+
+def _latest(columns: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
+    """`(B, S)` int64, the last column up to each token that is marked, or 0."""
+    return columns.masked_fill(~marked, 0).cummax(dim=1).values
+
+
+def _starts(sequence_ids: torch.Tensor, text_ids: torch.Tensor | None = None) -> torch.Tensor:
+    """`(B, S)` bool: where a sequence, one of its texts, or padding begins."""
+    ids = sequence_ids[None] if text_ids is None else torch.stack([sequence_ids, text_ids])
+    return (ids != nn.functional.pad(ids[..., :-1], (1, 0), value=PADDING - 1)).any(dim=0)
 
 
 __all__ = ["PADDING", "check_sequences", "pack", "packed", "positions", "unmasked_layers"]

@@ -132,18 +132,13 @@ def check_context(
     attention_mask: torch.Tensor | None,
     config: PreTrainedConfig,
     row_index: torch.Tensor | None,
-    sequence_ids: torch.Tensor | None = None,
 ) -> None:
     """Raise a ValueError, with row and numbers, where one of `width` tokens exceeds `max_position_embeddings`."""
     context = getattr(config.text_config, "max_position_embeddings", None)
     if context is None or width <= context:
         return
     row = 0 if attention_mask is None else int(attention_mask.sum(dim=1).argmax())
-    if sequence_ids is not None:
-        lengths = count_in_rows(sequence_ids >= 0, sequence_ids)
-        row, width = int(lengths.argmax()), int(lengths.max())
-    if width > context:
-        raise ValueError(f"{row_name(row, row_index)} has {width} tokens; the language model's context is {context}")
+    raise ValueError(f"{row_name(row, row_index)} has {width} tokens; the language model's context is {context}")
 
 
 def row_name(row: int, row_index: torch.Tensor | None) -> str:

@@ -260,6 +260,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         images: Mapping[str, torch.Tensor | None],
         row_index: torch.Tensor | None,
         sequence_ids: torch.Tensor | None,
+        text_ids: torch.Tensor | None,
         labels: torch.Tensor | None = None,
         supervised_positions: torch.Tensor | None = None,
     ) -> tuple[dict[str, Any], LorgnetteImageFeatures | None]:
@@ -285,8 +286,9 @@ class LorgnetteModel(LorgnettePreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if self.training and features is None and in_process_group():
             inputs_embeds = inputs_embeds + 0 * self._zero_visual_tokens()
-        if labels is not None or self.training:
-            check_context(inputs_embeds.shape[1], attention_mask, self.config, row_index, sequence_ids)
+        is_packed = sequence_ids is not None or text_ids is not None
+        if not is_packed and (labels is not None or self.training):
+            check_context(inputs_embeds.shape[1], attention_mask, self.config, row_index)
         inputs = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
@@ -294,9 +296,10 @@ class LorgnetteModel(LorgnettePreTrainedModel):
             "labels": labels,
             KV_CACHE: cache,
         }
-        if sequence_ids is not None:
+        if is_packed:
             packing = from_package("assembly.packing", "A batch with sequence_ids")
-            inputs |= packing.pack(self.language_model, sequence_ids, inputs) | {"use_cache": False}
+            inputs |= packing.pack(self.language_model, sequence_ids, text_ids, row_index, inputs)
+            inputs["use_cache"] = False
         if self.training:
             inputs["use_cache"] = False  # Trainer turns it off in this config, not in the language model's
         return inputs, features
@@ -311,6 +314,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         sequence_ids: torch.Tensor | None = None,
+        text_ids: torch.Tensor | None = None,
         supervised_positions: torch.Tensor | None = None,
         shared_input_ids: torch.Tensor | None = None,
         row_index: torch.Tensor | None = None,
@@ -329,7 +333,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
             self.check_trainable()
         images = {name: kwargs.pop(name, None) for name in IMAGE_INPUTS} | {"pixel_values": pixel_values}
         tokens = (input_ids, inputs_embeds, attention_mask, position_ids, one_cache(past_key_values, cache))
-        inputs, features = self.lm_inputs(*tokens, images, row_index, sequence_ids)
+        inputs, features = self.lm_inputs(*tokens, images, row_index, sequence_ids, text_ids)
         del inputs["labels"]
         outputs = decoder(return_dict=True, **inputs | kwargs)
         return LorgnetteModelOutputWithPast(outputs.last_hidden_state, **states_of(outputs, features))

@@ -171,6 +171,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         sequence_ids: torch.Tensor | None = None,
+        text_ids: torch.Tensor | None = None,
         supervised_positions: torch.Tensor | None = None,
         shared_input_ids: torch.Tensor | None = None,
         row_index: torch.Tensor | None = None,
@@ -187,6 +188,8 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
             labels: `(B, S)`, -100 where nothing is to be learned.
             sequence_ids: `(B, S)` int64, of several sequences packed into a row: the one that each token belongs to,
                 numbered from 0 through the batch, and -1 for padding; in place of `attention_mask` and `position_ids`.
+            text_ids: `(B, S)` int64, of sequences with several texts for one prompt: 0 at the prompt except its last
+                token, n at text n, which begins with that token again.
             supervised_positions: `(K,)` int64, where in `labels`, flat, those are that are not -100; 0 for padding.
                 Without them the head of a compiled model computes all positions in training.
             shared_input_ids: `(B, P)`, the first tokens of `input_ids` where they are the same in all rows: in training
@@ -210,7 +213,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         images = dict(zip(IMAGE_INPUTS, (*image_inputs, qformer_input_ids, qformer_attention_mask)))  # noqa: B905 (compiled)
         tokens = (input_ids, inputs_embeds, attention_mask, position_ids, one_cache(past_key_values, cache))
         inputs, features = self._headless.lm_inputs(
-            *tokens, images, row_index, sequence_ids, labels, supervised_positions
+            *tokens, images, row_index, sequence_ids, text_ids, labels, supervised_positions
         )
         lm_forward = self.language_model
         if self.training and labels is not None and can_supervise(self.language_model, kwargs):
