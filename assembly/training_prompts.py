@@ -29,7 +29,9 @@ def prompts_of(
     """
     labels, mask, rows = (kwargs.get(name) for name in ("labels", "attention_mask", "row_index"))
     if kwargs.get("sequence_ids") is not None:
-        raise ValueError("sequence_ids: the rows of this batch are packed; generate takes one prompt a row")
+        raise ValueError(
+            "sequence_ids: the rows of this batch are packed or hold several texts; generate takes one prompt a row"
+        )
     kwargs = {name: value for name, value in kwargs.items() if name not in (*_OF_TRAINING, "sequence_ids")}
     if input_ids is None or input_ids.shape != labels.shape:
         raise ValueError("labels say where prompts end in input_ids of the same shape, which are not given")

@@ -260,7 +260,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         images: Mapping[str, torch.Tensor | None],
         row_index: torch.Tensor | None,
         sequence_ids: torch.Tensor | None,
-        text_ids: torch.Tensor | None,
+        text_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         supervised_positions: torch.Tensor | None = None,
     ) -> tuple[dict[str, Any], LorgnetteImageFeatures | None]:

@@ -222,7 +222,7 @@ class RowArguments(SourceArguments):
         default="text",
         metadata={
             "help": "Column with the text, a list of texts or a class label; or several columns with a text each (a "
-            "JSON list on the command line). In training each text of a picture is a row."
+            "JSON list on the command line). A row is a picture with all its texts."
         },
     )
     query_column: str | None = field(
@@ -299,6 +299,13 @@ class DataArguments(RowArguments):
     eval_fraction: float | None = field(
         default=None, metadata={"help": "Hold out this share of the training split, drawn with `data_seed`/`seed`."}
     )
+    texts_per_image: str = field(
+        default="all",
+        metadata={
+            "help": "How many of a picture's texts a step learns: `all`, or a number, drawn anew in each epoch "
+            "(evaluation takes the first ones)."
+        },
+    )
     augment: bool = field(
         default=False, metadata={"help": "Crop and mirror training pictures at random, as BLIP-2 does."}
     )
@@ -327,6 +334,9 @@ class DataArguments(RowArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        given = str(self.texts_per_image)
+        if given != "all" and (not given.isdecimal() or int(given) < 1):
+            raise ValueError(f"texts_per_image is {given!r}; it is `all`, or a number from 1")
         if self.dry_run and self.streaming:
             raise ValueError("dry_run reads all rows, which cannot be done with a stream: leave out streaming")
         if self.eval_fraction is not None:
@@ -336,6 +346,11 @@ class DataArguments(RowArguments):
                 raise ValueError("eval_fraction holds out training rows: leave out eval_split and eval_dataset, or it")
             if self.streaming:
                 raise ValueError("eval_fraction cannot split a stream: name an eval_split or an eval_dataset")
+
+    @property
+    def num_texts(self) -> int | None:
+        """`texts_per_image`; None for all."""
+        return None if self.texts_per_image == "all" else int(self.texts_per_image)
 
     @property
     def has_eval(self) -> bool:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..processing.image_loading import load_image_for
 from .arguments import SourceArguments, VisionArguments
-from .data import check_columns, numbered, picture_opener, undecoded
+from .data import IMAGE_ID, check_columns, image_id_of, numbered, picture_opener, undecoded
 from .feature_cache import (
     COLUMN,
     METADATA,
@@ -205,7 +205,10 @@ def _write_shard(rows: Dataset, image_column: str, encoder: FeatureEncoder, path
     form = Value(f"fixed_size_binary[{encoder.bytes_per_picture}]")
     feature = List(form) if isinstance(rows.features[image_column], List) else form
     features = list(encoder(rows.select_columns([image_column, "index"]), image_column, progress))
-    kept = rows.with_format(None).remove_columns(image_column).flatten_indices(keep_in_memory=True)
+    stored = rows.with_format(None)
+    kept = stored.remove_columns(image_column).flatten_indices(keep_in_memory=True)
+    if IMAGE_ID not in kept.features:
+        kept = kept.add_column(IMAGE_ID, [image_id_of(row[image_column], row["index"]) for row in stored])
     unfinished = path.with_name(f"{path.name}.unfinished")
     for leftover in (unfinished, path):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -1,4 +1,8 @@
-"""Collate rows of a dataset into a training batch of either stage."""
+"""Collate rows of a dataset into a training batch of either stage.
+
+In stage 2 the texts of a picture follow one another in a row, behind a prompt that they share. In stage 1 each is a
+row, beside fewer pictures.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +25,7 @@ from ..modeling.modeling_checks import IGNORED
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from ..processing.prompt_encoding import error_context, images_in, parts_of, query_in
 from .augmentation import augment
+from .texts import check_text, pairs_of, picture_number, texts_of
 from .unsupported import Batch, refuse_unsupported_arguments
 
 
@@ -40,6 +45,11 @@ class LorgnetteCollator:
     in its parts, or in the image column for parts `{"type": "image"}`; in a chat without such parts they come after the
     first user message's text, as in [`~LorgnetteProcessor.build_prompt`]. A `vision_features` column, `(L, E)` or
     `(n, L, E)` for n images, replaces the image column.
+
+    The text column may hold several texts of one picture, in a list: each is learned as if it had a row of its own, and
+    ViT, Q-Former and prompt are computed once. With a list in `query_column` beside it each question has the answer at
+    its place. In stage 1 the texts of a picture are no negatives of each other; an `image_id` column, an integer or a
+    string, says which rows have the same picture (by default their `index`, so that each has its own).
 
     Set `remove_unused_columns=False` in the `Trainer`. Batches keep an `index` column as `row_index`, and errors name
     it; without one they name the row's position in the batch.
@@ -84,14 +94,16 @@ class LorgnetteCollator:
         """Make a batch of B rows with N images.
 
         Returns:
-            `input_ids`, `attention_mask` `(B, S)` int64, right-padded; in stage 2 `labels` `(B, S)`, -100 except on the
-            output and its stop tokens; `pixel_values` `(N, 3, H, W)` with the image processor's other keys,
-            or `vision_features` `(N, L, E)`; `image_rows` `(N,)` if a picture occurs several times:
-            `pixel_values` then holds it once; `qformer_input_ids`, `qformer_attention_mask` `(N, T)` for a Q-Former
-            that takes instructions; `row_index` `(B,)` if rows have an `index`; `shared_input_ids` `(B, P)`, the common
+            `input_ids`, `attention_mask` `(B, S)` int64, right-padded, in stage 1 a row for each text; in stage 2
+            `labels` `(B, S)`, -100 except on the output and its stop tokens; `pixel_values` `(N, 3, H, W)` with the
+            image processor's other keys, or `vision_features` `(N, L, E)`; `image_rows` if a picture occurs several
+            times (in stage 1 the picture of each text): `pixel_values` then holds it once; in stage 1 `image_ids`
+            `(N,)`, the pictures' numbers; `qformer_input_ids`, `qformer_attention_mask` `(N, T)` for a Q-Former that
+            takes instructions; `row_index` `(B,)` if rows have an `index`; `shared_input_ids` `(B, P)`, the common
             prefix of all prompts. With `pack_to` there are fewer rows than B, and `sequence_ids` in place of
-            `attention_mask`. With `pad_to_multiple_of`, in stage 2, `supervised_positions` `(K,)`: indices into
-            the flattened `labels` that are not -100, padded with 0.
+            `attention_mask`; with several texts a picture also, and `text_ids` beside them. With
+            `pad_to_multiple_of`, in stage 2, `supervised_positions` `(K,)`: indices into the flattened `labels` that
+            are not -100, padded with 0.
 
         Raises:
             ValueError: a missing column (with the existing ones), an empty text, one longer than the context (with
@@ -99,32 +111,39 @@ class LorgnetteCollator:
                 [`~LorgnetteProcessor.load_image`]. All name the row.
         """
         examples = self._examples(rows, self.encode)
-        shared = [[n] for n in range(len(examples))]  # the examples of each row
+        if self.processor.is_stage1:
+            texts = [ids for example in examples for ids in example.outputs]
+            batch = {"input_ids": self._padded(texts, self.processor.tokenizer.pad_token_id)}
+            batch["attention_mask"] = self._padded([[1] * len(ids) for ids in texts], 0)
+            rows_of_texts = [example.index for example in examples for _ in example.outputs]
+            return Batch.of(batch | self._images(examples) | _row_index(rows_of_texts))
+        columns = [self._columns(example) for example in examples]
+        rows_of = [[n] for n in range(len(examples))]  # the examples of each row of the batch
         if self.pack_to is not None:
-            shared = packs([len(example.ids) for example in examples], self.pack_to)
-            order = [n for pack in shared for n in pack]
-            rows, examples = [rows[n] for n in order], [examples[n] for n in order]
-            numbers = iter(range(len(examples)))
-            shared = [[next(numbers) for _ in pack] for pack in shared]
+            rows_of = packs([len(column["input_ids"]) for column in columns], self.pack_to)
+        order = [n for row in rows_of for n in row]
+        for number, n in enumerate(order):
+            columns[n]["sequence_ids"] = [number] * len(columns[n]["input_ids"])
+        examples = [examples[n] for n in order]
 
-        def packed(values: list[list[int]], padding: int) -> torch.Tensor:
-            return self._padded([[value for n in pack for value in values[n]] for pack in shared], padding)
+        def joined(name: str, padding: int) -> torch.Tensor:
+            return self._padded([[value for n in row for value in columns[n][name]] for row in rows_of], padding)
 
-        batch = {"input_ids": packed([example.ids for example in examples], self.processor.tokenizer.pad_token_id)}
-        if self.pack_to is None:
-            batch["attention_mask"] = packed([[1] * len(example.ids) for example in examples], 0)
+        batch = {"input_ids": joined("input_ids", self.processor.tokenizer.pad_token_id)}
+        batch["labels"] = joined("labels", IGNORED)
+        has_several = any(len(example.outputs) > 1 for example in examples)
+        if has_several or self.pack_to is not None:
+            batch["sequence_ids"] = joined("sequence_ids", PADDING)
         else:
-            batch["sequence_ids"] = packed([[n] * len(example.ids) for n, example in enumerate(examples)], PADDING)
-        if not self.processor.is_stage1:
-            batch["labels"] = packed(
-                [[IGNORED] * len(example.prompt) + example.output for example in examples], IGNORED
-            )
-            if self.pack_to is None and (prefix := self._common_prefix([example.prompt for example in examples])):
+            batch["attention_mask"] = self._padded([[1] * len(column["input_ids"]) for column in columns], 0)
+            if prefix := self._common_prefix([example.prompt for example in examples]):
                 batch["shared_input_ids"] = batch["input_ids"][:, :prefix]
-            if self.pad_to_multiple_of is not None:
-                labelled = (batch["labels"].flatten() != IGNORED).nonzero().squeeze(1)
-                batch["supervised_positions"] = self._padded([labelled.tolist()], 0)[0]
-        return Batch.of(batch | self._images_and_indices(rows, examples))
+        if has_several:
+            batch["text_ids"] = joined("text_ids", 0)
+        if self.pad_to_multiple_of is not None:
+            labelled = (batch["labels"].flatten() != IGNORED).nonzero().squeeze(1)
+            batch["supervised_positions"] = self._padded([labelled.tolist()], 0)[0]
+        return Batch.of(batch | self._images(examples) | _row_index([example.index for example in examples]))
 
     def prompts(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Make the inputs of `generate`: the rows' prompts without answers, with the same ids as in training.
@@ -136,12 +155,16 @@ class LorgnetteCollator:
         Raises:
             ValueError, OSError, TypeError: as for a batch; or a stage-1 processor, which has no prompts.
         """
-        examples = self._examples(rows, partial(self._encode_text, answered=False))
+        examples = self._examples(rows, self._encode_prompt)
         pad_token_id = self.processor.tokenizer.pad_token_id
-        return {
-            "input_ids": self._padded([example.prompt for example in examples], pad_token_id, "left"),
-            "attention_mask": self._padded([[1] * len(example.prompt) for example in examples], 0, "left"),
-        } | self._images_and_indices(rows, examples)
+        return (
+            {
+                "input_ids": self._padded([example.prompt for example in examples], pad_token_id, "left"),
+                "attention_mask": self._padded([[1] * len(example.prompt) for example in examples], 0, "left"),
+            }
+            | self._images(examples)
+            | _row_index([example.index for example in examples])
+        )
 
     def prompt_lengths(self, rows: list[dict[str, Any]]) -> list[int]:
         """Numbers of tokens of the rows' prompts, placeholders included; loads no picture.
@@ -149,98 +172,143 @@ class LorgnetteCollator:
         Raises:
             ValueError, TypeError: as [`prompts`], except for pictures.
         """
-        return [len(example.prompt) for example in self._encoded(rows, partial(self._encode_text, answered=False))]
+        return [len(example.prompt) for _, (example,) in self._encoded(rows, self._encode_prompt)]
 
-    def encode(self, row: dict[str, Any]) -> "_Example":
-        """A row's tokens, and in place of its images functions that load them.
+    def encode(self, row: dict[str, Any]) -> list["_Example"]:
+        """A row's tokens, for each of its questions, and in place of its images functions that load them.
 
         Raises:
             LengthError: it is longer than the context.
             ValueError, TypeError: as for a batch, except for pictures.
         """
-        return self._encode_pair(row) if self.processor.is_stage1 else self._encode_text(row)
+        if self.processor.is_stage1:
+            return [self._encode_pair(row)]
+        return [self._encode_text(pair) for pair in pairs_of(row, self.text_column, self.query_column)]
+
+    def _encode_prompt(self, row: dict[str, Any]) -> list["_Example"]:
+        return [self._encode_text(row, answered=False)]
 
     def forget_images(self) -> None:
         """Drop the images that the functions of [`encode`] have loaded; each batch does so itself."""
         self._loaded.clear()
 
-    def _examples(self, rows: list[dict[str, Any]], encode: Callable[[dict[str, Any]], "_Example"]) -> list["_Example"]:
+    def _examples(
+        self, rows: list[dict[str, Any]], encode: Callable[[dict[str, Any]], list["_Example"]]
+    ) -> list["_Example"]:
         if not rows:
             raise ValueError("the batch is empty")
         self.forget_images()
 
-        def encode_and_load(row: dict[str, Any]) -> "_Example":
-            example = encode(row)
-            example.images = [load() for load in example.images]
-            return example
-
-        examples = []
-        for row, example in zip(rows, self._encoded(rows, encode_and_load), strict=True):
+        def encode_and_load(row: dict[str, Any]) -> list["_Example"]:
+            examples = encode(row)
+            images = [load() for load in examples[0].images]
             if "augmentation_seed" in row:  # only training rows have one, see augmentation.py
                 generator = np.random.default_rng(row["augmentation_seed"])
-                example.images = [augment(image, generator) for image in example.images]
-            examples.append(example)
+                images = [augment(image, generator) for image in images]
+            for example in examples:
+                example.images = images
+            return examples
+
+        examples = []
+        for row, found in self._encoded(rows, encode_and_load):
+            for example in found:
+                example.index, example.image_id = row.get("index"), row.get("image_id", row.get("index"))
+            examples += found
         return examples
 
     @staticmethod
-    def _encoded(rows: list[dict[str, Any]], encode: Callable[[dict[str, Any]], "_Example"]) -> Iterator["_Example"]:
-        """Encode rows; errors name the row."""
+    def _encoded(
+        rows: list[dict[str, Any]], encode: Callable[[dict[str, Any]], list["_Example"]]
+    ) -> Iterator[tuple[dict[str, Any], list["_Example"]]]:
+        """Each row and its examples; errors name the row."""
         for position, row in enumerate(rows):
             with error_context(f"row {row['index']}" if "index" in row else f"row {position} of the batch"):
-                example = encode(row)
-            yield example
+                found = encode(row)
+            yield row, found
 
-    def _images_and_indices(self, rows: list[dict[str, Any]], examples: list["_Example"]) -> dict[str, torch.Tensor]:
-        """The batch's images, the Q-Former's instructions, and the rows' numbers."""
+    def _columns(self, example: "_Example") -> dict[str, list[int]]:
+        """The tokens of an example, and the label and the text of each."""
+        *prompt, last = example.prompt
+        columns = {"input_ids": prompt, "labels": [IGNORED] * len(prompt), "text_ids": [0] * len(prompt)}
+        # a text begins with the prompt's last token; the model knows that of a picture, which occurs once
+        again = self.processor.tokenizer.pad_token_id if last == self.processor.image_token_id else last
+        for number, output in enumerate(example.outputs, start=1):
+            columns["input_ids"] += [last if number == 1 else again, *output]
+            columns["labels"] += [IGNORED, *output]
+            columns["text_ids"] += [number] * (1 + len(output))
+        return columns
+
+    def _images(self, examples: list["_Example"]) -> dict[str, torch.Tensor]:
+        """The batch's images, each once, and the Q-Former's instructions."""
         batch: dict[str, torch.Tensor] = {}
         if instructions := [ids for example in examples for ids in example.instructions]:
             batch["qformer_input_ids"] = self._padded(instructions, self.processor.qformer_tokenizer.pad_token_id)
             batch["qformer_attention_mask"] = self._padded([[1] * len(ids) for ids in instructions], 0)
-        if images := [image for example in examples for image in example.images]:
-            if isinstance(images[0], torch.Tensor):
-                if len(shapes := {tuple(features.shape) for features in images}) > 1:
-                    raise ValueError(f"the vision_features of a batch differ in shape: {sorted(shapes)}")
-                batch["vision_features"] = torch.stack(images)
-            else:
-                distinct = {id(image): image for image in images}
-                batch |= self.processor.encode_images(list(distinct.values()), return_tensors="pt")
-                if len(distinct) < len(images):
-                    positions = {key: position for position, key in enumerate(distinct)}
-                    batch["image_rows"] = torch.tensor([positions[id(image)] for image in images])
-        if all("index" in row for row in rows):
-            batch["row_index"] = torch.tensor([row["index"] for row in rows])
+        is_stage1 = self.processor.is_stage1
+        shown = [
+            (image, example.image_id)
+            for example in examples
+            for _ in (example.outputs if is_stage1 else [None])
+            for image in example.images
+        ]
+        if not shown:
+            return batch
+        distinct: dict[int, tuple[Any, Any]] = {}
+        for image, number in shown:
+            distinct.setdefault(id(image), (image, number))
+        images, numbers = zip(*distinct.values(), strict=True)
+        if isinstance(images[0], torch.Tensor):
+            if len(shapes := {tuple(features.shape) for features in images}) > 1:
+                raise ValueError(f"the vision_features of a batch differ in shape: {sorted(shapes)}")
+            batch["vision_features"] = torch.stack(images)
+        else:
+            batch |= self.processor.encode_images(list(images), return_tensors="pt")
+        if len(distinct) < len(shown):
+            positions = {key: position for position, key in enumerate(distinct)}
+            batch["image_rows"] = torch.tensor([positions[id(image)] for image, _ in shown])
+        if is_stage1 and None not in numbers:
+            batch["image_ids"] = torch.tensor([picture_number(number) for number in numbers])
         return batch
 
     def _encode_pair(self, row: dict[str, Any]) -> "_Example":
         """A row of stage 1, with a function that loads the image."""
-        text = _text(row, self.text_column)
-        ids = self.processor.encode_for_qformer([text])["input_ids"][0]
-        if len(ids) <= self.processor.qformer_tokenizer.num_special_tokens_to_add():
-            raise ValueError(f"column '{self.text_column}' is {text!r:.100}, which the tokenizer turns into no tokens")
+        texts = texts_of(_column(row, self.text_column), self.text_column)
+        encoded = self.processor.encode_for_qformer(texts)["input_ids"]
+        for text, ids in zip(texts, encoded, strict=True):
+            if len(ids) <= self.processor.qformer_tokenizer.num_special_tokens_to_add():
+                raise ValueError(
+                    f"column '{self.text_column}' is {text!r:.100}, which the tokenizer turns into no tokens"
+                )
+            self._check_length([], ids, self.processor.qformer_tokenizer)
         images = self._sources(row)
         if len(images) != 1:
-            raise ValueError(f"{len(images)} images; stage 1 needs one image and one text")
-        self._check_length([], ids, self.processor.qformer_tokenizer)
-        return _Example([], ids, images)
+            raise ValueError(f"{len(images)} images; stage 1 needs one image and its texts")
+        return _Example([], encoded, images)
 
     def _encode_text(self, row: dict[str, Any], answered: bool = True) -> "_Example":
         """A row of stage 2, with functions that load the images."""
+        texts: list[str | None] = [None]
         if row.get("messages") is not None:
+            if isinstance(row.get(self.text_column), (list, tuple)):
+                raise ValueError(f"the row has messages and a list of texts in '{self.text_column}': leave one out")
             messages, output, images = self._chat(row)
             query = query_in(messages)
             prompt, ids = self.processor.encode_example(output if answered else None, messages=messages)
         else:
-            output = _text(row, self.text_column) if answered else None
+            if answered:
+                texts = texts_of(_column(row, self.text_column), self.text_column)
             images, query = self._sources(row), self.query
             if self.query_column is not None:
-                query = _text(row, self.query_column)
-            prompt, ids = self.processor.encode_example(output, query=query, num_images=len(images))
-        self._check_length(prompt, ids, self.processor.tokenizer)
+                query = check_text(_column(row, self.query_column), f"column '{self.query_column}'")
+            prompt, ids = self.processor.encode_example(texts[0], query=query, num_images=len(images))
+        outputs = [ids, *(self.processor.encode_answer(text) for text in texts[1:])]
+        for output in outputs:
+            self._check_length(prompt, output, self.processor.tokenizer)
         instructions: list[list[int]] = []
         if self.processor.qformer_tokenizer is not None and images:
             query = self.processor.query if query is None else query
             instructions = self.processor.encode_for_qformer([query] * len(images))["input_ids"]
-        return _Example(prompt, ids, images, instructions)
+        return _Example(prompt, outputs, images, instructions)
 
     def _chat(self, row: dict[str, Any]) -> tuple[list[dict[str, Any]], str, list[Callable[[], Any]]]:
         """The messages before the answer, the answer, and functions that load the images."""
@@ -336,16 +404,28 @@ def packs(lengths: list[int], room: int) -> list[list[int]]:
 
 @dataclass
 class _Example:
-    """A row, encoded: ids of prompt and output, N loaded images (or features), N instructions for the Q-Former."""
+    """A question about N images, encoded.
+
+    Attributes:
+        prompt: its ids.
+        outputs: the ids of each of its texts.
+        images: loaded, or functions that load them; or features.
+        instructions: N, for the Q-Former.
+        index: its row in the data set.
+        image_id: the number of its picture.
+    """
 
     prompt: list[int]
-    output: list[int]
+    outputs: list[list[int]]
     images: list[Any]
     instructions: list[list[int]] = field(default_factory=list)
+    index: int | None = None
+    image_id: int | str | None = None
 
-    @property
-    def ids(self) -> list[int]:
-        return self.prompt + self.output
+
+def _row_index(rows: list[int | None]) -> dict[str, torch.Tensor]:
+    """`row_index`, where all rows have an `index`."""
+    return {} if None in rows else {"row_index": torch.tensor(rows)}
 
 
 def _identity(image: Any) -> Any:
@@ -361,12 +441,3 @@ def _column(row: dict[str, Any], name: str) -> Any:
             f"there is no column '{name}', only {sorted(row)}; if Trainer removed it, set remove_unused_columns=False"
         )
     return row[name]
-
-
-def _text(row: dict[str, Any], name: str) -> str:
-    value = _column(row, name)
-    if not isinstance(value, str):
-        raise TypeError(f"column '{name}' holds a {type(value).__name__}, not a string")
-    if not value.strip():
-        raise ValueError(f"column '{name}' is empty")
-    return value

@@ -20,16 +20,18 @@ from ..assembly.conversations import messages_of
 from ..processing.image_loading import WEB
 from ..processing.prompt_encoding import IMAGE_TOKEN, error_context, parts_of
 from .arguments import DataArguments, RowArguments
-from .augmentation import AugmentationSeeds
 from .feature_cache import COLUMN, feature_opener, is_cache, load_cache
 from .formats import Rows, find_format, load_source, readable
 from .provenance import read_held_out
+from .row_seeds import RowSeeds
+from .texts import picture_number, texts_of
 
 
 logger = logging.get_logger(__name__)
 
+IMAGE_ID = "image_id"  # of rows, see `LorgnetteCollator`
+
 _warned: list[int | None] = []  # the row that was warned of
-_POSITION = "lorgnette: position"  # of a text's row among the rows with lists of texts
 
 
 def load_pairs(
@@ -37,7 +39,7 @@ def load_pairs(
     *,
     evaluate: bool,
     seed: int,
-    augmentation: AugmentationSeeds | None = None,
+    row_seeds: RowSeeds | None = None,
     length_column: str | None = None,
 ) -> tuple[Rows, Rows | None]:
     """The training rows and, with `evaluate` or `eval_fraction`, the evaluation rows.
@@ -45,15 +47,17 @@ def load_pairs(
     A row holds `index` and the columns that `args` names, `messages_column` as `messages`. A picture (in its column, in
     a list there or in a message) is a path, a URL, bytes or a dict of bytes and path; of a feature cache there is
     `vision_features` in place of the column. A class label is its name. A streamed training set starts again when it
-    ends, shuffled within a buffer. With `augmentation` training rows have an `augmentation_seed`. With `length_column`
-    all rows have a column of that name, the number of their characters, by which Trainer groups them.
+    ends, shuffled within a buffer. A row has all texts of its picture, or with `texts_per_image` so many: `row_seeds`
+    draws those of training, and evaluation has the first ones. With `augment` training rows have an
+    `augmentation_seed`. With `length_column` all rows have a column of that name, the number of their characters, by
+    which Trainer groups them.
 
     Raises:
         FileNotFoundError: no such file or folder.
         ValueError: no such split, no rows, a named column is missing (those that exist are listed) or called `index`;
-            augmentation of a feature cache; lengths of a stream.
+            a row without a text; augmentation of a feature cache; lengths of a stream.
     """
-    if augmentation is not None and is_cache(args.dataset):
+    if args.augment and is_cache(args.dataset):
         raise ValueError(
             f"augment changes pictures, and {args.dataset} is a feature cache, which has none: leave it out"
         )
@@ -69,10 +73,9 @@ def load_pairs(
     elif evaluate:
         source, split = args.eval_dataset or args.dataset, args.eval_split or "train"
         evaluation, open_evaluation = _numbered_rows(args, source, split)
-    check = not (args.skip_unreadable or args.dry_run)  # both find empty texts themselves, with all others
-    train, open_train = _one_row_per_text(train, open_train, args, check)
-    if evaluation is not None:
-        evaluation, open_evaluation = _one_row_per_text(evaluation, open_evaluation, args, check)
+    if not (args.skip_unreadable or args.dry_run):  # both find empty texts themselves, with all others
+        for rows in (train, evaluation):
+            _check_texts(rows, args.text_name)
     if length_column is not None:
         if args.streaming:
             raise ValueError("a stream cannot be grouped by length: its rows come one by one")
@@ -85,10 +88,11 @@ def load_pairs(
         train = train.repeat(None)
         if args.shuffle_buffer_size:
             train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer_size)
-        if augmentation is not None:
+        if row_seeds is not None:
             train = train.map(_with_visit, with_indices=True)
-    if augmentation is not None:
-        open_train = partial(augmentation.mark, open_batch=open_train)
+    if row_seeds is not None:
+        open_train = partial(row_seeds.mark, open_batch=open_train)
+        open_evaluation = partial(row_seeds.keep_first, open_batch=open_evaluation)
     return _lazily(train, open_train), None if evaluation is None else _lazily(evaluation, open_evaluation)
 
 
@@ -105,7 +109,9 @@ def _length(texts: dict[str, Any]) -> int:
     chat = texts.pop("messages", None)
     messages = [] if chat is None else messages_of(chat)
     values = [part.get("text", "") for message in messages for part in parts_of(message)]
-    return sum(len(str(value)) for value in (*values, *texts.values()))
+    for value in texts.values():
+        values += value if isinstance(value, list) else [value]
+    return sum(len(str(value)) for value in values)
 
 
 def load_rows(args: RowArguments, split: str) -> Rows:
@@ -139,7 +145,9 @@ def _numbered_rows(args: RowArguments, source: str, split: str) -> tuple[Rows, p
     if "index" in wanted:
         raise ValueError(f'{name}: the column "index" has to be renamed: row numbers go by that name')
 
-    dataset = undecoded(dataset.select_columns([*wanted, "index"] if cached else wanted))
+    own = ["index"] if cached else []
+    own += [IMAGE_ID] if IMAGE_ID in features and IMAGE_ID not in wanted else []
+    dataset = undecoded(dataset.select_columns([*wanted, *own]))
     if not isinstance(args.text_column, str):
         dataset = _joined(dataset, args.text_column, args.text_name)
     text = features.get(args.text_name)
@@ -151,7 +159,8 @@ def _numbered_rows(args: RowArguments, source: str, split: str) -> tuple[Rows, p
         dataset = numbered(dataset)
     labels = {args.text_name: text.names} if isinstance(text, ClassLabel) else {}
     openers = {image_column: open_image, "messages": partial(_open_chat, base=base)}
-    return dataset, partial(_open_batch, openers=openers, labels=labels)
+    numbered_by = None if cached else image_column
+    return dataset, partial(_open_batch, openers=openers, labels=labels, numbered_by=numbered_by)
 
 
 def load_rows_of_model(args: RowArguments, split: str | None, model: str) -> tuple[Rows, str]:
@@ -196,58 +205,13 @@ def _joined(dataset: Rows, columns: list[str], name: str) -> Rows:
     return dataset.map(lambda row: {name: [row[column] for column in columns]}, remove_columns=columns)
 
 
-def _one_row_per_text(
-    rows: Rows, open_batch: partial, args: DataArguments, check: bool
-) -> tuple[Rows, Callable[[dict], dict]]:
-    """Repeat each row that has a list of texts, once for each of them; without `check` one without a text gets None.
-
-    Raises:
-        ValueError: with `check`, a row without a text, or one whose text is none, with its number.
-    """
-    column = args.text_name
-    first = next(iter(rows.select_columns([column])), {}).get(column)
-    has_lists = isinstance(first, list) or isinstance((rows.features or {}).get(column), List)
-    if args.messages_column is not None or not has_lists:
-        if check and isinstance(rows, Dataset) and isinstance(rows.features[column], Value):
-            for number, text in zip(rows["index"][:], rows[column][:], strict=True):
-                _check_texts([text], number)
-        return rows, open_batch
-    if not isinstance(rows, Dataset):
-        return rows.map(_repeated, batched=True, batch_size=1, fn_kwargs={"column": column}), open_batch
-    texts, numbers = rows[column][:], rows["index"][:]
-    if check:
-        for number, values in zip(numbers, texts, strict=True):
-            _check_texts(values, number)
-    texts = [values or [None] for values in texts]
-    counts = [len(values) for values in texts]
-    repeated = {
-        "index": np.repeat(np.asarray(numbers), counts),
-        column: [text for values in texts for text in values],
-        _POSITION: np.repeat(np.arange(len(counts)), counts),
-    }
-    return Dataset.from_dict(repeated), partial(_open_repeated, rows=rows, column=column, open_batch=open_batch)
-
-
-def _repeated(batch: dict, column: str) -> dict:
-    ((values,), number) = batch[column], batch["index"][0]
-    _check_texts(values, number)
-    return {name: value * len(values) for name, value in batch.items()} | {column: values}
-
-
-def _check_texts(values: Any, number: int) -> None:
-    if not values:
-        raise ValueError(f"row {number} has no text: its list is {values!r}")
-    for position, text in enumerate(values):
-        which = "the text" if len(values) == 1 else f"text {position} of {len(values)}"
-        if text is not None and not isinstance(text, str):
-            raise TypeError(f"row {number}: {which} is a {type(text).__name__}, {text!r:.80}; a string is needed")
-        if text is None or not text.strip():
-            raise ValueError(f"row {number}: {which} is {'None' if text is None else 'empty'}")
-
-
-def _open_repeated(batch: dict, rows: Dataset, column: str, open_batch: Callable[[dict], dict]) -> dict:
-    """A batch of the data set that [`_one_row_per_text`] makes: the columns of the original rows, and one text."""
-    return open_batch(rows[batch[_POSITION]] | {name: batch[name] for name in batch if name != _POSITION})
+def _check_texts(rows: Rows | None, column: str) -> None:
+    """Raise ValueError or TypeError for the first row without a text, or with an empty one, with its number."""
+    if not isinstance(rows, Dataset) or not isinstance(rows.features.get(column), Value | List) or column == "messages":
+        return
+    for number, texts in zip(rows["index"][:], rows[column][:], strict=True):
+        with error_context(f"row {number}"):
+            texts_of(texts, column)
 
 
 def check_columns(existing: Collection[str], wanted: list[str], name: str) -> None:
@@ -273,7 +237,8 @@ def undecoded(dataset: Rows) -> Rows:
 
 def picture_opener(image_column: str, base: Path | None) -> Callable[[dict], dict]:
     """A transform for rows without texts: it leaves pictures in `image_column` that the processor can open."""
-    return partial(_open_batch, openers={image_column: partial(_open_picture, base=base)}, labels={})
+    openers = {image_column: partial(_open_picture, base=base)}
+    return partial(_open_batch, openers=openers, labels={}, numbered_by=image_column)
 
 
 def _undecoded(feature: Any) -> Any:
@@ -285,6 +250,14 @@ def _undecoded(feature: Any) -> Any:
     if isinstance(feature, dict):
         return {name: _undecoded(field) for name, field in feature.items()}
     return feature
+
+
+def image_id_of(picture: Any, index: int) -> int:
+    """A number that rows with the same file or URL share; of any other picture, one inside a file too, the row's."""
+    if isinstance(picture, dict) and picture.get("bytes") is None:
+        picture = picture.get("path")
+    is_name = isinstance(picture, str) and not picture.startswith("data:")
+    return picture_number(picture) if is_name else index
 
 
 def _lazily(dataset: Rows, open_batch: partial) -> Rows:
@@ -301,9 +274,17 @@ def _with_visit(row: dict, position: int) -> dict:
     return {**row, "visit": position}
 
 
-def _open_batch(batch: dict, openers: dict[str, Callable[..., Any]], labels: dict[str, list[str]]) -> dict:
-    """Prepare a batch (column -> values): pictures become openable by the processor or features, class labels names."""
+def _open_batch(
+    batch: dict, openers: dict[str, Callable[..., Any]], labels: dict[str, list[str]], numbered_by: str | None
+) -> dict:
+    """Prepare a batch (column -> values): pictures become openable by the processor or features, class labels names.
+
+    With the column `numbered_by`, of pictures, rows without an `image_id` get the one of their picture's file.
+    """
     opened = dict(batch)
+    if numbered_by in batch and "index" in batch and IMAGE_ID not in batch:
+        pictures = zip(batch[numbered_by], batch["index"], strict=True)
+        opened[IMAGE_ID] = [image_id_of(picture, index) for picture, index in pictures]
     numbers = batch.get("index", [None] * len(next(iter(batch.values()))))
     for column, open_value in openers.items():
         if column in batch:

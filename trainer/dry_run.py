@@ -24,7 +24,7 @@ from .collator import LengthError, LorgnetteCollator
 from .labelled_text import labelled_text, rows_of
 from .nan_guard import nan_guard
 from .run import Parts, load_parts, make_collator, make_trainer
-from .unreadable import CHECK_REPORT, EMPTY, is_empty, read_all, without
+from .unreadable import CHECK_REPORT, read_all, why_empty, without
 
 
 KINDS = {
@@ -113,7 +113,7 @@ class _Problem:
     """The kind of error that a row raises, its message, and whether `skip_unreadable` leaves it out; or None."""
 
     def __init__(self, collator: LorgnetteCollator, text_column: str):
-        self.collator, self.text_column, self.index = collator, text_column, None
+        self.collator, self.text_column = collator, text_column
 
     def __call__(self, read: Callable[[], dict[str, Any]]) -> tuple[str, str, bool] | None:
         try:
@@ -122,13 +122,11 @@ class _Problem:
             return "picture", str(error), True
         except (ValueError, TypeError) as error:
             return "text", str(error), isinstance(error, ValueError)
-        if self.index != row["index"]:  # texts of one picture are rows in succession: it is read once
-            self.collator.forget_images()
-            self.index = row["index"]
+        self.collator.forget_images()
         try:
-            if is_empty(row.get(self.text_column)):
-                return "text", EMPTY, True
-            images = self.collator.encode(row).images
+            if reason := why_empty(row.get(self.text_column)):
+                return "text", reason, True
+            images = self.collator.encode(row)[0].images  # those of all its questions
         except LengthError as error:
             return "length", str(error), False
         except (ValueError, TypeError) as error:

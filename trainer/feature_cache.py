@@ -3,9 +3,9 @@
     CACHE/vision_features.json                      its source and settings; `complete` once all shards exist
     CACHE/SPLIT/vision_features-00000-of-00003/     a shard, as `Dataset.save_to_disk` writes it
 
-A row has the columns of its source except pictures, `index` (its number in the source) and `vision_features`, the bytes
-of its `(L, E)` features: Arrow reads bytes fastest, and they can hold bfloat16. A row with several pictures has a list.
-Shards are memory-mapped, so a cache may be larger than memory.
+A row has the columns of its source except pictures, `index` (its number in the source), `image_id` (rows of one picture
+have one) and `vision_features`, the bytes of its `(L, E)` features: Arrow reads bytes fastest, and they can hold
+bfloat16. A row with several pictures has a list. Shards are memory-mapped, so a cache may be larger than memory.
 """
 
 import hashlib

@@ -107,13 +107,13 @@ class Plan:
 
     Attributes:
         held_out: rows for evaluation, 0 for none.
-        pairs: of a picture and a text, in training.
-        batch, at_once: pairs in a step, and of these in the model at the same time.
+        rows: of training, each a picture with its texts.
+        batch, at_once: rows in a step, and of these in the model at the same time.
         steps: an epoch.
     """
 
     held_out: int
-    pairs: int
+    rows: int
     batch: int
     at_once: int
     steps: int
@@ -125,12 +125,14 @@ def plan(rows: int, texts: float, at_once: int, hold_out: bool = True) -> Plan:
     held_out = 0
     if hold_out and rows >= FEWEST_TO_SPLIT:
         held_out = min(max(FEWEST_HELD_OUT, round(rows * SHARE_HELD_OUT)), MOST_HELD_OUT)
-    pairs = max(round((rows - held_out) * texts), 1)
-    batch = min(2 ** max(int(math.log2(pairs)) - 2, 1), LARGEST_BATCH, pairs)
-    at_once = min(at_once, batch)
-    steps = math.ceil(math.ceil(pairs / at_once) / (batch // at_once))
+    rows = max(rows - held_out, 1)
+    batch = min(2 ** max(int(math.log2(rows)) - 2, 1), LARGEST_BATCH, rows)
+    at_once = min(
+        max(2 ** int(math.log2(2 * at_once / (1 + texts))), 1), batch
+    )  # a picture costs about as much as a text
+    steps = math.ceil(math.ceil(rows / at_once) / (batch // at_once))
     epochs = 1 if steps > 5 * STEPS else min(max(math.ceil(STEPS / steps), 2), MOST_EPOCHS)
-    return Plan(held_out, pairs, batch, at_once, steps, epochs)
+    return Plan(held_out, rows, batch, at_once, steps, epochs)
 
 
 def recipe(args: InitArguments, contents: Contents, output_dir: str) -> str:
@@ -192,7 +194,7 @@ def _data_lines(
     if contents.messages_column is not None:
         lines.append((f"messages_column: {_yaml(contents.messages_column)}", "chats; training is on the last answer"))
     else:
-        texts = f"{contents.texts:.3g} texts a picture, each a row of training" if contents.texts > 1 else "its text"
+        texts = f"{contents.texts:.3g} texts a picture, learned together" if contents.texts > 1 else "its text"
         lines.append((f"text_column: {_yaml(contents.text_column)}", texts))
     if contents.query_column is not None:
         lines.append((f"query_column: {_yaml(contents.query_column)}", "each row's own prompt"))
@@ -223,8 +225,8 @@ def _training_lines(numbers: Plan, rows: int, output_dir: str, evaluates: bool) 
         (f"output_dir: {_yaml(output_dir)}", "the model, checkpoints and check.json"),
         (f"num_train_epochs: {numbers.epochs}", f"{numbers.steps} steps an epoch, {total} in all; the aim is {STEPS}, "
          f"in at most {MOST_EPOCHS} epochs"),
-        (f"per_device_train_batch_size: {numbers.at_once}", "pairs in the model at once; fewer if memory runs out"),
-        (f"gradient_accumulation_steps: {accumulation}", f"{numbers.batch} of {numbers.pairs} pairs a step"
+        (f"per_device_train_batch_size: {numbers.at_once}", "pictures in the model at once; fewer if memory runs out"),
+        (f"gradient_accumulation_steps: {accumulation}", f"{numbers.batch} of {numbers.rows} rows a step"
          f"{', so that an epoch has several steps' if numbers.batch < LARGEST_BATCH else ''}"),
         ("dataloader_drop_last: false", "no row is left out of an epoch"),
         (f"learning_rate: {rate[0]}", rate[1]),

@@ -40,6 +40,9 @@ def text_runs(
 def rows_of(batch: Mapping[str, torch.Tensor], processor: LorgnetteProcessor) -> list[list[list[str]]]:
     """The rows of a batch as runs, without padding. In stage 1 every token of a text is learned."""
     mask = batch["attention_mask"].bool() if "attention_mask" in batch else batch["sequence_ids"] != PADDING
+    if "text_ids" in batch:  # later texts repeat the prompt's last token
+        texts = batch["text_ids"]
+        mask = mask & ~((texts > 1) & (texts != texts.roll(1, dims=1)))
     rows = []
     for position, ids in enumerate(batch["input_ids"]):
         ids, present = ids[mask[position]], mask[position]

@@ -14,7 +14,6 @@ from transformers.utils import logging as transformers_logging
 from ..assembly.checkpoint_names import accept_names_in_files
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import COMMON_OPTIONS, TRAINING_DEFAULTS, BackboneArguments, DataArguments
-from .augmentation import AugmentationSeeds
 from .checkpoints import check_backbones, checkpoint_to_resume, train_from
 from .collator import LorgnetteCollator
 from .data import load_pairs
@@ -27,6 +26,7 @@ from .process import warn_of_missing_processes
 from .progress import LastLogCallback, LossPartsCallback, summarise
 from .provenance import write_held_out, write_training_data
 from .recipe import parse_recipe
+from .row_seeds import RowSeeds
 from .unreadable import leave_out_unreadable
 
 
@@ -115,7 +115,7 @@ class Parts:
     model: PreTrainedModel
     processor: LorgnetteProcessor
     splits: dict[str, Any]  # `train`, and `eval` if there is evaluation
-    augmentation: AugmentationSeeds | None
+    row_seeds: RowSeeds | None
     held_out: Dataset | None  # the rows of `eval_fraction`, with or without evaluation
 
 
@@ -134,13 +134,16 @@ def load_parts(
         logger.warning("Evaluation data are set, but eval_strategy is `no`: there will be no evaluation.")
     with training_args.main_process_first(desc="loading the dataset"):
         seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
-        augmentation = AugmentationSeeds(seed) if data_args.augment else None
+        row_seeds = None
+        if data_args.augment or data_args.num_texts is not None:
+            columns = [name for name in (data_args.text_name, data_args.query_column) if name is not None]
+            row_seeds = RowSeeds(seed, augment=data_args.augment, texts=data_args.num_texts, columns=columns)
         grouped = training_args.train_sampling_strategy == "group_by_length"
         train_dataset, eval_dataset = load_pairs(
             data_args,
             evaluate=evaluate,
             seed=seed,
-            augmentation=augmentation,
+            row_seeds=row_seeds,
             length_column=training_args.length_column_name if grouped else None,
         )
     model, processor = build()
@@ -150,7 +153,7 @@ def load_parts(
             check_cache(source, model, processor.image_processor)
     splits = {"train": train_dataset} | ({"eval": eval_dataset} if evaluate else {})
     held_out = None if data_args.eval_fraction is None else eval_dataset
-    return Parts(model, processor, splits, augmentation, held_out)
+    return Parts(model, processor, splits, row_seeds, held_out)
 
 
 def make_collator(parts: Parts, data_args: DataArguments) -> LorgnetteCollator:
@@ -183,7 +186,7 @@ def make_trainer(
         eval_dataset=eval_dataset,
         data_collator=make_collator(parts, data_args),
         processing_class=parts.processor,  # saved with every checkpoint
-        callbacks=[CleanPush(), *([parts.augmentation] if parts.augmentation is not None else [])],
+        callbacks=[CleanPush(), *([parts.row_seeds] if parts.row_seeds is not None else [])],
     )
     # ahead of callbacks that print, and of trackers: these read what ours add to the logs
     trainer.callback_handler.callbacks[:0] = [LastLogCallback(), LossPartsCallback()]

@@ -8,8 +8,11 @@ from transformers import Trainer, TrainingArguments
 from ..modeling.modeling_retrieval import LorgnetteForImageTextRetrieval
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import DataArguments, Stage1Arguments
+from .data import IMAGE_ID, image_id_of
 from .dry_run import dry_run
+from .feature_cache import COLUMN
 from .run import check_arguments, parse, train
+from .texts import picture_number
 
 
 def main(argv: list[str], prog: str = "python -m lorgnette.trainer stage1") -> None:
@@ -30,12 +33,19 @@ def check_negatives(data_args: DataArguments, trainer: Trainer) -> None:
     """Check that batches known in advance have negatives: the last of an epoch, and those of evaluation.
 
     Raises:
-        ValueError: the last batch would hold one pair; or an evaluation batch, in the rows' order, would hold only one
-            caption; with the numbers.
+        ValueError: the last batch would hold one pair; or an evaluation batch, in the rows' order, would hold one
+            picture, or only one caption; with the numbers. A feature cache without `image_id`.
     """
     args, config = trainer.args, trainer.model.config
     if not (config.itc_weight or config.itm_weight):
         return
+    for rows in (trainer.train_dataset, trainer.eval_dataset):
+        columns = (rows.column_names if rows is not None else None) or ()
+        if COLUMN in columns and IMAGE_ID not in columns:
+            raise ValueError(
+                f"the feature cache {data_args.dataset} does not say which of its rows have the same picture, as caches "
+                "of earlier versions do not: write it again (lorgnette cache …)"
+            )
     if isinstance(trainer.train_dataset, Dataset) and args.world_size == 1 and not args.dataloader_drop_last:
         rows, size = len(trainer.train_dataset), args.train_batch_size
         whole, left = divmod(rows, size)
@@ -46,22 +56,37 @@ def check_negatives(data_args: DataArguments, trainer: Trainer) -> None:
                 "Set dataloader_drop_last, or change per_device_train_batch_size"
             )
     if isinstance(trainer.eval_dataset, Dataset) and args.train_sampling_strategy != "group_by_length":
-        _check_in_order(trainer.eval_dataset, data_args.text_name, args)
+        _check_in_order(trainer.eval_dataset, data_args, args)
 
 
-def _check_in_order(rows: Dataset, text_column: str, args: TrainingArguments) -> None:
+def _check_in_order(rows: Dataset, data_args: DataArguments, args: TrainingArguments) -> None:
     columns = rows.with_format(None)
-    texts, numbers = columns[text_column][:], columns["index"][:]
+    texts, numbers = columns[data_args.text_name][:], columns["index"][:]
+    pictures = _image_ids(columns, data_args.image_column)
     size = args.eval_batch_size * args.world_size
     # an incomplete last batch is dropped, or filled up with several processes
     smallest = size if args.dataloader_drop_last or args.world_size > 1 else 1
     for start in range(0, len(texts) - smallest + 1, size):
-        batch = texts[start : start + size]
-        if all(text == batch[0] for text in batch):
+        captions: dict[int, set[str]] = {}  # of each picture
+        for picture, text in zip(pictures[start : start + size], texts[start : start + size], strict=True):
+            captions.setdefault(picture, set()).update(text if isinstance(text, list) else [text])
+        if all(each == captions[pictures[start]] for each in captions.values()):
+            what = "one picture" if len(captions) == 1 else "one caption"
             raise ValueError(
-                f"evaluation reads its rows in order, and a batch of it, {len(batch)} from row {numbers[start]} on, "
-                "has one caption alone: there are no negatives. Shuffle the rows, or change per_device_eval_batch_size"
+                f"evaluation reads its rows in order, and a batch of it, {min(size, len(texts) - start)} from row "
+                f"{numbers[start]} on, has {what} alone: there are no negatives. Shuffle the rows, or change "
+                "per_device_eval_batch_size"
             )
+
+
+def _image_ids(rows: Dataset, image_column: str) -> list[int]:
+    """The pictures' numbers; those inside a file are different ones, and are not read."""
+    if IMAGE_ID in rows.column_names:
+        return [picture_number(value) for value in rows[IMAGE_ID][:]]
+    first = rows[0][image_column]
+    if isinstance(first, dict) and first.get("bytes") is not None:
+        return rows["index"][:]
+    return [image_id_of(row[image_column], row["index"]) for row in rows.select_columns([image_column, "index"])]
 
 
 def build(args: Stage1Arguments) -> tuple[LorgnetteForImageTextRetrieval, LorgnetteProcessor]:

@@ -1,9 +1,8 @@
 """Stage 2: between a frozen ViT and a frozen LM, Q-Former, projector and LoRA learn to put pictures into words."""
 
 import logging
-from collections.abc import Iterable
 from functools import partial
-from itertools import groupby, islice
+from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedConfig, Trainer, TrainingArguments
@@ -50,20 +49,10 @@ def prepare(model_args: Stage2Arguments, data_args: DataArguments, trainer: Trai
     columns = {"image_column": data_args.image_column, "text_column": data_args.text_name}
     columns["query_column"] = data_args.query_column
     if trainer.eval_dataset is not None and model_args.sample_answers:
-        rows = pictures_of(trainer.eval_dataset, columns["text_column"], model_args.sample_answers)
+        rows = list(islice(trainer.eval_dataset, model_args.sample_answers))
         trainer.add_callback(SamplesCallback(trainer, rows, columns))
     if model_args.generate_metrics:
         measure_texts(model_args, columns, trainer)
-
-
-def pictures_of(rows: Iterable[dict[str, Any]], text_column: str, count: int) -> list[dict[str, Any]]:
-    """The first `count` pictures of evaluation rows, each with all its texts, which have followed one another."""
-    found = []
-    for _, group in islice(groupby(enumerate(rows), key=lambda item: item[1].get("index", item[0])), count):
-        same = [row for _, row in group]
-        texts = [row[text_column] for row in same]
-        found.append(same[0] | ({text_column: texts} if len(same) > 1 else {}))
-    return found
 
 
 def measure_texts(model_args: Stage2Arguments, columns: dict[str, Any], trainer: Trainer) -> None:
@@ -71,7 +60,7 @@ def measure_texts(model_args: Stage2Arguments, columns: dict[str, Any], trainer:
     trainer.add_callback(
         GenerateMetricsCallback(
             trainer.processing_class,
-            pictures_of(trainer.eval_dataset, columns["text_column"], model_args.generate_samples),
+            list(islice(trainer.eval_dataset, model_args.generate_samples)),
             metrics=model_args.generate_metrics,
             decoding=model_args.generate_decoding,
             batch_size=trainer.args.per_device_eval_batch_size,

@@ -158,8 +158,8 @@ class _Reason:
     def __call__(self, read: Callable[[], dict[str, Any]]) -> str | None:
         try:
             row = read()
-            if self.text_column is not None and is_empty(row.get(self.text_column)):
-                return EMPTY
+            if self.text_column is not None and (reason := why_empty(row.get(self.text_column))):
+                return reason
             for picture in self._pictures(row):
                 self.load_image(picture)
         except (OSError, ValueError) as error:
@@ -176,8 +176,11 @@ class _Reason:
         return own + (value if isinstance(value, list) else [value])
 
 
-def is_empty(text: Any) -> bool:
-    """Whether a text, or the last message of a chat, is nothing but white space."""
+def why_empty(text: Any) -> str | None:
+    """What is nothing but white space: a text, one of several, or the last message of a chat; None if nothing is."""
+    if isinstance(text, list) and text and not isinstance(text[0], dict):
+        places = [place for place, each in enumerate(text) if why_empty(each)]
+        return f"text {places[0]} of {len(text)} is empty" if places else None
     if isinstance(text, list) and text:
         text = "".join(part.get("text") or "<image>" for part in parts_of(messages_of(text)[-1]))
-    return text is None or text == [] or (isinstance(text, str) and not text.strip())
+    return EMPTY if text is None or text == [] or (isinstance(text, str) and not text.strip()) else None

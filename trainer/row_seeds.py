@@ -1,0 +1,65 @@
+"""Random choices for a training row: its crop, and which of its texts are used. They are new in each epoch.
+
+A resumed data loader would draw other numbers from the global generators, since it fetches batches ahead. So each row
+gets its own generator, seeded with the run's seed, the epoch and the row.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class RowSeeds(TrainerCallback):
+    """Makes the random choices of each training row, anew in each epoch.
+
+    Args:
+        seed: of the run.
+        augment: rows get an `augmentation_seed`, with which the collator crops and mirrors their pictures.
+        texts: how many texts of a picture a row keeps; None keeps all.
+        columns: those with lists of texts; of several the same places are kept.
+    """
+
+    def __init__(self, seed: int, *, augment: bool, texts: int | None, columns: Sequence[str]):
+        self.seed, self.augment, self.texts, self.columns = seed, augment, texts, columns
+        self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # data loader workers may outlive an epoch
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.epoch.fill_(int(state.epoch or 0))
+
+    def mark(self, batch: dict[str, list], open_batch: Callable[[dict], dict]) -> dict[str, list]:
+        """Open the rows, and make their choices.
+
+        A stream has one endless epoch; `visit`, the position in it, distinguishes its repetitions.
+        """
+        visits = batch.get("visit", [0] * len(batch["index"]))
+        seeds = [[self.seed, self.epoch.item(), *row] for row in zip(batch["index"], visits, strict=True)]
+        opened = open_batch(batch)
+        if self.texts is not None:
+            self._keep(opened, lambda row, given: _drawn(seeds[row], given, self.texts))
+        return opened | ({"augmentation_seed": seeds} if self.augment else {})
+
+    def keep_first(self, batch: dict[str, list], open_batch: Callable[[dict], dict]) -> dict[str, list]:
+        """Open rows of evaluation, which keep the first `texts` of each picture."""
+        opened = open_batch(batch)
+        if self.texts is not None:
+            self._keep(opened, lambda _, given: range(min(self.texts, given)))
+        return opened
+
+    def _keep(self, batch: dict[str, list], places: Callable[[int, int], Sequence[int]]) -> None:
+        """Of lists keep the values at `places(row, how many there are)`."""
+        for column in self.columns:
+            batch[column] = [
+                [values[place] for place in places(row, len(values))] if isinstance(values, list) else values
+                for row, values in enumerate(batch[column])
+            ]
+
+
+def _drawn(seed: list[int], given: int, count: int) -> list[int]:
+    """Which `count` of `given` texts are used, in order. Crops are drawn from the same seed without the last number."""
+    generator = np.random.default_rng([*seed, 1])
+    return sorted(generator.choice(given, size=min(count, given), replace=False).tolist())
