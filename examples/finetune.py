@@ -1,6 +1,6 @@
 """Join a ViT and a language model, train captioning with the stock Trainer, and save the result."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from datasets import Image, load_dataset
 from transformers import HfArgumentParser, Trainer, TrainingArguments
@@ -14,7 +14,7 @@ class Options:
     text: str = "HuggingFaceTB/SmolLM2-360M-Instruct"
     qformer: str = "google-bert/bert-base-uncased"  # initial weights of the Q-Former
     dataset: str = "jxie/flickr8k"
-    text_column: str = "caption_0"
+    text_columns: list[str] = field(default_factory=lambda: [f"caption_{n}" for n in range(5)])  # of one picture
     output_dir: str = "out/finetune"
     max_steps: int = 1000
     bf16: bool = False
@@ -28,6 +28,8 @@ model = LorgnetteForConditionalGeneration.from_backbones(
 rows = load_dataset(options.dataset, split="train")
 rows = rows.cast_column("image", Image(decode=False))  # the processor decodes
 rows = rows.add_column("index", list(range(len(rows))))  # errors then name the row
+texts = zip(*(rows[column] for column in options.text_columns), strict=True)
+rows = rows.add_column("texts", list(map(list, texts)))  # all texts of a picture are learned together
 
 trainer = Trainer(
     model=model,
@@ -40,7 +42,7 @@ trainer = Trainer(
         remove_unused_columns=False,  # the collator reads the dataset's columns
     ),
     train_dataset=rows,
-    data_collator=LorgnetteCollator(processor, text_column=options.text_column),
+    data_collator=LorgnetteCollator(processor, text_column="texts"),
     processing_class=processor,
 )
 trainer.train()

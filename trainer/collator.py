@@ -289,7 +289,7 @@ class LorgnetteCollator:
         """A row of stage 2, with functions that load the images."""
         texts: list[str | None] = [None]
         if row.get("messages") is not None:
-            if isinstance(row.get(self.text_column), (list, tuple)):
+            if self.text_column != "messages" and isinstance(row.get(self.text_column), (list, tuple)):
                 raise ValueError(f"the row has messages and a list of texts in '{self.text_column}': leave one out")
             messages, output, images = self._chat(row)
             query = query_in(messages)

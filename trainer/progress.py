@@ -1,6 +1,7 @@
 """What a run reports besides Trainer's own figures: losses of stage 1 apart, sample answers, a summary at the end."""
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,21 +27,29 @@ SAMPLES, THUMBNAILS = "samples.md", "samples"
 _LONGER_SIDE = 160  # pixels, of a thumbnail
 
 
-class LossPartsCallback(TrainerCallback):
-    """Adds `loss_itc`, `loss_itm` and `loss_itg` of stage 1 to the logged training loss: means over the same steps."""
+class StepFiguresCallback(TrainerCallback):
+    """Adds to the logged training loss, over the same steps, what Trainer does not know.
+
+    `loss_itc`, `loss_itm` and `loss_itg` of stage 1 are means. `texts_per_second`, of all processes, counts the texts
+    that were learned, of which a row may have several; the time is without evaluations and saves.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
         self.count = 0
+        self.texts: torch.Tensor | int = 0
+        self.started = self.step_ended = time.perf_counter()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: torch.nn.Module, **_: Any
     ) -> None:
-        self.handle = model.register_forward_hook(self._add)
+        self.handle = model.register_forward_hook(self._add, with_kwargs=True)
+        self.started = time.perf_counter()
 
     @torch.compiler.disable  # keeps the hook out of the compiled graph
-    def _add(self, model: torch.nn.Module, _: tuple, outputs: Any) -> None:
+    def _add(self, model: torch.nn.Module, _: tuple, inputs: dict[str, Any], outputs: Any) -> None:
         if model.training:
+            self.texts = self.texts + count_texts(inputs)
             parts = {name: value for name, value in outputs.items() if name.startswith("loss_")}
             self.sums = {name: self.sums.get(name, 0) + value.detach().float() for name, value in parts.items()}
             self.count += 1
@@ -62,12 +71,38 @@ class LossPartsCallback(TrainerCallback):
                 dist.all_reduce(mean)
                 mean /= dist.get_world_size()
             parts[name] = round(mean.item(), 4)
-        self.sums, self.count = {}, 0
+        texts = torch.as_tensor(self.texts, dtype=torch.float32, device=args.device)
+        if in_process_group():
+            dist.all_reduce(texts)
+        now = time.perf_counter()
+        parts["texts_per_second"] = round(texts.item() / (now - self.started), 2)
+        self.sums, self.count, self.texts, self.started = {}, 0, 0, now
         logs.update(parts)
         state.log_history[-1].update(parts)
 
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.step_ended = time.perf_counter()
+
+    def _leave_out(self, *_: Any, **__: Any) -> None:
+        now = time.perf_counter()
+        self.started, self.step_ended = self.started + now - self.step_ended, now
+
+    on_evaluate = on_save = _leave_out
+
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.handle.remove()
+
+
+def count_texts(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | int:
+    """The texts of a training batch, as a tensor where its values have to tell: reading them would wait for a GPU."""
+    if (texts := batch.get("text_ids")) is not None:  # a text begins where the number changes, and with each sequence
+        ids = torch.stack([batch["sequence_ids"], texts])
+        starts = (ids != ids.roll(1, dims=2)).any(dim=0)
+        starts[:, 0] = True
+        return (starts & (texts > 0)).sum()
+    if (sequences := batch.get("sequence_ids")) is not None:
+        return sequences.max() + 1
+    return len(batch["input_ids"])
 
 
 class LastLogCallback(TrainerCallback):

@@ -23,7 +23,7 @@ from .messages import set_up_logging
 from .nan_guard import nan_guard
 from .precision import default_mixed_precision, has_bf16_hardware
 from .process import warn_of_missing_processes
-from .progress import LastLogCallback, LossPartsCallback, summarise
+from .progress import LastLogCallback, StepFiguresCallback, summarise
 from .provenance import write_held_out, write_training_data
 from .recipe import parse_recipe
 from .row_seeds import RowSeeds
@@ -189,7 +189,7 @@ def make_trainer(
         callbacks=[CleanPush(), *([parts.row_seeds] if parts.row_seeds is not None else [])],
     )
     # ahead of callbacks that print, and of trackers: these read what ours add to the logs
-    trainer.callback_handler.callbacks[:0] = [LastLogCallback(), LossPartsCallback()]
+    trainer.callback_handler.callbacks[:0] = [LastLogCallback(), StepFiguresCallback()]
     if prepare is not None:
         prepare(trainer)
     return trainer

@@ -43,8 +43,8 @@ def check_negatives(data_args: DataArguments, trainer: Trainer) -> None:
         columns = (rows.column_names if rows is not None else None) or ()
         if COLUMN in columns and IMAGE_ID not in columns:
             raise ValueError(
-                f"the feature cache {data_args.dataset} does not say which of its rows have the same picture, as caches "
-                "of earlier versions do not: write it again (lorgnette cache …)"
+                f"the feature cache {data_args.dataset} does not say which of its rows have the same picture, as "
+                "caches of earlier versions do not: write it again (lorgnette cache …)"
             )
     if isinstance(trainer.train_dataset, Dataset) and args.world_size == 1 and not args.dataloader_drop_last:
         rows, size = len(trainer.train_dataset), args.train_batch_size

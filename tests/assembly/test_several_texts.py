@@ -38,9 +38,7 @@ def pairs() -> dict[str, torch.Tensor]:
     for number, (prompt, texts) in enumerate(ROWS):
         for text in texts:
             ids = prompt + text
-            made.append(
-                {"input_ids": ids, "labels": [-100] * len(prompt) + text, "attention_mask": [1] * len(ids)}
-            )
+            made.append({"input_ids": ids, "labels": [-100] * len(prompt) + text, "attention_mask": [1] * len(ids)})
             shown.append(number)
     return _batch(made, pictures()[shown])
 
@@ -156,9 +154,9 @@ def test_a_text_begins_with_the_embedding_of_the_prompts_end():
 
 def test_what_cannot_be_kept_apart_is_refused():
     built, batch = model(), together()
+    wrong = batch["text_ids"].clone()
+    wrong[1] = torch.tensor([0, 2, 1])[wrong[1]]
     with pytest.raises(ValueError, match=r"count its texts from 1; those of sequence 1 are \[0, 2, 1\]"):
-        wrong = batch["text_ids"].clone()
-        wrong[1] = torch.tensor([0, 2, 1])[wrong[1]]
         built(**batch | {"text_ids": wrong})
     with pytest.raises(ValueError, match="text_ids are given without the sequence_ids"):
         built(**{name: value for name, value in batch.items() if name != "sequence_ids"})

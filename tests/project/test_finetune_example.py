@@ -23,7 +23,7 @@ def run(tmp_path, monkeypatch):
     write_pairs(tmp_path / "pictures")
     tiny_models.bert().save_pretrained(tmp_path / "bert")
     options = f"--vision {vision} --text {text} --qformer {tmp_path}/bert --dataset {tmp_path}/pictures"
-    options += f" --text_column text --max_steps 2 --output_dir {tmp_path}/out"
+    options += f" --text_columns text --max_steps 2 --output_dir {tmp_path}/out"
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("sys.argv", [str(EXAMPLE), *options.split()])
     return partial(runpy.run_path, str(EXAMPLE), run_name="__main__")

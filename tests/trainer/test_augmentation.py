@@ -10,8 +10,13 @@ from transformers import TrainerState, set_seed
 
 from lorgnette import LorgnetteCollator
 from lorgnette.trainer.arguments import DataArguments
-from lorgnette.trainer.augmentation import AugmentationSeeds, augment
+from lorgnette.trainer.augmentation import augment
 from lorgnette.trainer.data import load_pairs
+from lorgnette.trainer.row_seeds import RowSeeds
+
+
+def row_seeds() -> RowSeeds:
+    return RowSeeds(0, augment=True, texts=None, columns=[])
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +54,11 @@ def test_parts_and_mirror_images_are_drawn_as_blip2_does():
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_training_rows_alone_change_and_each_time_otherwise(backbones, tmp_path, streaming):
-    folder, seeds = write_pairs(tmp_path / "pictures"), AugmentationSeeds(0)
+    folder, seeds = write_pairs(tmp_path / "pictures"), row_seeds()
     data = DataArguments(
         dataset=str(folder), eval_split="train", streaming=streaming, shuffle_buffer_size=0, augment=True
     )
-    train, evaluation = load_pairs(data, evaluate=True, seed=0, augmentation=seeds)
+    train, evaluation = load_pairs(data, evaluate=True, seed=0, row_seeds=seeds)
     collator = LorgnetteCollator(joined(backbones)[1])
 
     def pixels(rows, skip=0):
@@ -82,8 +87,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(backbones, tmp_path, settings):
 
     def run(folder, seed, augmented=True):
         set_seed(seed)
-        seeds = AugmentationSeeds(0) if augmented else None
-        rows, _ = load_pairs(data, evaluate=False, seed=0, augmentation=seeds)
+        seeds = row_seeds() if augmented else None
+        rows, _ = load_pairs(data, evaluate=False, seed=0, row_seeds=seeds)
         saving = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
         batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}  # an epoch is three steps
         built = trainer(*joined(backbones), folder, rows=rows, **batches, **saving, **settings)
@@ -108,4 +113,4 @@ def test_a_resumed_run_is_the_uninterrupted_one(backbones, tmp_path, settings):
 def test_a_cache_has_nothing_to_augment(tmp_path):
     (tmp_path / "vision_features.json").write_text("{}")
     with pytest.raises(ValueError, match=r"augment changes pictures, and .* is a feature cache"):
-        load_pairs(DataArguments(dataset=str(tmp_path)), evaluate=False, seed=0, augmentation=AugmentationSeeds(0))
+        load_pairs(DataArguments(dataset=str(tmp_path), augment=True), evaluate=False, seed=0, row_seeds=row_seeds())
