@@ -126,7 +126,7 @@ def plan(rows: int, texts: float, at_once: int, hold_out: bool = True) -> Plan:
     if hold_out and rows >= FEWEST_TO_SPLIT:
         held_out = min(max(FEWEST_HELD_OUT, round(rows * SHARE_HELD_OUT)), MOST_HELD_OUT)
     rows = max(rows - held_out, 1)
-    batch = min(2 ** max(int(math.log2(rows)) - 2, 1), LARGEST_BATCH, rows)
+    batch = min(2 ** max(int(math.log2(rows)) - 2, 1), 2 ** int(math.log2(max(LARGEST_BATCH / texts, 1))), rows)
     at_once = min(
         max(2 ** int(math.log2(2 * at_once / (1 + texts))), 1), batch
     )  # a picture costs about as much as a text
@@ -226,8 +226,7 @@ def _training_lines(numbers: Plan, rows: int, output_dir: str, evaluates: bool) 
         (f"num_train_epochs: {numbers.epochs}", f"{numbers.steps} steps an epoch, {total} in all; the aim is {STEPS}, "
          f"in at most {MOST_EPOCHS} epochs"),
         (f"per_device_train_batch_size: {numbers.at_once}", "pictures in the model at once; fewer if memory runs out"),
-        (f"gradient_accumulation_steps: {accumulation}", f"{numbers.batch} of {numbers.rows} rows a step"
-         f"{', so that an epoch has several steps' if numbers.batch < LARGEST_BATCH else ''}"),
+        (f"gradient_accumulation_steps: {accumulation}", f"{numbers.batch} of {numbers.rows} rows a step"),
         ("dataloader_drop_last: false", "no row is left out of an epoch"),
         (f"learning_rate: {rate[0]}", rate[1]),
         ("lr_scheduler_type: cosine", "falls to 0 at the end"),

@@ -140,7 +140,7 @@ def test_numbers_in_place_of_texts(check, tmp_path):
         "position": 3,
         "kind": "text",
         "skippable": False,
-        "reason": "column 'text' holds a int, not a string",
+        "reason": "column 'text' holds a int, 3; a string is needed",
     }
     assert "… and 7 more" in output
     assert "skip_unreadable" not in output
@@ -153,13 +153,13 @@ def test_texts_in_lists_and_an_evaluation_split(check, tmp_path):
     texts[8] = {"text": []}
     rows = write_rows(tmp_path / "rows", texts)
     status, report, _ = check(rows)
-    assert (status, report["rows"]) == (1, {"train": 23})
+    assert (status, report["rows"]) == (1, {"train": 12})
     assert [(row["index"], row["position"], row["reason"]) for row in report["bad"]] == [
-        (3, 7, "the text is empty"),
-        (8, 16, "the text is empty"),
+        (3, 3, "text 1 of 2 is empty"),
+        (8, 8, "the text is empty"),
     ]
     status, report, _ = check(rows, "--skip_unreadable", "--eval_fraction", "0.25", "--eval_strategy", "epoch")
-    assert (status, sum(report["rows"].values()), report["left_out"]) == (0, 23, 2)
+    assert (status, sum(report["rows"].values()), report["left_out"]) == (0, 12, 2)
 
 
 def test_chats(check, tmp_path):

@@ -101,7 +101,7 @@ class TestColumns:
     def test_stage_1(self):
         processor = LorgnetteProcessor.from_backbones(tiny.image_processor(), None, qformer=tiny.bert_tokenizer())
         batch = LorgnetteCollator(processor)([{**row, "index": 3} for row in ROWS])
-        assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "row_index"}
+        assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "row_index", "image_ids"}
         assert processor.decode(batch["input_ids"][0]) == "[CLS] a cat. [SEP]" + " [PAD]" * int(
             (1 - batch["attention_mask"][0]).sum()
         )
@@ -164,8 +164,8 @@ class TestBadRows:
         [
             ({"image": tiny.picture(), "text": ""}, ValueError, "'text' is empty"),
             ({"image": tiny.picture(), "text": " \n"}, ValueError, "'text' is empty"),
-            ({"image": tiny.picture(), "text": None}, TypeError, "'text' holds a NoneType"),
-            ({"image": tiny.picture(), "text": ["a", "b"]}, TypeError, "'text' holds a list"),
+            ({"image": tiny.picture(), "text": None}, ValueError, "'text' is None"),
+            ({"image": tiny.picture(), "text": ["a", 5]}, TypeError, "'text', text 1 of 2, holds a int, 5"),
             ({"image": tiny.picture(), "caption": "a"}, ValueError, r"no column 'text', only \['caption', 'image'"),
             ({"text": "a"}, ValueError, "no column 'image'.*remove_unused_columns=False"),
             ({"image": None, "text": "a"}, ValueError, "the image is None"),
@@ -184,7 +184,7 @@ class TestBadRows:
             ({"text": " "}, "'text' is empty"),
             ({"text": "\u200b"}, "'text' is '\\\\u200b', which the tokenizer turns into no tok"),  # a space of no width
             ({"text": "the cat the cat"}, "6 tokens are more than the maximum of 5"),
-            ({"image": [tiny.picture(), tiny.picture()]}, "2 images; stage 1 needs one image and one text"),
+            ({"image": [tiny.picture(), tiny.picture()]}, "2 images; stage 1 needs one image and its texts"),
         ],
     )
     def test_pairs_that_stage_1_cannot_learn_from(self, row, message):

@@ -85,7 +85,7 @@ def test_every_form_gives_the_same_rows(folder, write, streaming):
     assert isinstance(train, IterableDataset if streaming else Dataset)
     assert [row["index"] for row in rows] == [0, 1, 2, 3]
     assert [row["caption"] for row in rows] == TEXTS
-    assert set(rows[0]) == {"image", "caption", "index"}
+    assert set(rows[0]) == {"image", "caption", "index", "image_id"}
     for number, row in enumerate(rows):
         assert load_image(row["image"]).tobytes() == picture(number).tobytes()
 

@@ -114,11 +114,11 @@ def test_training_on_the_cache_is_training_on_the_pictures(
 
 def test_rows_keep_their_columns_and_numbers(cache):
     shard = load_from_disk(next(cache.glob("train/*-00001-of-00003")))
-    assert set(shard.column_names) == {"text", "extra", "index", "vision_features"}
+    assert set(shard.column_names) == {"text", "extra", "index", "image_id", "vision_features"}
     assert (shard["index"][:], shard["extra"][:], shard["text"][:]) == ([4, 5, 6, 7], [4, 5, 6, 7], CAPTIONS[4:8])
     train, evaluation = load_pairs(DataArguments(dataset=str(cache), eval_split="test"), evaluate=True, seed=0)
     assert (len(train), len(evaluation)) == (10, 4)
-    assert set(train[5]) == {"vision_features", "text", "index"}
+    assert set(train[5]) == {"vision_features", "text", "index", "image_id"}
     assert train[5]["vision_features"].dtype == torch.float16
     assert train[5]["vision_features"].shape == (17, 24)
     parts, _ = load_pairs(DataArguments(dataset=str(cache), eval_fraction=0.5), evaluate=True, seed=0)
@@ -135,7 +135,7 @@ def test_an_error_in_training_names_the_row_of_the_source(backbones, pictures, t
     )
     rows.save_to_disk(tmp_path / "rows")
     cache = write(backbones[0], tmp_path / "rows", tmp_path / "cache")
-    with pytest.raises(ValueError, match="row 2: the text is empty"):
+    with pytest.raises(ValueError, match="row 2: column 'text' is empty"):
         losses("stage2", backbones, cache, tmp_path / "out", "--eval_strategy", "no")
 
 

@@ -105,9 +105,10 @@ def test_the_recipe_trains_as_it_stands(tmp_path, parts, capsys, write, count):
     assert (training.eval_strategy != "no") == (data.eval_fraction is not None) == (count >= 20)
     if data.eval_fraction is not None:
         assert 8 <= data.eval_fraction * count + 1e-3 <= 9
-    pairs = (count if data.eval_fraction is None else count - 8) * (5 if write is write_coco else 1)
+    rows = count if data.eval_fraction is None else count - 8
     size = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    assert pairs / size >= 3
+    assert rows / size >= 3
+    assert size <= (6 if write is write_coco else 32)
     folder = f"out/{'my-pictures' if write is write_pairs else source.stem}"
     assert training.output_dir == folder
     for command in ("check stage2 --config recipe.yaml", "train stage2 --config recipe.yaml", f"caption {folder} "):
@@ -117,7 +118,7 @@ def test_the_recipe_trains_as_it_stands(tmp_path, parts, capsys, write, count):
     main(["check", "stage2", *run])
     report = json.loads(Path(folder, "check.json").read_text())
     assert report["bad"] == []
-    assert sum(report["rows"].values()) == count * (5 if write is write_coco else 1)
+    assert sum(report["rows"].values()) == count
     main(["stage2", *run])
     assert Path(folder, "config.json").exists()
 
@@ -177,7 +178,7 @@ def test_rows_fill_batches(rows, texts_each, at_once):
     numbers = plan(rows, texts_each, at_once)
     assert numbers.held_out == 0 if rows < 20 else 8 <= numbers.held_out <= MOST_HELD_OUT
     assert numbers.at_once <= at_once
-    assert numbers.batch <= max(numbers.pairs, 1)
+    assert numbers.batch <= max(numbers.rows, 1)
     assert numbers.batch % numbers.at_once == 0
     assert numbers.batch in (1, 2) or numbers.steps >= 4
     assert 1 <= numbers.epochs <= 30

@@ -293,11 +293,16 @@ def test_retrieval_is_refused_behind_a_launcher_of_several(tmp_path):
     [
         ("aabb", {}, r"a batch of it, 2 from row 10 on, has one caption alone"),
         ("abbb", {}, "2 from row 12 on"),
-        ("aba", {}, "1 from row 12 on"),
+        ("aba", {}, "1 from row 12 on, has one picture alone"),
         ("aba", {"dataloader_drop_last": True}, None),
         ("aabb", {"per_device_eval_batch_size": 4}, None),
         ("aabb", {"train_sampling_strategy": "group_by_length"}, None),
         ("abab", {}, None),
+        ("abcd", {"rows_of_a_picture": 2}, "2 from row 10 on, has one picture alone"),
+        ("abcd", {"rows_of_a_picture": 2, "per_device_eval_batch_size": 4}, None),
+        ([["a", "b"], ["b", "a"]], {}, "2 from row 10 on, has one caption alone"),
+        ([["a", "b"], ["b", "c"]], {}, None),
+        ([["a", "b"], ["b", "a"]], {"per_device_eval_batch_size": 1}, "1 from row 10 on, has one picture alone"),
         ("abab", {"per_device_train_batch_size": 3}, "the last of 7 pairs would be a batch by itself, after 2 of 3"),
         ("abab", {"per_device_train_batch_size": 3, "max_steps": 2}, None),
         ("abab", {"per_device_train_batch_size": 3, "max_steps": 2, "gradient_accumulation_steps": 2}, "the last of 7"),
@@ -307,7 +312,11 @@ def test_retrieval_is_refused_behind_a_launcher_of_several(tmp_path):
 def test_stage1_sees_to_it_that_batches_have_negatives(tmp_path, texts, settings, message):
     """Before it trains: it would stop at its first evaluation, or at the end of the first epoch."""
     settings = {"per_device_eval_batch_size": 2, "use_cpu": True, "report_to": "none"} | settings
-    rows = datasets.Dataset.from_dict({"text": list(texts), "index": range(10, 10 + len(texts))})
+    same = settings.pop("rows_of_a_picture", 1)
+    numbers = range(10, 10 + len(texts))
+    rows = datasets.Dataset.from_dict(
+        {"text": list(texts), "index": numbers, "image": [f"{n // same}.png" for n in numbers]}
+    )
     trainer = SimpleNamespace(
         args=TrainingArguments(str(tmp_path), **settings),
         train_dataset=datasets.Dataset.from_dict({"text": list("abcdefg")}),
