@@ -1,6 +1,8 @@
-"""What a run reports besides Trainer's own figures: losses of stage 1 apart, sample answers, a summary at the end."""
+"""What a run reports: its figures in short lines, losses of stage 1 apart, sample answers, a summary at the end."""
 
 import logging
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,16 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ..assembly.conversations import messages_of
 from ..modeling.modeling_loss import in_process_group
@@ -75,6 +86,84 @@ class LastLogCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         control.should_log |= state.global_step >= state.max_steps
+
+
+class FiguresCallback(TrainerCallback):
+    """Prints what Trainer logs as a line of aligned figures. Trackers and `trainer_state.json` get all of them.
+
+    Rows a second are those of training steps, whose batches count as full; evaluations and saves take no part.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start: float | None = None  # None after an evaluation or a save
+        self.seconds, self.steps = 0.0, 0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.start = time.perf_counter() if self.start is None else self.start
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
+        super().on_step_end(args, state, control, **keywords)  # the bar, where there is one
+        now = time.perf_counter()
+        self.seconds, self.steps, self.start = self.seconds + now - self.start, self.steps + 1, now
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
+        super().on_evaluate(args, state, control, **keywords)
+        self.start = None
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self.start = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **_: Any,
+    ) -> None:
+        rows_per_second = logs.get("eval_samples_per_second", logs.get("train_samples_per_second"))
+        if "loss" in logs:
+            rows = self.steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            rows_per_second = rows / self.seconds if self.seconds else None
+            self.seconds, self.steps = 0.0, 0
+        if state.is_world_process_zero:
+            tqdm.write(figures_line(logs, state.global_step, state.max_steps, rows_per_second), file=sys.stderr)
+
+
+class FiguresBesideBar(FiguresCallback, ProgressCallback):
+    """The same above Trainer's bar."""
+
+
+def figures_line(logs: Mapping[str, Any], step: int, steps: int, rows_per_second: float | None) -> str:
+    """A line of Trainer's log: losses and metrics by their names, in an order that stays."""
+    figures = [f"step {step:>{len(str(steps))}}/{steps}"]
+    if "epoch" in logs:
+        figures.append(f"epoch {logs['epoch']:.2f}")
+    hidden = ("epoch", "grad_norm", "learning_rate", "total_flos")
+    for name, value in logs.items():
+        if name not in hidden and not name.endswith(("_runtime", "_per_second")):
+            number = f"{value:.4g}" if isinstance(value, float | int) else str(value)
+            figures.append(f"{name.removeprefix('loss_')} {number:<6}")
+    if "learning_rate" in logs:
+        figures.append(f"lr {logs['learning_rate']:.2e}")
+    if "train_runtime" in logs:
+        figures.append(f"{logs['train_runtime']:.0f} s")
+    if rows_per_second is not None:
+        figures.append(f"{rows_per_second:.4g} rows/s")
+    return "  ".join(figures).rstrip()
+
+
+def print_figures(trainer: Trainer) -> None:
+    """Replace what prints Trainer's log as dictionaries; a notebook's table stays."""
+    if trainer.pop_callback(PrinterCallback) is not None:
+        trainer.add_callback(FiguresCallback())
+    elif trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(FiguresBesideBar())
 
 
 class SamplesCallback(TrainerCallback):

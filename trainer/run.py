@@ -24,7 +24,7 @@ from .messages import set_up_logging
 from .nan_guard import nan_guard
 from .precision import default_mixed_precision, has_bf16_hardware
 from .process import warn_of_missing_processes
-from .progress import LastLogCallback, LossPartsCallback, summarise
+from .progress import LastLogCallback, LossPartsCallback, print_figures, summarise
 from .provenance import write_held_out, write_training_data
 from .recipe import parse_recipe
 from .unreadable import leave_out_unreadable
@@ -187,6 +187,7 @@ def make_trainer(
     )
     # ahead of callbacks that print, and of trackers: these read what ours add to the logs
     trainer.callback_handler.callbacks[:0] = [LastLogCallback(), LossPartsCallback()]
+    print_figures(trainer)
     if prepare is not None:
         prepare(trainer)
     return trainer
@@ -240,7 +241,9 @@ def _log_setup(args: TrainingArguments) -> None:
 
 
 def _log_sizes(model: torch.nn.Module) -> None:
+    sizes = []
     for name, part in model.named_children():
         parameters = list(part.parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        logger.info("%s: %s of %s parameters train", name, f"{trainable:,}", f"{sum(p.numel() for p in parameters):,}")
+        sizes.append(f"{name} {trainable:,} of {sum(p.numel() for p in parameters):,}")
+    logger.info("parameters that train: %s", "; ".join(sizes))
