@@ -19,6 +19,7 @@ from .checkpoints import check_backbones, checkpoint_to_resume, train_from
 from .collator import LorgnetteCollator
 from .data import load_pairs
 from .feature_cache import check_cache, is_cache
+from .formats import readable_stream
 from .hub import CleanPush, push_card
 from .messages import set_up_logging
 from .nan_guard import nan_guard
@@ -88,8 +89,8 @@ def train(
             data_args.image_column,
             parts.processor.load_image,
             training_args.output_dir,
-            training_args.dataloader_num_workers,
             data_args.text_name,
+            training_args.dataloader_num_workers,
         )
     trainer = make_trainer(parts, data_args, training_args, prepare)
     if trainer.is_world_process_zero():  # before training, since a killed run leaves checkpoints
@@ -98,7 +99,7 @@ def train(
         write_training_data(training_args.output_dir, data_args, data_args.train_split, count)
         if parts.held_out is not None:
             write_held_out(training_args.output_dir, data_args, parts.held_out)
-    with nan_guard(trainer):
+    with nan_guard(trainer), readable_stream(data_args, data_args.eval_dataset):
         train_from(trainer, checkpoint)
     trainer.save_model()
     trainer.save_state()
