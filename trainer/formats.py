@@ -30,6 +30,7 @@ from datasets import (
     Features,
     IterableDataset,
     List,
+    ReadInstruction,
     Value,
     concatenate_datasets,
     load_dataset,
@@ -41,7 +42,7 @@ from datasets.packaged_modules.csv.csv import CsvConfig
 
 from ..assembly.local_paths import listing, what_is_there
 from ..processing.prompt_encoding import IMAGE_TOKEN, error_context
-from .arguments import BUILDERS, PICTURES, SPLITS, SourceArguments
+from .arguments import BUILDERS, PICTURES, SPLITS, RowArguments, SourceArguments
 from .messages import without_worker
 from .webdataset import BRACES, load_webdataset
 
@@ -87,9 +88,13 @@ def load_source(
             splits = rows if isinstance(rows, DatasetDict) else DatasetDict(train=rows)
             if split is None:
                 return splits, base
-            if split not in splits:
+            if csv_metadata and split not in splits:
+                rows = _slice(splits, split)
+            elif split in splits:
+                rows = splits[split]
+            else:
                 raise ValueError(f"dataset {source!r} has no split {split!r}; it has {', '.join(splits)}")
-            return splits[split].to_iterable_dataset() if streaming else splits[split], base
+            return rows.to_iterable_dataset() if streaming else rows, base
         if kind == "webdataset":
             return load_webdataset(path, args.image_column, split, streaming), base
         if kind == "table":
@@ -215,9 +220,9 @@ def readable(*paths: Path) -> Iterator[None]:
         raise ValueError(f"dataset {str(paths[0])!r} has no rows") from error
 
 
-def readable_stream(args: SourceArguments, *others: str | None) -> AbstractContextManager[None]:
+def readable_stream(args: RowArguments, *others: str | None) -> AbstractContextManager[None]:
     """[`readable`] while rows of a stream, and of `others`, are read; nothing for rows that are all read already."""
-    if not getattr(args, "streaming", False):
+    if not args.streaming:
         return nullcontext()
     return readable(*(Path(source).expanduser() for source in (args.dataset, *others) if source is not None))
 
@@ -329,6 +334,13 @@ def _read_metadata(path: Path, files: list[Path]) -> DatasetDict:
     found = DatasetDict({name: concatenate_datasets(parts) for name, parts in splits.items()})
     _warn_of_unnamed_pictures(path, found)
     return found
+
+
+def _slice(splits: DatasetDict, split: str) -> Dataset:
+    """Rows such as `train[:100]` or `train+test`, as `datasets` writes them; ValueError for an unknown split."""
+    parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    rows = [splits[part.splitname].select(range(part.from_, part.to), keep_in_memory=True) for part in parts]
+    return concatenate_datasets(rows)
 
 
 def _read_llava(path: Path) -> Dataset:

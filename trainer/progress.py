@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 SAMPLES, THUMBNAILS = "samples.md", "samples"
 _LONGER_SIDE = 160  # pixels, of a thumbnail
+_PLAIN: dict[str, Any] = {"box": None, "title_justify": "left", "padding": (0, 3, 0, 0)}  # a log is read as text
 
 
 class LossPartsCallback(TrainerCallback):
@@ -198,7 +199,7 @@ class SamplesCallback(TrainerCallback):
             return
         numbers = [row.get("index", position) for position, row in enumerate(self.rows)]
         lines = list(zip(numbers, self.truths, answers, strict=True))
-        table = Table("row", "text", "answer", title=f"held-out pictures at step {state.global_step}", expand=True)
+        table = Table("row", "text", "answer", title=f"held-out pictures at step {state.global_step}", **_PLAIN)
         for number, truth, answer in lines:
             table.add_row(str(number), truth, answer)
         Console(stderr=True).print(table)
@@ -242,7 +243,7 @@ def summarise(trainer: Trainer) -> None:
     names = [name for name in dict.fromkeys(name for entry in evaluations for name in entry)
              if name.startswith("eval_") and not name.endswith(("runtime", "_per_second"))]  # fmt: skip
     if evaluations and state.is_world_process_zero:
-        table = Table("step", *(name.removeprefix("eval_") for name in names), title="evaluations")
+        table = Table("step", *(name.removeprefix("eval_") for name in names), title="evaluations", **_PLAIN)
         for entry in evaluations:
             values = [entry.get(name) for name in names]
             table.add_row(str(entry["step"]), *("" if value is None else f"{value:.4g}" for value in values))

@@ -384,6 +384,9 @@ def test_na_is_a_text_in_the_csv_of_a_folder(root, streaming):
         for name, _ in rows:
             (root / "both" / folder / name).write_bytes((root / "pics" / name).read_bytes())
     assert texts(root / "both") == texts(root / "both", "validation") == [text for _, text in rows]
+    assert texts(root / "both", "train[1:3]+validation[:25%]") == [*TEXTS[1:3], TEXTS[0]]
+    with pytest.raises(ValueError, match="Unknown split"):
+        texts(root / "both", "test")
     loaded = load_rows(RowArguments(dataset=str(root / "both"), streaming=streaming), "validation")
     assert [Path(row["image"]) for row in loaded] == [root / "both" / "val" / name for name, _ in rows]
     write(root / "both" / "pics" / "metadata.csv", "name,text\n000.png,a\n")

@@ -329,6 +329,12 @@ def test_stage1_leaves_no_column_unread(tmp_path, capsys, option):
     assert "leave out query_column and messages_column" in capsys.readouterr().err
 
 
+def test_stage1_refuses_chats_that_are_found_with_the_data():
+    found = DataArguments(dataset="d", messages_column="messages")
+    with pytest.raises(ValueError, match=r"stage 1 learns from pairs .* without messages_column 'messages': leave out"):
+        check_negatives(found, SimpleNamespace())
+
+
 def test_chats_train(tmp_path, recipe, monkeypatch):
     """Pictures in the messages' parts, their paths relative to the file; the broken one is named with its row."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
