@@ -6,7 +6,6 @@ Commands that train, measure and publish pass their arguments through unchanged:
 
 import importlib
 import os
-import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typer.exceptions import TyperException
 
 from .inspection.command import inspect
 from .trainer.early_checks import check_model
-from .trainer.messages import quiet_libraries, set_up_logging
+from .trainer.messages import one_line, quiet_libraries, set_up_logging
 
 
 app = typer.Typer(
@@ -32,7 +31,6 @@ app = typer.Typer(
 # the command's own parser handles --help too
 _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, TypeError, ImportError)  # their messages need no class name
 
 
 def _print_version(requested: bool) -> None:
@@ -50,22 +48,6 @@ def options(
     ] = False,
 ) -> None:
     context.obj |= {"debug": debug, "program": f"lorgnette {context.invoked_subcommand}"}
-
-
-def one_line(error: Exception, program: str = "lorgnette") -> str:
-    """An error as one line, printed in place of the traceback."""
-    message = " ".join(_without_worker(str(error)).split())
-    message = message if message and isinstance(error, _EXPECTED_ERRORS) else f"{type(error).__name__}: {message}"
-    return f"{program}: error: {message} (lorgnette --debug … shows where)"
-
-
-def _without_worker(message: str) -> str:
-    """The error's own message, where torch raises an error of a data loader's worker with its whole traceback."""
-    worker = re.match(r"Caught (\w+) in \w+ worker process \d+\.\s+Original Traceback", message)
-    if worker is None:
-        return message
-    *_, last = re.split(rf"^(?:\w+\.)*{worker[1]}: ?", message, flags=re.MULTILINE)
-    return last
 
 
 @app.command(context_settings=_PASS_THROUGH)
@@ -348,7 +330,7 @@ def main() -> None:
     except Exception as error:
         if settings["debug"]:
             raise
-        typer.echo(one_line(error, settings["program"]), err=True)
+        typer.echo(one_line(error, settings["program"], "lorgnette"), err=True)
         status = 2
     sys.exit(status or 0)
 

@@ -27,6 +27,10 @@ COMMON_OPTIONS = (
 )
 # the endings of files with rows, and the loaders of `datasets` for them
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+# names of folders, and the splits that they hold
+SPLITS = dict.fromkeys(("train", "training"), "train") | {"test": "test"}
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 FORMATS = ("table", "llava", "coco", "webdataset", "pairs", "saved", "folder", "hub")  # see `formats.py`
 
 
@@ -198,8 +202,9 @@ class SourceArguments:
     skip_unreadable: bool = field(
         default=False,
         metadata={
-            "help": "Read all pictures first, and leave out rows with unreadable pictures, and in training those with "
-            "empty texts; output_dir/unreadable.json lists them. Otherwise such a row is an error."
+            "help": "Read all rows first, and leave out those with unreadable pictures or empty texts; "
+            "output_dir/unreadable.json lists them. Otherwise such a row is an error. A cache of features is made of "
+            "pictures alone: training on it leaves out the empty texts."
         },
     )
 
@@ -232,7 +237,8 @@ class RowArguments(SourceArguments):
         default=None,
         metadata={
             "help": "Column with chats, in place of text_column and query_column; training is on the last answer. "
-            "Pictures are in the messages' parts, or in image_column."
+            "Pictures are in the messages' parts, or in image_column. Found by itself if it is called messages or "
+            "conversations, no column with text is named and none is called text."
         },
     )
 

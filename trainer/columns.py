@@ -8,10 +8,10 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Image, List, Value
 
-from .arguments import SourceArguments
-from .data import undecoded
+from .arguments import PICTURES, SourceArguments
+from .data import is_chat, undecoded
 from .feature_cache import is_cache
-from .formats import PICTURES, find_format, load_source
+from .formats import find_format, load_source
 
 
 PICTURE_NAMES = ("image", "images", "img", "picture", "photo", "image_path", "img_path", "file_name", "filename",
@@ -68,7 +68,7 @@ def contents_of(args: SourceArguments, text_column: list[str] | str | None = Non
     sample = list(rows.select(range(min(_SAMPLE, len(rows)))))
     columns = [column for column in rows.column_names if not column.startswith("__")]
     given = args.image_column if args.image_column != SourceArguments.image_column else None
-    messages = next((column for column in columns if _is_chat(_values(sample, column))), None)
+    messages = next((column for column in columns if any(map(is_chat, _values(sample, column)[:1]))), None)
     image = given or _image_column(rows, columns, sample)
     if image is None and messages is None:
         raise ValueError(f"no column with pictures is recognised among {', '.join(columns)}: give --image_column")
@@ -96,11 +96,6 @@ def contents_of(args: SourceArguments, text_column: list[str] | str | None = Non
 
 def _values(sample: list[dict[str, Any]], column: str) -> list[Any]:
     return [row[column] for row in sample if row[column] is not None]
-
-
-def _is_chat(values: list[Any]) -> bool:
-    first = values[0] if values else None
-    return isinstance(first, list) and bool(first) and isinstance(first[0], dict) and {"role", "content"} <= {*first[0]}
 
 
 def _image_column(rows: Dataset, columns: list[str], sample: list[dict[str, Any]]) -> str | None:

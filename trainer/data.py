@@ -21,7 +21,7 @@ from ..processing.image_loading import WEB
 from ..processing.prompt_encoding import IMAGE_TOKEN, error_context, parts_of
 from .arguments import DataArguments, RowArguments
 from .feature_cache import COLUMN, feature_opener, is_cache, load_cache
-from .formats import Rows, find_format, load_source, readable
+from .formats import Rows, load_source, readable
 from .provenance import read_held_out
 from .row_seeds import RowSeeds
 from .texts import picture_number, texts_of
@@ -29,6 +29,7 @@ from .texts import picture_number, texts_of
 
 logger = logging.get_logger(__name__)
 
+CHAT_NAMES = ("messages", "conversations")
 IMAGE_ID = "image_id"  # of rows, see `LorgnetteCollator`
 
 _warned: list[int | None] = []  # the row that was warned of
@@ -61,7 +62,6 @@ def load_pairs(
         raise ValueError(
             f"augment changes pictures, and {args.dataset} is a feature cache, which has none: leave it out"
         )
-    read_chats_as_such(args)
     train, open_train = _numbered_rows(args, args.dataset, args.train_split)
     evaluation, open_evaluation = None, open_train
     if args.eval_fraction is not None:
@@ -119,7 +119,6 @@ def load_rows(args: RowArguments, split: str) -> Rows:
 
     The text column may hold a list of texts, which stay together.
     """
-    read_chats_as_such(args)
     return _lazily(*_numbered_rows(args, args.dataset, split))
 
 
@@ -137,6 +136,7 @@ def _numbered_rows(args: RowArguments, source: str, split: str) -> tuple[Rows, p
     # A stream may have unknown columns until it is read; then nothing in it is decoded.
     with readable(Path(source).expanduser()):
         features = dataset.features or next(iter(dataset), {})
+    _find_chats(args, dataset, features, name)
     wanted = [image_column, *args.text_columns]
     if args.messages_column and image_column == DataArguments.image_column and image_column not in features:
         wanted = args.text_columns  # chats may hold their pictures themselves; a named column has to exist
@@ -190,11 +190,21 @@ def load_rows_of_model(args: RowArguments, split: str | None, model: str) -> tup
     return rows.select(chosen, keep_in_memory=True), f"{name} (held out)"
 
 
-def read_chats_as_such(args: RowArguments) -> None:
-    """Set `messages_column` for a data set in LLaVA's format, unless columns with text are named."""
-    names_none = args.messages_column is None and args.text_column == RowArguments.text_column
-    if names_none and not is_cache(args.dataset) and (args.format or find_format(args.dataset)) == "llava":
-        args.messages_column = "messages"
+def is_chat(value: Any) -> bool:
+    """Whether a value of a column is a list of messages, each with a role and a content."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and {"role", "content"} <= {*value[0]}
+
+
+def _find_chats(args: RowArguments, dataset: Rows, columns: Collection[str], name: str) -> None:
+    """Set `messages_column` if no column with text is named, the default one is missing, and one column has chats."""
+    named = args.messages_column or args.query_column or args.text_column != RowArguments.text_column
+    if named or args.text_column in columns:
+        return
+    existing = [column for column in CHAT_NAMES if column in columns]
+    row = next(iter(undecoded(dataset.select_columns(existing))), {}) if existing else {}
+    if len(chats := [column for column in existing if is_chat(row.get(column))]) == 1:
+        args.messages_column = chats[0]
+        logger.info("%s: the chats of the column %r are read, as there is no column 'text'", name, chats[0])
 
 
 def _joined(dataset: Rows, columns: list[str], name: str) -> Rows:

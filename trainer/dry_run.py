@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from rich.console import Console
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from ..modeling.modeling_saving import keys_to_ignore_on_save
 from ..processing.processing_lorgnette import LorgnetteProcessor
@@ -23,6 +23,7 @@ from .checkpoints import checkpoint_to_resume
 from .collator import LengthError, LorgnetteCollator
 from .labelled_text import labelled_text, rows_of
 from .nan_guard import nan_guard
+from .progress import FiguresCallback
 from .run import Parts, load_parts, make_collator, make_trainer
 from .unreadable import CHECK_REPORT, read_all, why_empty, without
 
@@ -166,7 +167,7 @@ def _measure(
     every = every if every > 0 else math.ceil(training_args.num_train_epochs * steps)
     stopwatch = _Stopwatch(training_args.device)
     trainer.add_callback(stopwatch)
-    trainer.remove_callback(PrinterCallback)  # it prints the losses
+    trainer.remove_callback(FiguresCallback)
     trainer.optimizer_cls_and_kwargs = (_NoStep, {})
     with nan_guard(trainer):
         trainer.train()

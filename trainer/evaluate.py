@@ -7,6 +7,7 @@ import json
 import logging
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from operator import itemgetter
@@ -23,6 +24,7 @@ from .collator import LorgnetteCollator
 from .data import load_rows_of_model
 from .decoding import DECODING, decoding_of
 from .feature_cache import check_cache, is_cache
+from .formats import readable_stream
 from .generation import generate_texts, references_of
 from .metrics import METRICS, figures_of, text_metrics
 from .precision import autocast, launched_mixed_precision
@@ -86,7 +88,7 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
 
     Raises:
         ValueError: the data do not match the arguments, a row's references are missing or unusable for a metric, no
-            picture can be read, a feature cache of another model, an unknown mixed precision. OSError,
+            row can be read, a feature cache of another model, an unknown mixed precision. OSError,
             TypeError, ValueError: a picture that cannot be read, with its row, unless `skip_unreadable`.
     """
     started = time.perf_counter()
@@ -96,10 +98,8 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
     with process.main_process_first():
         dataset, split = load_rows_of_model(args, args.split, args.model)
     column = args.text_name
-    if isinstance(dataset, Dataset):  # before hours of generation; a stream is checked while it is read
-        references = [references_of(row, column) for row in dataset.select_columns(["index", column])]
-        for metric in metrics.values():
-            metric.check_references(references)
+    if not args.skip_unreadable:
+        _check_references(dataset, column, metrics)
     model, processor = model_and_processor(Stage2Arguments(model=args.model, model_revision=args.model_revision))
     model.to(process.device)
     context = model.max_text_length or processor.tokenizer.model_max_length
@@ -115,12 +115,14 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
     rows_in_all = len(dataset) if isinstance(dataset, Dataset) else None
     if args.skip_unreadable:
         splits = {split: dataset}
-        dataset = leave_out_unreadable(splits, args.image_column, processor.load_image, args.output_dir)[split]
+        load = processor.load_image
+        dataset = leave_out_unreadable(splits, args.image_column, load, args.output_dir, column)[split]
+        _check_references(dataset, column, metrics)
 
     share = split_dataset_by_node(dataset, rank=process.process_index, world_size=process.num_processes)
     rows = tqdm(share, desc="generating", disable=not process.is_main_process)
     generating = time.perf_counter()
-    with casting:
+    with casting, readable_stream(args):
         results = [
             {"index": row["index"], "prediction": text, "references": references_of(row, column)}
             for row, text in generate_texts(model, collator, rows, decoding=decoding, batch_size=args.batch_size)
@@ -156,6 +158,14 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
         }
         _write(report, folder)
     return report
+
+
+def _check_references(rows: Any, column: str, metrics: Mapping[str, Any]) -> None:
+    """Raise what a metric would raise after hours of generation; a stream is checked while it is read."""
+    if isinstance(rows, Dataset):
+        references = [references_of(row, column) for row in rows.select_columns(["index", column])]
+        for metric in metrics.values():
+            metric.check_references(references)
 
 
 def _write(report: dict[str, Any], folder: Path) -> None:

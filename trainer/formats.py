@@ -14,33 +14,44 @@ import csv
 import glob
 import json
 import logging
-import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    IterableDataset,
+    List,
+    ReadInstruction,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.csv.csv import CsvConfig
 
 from ..assembly.local_paths import listing, what_is_there
 from ..processing.prompt_encoding import IMAGE_TOKEN, error_context
-from .arguments import BUILDERS, SourceArguments
+from .arguments import BUILDERS, PICTURES, SPLITS, RowArguments, SourceArguments
+from .messages import without_worker
+from .webdataset import BRACES, load_webdataset
 
 
 logger = logging.getLogger(__name__)
 
 Rows = Dataset | IterableDataset
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_SPLITS = dict.fromkeys(("train", "training"), "train") | {"test": "test"}
-_SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_WORDS = {"keep_default_na": False}  # of pandas: "None" and "NA" are words
 _PART = {"type": Value("string"), "text": Value("string"), "image": Value("string")}
 _MESSAGES = Features({"messages": List({"role": Value("string"), "content": List(_PART)})})
 _SUPPORTED = (
@@ -71,32 +82,38 @@ def load_source(
         if not base.is_dir():
             raise FileNotFoundError(f"image_root {args.image_root!r}: no such folder")
     with readable(path):
-        if kind in _READERS:
-            rows = _READERS[kind](path)
+        csv_metadata = _csv_metadata(path) if kind == "folder" else []
+        if csv_metadata or kind in _READERS:
+            rows = _read_metadata(path, csv_metadata) if csv_metadata else _READERS[kind](path)
             splits = rows if isinstance(rows, DatasetDict) else DatasetDict(train=rows)
             if split is None:
                 return splits, base
-            if split not in splits:
+            if csv_metadata and split not in splits:
+                rows = _slice(splits, split)
+            elif split in splits:
+                rows = splits[split]
+            else:
                 raise ValueError(f"dataset {source!r} has no split {split!r}; it has {', '.join(splits)}")
-            return splits[split].to_iterable_dataset() if streaming else splits[split], base
+            return rows.to_iterable_dataset() if streaming else rows, base
         if kind == "webdataset":
-            files = {name: [glob.escape(str(file)) for file in shards] for name, shards in _shards(path).items()}
-            loaded = load_dataset("webdataset", data_files=files, split=split, streaming=streaming)
-            return _rename_webdataset(loaded, args.image_column), base
+            return load_webdataset(path, args.image_column, split, streaming), base
         if kind == "table":
             builder, keywords = BUILDERS[path.suffix.lower()], {}
-            if builder == "csv":  # "None" and "NA" are words
-                keywords = {"keep_default_na": False, "sep": "\t" if path.suffix.lower() == ".tsv" else ","}
+            if builder == "csv":
+                keywords = _WORDS | {"sep": "\t" if path.suffix.lower() == ".tsv" else ","}
                 _check_header(path, keywords["sep"])
             files = {"train": glob.escape(str(path))}
             loaded = load_dataset(builder, data_files=files, split=split, streaming=streaming, **keywords)
             _check_rows(path, loaded["train"] if isinstance(loaded, DatasetDict) else loaded)
             return loaded, base
         revision = args.dataset_revision if source == args.dataset else None
-        name = str(path) if kind == "folder" else source
-        loaded = load_dataset(name, args.dataset_config, split=split, streaming=streaming, revision=revision)
-        if kind == "folder":
-            _warn_of_unnamed_pictures(path, loaded)
+        if kind == "hub":
+            return load_dataset(source, args.dataset_config, split=split, streaming=streaming, revision=revision), base
+        keywords = {}
+        if isinstance(load_dataset_builder(str(path), args.dataset_config).config, CsvConfig):
+            keywords = _WORDS
+        loaded = load_dataset(str(path), args.dataset_config, split=split, streaming=streaming, **keywords)
+        _warn_of_unnamed_pictures(path, loaded)
         return loaded, base
 
 
@@ -116,7 +133,7 @@ def find_format(source: str) -> str:
     if path.is_dir():
         return _format_of_folder(path)
     suffix = path.suffix.lower()
-    if suffix == ".tar" and _BRACES.search(source):
+    if suffix == ".tar" and BRACES.search(source):
         return "webdataset"
     if suffix in (*BUILDERS, ".tar") or path.is_absolute() or source.startswith((".", "~")):
         raise FileNotFoundError(f"dataset {source!r}: no such file or folder ({what_is_there(path)})")
@@ -133,10 +150,14 @@ def _format_of_file(path: Path) -> str:
         raise ValueError(f"dataset {str(path)!r}: files that end in {suffix!r} are not read. {_SUPPORTED}")
     if BUILDERS[suffix] != "json":
         return "table"
-    keys = _first_keys(path)
-    if {"images", "annotations"} <= keys:
+    first = _first_object(path)
+    if {"images", "annotations"} <= first.keys():
         return "coco"
-    return "llava" if "conversations" in keys else "table"
+    if "conversations" not in first:
+        return "table"
+    turns = first["conversations"]
+    is_chat = isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "role" in turns[0]
+    return "table" if is_chat else "llava"
 
 
 def _format_of_folder(path: Path) -> str:
@@ -155,8 +176,8 @@ def _format_of_folder(path: Path) -> str:
     return "folder"
 
 
-def _first_keys(path: Path) -> set[str]:
-    """The keys of a JSON file's object, or of its first row; empty for broken JSON, which the loader reports."""
+def _first_object(path: Path) -> dict[str, Any]:
+    """A JSON file's object, or its first row; empty for broken JSON, which the loader reports."""
     decoder = json.JSONDecoder()
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         text = file.read(2**20).lstrip()
@@ -167,8 +188,8 @@ def _first_keys(path: Path) -> set[str]:
             except ValueError:  # a row, or one object, of more than a MiB
                 first, _ = decoder.raw_decode((text + file.read())[start:].lstrip())
         except ValueError:
-            return set()
-    return set(first) if isinstance(first, dict) else set()
+            return {}
+    return first if isinstance(first, dict) else {}
 
 
 # ------------------------------------------------------------------------------------------------ broken files
@@ -178,23 +199,36 @@ _BROKEN = (DatasetGenerationError, UnicodeDecodeError, pa.ArrowInvalid, pd.error
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Within the block a file that `datasets` cannot read is a ValueError with the file, the line and the cause."""
+def readable(*paths: Path) -> Iterator[None]:
+    """Within the block a file that `datasets` cannot read is a ValueError with the file, the line and the cause.
+
+    Args:
+        paths: of several, the error is of the one in which a line is broken, or else of the first.
+    """
     try:
         yield
     except _BROKEN as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise ValueError(f"dataset {str(path)!r}: {_reason(path, cause)}") from error
+        reasons = [(path, _reason(path, cause)) for path in paths]
+        path, reason = next((found for found in reasons if found[1].startswith("line ")), reasons[0])
+        raise ValueError(f"dataset {str(path)!r}: {reason}") from error
     except ValueError as error:
         if "corresponds to no data" not in str(error):
             raise
-        raise ValueError(f"dataset {str(path)!r} has no rows") from error
+        raise ValueError(f"dataset {str(paths[0])!r} has no rows") from error
+
+
+def readable_stream(args: RowArguments, *others: str | None) -> AbstractContextManager[None]:
+    """[`readable`] while rows of a stream, and of `others`, are read; nothing for rows that are all read already."""
+    if not args.streaming:
+        return nullcontext()
+    return readable(*(Path(source).expanduser() for source in (args.dataset, *others) if source is not None))
 
 
 def _reason(path: Path, cause: BaseException) -> str:
-    suffix = path.suffix.lower()
+    suffix, message = path.suffix.lower(), without_worker(str(cause))
     if isinstance(cause, UnicodeDecodeError):
         where = _line_of(path, _decodes) if suffix in BUILDERS else "a text in it"
         return f"{where} is not UTF-8 ({cause.reason}): save it as UTF-8"
@@ -204,8 +238,9 @@ def _reason(path: Path, cause: BaseException) -> str:
         except json.JSONDecodeError as error:
             return f"line {error.lineno}, column {error.colno} is no JSON ({error.msg})"
     if suffix == ".jsonl":
-        return f"{_line_of(path, _is_json)} is no JSON ({cause})"
-    return f"it cannot be read ({str(cause)[:300]})"
+        message = re.sub(r"\.? in row \d+$", "", message)  # of a part of the file
+        return f"{_line_of(path, _is_json)} is no JSON ({message})"
+    return f"it cannot be read ({message[:300].strip()})"
 
 
 def _check_header(path: Path, sep: str) -> None:
@@ -241,11 +276,11 @@ def _check_rows(path: Path, rows: Rows) -> None:
 
 def _warn_of_unnamed_pictures(path: Path, rows: Rows | DatasetDict) -> None:
     """Warn of pictures of an imagefolder that its metadata leave out; of one whose metadata lie at the top."""
-    rows = next(iter(rows.values())) if isinstance(rows, DatasetDict) else rows
-    if not isinstance(rows, Dataset) or not any(path.glob("metadata.*")):
+    parts = rows.values() if isinstance(rows, DatasetDict) else [rows]
+    if not all(isinstance(part, Dataset) for part in parts) or not any(path.glob("metadata.*")):
         return
     pictures = sum(file.suffix.lower() in PICTURES for file in path.rglob("*"))
-    if (without := pictures - len(rows)) > 0:
+    if (without := pictures - sum(map(len, parts))) > 0:
         logger.warning("%s: %d pictures are in no row of its metadata", path, without)
 
 
@@ -275,6 +310,37 @@ def _is_json(line: bytes) -> None:
 
 def _read_saved(path: Path) -> Dataset | DatasetDict:
     return load_from_disk(str(path))
+
+
+def _csv_metadata(path: Path) -> list[Path]:
+    """The metadata.csv files of an imagefolder."""
+    files = sorted(path.rglob("metadata.csv"))
+    return files if files and any(file.suffix.lower() in PICTURES for file in path.rglob("*")) else []
+
+
+def _read_metadata(path: Path, files: list[Path]) -> DatasetDict:
+    """An imagefolder with a metadata.csv in each folder of pictures; `datasets` would read "NA" in it as missing."""
+    splits: dict[str, list[Dataset]] = {}
+    for file in files:
+        _check_header(file, ",")
+        rows = load_dataset("csv", data_files=glob.escape(str(file)), split="train", **_WORDS)
+        if "file_name" not in rows.column_names:
+            raise ValueError(f"{file} has no column 'file_name', but {', '.join(rows.column_names)}")
+        place = file.parent.relative_to(path)
+        names = [str(name) if place == Path() else f"{place.as_posix()}/{name}" for name in rows["file_name"][:]]
+        rows = rows.remove_columns("file_name").add_column("image", names)
+        split = SPLITS.get(next(iter(place.parts), "").lower(), "train")
+        splits.setdefault(split, []).append(rows)
+    found = DatasetDict({name: concatenate_datasets(parts) for name, parts in splits.items()})
+    _warn_of_unnamed_pictures(path, found)
+    return found
+
+
+def _slice(splits: DatasetDict, split: str) -> Dataset:
+    """Rows such as `train[:100]` or `train+test`, as `datasets` writes them; ValueError for an unknown split."""
+    parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    rows = [splits[part.splitname].select(range(part.from_, part.to), keep_in_memory=True) for part in parts]
+    return concatenate_datasets(rows)
 
 
 def _read_llava(path: Path) -> Dataset:
@@ -355,12 +421,12 @@ def _objects(content: dict[str, Any], name: str) -> list[dict[str, Any]]:
 def _read_pairs(path: Path) -> Dataset | DatasetDict:
     """Pictures with texts beside them; folders called train, validation or test are splits."""
     folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
-    splits = [folder for folder in folders if folder.name.lower() in _SPLITS]
+    splits = [folder for folder in folders if folder.name.lower() in SPLITS]
     if not splits or any(file.suffix.lower() in PICTURES for file in path.iterdir()):
         return _pairs_in(path, path)
     found: dict[str, Dataset] = {}
     for folder in folders:
-        name = _SPLITS.get(folder.name.lower())
+        name = SPLITS.get(folder.name.lower())
         if name is None or name in found:
             why = "is none of train, validation and test" if name is None else f"is a second folder for {name}"
             raise ValueError(f"dataset {str(path)!r}: the folder {folder.name} beside {splits[0].name} {why}")
@@ -392,39 +458,3 @@ def _pairs_in(folder: Path, base: Path) -> Dataset:
 
 
 _READERS = {"saved": _read_saved, "llava": _read_llava, "coco": _read_coco, "pairs": _read_pairs}
-
-
-def _shards(path: Path) -> dict[str, list[Path]]:
-    """The .tar files of each split: a file, those that a range in braces names, or those of a folder and its splits."""
-    if path.is_dir():
-        files = sorted(path.rglob("*.tar"))
-    elif path.is_file() or not (match := _BRACES.search(str(path))):
-        files = [path]
-    else:
-        numbers = range(int(match[1]), int(match[2]) + 1)
-        width, before, after = len(match[1]), str(path)[: match.start()], str(path)[match.end() :]
-        files = [Path(f"{before}{number:0{width}d}{after}") for number in numbers]
-        if not files:
-            raise ValueError(f"dataset {str(path)!r}: the range {match[0]} is empty")
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"dataset {str(path)!r}: no file {file} ({what_is_there(file)})")
-        with file.open("rb") as opened:  # a tar ends with 1,024 zeros; its reader stops in silence where it is cut
-            opened.seek(-min(1024, file.stat().st_size), os.SEEK_END)
-            if opened.read() != bytes(1024):
-                raise ValueError(f"dataset {str(path)!r}: {file.name} is cut short: the end of the archive is missing")
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        first = file.relative_to(path).parts[0].lower() if path.is_dir() else ""
-        splits.setdefault(_SPLITS.get(first, "train"), []).append(file)
-    return splits
-
-
-def _rename_webdataset(rows: Any, image_column: str) -> Any:
-    """Rename the first picture's and the first text's column to `image` and `text`."""
-    first = next(iter(rows.values())) if isinstance(rows, dict) else rows
-    columns = first.column_names or list(next(iter(first), {}))
-    picture = next((name for name in columns if f".{name}".lower() in PICTURES), None)
-    text = next((name for name in ("txt", "text", "caption") if name in columns), None)
-    names = {picture: "image", text: "text"} if image_column not in (picture, *columns) else {}
-    return rows.rename_columns({old: new for old, new in names.items() if old is not None and old != new})

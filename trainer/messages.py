@@ -6,9 +6,34 @@ process speaks. Scripts that import lorgnette set up logging as they like: nothi
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
+
+
+_EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, TypeError, ImportError)  # their messages need no class name
+
+
+def one_line(error: Exception, program: str, debugging: str) -> str:
+    """An error as one line, printed in place of the traceback.
+
+    Args:
+        program: the command that was typed, without its options.
+        debugging: the part of it that `--debug` follows.
+    """
+    message = " ".join(without_worker(str(error)).split())
+    message = message if message and isinstance(error, _EXPECTED_ERRORS) else f"{type(error).__name__}: {message}"
+    return f"{program}: error: {message} ({debugging} --debug … shows where)"
+
+
+def without_worker(message: str) -> str:
+    """The error's own message, where torch raises an error of a data loader's worker with its whole traceback."""
+    worker = re.match(r"Caught (\w+) in \w+ worker process \d+\.\s+Original Traceback", message)
+    if worker is None:
+        return message
+    *_, last = re.split(rf"^(?:\w+\.)*{worker[1]}: ?", message, flags=re.MULTILINE)
+    return last
 
 
 def quiet_libraries() -> None:

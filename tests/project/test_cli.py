@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteProcessor, cli
 from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
 from lorgnette.trainer.data import load_pairs
+from lorgnette.trainer.messages import one_line
 
 
 COMMANDS = ("init", "check", "train", "cache", "evaluate", "caption", "inspect", "export", "push", "serve", "app")
@@ -159,7 +160,7 @@ def test_errors_on_the_way_are_one_line_unless_debugging(run, monkeypatch, tmp_p
     monkeypatch.setattr(sys, "argv", ["lorgnette", "--debug", *asked])
     with pytest.raises(OSError, match="There is no folder"):
         cli.main()
-    assert cli.one_line(KeyError("x")).startswith("lorgnette: error: KeyError: 'x'")
+    assert one_line(KeyError("x"), "lorgnette", "lorgnette").startswith("lorgnette: error: KeyError: 'x'")
 
 
 class _Rows(Dataset):
@@ -176,7 +177,7 @@ class _Rows(Dataset):
 def test_an_error_of_a_data_loader_worker_is_its_own_message():
     with pytest.raises(ValueError, match="Original Traceback") as raised:
         list(DataLoader(_Rows(), num_workers=1))
-    assert cli.one_line(raised.value, "lorgnette train stage2") == (
+    assert one_line(raised.value, "lorgnette train stage2", "lorgnette") == (
         "lorgnette train stage2: error: row 12: pics/broken.jpg cannot be read: not a picture "
         "(lorgnette --debug … shows where)"
     )
@@ -192,12 +193,25 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(run, command):
     assert port in errors
 
 
-def test_what_is_interrupted_says_nothing(run, monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "module", "kept"),
+    [
+        ("cache", "cache", "complete shards are kept, and the same command continues after them"),
+        ("evaluate", "evaluate", "no answers and no figures were written; the same command starts again"),
+        ("check stage2", "stage2", "nothing was trained; the same command starts again"),
+        ("init", "init", "no recipe was written; the same command starts again"),
+        ("train stage1", "stage1", "checkpoints are kept, and --resume_from_checkpoint true continues from the newest"),
+    ],
+)
+def test_what_is_interrupted_says_in_a_line_what_is_kept(run, monkeypatch, arguments, module, kept):
     def interrupted(argv, prog):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lorgnette.trainer.cache.main", interrupted)
-    assert run("cache") == (130, "", "")
+    monkeypatch.setattr(f"lorgnette.trainer.{module}.main", interrupted)
+    status, output, errors = run(*arguments.split())
+    assert (status, output, len(errors.splitlines())) == (130, "", 1)
+    name = "check" if arguments.startswith("check") else arguments
+    assert errors.startswith(f"lorgnette {name}: interrupted: {kept}")
 
 
 def test_a_package_that_is_missing_is_told_with_its_extra():

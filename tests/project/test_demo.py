@@ -114,7 +114,9 @@ def test_from_beginning_to_end_on_tiny_parts(tmp_path, monkeypatch, capfd):
     out = tmp_path / "out"
     options = ["--cache", tmp_path, "--output", out, "--vision", vision, "--text", text, "--qformer", tmp_path / "bert"]
     assert demo.main([*map(str, options), "--max_steps", "2"]) == 1
-    output = capfd.readouterr().out
+    output, errors = capfd.readouterr()
+    assert len(output.splitlines()) + len(errors.splitlines()) <= 100, "the log fits on two screens"
+    assert "{'" not in output + errors, "figures are lines"
     assert "the answers without lorgnette equal the evaluation's on 40 of 40 pictures" in output
     assert "FAILED: at least twice the shuffled exact match" in output.splitlines()[-1]
     assert {path.name for path in (out / "report").iterdir()} == {"report.md", "contact_sheet.png", "loss_curve.png"}

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -159,16 +160,22 @@ def test_what_is_whole_is_kept_and_the_rest_made_again(backbones, pictures, tmp_
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was(backbones, pictures, tmp_path):
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_a_killed_run_goes_on_where_it_was(backbones, pictures, tmp_path, sent, status):
     rows = load_from_disk(pictures)["test"]
     datasets.concatenate_datasets([rows] * 100).save_to_disk(tmp_path / "rows")
     vit, cache = backbones[0], tmp_path / "cache"
     run = [sys.executable, "-m", "lorgnette.trainer", *command(vit, tmp_path / "rows", cache)]
-    with subprocess.Popen(run, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(run, stderr=subprocess.PIPE, text=True) as process:
         while not list(cache.glob("train/*-of-00100")) and process.poll() is None:
             time.sleep(0.001)
-        process.kill()
-    assert process.returncode == -9, "the run was over before it could be killed"
+        process.send_signal(sent)
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == status, "the run was over before it could be killed"
+    if sent == signal.SIGINT:
+        kept = "interrupted: complete shards are kept, and the same command continues after them"
+        assert errors.splitlines()[-1] == f"python -m lorgnette.trainer cache: {kept}"
+        assert "Traceback" not in errors
     with pytest.raises(ValueError, match="half written"):
         load_pairs(DataArguments(dataset=str(cache)), evaluate=False, seed=0)
     first = next(cache.glob("train/*-00000-of-00100/*.arrow"))

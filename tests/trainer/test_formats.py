@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tiny import chat_tokenizer, image_processor, picture
 from lorgnette import LorgnetteCollator, LorgnetteProcessor
 from lorgnette.trainer.arguments import DataArguments, RowArguments
 from lorgnette.trainer.data import load_pairs, load_rows
-from lorgnette.trainer.formats import find_format
+from lorgnette.trainer.formats import find_format, readable_stream
 
 
 TEXTS = ["a cat, and a dog", 'a "red" car', "a bird", "NA"]
@@ -331,6 +332,122 @@ def empty(path: Path) -> Path:
 def unpaired(folder: Path, name: str) -> Path:
     (folder / name).unlink()
     return folder
+
+
+def write_tar(root: Path, names: list[str]) -> Path:
+    """A tar of these files: pictures, and texts that are the names."""
+    with tarfile.open(root / "part-0.tar", "w") as archive:
+        for name in names:
+            content = name.encode() if name.endswith(".txt") else (root / "pics" / "000.png").read_bytes()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return root / "part-0.tar"
+
+
+def in_turn(*pictures: str) -> list[str]:
+    return [f"{number:03d}.{ending}" for number, picture in enumerate(pictures) for ending in (picture, "txt")]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "streamed"])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (in_turn("png", "png", "jpg"), "sample '002' of part-0.tar has .jpg and .txt, and the first one .png and .txt"),
+        (in_turn(*["png"] * 6, "jpg"), "sample '006' of part-0.tar has no .png, as others have. All samples need"),
+        ([*in_turn(*["png"] * 5), "005.png", "006.png", "005.txt", "006.txt"], "sample '005' of part-0.tar has no"),
+        ([f"{n}.{end}" for end in ("png", "txt") for n in range(7)], "sample '0' of part-0.tar has no .png"),
+        (["0.png", "1.png", "0.txt", "1.txt"], "sample '0' of part-0.tar has .txt, and the first one .png"),
+    ],
+)
+def test_samples_of_a_tar_that_would_lose_their_pictures_are_named(root, names, message, streaming):
+    arguments = DataArguments(dataset=str(write_tar(root, names)), streaming=streaming, shuffle_buffer_size=0)
+    if streaming and names[:2] == ["0.png", "1.png"] and len(names) > 10:
+        message = "has no column 'text'; it has image, __key__"  # a stream's columns are those of its first samples
+    with pytest.raises(ValueError, match=re.escape(message)):
+        list(load_rows(arguments, "train"))
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "streamed"])
+def test_na_is_a_text_in_the_csv_of_a_folder(root, streaming):
+    def texts(source: Path, split: str = "train") -> list[str]:
+        return [row["text"] for row in load_rows(RowArguments(dataset=str(source), streaming=streaming), split)]
+
+    rows = [(Path(name).name, text) for name, text in zip(names(), [*TEXTS[:3], "null"], strict=True)]
+    (root / "csv").mkdir()
+    write_csv(root / "csv")
+    assert texts(root / "csv") == TEXTS
+    for folder in ("pics", "val"):
+        (root / "both" / folder).mkdir(parents=True)
+        with (root / "both" / folder / "metadata.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("file_name", "text"), *rows])
+        for name, _ in rows:
+            (root / "both" / folder / name).write_bytes((root / "pics" / name).read_bytes())
+    assert texts(root / "both") == texts(root / "both", "validation") == [text for _, text in rows]
+    assert texts(root / "both", "train[1:3]+validation[:25%]") == [*TEXTS[1:3], TEXTS[0]]
+    with pytest.raises(ValueError, match="Unknown split"):
+        texts(root / "both", "test")
+    loaded = load_rows(RowArguments(dataset=str(root / "both"), streaming=streaming), "validation")
+    assert [Path(row["image"]) for row in loaded] == [root / "both" / "val" / name for name, _ in rows]
+    write(root / "both" / "pics" / "metadata.csv", "name,text\n000.png,a\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv has no column 'file_name', but name, text"):
+        texts(root / "both")
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "message"),
+    [
+        (
+            "rows.jsonl",
+            '{"image": oh}',
+            r"line 50001, b'{\"image\": oh}', is no JSON \(JSON parse error: Invalid value\)",
+        ),
+        ("rows.csv", "pics/000.png,a,b", "Expected 2 fields in line 50002, saw 3"),
+    ],
+)
+def test_a_broken_line_late_in_a_stream_is_named(root, name, line, message):
+    good = '{"image": "pics/000.png", "text": "' + "a" * 300 + '"}' if name.endswith("jsonl") else "pics/000.png,a"
+    header = [] if name.endswith("jsonl") else ["image,text"]
+    write(root / name, "\n".join([*header, *[good] * 50_000, line, good]) + "\n")
+    write(root / "held_out.csv", "image,text\npics/000.png,a\n")
+    arguments = DataArguments(dataset=str(root / "held_out.csv"), eval_dataset=str(root / name), streaming=True)
+    rows = load_rows(RowArguments(dataset=str(root / name), streaming=True), "train").select_columns(["text"])
+    with pytest.raises(ValueError, match=message) as raised, readable_stream(arguments, arguments.eval_dataset):
+        for _ in rows:
+            pass
+    if name.endswith("jsonl"):
+        assert str(root / name) in str(raised.value)
+
+
+def chats_of(column: str, more: dict) -> list[dict]:
+    content = [{"type": "image"}, {"type": "text", "text": QUERY}]
+    return [
+        {"image": name, column: [{"role": "user", "content": content}, {"role": "assistant", "content": text}]} | more
+        for name, text in zip(names(), TEXTS, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["", "streamed"])
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_column_of_chats_is_found(root, column, streaming, caplog):
+    fields = {"streaming": True, "shuffle_buffer_size": 0} if streaming else {}
+    source = write(root / "chats.jsonl", "\n".join(map(json.dumps, chats_of(column, {"id": "a"}))))
+    assert find_format(str(source)) == "table"
+    with caplog.at_level("INFO", logger="lorgnette"):
+        found = batch_of(source, **fields)
+    assert f"the chats of the column '{column}' are read, as there is no column 'text'" in caplog.text
+    assert_equal(found, batch_of(source, messages_column=column, **fields))
+
+
+def test_a_column_of_chats_is_left_to_who_names_texts(root):
+    source = write(root / "chats.jsonl", "\n".join(map(json.dumps, chats_of("messages", {"text": "a", "said": "b"}))))
+    for named, column in (({}, "text"), ({"text_column": "said"}, "said")):
+        arguments = DataArguments(dataset=str(source), **named)
+        load_pairs(arguments, evaluate=False, seed=0)
+        assert (arguments.messages_column, arguments.text_name) == (None, column)
+    write(source, "\n".join(json.dumps(row | {"conversations": row["messages"]}) for row in chats_of("messages", {})))
+    with pytest.raises(ValueError, match="has no column 'text'; it has image, messages, conversations"):
+        load_pairs(DataArguments(dataset=str(source)), evaluate=False, seed=0)
 
 
 def test_a_caption_that_is_a_number_is_named(root):

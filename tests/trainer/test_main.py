@@ -22,7 +22,7 @@ from transformers import AutoModel, TrainingArguments
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval, LorgnetteProcessor
 from lorgnette.trainer import retrieval
-from lorgnette.trainer.__main__ import COMMANDS, main
+from lorgnette.trainer.__main__ import COMMANDS, main, run
 from lorgnette.trainer.arguments import TRAINING_DEFAULTS, DataArguments, Stage1Arguments, Stage2Arguments
 from lorgnette.trainer.recipe import parse_recipe
 from lorgnette.trainer.run import check_arguments
@@ -338,6 +338,12 @@ def test_stage1_leaves_no_column_unread(tmp_path, capsys, option):
     assert "leave out query_column and messages_column" in capsys.readouterr().err
 
 
+def test_stage1_refuses_chats_that_are_found_with_the_data():
+    found = DataArguments(dataset="d", messages_column="messages")
+    with pytest.raises(ValueError, match=r"stage 1 learns from pairs .* without messages_column 'messages': leave out"):
+        check_negatives(found, SimpleNamespace())
+
+
 def test_chats_train(tmp_path, recipe, monkeypatch):
     """Pictures in the messages' parts, their paths relative to the file; the broken one is named with its row."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -410,6 +416,34 @@ def test_the_module_lists_its_commands_and_a_command_its_options(capsys):
     shown = capsys.readouterr().out
     assert "--num_query_tokens" in shown
     assert "--learning_rate" in shown
+
+
+def test_an_error_of_a_run_is_a_line_unless_debugging(monkeypatch, capsys):
+    def broken(argv, prog):
+        raise ValueError("row 3: the text\nis empty")
+
+    monkeypatch.setattr("lorgnette.trainer.stage2.main", broken)
+    for command in (["stage2", "--use_cpu"], ["check", "stage2", "--use_cpu"]):
+        with pytest.raises(SystemExit) as ended:
+            run(command)
+        assert ended.value.code == 2
+        assert capsys.readouterr().err == (
+            f"python -m lorgnette.trainer {' '.join(command[:-1])}: error: row 3: the text is empty "
+            "(python -m lorgnette.trainer --debug … shows where)\n"
+        )
+        with pytest.raises(ValueError, match="row 3"):
+            run(["--debug", *command])
+
+
+def test_the_module_prints_a_data_error_as_a_line(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"image": "a.png", "text": "a cat"}\n{"image"')
+    command = [sys.executable, "-m", "lorgnette.trainer", "init", "--dataset", str(tmp_path / "rows.jsonl")]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert done.returncode == 2
+    *_, last = done.stderr.splitlines()
+    assert last.startswith(f"python -m lorgnette.trainer init: error: dataset '{tmp_path}/rows.jsonl': line 2, ")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -11,9 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_training import write_backbones, write_pairs
 from transformers import TrainerCallback
 
-from lorgnette.trainer import run
+from lorgnette.trainer import progress, run
 from lorgnette.trainer.__main__ import main
-from lorgnette.trainer.progress import SAMPLES
+from lorgnette.trainer.progress import SAMPLES, figures_line
 from lorgnette.trainer.provenance import HELD_OUT
 
 
@@ -121,6 +121,38 @@ def test_stage_1_logs_its_losses_apart(tmp_path, parts):
     for entry in logged:
         whole = entry["loss_itc"] + 2 * entry["loss_itm"] + entry["loss_itg"]
         assert float(entry["loss"]) == pytest.approx(whole, abs=2e-3)
+
+
+def test_a_line_of_figures_has_the_losses_the_rate_and_the_speed():
+    logs = {"loss": 5.8243, "grad_norm": 25.2, "learning_rate": 0.00027333, "epoch": 0.32258}
+    logs |= {"loss_itc": 2.708, "loss_itm": 0.64131, "loss_itg": 2.4742, "texts_per_second": 27.84321}
+    assert figures_line(logs, 10, 1200) == (
+        "step   10/1200  epoch 0.32  loss 5.824   itc 2.708   itm 0.6413  itg 2.474   lr 2.73e-04  27.84 texts/s"
+    )
+    found = {"eval_loss": 4.1207, "eval_runtime": 0.36, "eval_samples_per_second": 138.9, "epoch": 0.8065}
+    assert figures_line(found, 25, 1200) == "step   25/1200  epoch 0.81  eval_loss 4.121   138.9 rows/s"
+    assert figures_line({"eval_cider": 1.25}, 25, 1200) == "step   25/1200  eval_cider 1.25"
+
+
+@pytest.mark.parametrize("bar", [False, True])
+def test_a_run_prints_lines_in_place_of_dictionaries_and_times_training_alone(
+    tmp_path, parts, capsys, bar, monkeypatch
+):
+    clock = iter(range(1000))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: float(next(clock)))
+    more = options("--eval_fraction 0.25 --max_steps 4 --logging_steps 2 --eval_strategy steps --eval_steps 1")
+    more += options(f"--sample_answers 0 --save_strategy no --disable_tqdm {not bar}")
+    main(
+        ["stage2", *parts["vision"], *parts["text"], *parts["data"], *COMMON, *more, "--output_dir", f"{tmp_path}/out"]
+    )
+    output, errors = capsys.readouterr()
+    assert "{" not in output
+    assert ("4/4 [" in errors) == bar
+    lines = re.findall(r"step \d/4  epoch.*", errors)
+    kinds = [re.search("train_loss|eval_loss|loss", line)[0] for line in lines]
+    assert kinds == ["eval_loss", "loss", *["eval_loss"] * 2, "loss", "eval_loss", "train_loss"]
+    # two steps of three rows, and a second each on this clock: evaluations after each step are left out
+    assert [line for line in lines if " loss " in line and not line.endswith(" 3 texts/s")] == []
 
 
 def test_an_interruption_says_how_to_continue(tmp_path, parts, caplog, monkeypatch):

@@ -12,7 +12,7 @@ from lorgnette.processing.image_loading import load_image
 from lorgnette.trainer.arguments import DataArguments
 from lorgnette.trainer.data import load_pairs
 from lorgnette.trainer.run import train
-from lorgnette.trainer.unreadable import find_unreadable, leave_out_unreadable
+from lorgnette.trainer.unreadable import find_unreadable, leave_out_unreadable, why_empty
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_workers_find_the_same(folder, tmp_path):
     found = [find_unreadable(rows, "image", load_image, "train", workers) for workers in (0, 2)]
     assert found[0] == found[1]
     assert list(found[0]) == ["3", "7"]
-    kept = leave_out_unreadable({"train": rows}, "image", load_image, tmp_path / "out")["train"]
+    kept = leave_out_unreadable({"train": rows}, "image", load_image, tmp_path / "out", "text")["train"]
     with pytest.raises(ValueError, match="none of its 2 rows can be read; row 3: "):
         find_unreadable(rows.select([3, 7]), "image", load_image, "train")
     assert find_unreadable(kept, "image", load_image, "train") == {}
@@ -81,6 +81,24 @@ def test_what_is_no_picture_at_all_names_the_row(tmp_path):
     with pytest.raises(TypeError, match="row 4: int is no image"):
         find_unreadable(rows, "image", load_image, "train")
     assert find_unreadable(rows.select([]), "image", load_image, "train") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "empty"),
+    [
+        ("a cat", False),
+        (" ", True),
+        (None, True),
+        ([], True),
+        (["a cat", "a dog"], False),
+        (["a cat", " "], "text 1 of 2 is empty"),
+        ([None, "a cat"], "text 0 of 2 is empty"),
+        ([{"role": "user", "content": ""}, {"role": "assistant", "content": "A cat."}], False),
+        ([{"role": "user", "content": "What?"}, {"role": "assistant", "content": " "}], True),
+    ],
+)
+def test_empty_texts_are_the_same_everywhere(text, empty):
+    assert why_empty(text) == ("the text is empty" if empty is True else empty or None)
 
 
 def test_a_stream_cannot_be_read_first():
