@@ -160,11 +160,11 @@ def why_not_thin(model: PreTrainedModel, changed: list[str]) -> str | None:
         return f"LoRA is merged into its language model, which is no longer {config.text_backbone or 'what it was'}"
     for name in model.backbones:
         what, prefix = BACKBONES[name]
-        name, revision = (getattr(config, f"{prefix}_backbone{of}") for of in ("", "_revision"))
-        if None in (name, revision) or (revision.startswith(FINGERPRINT) and not model._may_name_folders):
+        source, revision = (getattr(config, f"{prefix}_backbone{of}") for of in ("", "_revision"))
+        if None in (source, revision) or (revision.startswith(FINGERPRINT) and not model._may_name_folders):
             return f"its {what} comes from a folder or from memory, not from a Hub repository at a commit"
         if not model.has_loaded_backbones:
-            return f"its {what} is random, and not what {name} holds"
+            return f"its {what} is random, and not what {source} holds"
     if trained := _trained_backbone_weights(model):
         return f"{len(trained)} weights of its backbones train ({trained[0]}, …)"
     if changed:
