@@ -30,8 +30,10 @@ def folder_fingerprint(folder: str | Path) -> str:
     """
     digest = hashlib.sha256(Path(folder, CONFIG_NAME).read_bytes())
     with ThreadPoolExecutor(8) as threads:  # hashlib releases the GIL
-        for of_file in threads.map(lambda file: weights_sha256(load_file(file)), weight_files(folder)):
-            digest.update(of_file.encode())
+        for file in weight_files(folder):
+            tensors = sorted(load_file(file).items())
+            for of_tensor in threads.map(lambda item: weights_sha256(dict([item])), tensors):
+                digest.update(of_tensor.encode())
     return FINGERPRINT + digest.hexdigest()
 
 

@@ -21,6 +21,7 @@ from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRe
 from lorgnette.assembly.card_metadata import card_metadata, license_of
 from lorgnette.assembly.fingerprints import folder_fingerprint
 from lorgnette.hub_upload import prepare
+from lorgnette.modeling.modeling_loading import weight_files
 from lorgnette.modeling.modeling_saving import keys_to_ignore_on_save, resolve_save_format
 from lorgnette.publishing import export
 from lorgnette.trainer.__main__ import main
@@ -251,3 +252,41 @@ def test_a_backbone_of_pickled_weights_stays_in_checkpoints(tmp_path):
         model.save_pretrained(tmp_path / "saved")
     assert form_of(tmp_path / "saved") == "full"
     assert str(tmp_path) not in texts_in(tmp_path / "saved")
+
+
+def test_the_fingerprint_of_a_folder_is_of_its_config_and_weights(tmp_path):
+    vision, _ = write_backbones(tmp_path)
+    before = folder_fingerprint(vision)
+    weights = load_file(tmp_path / "vit" / "model.safetensors")
+    (tmp_path / "vit" / "README.md").write_text("A ViT.")
+    save_file(weights, tmp_path / "vit" / "model.safetensors", {"format": "pt", "note": "the same weights"})
+    assert folder_fingerprint(vision) == before
+    name, value = next((name, value) for name, value in weights.items() if value.ndim == 2)
+    changes = [
+        {name: value.reshape(-1)},
+        {name: value.to(torch.bfloat16)},
+        {name: value + torch.nn.functional.one_hot(torch.tensor(0), value.shape[1]) * 1e-3},
+        {f"{name}.other": weights.pop(name)},
+    ]
+    found = {before}
+    for change in changes:
+        save_file(weights | change, tmp_path / "vit" / "model.safetensors", {"format": "pt"})
+        found.add(folder_fingerprint(vision))
+    (tmp_path / "vit" / "config.json").write_text("{}")
+    found.add(folder_fingerprint(vision))
+    assert len(found) == len(changes) + 2
+    (tmp_path / "vit" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        folder_fingerprint(vision)
+
+
+def test_a_run_reads_the_folders_once(run, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        "lorgnette.assembly.fingerprints.weight_files", lambda folder: read.append(folder) or weight_files(folder)
+    )
+    output = run()
+    assert sorted(Path(folder).name for folder in read) == ["llama", "vit"]
+    read.clear()
+    run("--resume_from_checkpoint", str(output / "checkpoint-2"))
+    assert len(read) == 2
