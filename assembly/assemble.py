@@ -9,7 +9,14 @@ from transformers import PreTrainedModel
 from ..configuration.configuration_lorgnette import LorgnetteConfig, LorgnetteQFormerConfig
 from ..configuration.configuration_retrieval import LorgnetteRetrievalConfig
 from ..modeling.modeling_loading import parse_dtype
-from .backbones import cast_parameters, load_bert, load_language_model, load_vision_model, next_free_token_id
+from .backbones import (
+    cast_parameters,
+    folders_of,
+    load_bert,
+    load_language_model,
+    load_vision_model,
+    next_free_token_id,
+)
 from .checkpoint_names import accept_names_in_files
 from .lora_targets import resolve_lora_config
 from .processor_checks import check_token_ids
@@ -102,6 +109,7 @@ def assemble(
         attn_implementation=attn_implementation,
     )
     model = cls(config, vision_model=vision_backbone.model, language_model=language_backbone.model)
+    model._backbone_folders = folders_of(vision_model=vision_backbone, language_model=language_backbone)
     if quantization_config is not None:  # transformers puts a quantised LM on the GPU, where there is one
         for part in (model.vision_model, model.qformer, model.projector):
             part.to(language_backbone.model.device)
@@ -179,6 +187,7 @@ def assemble_stage1(
         attn_implementation=attn_implementation,
     )
     model = cls(config, vision_model=vision_backbone.model)
+    model._backbone_folders = folders_of(vision_model=vision_backbone)
     if qformer_init is not None:
         load_bert_weights(model.qformer, qformer_init.model)
     cast_parameters(model, vision_backbone.model.dtype if dtype in (None, "auto") else dtype)

@@ -28,11 +28,12 @@ from .structure import refuse_other_structure
 
 @dataclass
 class Backbone:
-    """A pretrained part with its Hub id and revision, which are None for local sources."""
+    """A pretrained part with its Hub id and revision, which are None for local sources, or its local folder."""
 
     model: PreTrainedModel
     name: str | None = None
     revision: str | None = None
+    folder: str | None = None
 
 
 def load_vision_model(
@@ -59,7 +60,7 @@ def load_vision_model(
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **keywords)
         keywords |= {"dtype": dtype or torch.float32, "attn_implementation": attn}
         model = read_vision_model(name, getattr(config, "vision_config", config), **keywords)
-        backbone = from_source(model, source, revision)
+        backbone = from_source(model, name, revision)
     for field in ("hidden_size", "num_hidden_layers", "patch_size"):
         if not hasattr(backbone.model.config, field):
             raise ValueError(f"{type(backbone.model).__name__} is no ViT: its config has no {field}")
@@ -125,7 +126,7 @@ def load_language_model(
         if quantization_config is not None:
             keywords["quantization_config"] = quantization_config
         model = read_language_model(name, dtype=dtype or torch.float32, attn_implementation=attn, **keywords)
-        backbone = from_source(model, source, revision)
+        backbone = from_source(model, name, revision)
     if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
         raise ValueError(
             f"The language model is a {type(model).__name__} with an adapter, or no transformers model: give the bare "
@@ -160,7 +161,7 @@ def load_bert(source: str | Path | PreTrainedModel, revision: str | None) -> Bac
     if model_type.startswith("lorgnette"):
         raise ValueError(f"{name} is a {model_type} model: the Q-Former starts from a BERT, or in stage 2 from stage 1")
     model = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False, **keywords)
-    return from_source(model, source, revision)
+    return from_source(model, name, revision)
 
 
 def next_free_token_id(source: str | Path | PreTrainedModel, revision: str | None, vocab_size: int) -> int:
@@ -188,18 +189,24 @@ def _has_tokenizer(name: str, revision: str | None) -> bool:
 
 
 def from_source(model: PreTrainedModel, source: str | Path, revision: str | None) -> Backbone:
-    """Record the Hub id and the commit, but no local folder.
+    """Record the Hub id and the commit, or the local folder, which no config names.
 
-    A repository with pickled weights is not recorded either: models do not load from it, so a save holds the backbone.
+    A source of pickled weights is not recorded: models do not load from it, so a save holds the backbone.
     """
     have = partial(
         cached_file, source, revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False
     )
-    if Path(source).is_dir() or not (have(SAFE_WEIGHTS_NAME) or have(SAFE_WEIGHTS_INDEX_NAME)):
+    has_safetensors = bool(have(SAFE_WEIGHTS_NAME) or have(SAFE_WEIGHTS_INDEX_NAME))
+    if Path(source).is_dir() or not has_safetensors:
         model.config.name_or_path = ""
-        return Backbone(model)
+        return Backbone(model, folder=str(Path(source).resolve()) if has_safetensors else None)
     config_file = cached_file(source, "config.json", revision=revision, local_files_only=True)
     return Backbone(model, str(source), extract_commit_hash(config_file, None))
+
+
+def folders_of(**backbones: Backbone) -> dict[str, str]:
+    """The local folder of each backbone that was read from one, by its name in the model."""
+    return {name: backbone.folder for name, backbone in backbones.items() if backbone.folder is not None}
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -218,6 +225,7 @@ def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
 __all__ = [
     "Backbone",
     "cast_parameters",
+    "folders_of",
     "from_source",
     "load_bert",
     "load_language_model",

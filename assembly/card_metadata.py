@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from ..configuration.configuration_retrieval import LorgnetteRetrievalConfig
+from ..modeling.modeling_saving import FINGERPRINT
 
 
 logger = logging.get_logger(__name__)
@@ -60,8 +61,14 @@ def complete_card(card: ModelCard, config: PreTrainedConfig, save_format: str) -
 
 def backbones_of(config: PreTrainedConfig) -> list[tuple[str, str | None]]:
     """Hub id and commit of each part that came from the Hub."""
-    fields = [(getattr(config, f"{part}_backbone", None), part) for part in ("vision", "text", "qformer")]
-    return [(name, getattr(config, f"{part}_backbone_revision")) for name, part in fields if name]
+    found = [hub_source(config, part) for part in ("vision", "text", "qformer")]
+    return [(name, revision) for name, revision in found if name]
+
+
+def hub_source(config: PreTrainedConfig, part: str) -> tuple[str | None, str | None]:
+    """Hub id and commit of a part; None where it came from memory or a local folder, which checkpoints name."""
+    name, revision = (getattr(config, f"{part}_backbone{of}", None) for of in ("", "_revision"))
+    return (None, None) if (revision or "").startswith(FINGERPRINT) else (name, revision)
 
 
 def license_of(config: PreTrainedConfig) -> str:
@@ -72,7 +79,7 @@ def license_of(config: PreTrainedConfig) -> str:
     """
     ask = "say under which licence the model may be used (license=, --license; or in the card)"
     for part, what in (("vision", "ViT"), ("text", "language model")):
-        if hasattr(config, f"{part}_config") and getattr(config, f"{part}_backbone", None) is None:
+        if hasattr(config, f"{part}_config") and hub_source(config, part)[0] is None:
             raise ValueError(f"The {what} came from a folder, and its licence is not known: {ask}")
     found = {name: _license_on_hub(name, revision) for name, revision in backbones_of(config)}
     licenses = ", ".join(f"{name}: {license or 'none that is known'}" for name, license in found.items())
@@ -91,4 +98,4 @@ def _license_on_hub(name: str, revision: str | None) -> str | None:
     return license if isinstance(license, str) else None
 
 
-__all__ = ["NO_LICENSE", "backbones_of", "card_metadata", "complete_card", "license_of"]
+__all__ = ["NO_LICENSE", "backbones_of", "card_metadata", "complete_card", "hub_source", "license_of"]

@@ -17,6 +17,7 @@ from ..assembly.sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from ..modeling.modeling_lora import attach_lora, lora_is_off, lora_layers, switch_lora
 from ..modeling.modeling_saving import keys_to_ignore_on_save, refuse_offloaded
+from .card_metadata import hub_source
 from .lora_targets import outermost_lora_layers, resolve_lora_config
 
 
@@ -149,7 +150,7 @@ def read_lm_adapter(
     found = PeftConfig.from_pretrained(name, **keywords)
     if not isinstance(found, LoraConfig):
         raise ValueError(f"{source} holds an adapter of the type {found.peft_type}; LoRA is needed")
-    theirs, ours = found.base_model_name_or_path, config.text_backbone
+    theirs, ours = found.base_model_name_or_path, hub_source(config, "text")[0]
     if config.saved_form == "merged" and theirs is not None and _is_hub_id(theirs):
         raise ValueError(f"{source} was trained on {theirs}; the language model here has another LoRA merged into it")
     if ours is not None and theirs is not None and _is_hub_id(theirs) and theirs != ours:

@@ -27,7 +27,8 @@ from transformers.utils import (
 
 from ..configuration.configuration_lorgnette import SIZES
 from ..modeling.modeling_loading import WHERE, is_thin, missing_backbone, weight_files
-from ..modeling.modeling_saving import BACKBONES, is_backbone_key
+from ..modeling.modeling_saving import BACKBONES, FINGERPRINT, is_backbone_key
+from .fingerprints import folder_fingerprint
 
 
 Shape = tuple[int, ...]
@@ -148,7 +149,8 @@ def check_backbone(part: str, config: PreTrainedConfig, name: str | Path, hub: d
 
     Raises:
         OSError: it cannot be found; says what to do.
-        ValueError: see [`safe_weight_files`]; or a field of its config is another, with both values.
+        ValueError: see [`safe_weight_files`]; its folder has changed; or a field of its config is another, with both
+            values.
     """
     what, prefix = BACKBONES[part]
     source, revision = getattr(config, f"{prefix}_backbone"), getattr(config, f"{prefix}_backbone_revision")
@@ -157,6 +159,11 @@ def check_backbone(part: str, config: PreTrainedConfig, name: str | Path, hub: d
         safe_weight_files(source, revision=revision, **hub)
     except OSError as error:
         raise OSError(missing_backbone(name, what, source, revision, error)) from error
+    if revision.startswith(FINGERPRINT) and (found := folder_fingerprint(source)) != revision:
+        raise ValueError(
+            f"{name} was trained on the {what} in the folder {source}, which has changed: its fingerprint was "
+            f"{revision} and is {found}. Put the files back that it was trained on"
+        )
     own, described = getattr(own, f"{prefix}_config", own), getattr(config, f"{prefix}_config")
     for field in (*SIZES, "head_dim", "image_size", "num_key_value_heads", "patch_size"):
         expected, found = field_of(described, field), field_of(own, field)

@@ -21,10 +21,7 @@ AUTO_MAP = {
     "AutoProcessor": AUTO_PROCESSOR,
 }
 CUSTOM_PIPELINES = {
-    "image-to-text": {
-        "impl": "pipeline_lorgnette.LorgnetteImageToTextPipeline",
-        "pt": ["AutoModelForImageTextToText"],
-    }
+    "image-to-text": {"impl": "pipeline_lorgnette.LorgnetteImageToTextPipeline", "pt": ["AutoModelForImageTextToText"]}
 }
 # False in a copy of this file that transformers has loaded as remote code from a saved folder
 IN_PACKAGE = __name__.startswith("lorgnette.")
@@ -132,7 +129,8 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
             train on). By default it is the ViT's `last_hidden_state`, which most pass through a final LayerNorm.
         vision_feature_select_strategy: as in `LlavaConfig`: `"full"` for all tokens (CLS, registers, patches),
             `"default"` for the patches alone.
-        vision_backbone, qformer_backbone: Hub ids of the weights, where they came from there, with `…_revision`.
+        vision_backbone, qformer_backbone: Hub ids of the weights, where they came from there, with `…_revision`. A
+            checkpoint of training names a local folder, with the fingerprint of its files.
         saved_form: the save format of the folder: `"thin"` is without the backbones, `"full"` is everything,
             `"merged"` is everything with LoRA merged into the language model; None before the first save.
 

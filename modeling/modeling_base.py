@@ -64,6 +64,8 @@ class LorgnettePreTrainedModel(PreTrainedModel):
     backbones: ClassVar[tuple[str, ...]] = ("vision_model",)
     has_loaded_backbones = False  # False where their weights are random: the model was made from a config alone
     _backbone_checksums: dict[str, int] | None = None  # of the weights as they were loaded
+    _backbone_folders: dict[str, str] | None = None  # of those that were read from local folders
+    _may_name_folders = False  # True while a recipe saves its checkpoints
     _is_saveable = False  # checked at the first training step
     _processor: Any = None  # the one the model was joined with, or a BundledProcessor
 

@@ -25,7 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cache
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from ..configuration.configuration_lorgnette import from_package
-from .modeling_saving import BACKBONES, is_backbone_key, without_lora
+from .modeling_saving import BACKBONES, FINGERPRINT, is_backbone_key, without_lora
 
 
 logger = logging.get_logger(__name__)
@@ -151,10 +151,13 @@ def _load_backbone(
 
 def missing_backbone(name: str | Path, what: str, source: str, revision: str, error: Exception) -> str:
     """The message for a thin model whose backbone cannot be loaded."""
+    place = f"{source} at commit {revision}"
+    how = f"Fetch it with `hf download {source} --revision {revision}` (for a gated repository after `hf auth login`)"
+    if revision.startswith(FINGERPRINT):
+        place, how = f"in the folder {source}", "Put that folder back, or run `lorgnette export` where it is"
     return (
-        f"{name} was saved thin, without its {what}, which is {source} at commit {revision} and cannot be loaded. "
-        f"Fetch it with `hf download {source} --revision {revision}` (for a gated repository after `hf auth login`), "
-        f"or have the model saved with save_pretrained(…, save_format='full') by someone who has it. {error}"
+        f"{name} was saved thin, without its {what}, which is {place} and cannot be loaded. {how}, or have the model "
+        f"saved with save_pretrained(…, save_format='full') by someone who has it. {error}"
     )
 
 

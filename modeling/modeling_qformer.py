@@ -19,12 +19,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.bert.modeling_bert import (
-    BertIntermediate,
-    BertOutput,
-    BertSelfOutput,
-    eager_attention_forward,
-)
+from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput, BertSelfOutput, eager_attention_forward
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs

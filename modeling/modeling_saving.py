@@ -34,6 +34,7 @@ logger = logging.get_logger(__name__)
 
 # A submodule that is a backbone -> its name in errors, and the prefix of the config's fields about it.
 BACKBONES = {"language_model": ("language model", "text"), "vision_model": ("ViT", "vision")}
+FINGERPRINT = "sha256:"  # in place of a commit: the backbone is read from a local folder, by a checkpoint of training
 ADAPTER = "default"  # peft's name of the adapter that a model is loaded and saved with
 _PUSH_KWARGS = ("repo_id", "commit_message", "commit_description", "private", "create_pr")
 
@@ -59,9 +60,8 @@ def keys_never_saved(model: PreTrainedModel) -> set[str]:
 
 def keys_to_ignore_on_save(model: PreTrainedModel) -> set[str]:
     """`_keys_to_ignore_on_save`: Trainer does not warn that a checkpoint lacks exactly these when it restores it."""
-    if why_not_thin(model, []):
-        return keys_never_saved(model)
-    return keys_never_saved(model) | {key for key in model.state_dict() if is_backbone_key(model, key)}
+    left_out = () if why_not_thin(model, []) else model.state_dict()
+    return keys_never_saved(model) | {key for key in left_out if is_backbone_key(model, key)}
 
 
 def backbone_checksums(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -160,10 +160,11 @@ def why_not_thin(model: PreTrainedModel, changed: list[str]) -> str | None:
         return f"LoRA is merged into its language model, which is no longer {config.text_backbone or 'what it was'}"
     for name in model.backbones:
         what, prefix = BACKBONES[name]
-        if None in (getattr(config, f"{prefix}_backbone"), getattr(config, f"{prefix}_backbone_revision")):
+        source, revision = (getattr(config, f"{prefix}_backbone{of}") for of in ("", "_revision"))
+        if None in (source, revision) or (revision.startswith(FINGERPRINT) and not model._may_name_folders):
             return f"its {what} comes from a folder or from memory, not from a Hub repository at a commit"
         if not model.has_loaded_backbones:
-            return f"its {what} is random, and not what {getattr(config, f'{prefix}_backbone')} holds"
+            return f"its {what} is random, and not what {source} holds"
     if trained := _trained_backbone_weights(model):
         return f"{len(trained)} weights of its backbones train ({trained[0]}, …)"
     if changed:
@@ -229,9 +230,9 @@ def _config_and_weights(
     model.config.saved_form = save_format
     for part in model.backbones:
         prefix = BACKBONES[part][1]
-        if part in others or not model.has_loaded_backbones:
-            setattr(model.config, f"{prefix}_backbone", None)
-            setattr(model.config, f"{prefix}_backbone_revision", None)
+        local = str(getattr(config, f"{prefix}_backbone_revision")).startswith(FINGERPRINT)
+        if part in others or not model.has_loaded_backbones or (local and save_format != "thin"):
+            model.config.update({f"{prefix}_backbone": None, f"{prefix}_backbone_revision": None})
         # a path of this machine is not published
         getattr(model.config, f"{prefix}_config").name_or_path = getattr(model.config, f"{prefix}_backbone") or ""
     # a copy: transformers takes out what it has written, and a push writes twice
@@ -314,9 +315,8 @@ class BundledProcessor:
         """Write the files into `folder`; a Hub that cannot be reached is a warning, so that the weights are saved."""
         if self.files is None:
             try:
-                self.files = self._read(
-                    Path(snapshot_download(self.name, allow_patterns=self._patterns, **self.hub_kwargs))
-                )
+                snapshot = snapshot_download(self.name, allow_patterns=self._patterns, **self.hub_kwargs)
+                self.files = self._read(Path(snapshot))
             except OSError as error:
                 logger.warning(f"The processor of {self.name} is not saved along with the model: {error}")
                 return

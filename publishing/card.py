@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..assembly.card_metadata import card_metadata, license_of
+from ..assembly.card_metadata import card_metadata, hub_source, license_of
 from ..assembly.endpoint import REQUIREMENTS
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from ..modeling.modeling_base import LorgnettePreTrainedModel
@@ -111,8 +111,7 @@ def parts_of(model: LorgnettePreTrainedModel, lora: bool) -> list[dict[str, Any]
             "trained": sum(weight.numel() for weight in parameters if weight.requires_grad),
         }
         if prefix is not None:
-            part["source"] = getattr(model.config, f"{prefix}_backbone")
-            part["revision"] = getattr(model.config, f"{prefix}_backbone_revision")
+            part["source"], part["revision"] = hub_source(model.config, prefix)
         parts.append(part)
     return parts
 

@@ -5,6 +5,7 @@ import logging
 import shutil
 import signal
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from ..modeling.modeling_loss import in_process_group
 from ..modeling.modeling_saving import BACKBONES
+from .local_backbones import Source, describe, is_local, source_in
 
 
 logger = logging.getLogger(__name__)
@@ -115,8 +117,12 @@ def fault_of(checkpoint: Path) -> str | None:
     return None
 
 
-def check_backbones(checkpoint: str, model: PreTrainedModel) -> None:
+def check_backbones(checkpoint: str, model: PreTrainedModel, sources: Mapping[str, Source] | None = None) -> None:
     """Check that a thin checkpoint, one without the backbones, was trained on the backbones of `model`.
+
+    Args:
+        sources: of its local backbones, see [`~lorgnette.trainer.local_backbones.local_sources`]. A folder may have
+            moved: its fingerprint counts.
 
     Raises:
         ValueError: it was trained on others; with both names.
@@ -125,13 +131,12 @@ def check_backbones(checkpoint: str, model: PreTrainedModel) -> None:
     if saved.get("saved_form") != "thin":
         return
     for part in model.backbones:
-        what, prefix = BACKBONES[part]
-        fields = (f"{prefix}_backbone", f"{prefix}_backbone_revision")
-        theirs, ours = [saved[field] for field in fields], [getattr(model.config, field) for field in fields]
-        if theirs != ours:
+        theirs, ours = source_in(saved, part), (sources or {}).get(part) or source_in(model.config, part)
+        if theirs != ours and not (is_local(theirs) and theirs[1] == ours[1]):
+            how = "use the files that it was trained on, or another output_dir for a new run"
             raise ValueError(
-                f"{checkpoint} was trained on the {what} {theirs[0]} at commit {theirs[1]}, and this run has {ours[0]} "
-                f"at {ours[1]}: use the former, with its revision"
+                f"{checkpoint} was trained on the {BACKBONES[part][0]} {describe(theirs)}, and this run's is "
+                f"{describe(ours)}: {how if is_local(theirs) else 'use the former, with its revision'}"
             )
 
 

@@ -16,12 +16,13 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from ..modeling.modeling_saving import keys_to_ignore_on_save
+from ..modeling.modeling_saving import FINGERPRINT, keys_to_ignore_on_save
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import DataArguments
 from .checkpoints import checkpoint_to_resume
 from .collator import LengthError, LorgnetteCollator
 from .labelled_text import labelled_text, rows_of
+from .local_backbones import local_sources, named_in_checkpoints
 from .nan_guard import nan_guard
 from .progress import FiguresCallback
 from .run import Parts, load_parts, make_collator, make_trainer
@@ -173,7 +174,9 @@ def _measure(
         trainer.train()
     scale = training_args.gradient_accumulation_steps / trainer.args.gradient_accumulation_steps
     seconds = (stopwatch.times[-1] - stopwatch.times[0]) / _TIMED * scale
-    weights, states = checkpoint_bytes(parts.model)
+    sources = local_sources(parts.model, lambda folder: FINGERPRINT)  # nothing is saved: no file is read
+    with named_in_checkpoints(parts.model, sources, training_args):
+        weights, states = checkpoint_bytes(parts.model)
     peak = peak_memory(training_args.device)
     figures = {
         "steps_per_epoch": steps,

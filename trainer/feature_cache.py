@@ -8,7 +8,6 @@ have one) and `vision_features`, the bytes of its `(L, E)` features: Arrow reads
 bfloat16. A row with several pictures has a list. Shards are memory-mapped, so a cache may be larger than memory.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,6 +18,7 @@ import torch
 from datasets import Dataset, concatenate_datasets, load_from_disk
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..assembly.fingerprints import weights_sha256
 from ..modeling.modeling_base import LorgnettePreTrainedModel
 from ..modeling.modeling_loading import is_unread
 
@@ -144,10 +144,6 @@ def _open_features(
 
 
 def _hash_of(vision_model: torch.nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(vision_model.state_dict().items()):
-        if not is_unread(f"vision_model.{name}"):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """Of the weights that the features depend on."""
+    weights = vision_model.state_dict()
+    return weights_sha256({name: value for name, value in weights.items() if not is_unread(f"vision_model.{name}")})

@@ -20,6 +20,7 @@ from .data import load_pairs
 from .feature_cache import check_cache, is_cache
 from .formats import readable_stream
 from .hub import CleanPush, push_card
+from .local_backbones import local_sources, named_in_checkpoints
 from .messages import set_up_logging
 from .nan_guard import nan_guard
 from .precision import default_mixed_precision, has_bf16_hardware
@@ -81,8 +82,9 @@ def train(
     """
     checkpoint = checkpoint_to_resume(training_args)
     parts = load_parts(build, data_args, training_args)
+    sources = local_sources(parts.model)
     if checkpoint is not None:
-        check_backbones(checkpoint, parts.model)
+        check_backbones(checkpoint, parts.model, sources)
     if data_args.skip_unreadable:
         parts.splits = leave_out_unreadable(
             parts.splits,
@@ -99,7 +101,8 @@ def train(
         write_training_data(training_args.output_dir, data_args, data_args.train_split, count)
         if parts.held_out is not None:
             write_held_out(training_args.output_dir, data_args, parts.held_out)
-    with nan_guard(trainer), readable_stream(data_args, data_args.eval_dataset):
+    named = named_in_checkpoints(parts.model, sources, training_args)
+    with named, nan_guard(trainer), readable_stream(data_args, data_args.eval_dataset):
         train_from(trainer, checkpoint)
     trainer.save_model()
     trainer.save_state()

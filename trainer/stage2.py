@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, Trainer, TrainingArguments
 
 from ..assembly.sources import from_pretrained_arguments
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
-from ..modeling.modeling_saving import resolve_save_format
+from ..modeling.modeling_saving import quantizer_of, resolve_save_format
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import DataArguments, Stage2Arguments
 from .callbacks import GenerateMetricsCallback
@@ -77,7 +77,8 @@ def build(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, Lor
         ValueError: the model could not be saved in any format, for example with a quantised language model of a folder.
     """
     model, processor = model_and_processor(args)
-    resolve_save_format(model, None)
+    # a model that is not quantised can be saved in full
+    resolve_save_format(model, "full" if quantizer_of(model) is None else None)
     if model.config.lora_config is None:
         how = "its model was saved without" if args.model else "--lora '{}', or `lora: {}` in the recipe, adds it"
         logger.warning("The language model gets no LoRA (%s): only Q-Former and projector train.", how)

@@ -478,7 +478,8 @@ def test_a_thin_checkpoint_belongs_to_its_backbones(hub, tmp_path):
     check_backbones(str(tmp_path / "checkpoint-2"), built)
     commit = built.config.vision_backbone_revision
     moved = hub.add("tiny/vit", vision_model(seed=5), image_processor())
-    with pytest.raises(ValueError, match=f"ViT tiny/vit at commit {commit}, and this run has tiny/vit at {moved}"):
+    match = f"ViT tiny/vit at commit {commit}, and this run's is tiny/vit at commit {moved}: use the former"
+    with pytest.raises(ValueError, match=match):
         check_backbones(str(tmp_path / "checkpoint-2"), joined())
     built.save_pretrained(tmp_path / "checkpoint-2", save_format="full")  # it brings its own
     check_backbones(str(tmp_path / "checkpoint-2"), joined())
