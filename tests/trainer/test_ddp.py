@@ -15,7 +15,7 @@ from processes import run_processes
 from safetensors.torch import load_file, save_file
 from tiny import bert_tokenizer, image_processor, picture
 from tiny_models import QFORMER, bert, vision_model
-from tiny_training import joined, trainer, write_backbones, write_pairs
+from tiny_training import joined, lists, pairs, trainer, write_backbones, write_pairs
 
 from lorgnette import LorgnetteForImageTextRetrieval, LorgnetteProcessor
 from lorgnette.modeling import modeling_retrieval
@@ -33,18 +33,20 @@ def test_two_processes_without_looking_for_unused_parameters(tmp_path):
 
 
 def test_two_processes_are_one_that_accumulates_and_their_checkpoint_is_anyones(tmp_path):
-    """Stage 2; resumed on two processes and on one; a stream's rows; FSDP2's shards, saved whole."""
+    """Stage 2, with several texts a picture too; resumed on two processes and on one; streams; FSDP2's shards."""
     backbones = write_backbones(tmp_path)
     write_pairs(tmp_path / "pictures")
     run_processes("ddp_equal_worker.py", tmp_path)
 
-    torch.manual_seed(0)
-    one = trainer(*joined(backbones, dropout=0.0), tmp_path / "one", gradient_accumulation_steps=2, **EQUAL)
-    one.train()
-    two = load_file(tmp_path / "two" / "model.safetensors")
-    for name, parameter in one.model.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(two[name], parameter.detach(), atol=1e-6, rtol=1e-6)
+    for folder, rows in (("two", pairs()), ("texts", lists())):
+        torch.manual_seed(0)
+        settings = EQUAL | {"rows": rows, "gradient_accumulation_steps": 2}
+        one = trainer(*joined(backbones, dropout=0.0), tmp_path / "one", **settings)
+        one.train()
+        two = load_file(tmp_path / folder / "model.safetensors")
+        for name, parameter in one.model.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(two[name], parameter.detach(), atol=1e-6, rtol=1e-6)
 
     checkpoint = tmp_path / "saved" / "checkpoint-2"
     torch.manual_seed(1)
