@@ -113,6 +113,32 @@ def test_training_on_the_cache_is_training_on_the_pictures(
     assert len(expected) == 4
 
 
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_five_captions_a_picture_are_learned_from_the_cache_as_from_pictures(backbones, tmp_path, stage):
+    """In columns of their own, as recipes name them; stage 1's evaluation reads them in order."""
+    rows = {f"caption_{n}": [f"{text}, {'cat ' * n}" for text in CAPTIONS] for n in range(5)}
+    rows["image"] = [tiny.picture(n) for n in range(10)]
+    data = Dataset.from_dict(rows).cast_column("image", Image())
+    DatasetDict(train=data, test=data.select(range(4))).save_to_disk(tmp_path / "saved")
+    cache = write(backbones[0], tmp_path / "saved", tmp_path / "cache", "--dtype", "float32")
+    columns = ["--text_column", json.dumps([f"caption_{n}" for n in range(5)])]
+    expected = losses(stage, backbones, tmp_path / "saved", tmp_path / "uncached", *columns)
+    assert losses(stage, backbones, cache, tmp_path / "cached", *columns) == pytest.approx(expected, abs=1e-4)
+    drawn = losses(stage, backbones, cache, tmp_path / "drawn", *columns, "--texts_per_image", "2")
+    assert drawn != pytest.approx(expected, abs=1e-4)
+    assert len(drawn) == len(expected) == 4
+
+
+def test_stage_1_asks_for_a_new_cache_where_pictures_have_no_numbers(backbones, cache, tmp_path):
+    for shard in sorted(cache.glob("*/vision_features-*")):
+        older = load_from_disk(shard).remove_columns("image_id")
+        older.save_to_disk(tmp_path / "older" / shard.relative_to(cache))
+    shutil.copy(cache / METADATA, tmp_path / "older")
+    with pytest.raises(ValueError, match=r"does not say which of its rows have the same picture.*write it again"):
+        losses("stage1", backbones, tmp_path / "older", tmp_path / "out")
+    losses("stage2", backbones, tmp_path / "older", tmp_path / "out2")
+
+
 def test_rows_keep_their_columns_and_numbers(cache):
     shard = load_from_disk(next(cache.glob("train/*-00001-of-00003")))
     assert set(shard.column_names) == {"text", "extra", "index", "image_id", "vision_features"}
