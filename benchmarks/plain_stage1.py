@@ -46,12 +46,12 @@ class PlainStage1(nn.Module):
         cls = self._text(input_ids, attention_mask)[:, 0]
         text_embeds = nn.functional.normalize(self.blip2.text_projection(cls).float(), dim=-1)
         similarity, scale = similarities(image_embeds, text_embeds), self.logit_scale.float().exp().clamp(max=100)
-        candidates, targets = ~same_caption(input_ids), torch.arange(len(input_ids), device=input_ids.device)
+        candidates, own = ~same_caption(input_ids), torch.eye(len(input_ids), dtype=torch.bool, device=input_ids.device)
         losses = {
             "loss_itc": 0.5
             * (
-                contrastive_loss(similarity, targets, candidates, scale)
-                + contrastive_loss(similarity.T, targets, candidates, scale)
+                contrastive_loss(similarity, own, candidates, scale)
+                + contrastive_loss(similarity.T, own, candidates, scale)
             )
         }
         hardness = similarity.detach() * scale.detach()

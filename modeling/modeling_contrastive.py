@@ -1,17 +1,112 @@
 """The losses that align pictures and texts in stage 1 (BLIP-2, Li et al. 2023, section 3.1), as pure functions.
 
-Pairs that share a caption are no negatives of each other. Pairs that share a picture are, as in BLIP-2's pretraining as
-first released: no two processes, and no feature cache, know of pictures that they are one. Everything is in float32.
+A text and its picture are a pair. All texts of a picture are its positives, as in LAVIS' fine-tuning on COCO. A text
+with another picture and the caption of one of them is neither a positive nor a negative. Everything is in float32.
 
-Shapes: B pairs of this process, N pairs of all processes, Q queries, E width of the space they are compared in.
+Shapes: T texts (and so pairs) and M pictures of this process, N texts of all processes, S text tokens, Q queries, E the
+width of the space they are compared in.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from .modeling_checks import check_finite, row_name, value_check
 from .modeling_loss import in_process_group
+
+
+@value_check
+def checked_texts(
+    attention_mask: torch.Tensor,
+    pictures: torch.Tensor,
+    image_rows: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+) -> torch.Tensor:
+    """The mask `(T, S)` of texts that are padded on the right alone, beside pictures `(M, …)` that are finite.
+
+    Each picture has a text.
+    """
+    if image_rows is not None:
+        outside = ((image_rows < 0) | (image_rows >= len(pictures))).nonzero()
+        if len(outside):
+            row, number = int(outside[0]), int(image_rows[outside[0]])
+            raise ValueError(
+                f"{row_name(row, row_index)}: image_rows is {number}, and the batch has {len(pictures)} pictures"
+            )
+        without = (torch.bincount(image_rows, minlength=len(pictures)) == 0).nonzero().flatten().tolist()
+        if without:
+            raise ValueError(
+                f"{len(without)} of the {len(pictures)} pictures of the batch have no text, the first of them picture "
+                f"{without[0]}: image_rows names each picture once or more"
+            )
+    check_finite(pictures, None, row_index, image_rows)
+    left = attention_mask[:, 0] == 0
+    if left.any():
+        row = row_name(int(left.nonzero()[0]), row_index)
+        raise ValueError(f"{row} is padded on the left: a text begins with its [CLS]")
+    return attention_mask.clone()
+
+
+@value_check
+def checked_candidates(
+    candidates: torch.Tensor, process: torch.Tensor | None, row_index: torch.Tensor | None
+) -> torch.Tensor:
+    """`(N, N)` bool, which texts are negatives of which pairs: some are, and with `process` `(N,)` some in each."""
+    if not candidates.any():
+        alike = f"and the {len(candidates) - 1} others of its batch have the same caption or picture"
+        alone = "is alone in its batch (dataloader_drop_last leaves such a last one out)"
+        what = alone if len(candidates) == 1 else f"{alike} (larger batches may help)"
+        raise ValueError(f"{row_name(0, row_index)} {what}: there are no negatives to tell it from")
+    if process is not None:
+        has = (candidates & (process[:, None] == process)).any(dim=1)
+        for number, count in enumerate(torch.bincount(process).tolist()):
+            if not has[process == number].any():
+                raise ValueError(
+                    f"Process {number} has a batch of {count} texts with one picture or caption, and matching (ITM) "
+                    "finds no negatives in it: make per_device_train_batch_size 2 or more, or itm_weight 0"
+                )
+    return candidates.clone()
+
+
+@dataclass
+class TextGroups:
+    """Which texts of a batch share a picture.
+
+    Args:
+        pictures: M.
+        image_rows, rank: `(T,)` int64, each text's picture, and which of the picture's texts it is.
+        order: `(T,)` int64, the texts: the `fewest` first ones of each picture, picture by picture, then the rest.
+        fewest, most: texts that a picture has; while compiling, where values decide no shape, 1 and 0 (unknown).
+        in_order: text n is picture n's.
+    """
+
+    pictures: int
+    image_rows: torch.Tensor
+    rank: torch.Tensor
+    order: torch.Tensor
+    fewest: int = 1
+    most: int = 1
+    in_order: bool = False
+
+    @property
+    def first(self) -> torch.Tensor:
+        """`(M,)` int64, the first text of each picture."""
+        return self.order[: self.pictures * self.fewest : self.fewest]
+
+
+def group_texts(image_rows: torch.Tensor | None, texts: int, pictures: int, device: torch.device) -> TextGroups:
+    """Of `(T,)` `image_rows`; without them each text has a picture of its own."""
+    if image_rows is None:
+        order = torch.arange(texts, device=device)
+        return TextGroups(pictures, order, torch.zeros_like(order), order, in_order=True)
+    rank = (image_rows[:, None] == image_rows).tril(-1).sum(dim=1)
+    fewest, most = 1, 0
+    if not torch.compiler.is_compiling():
+        fewest, most = (int(count) for count in torch.bincount(image_rows, minlength=pictures).aminmax())
+    order = torch.where(rank < fewest, image_rows, pictures).argsort(stable=True)
+    return TextGroups(pictures, image_rows, rank, order, fewest, most)
 
 
 def similarities(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
@@ -29,27 +124,82 @@ def same_caption(input_ids: torch.Tensor) -> torch.Tensor:
     return torch.cdist(ids, ids, p=0) == 0  # how many places differ
 
 
+@dataclass
+class Pairs:
+    """Which texts and pictures belong together, and which are negatives of each other, over all processes.
+
+    Args:
+        texts, pictures: how many of them each process has.
+        own: `(T,)` int64, which of all texts are this process' own.
+        image_rows: `(N,)` int64, which of all pictures each text has.
+        positives, candidates: `(N, N)` bool, whether a text (column) is a positive, or a negative, of a pair's picture.
+    """
+
+    texts: list[int]
+    pictures: list[int]
+    own: torch.Tensor
+    image_rows: torch.Tensor
+    positives: torch.Tensor
+    candidates: torch.Tensor
+
+
+def pairs_of(
+    input_ids: torch.Tensor, image_rows: torch.Tensor, count: int, image_ids: torch.Tensor | None, padding: int
+) -> Pairs:
+    """The pairs of all processes.
+
+    Args:
+        input_ids: `(T, S)`, where `padding` is the id at padding.
+        image_rows: `(T,)` int64, which of `count` pictures each text has.
+        image_ids: `(M,)` int64, equal for equal pictures; without them no two pictures are equal.
+
+    Raises:
+        ValueError: some processes have `image_ids`, and others have none.
+    """
+    device, length = input_ids.device, input_ids.shape[1]
+    texts, pictures, lengths, numbered = [len(input_ids)], [count], [length], [int(image_ids is not None)]
+    rank = 0
+    if processes() > 1:
+        numbers = torch.tensor([texts + pictures + lengths + numbered], device=device)
+        texts, pictures, lengths, numbered = gather(numbers, [1] * processes()).T.tolist()
+        rank = torch.distributed.get_rank()
+    if len(set(numbered)) > 1:
+        given = [process for process, has in enumerate(numbered) if has]
+        raise ValueError(
+            f"image_ids are given in the processes {given} of {len(numbered)}: give them in all, or in none"
+        )
+    input_ids = gather(nn.functional.pad(input_ids, (0, max(lengths) - length), value=padding), texts)
+    image_rows = gather(image_rows + sum(pictures[:rank]), texts)
+    image_ids = torch.arange(sum(pictures), device=device) if image_ids is None else gather(image_ids, pictures)
+    of_text = image_ids[image_rows]
+    positives = of_text[:, None] == of_text
+    alike = positives.float() @ same_caption(input_ids).float()  # how many of the picture's texts have the caption
+    own = torch.arange(texts[rank], device=device) + sum(texts[:rank])
+    return Pairs(texts, pictures, own, image_rows, positives, alike == 0)
+
+
 def contrastive_loss(
     similarity: torch.Tensor,
-    targets: torch.Tensor,
+    positives: torch.Tensor,
     candidates: torch.Tensor,
     logit_scale: torch.Tensor,
     label_smoothing: float = 0.1,
 ) -> torch.Tensor:
-    """ITC in one direction: the mean over rows, where a row without candidates counts 0.
+    """ITC in one direction: the mean over pairs, where a row without candidates and with one positive counts 0.
 
     Args:
-        similarity: `(B, N)` cosines.
-        targets: `(B,)` int64, the column of each row's own partner.
-        candidates: `(B, N)` bool, the columns that are its negatives.
+        similarity: `(T, N)` cosines.
+        positives: `(T, N)` bool, the columns that share the row's picture; one at least.
+        candidates: `(T, N)` bool, the columns that are its negatives.
         logit_scale: scalar, one over the temperature.
-        label_smoothing: the share of the label that is spread evenly over the row's own column and its candidates.
+        label_smoothing: the share of the label that is spread evenly over positives and candidates; the rest is spread
+            evenly over the positives.
     """
-    counted = candidates | nn.functional.one_hot(targets, similarity.shape[1]).bool()  # each row's own, too
+    counted = candidates | positives
     logits = (similarity.float() * logit_scale.float()).masked_fill(~counted, -torch.inf)
     log_probabilities = logits.log_softmax(dim=-1).masked_fill(~counted, 0.0)
     smooth = log_probabilities.sum(-1) / counted.sum(-1)
-    nearest = log_probabilities.gather(1, targets[:, None]).squeeze(1)
+    nearest = (log_probabilities * positives).sum(-1) / positives.sum(-1)
     return -((1 - label_smoothing) * nearest + label_smoothing * smooth).mean()
 
 
@@ -59,10 +209,10 @@ def draw_negatives(
     """Draw a hard negative for each row, the likelier the more similar (ALBEF, section 3.2).
 
     Args:
-        logits, candidates: `(B, N)` similarities over the temperature, and bool.
+        logits, candidates: `(T, N)` similarities over the temperature, and bool.
 
     Returns:
-        `(B,)` bool, whether a row has a candidate, and `(B,)` int64, the column drawn for it (0 without one). Where
+        `(T,)` bool, whether a row has a candidate, and `(T,)` int64, the column drawn for it (0 without one). Where
         `logits` are NaN any column is drawn: the loss, NaN as well, is what tells of it.
     """
     weights = logits.float().masked_fill(~candidates, -torch.inf).softmax(dim=1)
@@ -88,22 +238,34 @@ def processes() -> int:
     return torch.distributed.get_world_size() if in_process_group() else 1
 
 
-def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """Rows of all processes, `(B, …)` to `(N, …)` in their order, with gradients; of one, the tensor itself."""
-    return tensor if processes() == 1 else _AllGather.apply(tensor.contiguous())
+def gather(tensor: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Rows of all processes in their order, with gradients; `sizes` are their numbers. Of one, the tensor itself."""
+    return tensor if processes() == 1 else _AllGather.apply(tensor, sizes)
+
+
+def means_over_all(losses: dict[str, torch.Tensor], counts: dict[str, torch.Tensor | int]) -> dict[str, torch.Tensor]:
+    """Losses whose mean over the processes is the mean over all terms, of means over `counts` terms of this process."""
+    if processes() == 1:
+        return losses
+    own = torch.stack([torch.as_tensor(counts[name], device=loss.device) for name, loss in losses.items()]).float()
+    torch.distributed.all_reduce(total := own.clone())
+    return dict(zip(losses, torch.stack(list(losses.values())) * own * processes() / total, strict=True))
 
 
 class _AllGather(torch.autograd.Function):
     """`all_gather` whose backward adds up what every process' loss asks of this process' rows."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, tensor)
-        return torch.cat(parts)
+    def forward(ctx: Any, tensor: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        ctx.sizes = sizes
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])  # all_gather wants equal shapes
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         gradient = gradient.contiguous()
         torch.distributed.all_reduce(gradient)
-        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+        return gradient.split(ctx.sizes)[torch.distributed.get_rank()], None

@@ -57,9 +57,15 @@ class LorgnetteQFormerMultiHeadAttention(nn.Module):
         source: torch.Tensor | KeysAndValues,
         attention_mask: torch.Tensor | None,
         source_rows: torch.Tensor | None = None,
+        shared_rows: int = 0,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         keys, values = self.project(source) if isinstance(source, torch.Tensor) else source
+        if shared_rows:  # they are folded from (N * c, Q, D) to (N, c * Q, D), and read keys in place
+            own, others = hidden_states.tensor_split([shared_rows])
+            attended, _ = self.forward(own.reshape(len(keys), -1, own.shape[2]), (keys, values), None, **kwargs)
+            others, _ = self.forward(others, (keys, values), None, source_rows[shared_rows:], **kwargs)
+            return torch.cat([attended.view_as(own), others]), None
         if source_rows is not None:
             # `keys[source_rows]`, but with gradients that are added up in blocks, on a CPU in a third of the time
             keys, values = (x.transpose(1, 2).index_select(0, source_rows).transpose(1, 2) for x in (keys, values))
@@ -101,16 +107,15 @@ class LorgnetteQFormerLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,  # (B, Q + T, D)
         image: torch.Tensor | KeysAndValues | None,  # (B, L, E); None where there are no queries
         attention_mask: torch.Tensor | None,
-        image_mask: torch.Tensor | None,
         query_length: int,
-        image_rows: torch.Tensor | None,
+        *looks: torch.Tensor | int | None,  # the images' mask, image_rows, shared_rows
         **kwargs,
     ) -> torch.Tensor:
         hidden_states = self.attention(hidden_states, hidden_states, attention_mask, **kwargs)
         queries, text = hidden_states[:, :query_length], hidden_states[:, query_length:]
         if query_length > 0:
             if self.has_cross_attention:
-                queries = self.crossattention(queries, image, image_mask, source_rows=image_rows, **kwargs)
+                queries = self.crossattention(queries, image, *looks, **kwargs)
             queries = self.output_query(self.intermediate_query(queries), queries)
         if text.shape[1] > 0:
             text = self.output(self.intermediate(text), text)
@@ -125,8 +130,8 @@ class LorgnetteQFormerEmbeddings(nn.Module):
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # (B, T) -> (B, T, D)
-        length, longest = input_ids.shape[1], self.position_embeddings.num_embeddings
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # (…, T) -> (…, T, D)
+        length, longest = input_ids.shape[-1], self.position_embeddings.num_embeddings
         if length > longest:
             raise ValueError(f"The Q-Former's text has {length} tokens; it has positions for {longest}")
         return self.word_embeddings(input_ids) + self.position_embeddings.weight[:length]
@@ -137,10 +142,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
 
     Args:
         config: [`LorgnetteQFormerConfig`] whose `encoder_hidden_size` is set. With `num_query_tokens` the model owns
-            its queries; without, each call brings `query_embeds`.
-
-    Raises:
-        ValueError: `encoder_hidden_size` is not set.
+            its queries; without, each call brings `query_embeds`. Raises ValueError without `encoder_hidden_size`.
     """
 
     config: LorgnetteQFormerConfig
@@ -181,11 +183,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
         return self.embeddings.word_embeddings if self.config.use_qformer_text_input else None
 
     def project_image(self, encoder_hidden_states: torch.Tensor) -> list[KeysAndValues | None]:
-        """Keys and values of `(N, L, E)` image features for each layer: several passes over them can share these.
-
-        Raises:
-            ValueError: features of another width.
-        """
+        """Keys and values of `(N, L, E)` image features for each layer: several passes over them can share these."""
         features = encoder_hidden_states.to(self.layernorm.weight)
         return [
             layer.crossattention.attention.project(features) if layer.has_cross_attention else None
@@ -203,6 +201,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
         query_embeds: torch.Tensor | None = None,
         causal_text: bool = False,
         image_rows: torch.Tensor | None = None,
+        shared_rows: int = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Let the queries read the image, and the text where there is one; or read a text alone.
@@ -216,11 +215,13 @@ class LorgnetteQFormerModel(PreTrainedModel):
                 there are no queries, and text alone.
             encoder_attention_mask: `(B, L)`, 0 at padding.
             input_ids, attention_mask: `(B, T)` text: an instruction (InstructBLIP, Dai et al. 2023, section 2.3), or
-                stage 1's.
+                stage 1's; with `causal_text` also `(B, n, T)`, n texts that do not see each other, n * T states.
             query_embeds: `(B or 1, Q, D)` instead of the model's own queries.
             causal_text: the text is to be generated: it may not look ahead, and the queries may not look at it.
             image_rows: `(B,)` int64, which of `(N, L, E)` image features each row looks at; row n at image n by
                 default. An image that several rows look at costs its keys and values once.
+            shared_rows: the first rows, of `image_rows`, are as many for each image, in order: they copy no keys. Not
+                with a mask of the images.
             kwargs: `output_attentions` and `output_hidden_states` add self- and cross-attention maps
                 `(B, heads, Q + T, Q + T)` and `(B, heads, Q, L)`, and the layers' outputs.
 
@@ -245,7 +246,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
         if input_ids is not None:
             if not self.config.use_qformer_text_input:
                 raise ValueError("The Q-Former was given text and has no text half: set use_qformer_text_input=True")
-            parts.append(self.embeddings(input_ids))  # (B, T, D)
+            parts.append(self.embeddings(input_ids).flatten(1, -2))  # (B, T, D)
         elif attention_mask is not None or causal_text:
             raise ValueError("The Q-Former was given attention_mask or causal_text and no input_ids: they mask text")
         if not parts:
@@ -253,13 +254,13 @@ class LorgnetteQFormerModel(PreTrainedModel):
         hidden_states = self.dropout(self.layernorm(torch.cat(parts, dim=1)))
 
         if attention_mask is not None:
-            attention_mask = nn.functional.pad(attention_mask, (query_length, 0), value=1)
+            attention_mask = nn.functional.pad(attention_mask.flatten(1), (query_length, 0), value=1)
         if attention_mask is not None or causal_text:
             attention_mask = create_bidirectional_mask(
                 config=self.config,
                 inputs_embeds=hidden_states,
                 attention_mask=attention_mask,
-                and_mask_function=multimodal_causal(query_length) if causal_text else None,
+                and_mask_function=multimodal_causal(query_length, input_ids.shape[-1]) if causal_text else None,
             )
         if encoder_attention_mask is not None:
             if image_rows is not None:
@@ -281,10 +282,9 @@ class LorgnetteQFormerModel(PreTrainedModel):
         sources = encoder_hidden_states  # of each layer
         if not isinstance(sources, list):
             sources = [image if image is None else image.to(hidden_states)] * len(self.encoder.layer)
+        looks = (encoder_attention_mask, image_rows, shared_rows)
         for layer, source in zip(self.encoder.layer, sources, strict=True):
-            hidden_states = layer(
-                hidden_states, source, attention_mask, encoder_attention_mask, query_length, image_rows, **kwargs
-            )
+            hidden_states = layer(hidden_states, source, attention_mask, query_length, *looks, **kwargs)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0]
         )
@@ -301,10 +301,11 @@ class LorgnetteQFormerModel(PreTrainedModel):
         from_package("assembly.qformer_init", "load_bert").load_bert_weights(self, bert)
 
 
-def multimodal_causal(num_queries: int) -> Callable:
-    """BLIP-2's mask for generation (figure 2), as a mask function of `transformers.masking_utils`."""
+def multimodal_causal(start: int, length: int) -> Callable:
+    """BLIP-2's mask to generate texts of `length` (figure 2), as a mask function of `transformers.masking_utils`."""
 
     def sees(batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor):
-        return (kv_idx < num_queries) | ((q_idx >= num_queries) & (kv_idx <= q_idx))
+        same_text = (kv_idx - start) // length == (q_idx - start) // length
+        return (kv_idx < start) | ((q_idx >= start) & (kv_idx <= q_idx) & same_text)
 
     return sees

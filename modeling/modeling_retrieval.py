@@ -6,7 +6,10 @@ Three losses share one Q-Former; their masks differ:
     `[CLS] text` alone                                               ─▶ ITC on [CLS]
     queries and text, all seen, pairs and hard negatives             ─▶ ITM on the queries
 
-Shapes: B pairs, L image tokens, E their width, T text tokens, Q queries, D the Q-Former's width, P the shared space's.
+A picture may have several texts: they are positives of each other, and share its queries and its keys and values.
+
+Shapes: T texts, M pictures, L image tokens, E their width, S text tokens, Q queries, D the Q-Former's width, P that of
+the space they are compared in.
 """
 
 import math
@@ -26,15 +29,19 @@ from transformers.utils.generic import can_return_tuple
 from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig, from_package
 from ..configuration.configuration_retrieval import LorgnetteRetrievalConfig
 from .modeling_base import LorgnettePreTrainedModel
-from .modeling_checks import IGNORED, check_finite, row_name, value_check
+from .modeling_checks import IGNORED, check_finite
 from .modeling_contrastive import (
+    TextGroups,
+    checked_candidates,
+    checked_texts,
     contrastive_loss,
     draw_negatives,
     gather,
     generation_loss,
+    group_texts,
     matching_loss,
-    processes,
-    same_caption,
+    means_over_all,
+    pairs_of,
     similarities,
 )
 from .modeling_loading import vision_model_class
@@ -48,40 +55,13 @@ RERANKED = 128  # candidates that ITM looks at, as in BLIP-2's evaluation
 Tensors = dict[str, torch.Tensor | None]
 
 
-@value_check
-def checked_texts(
-    attention_mask: torch.Tensor,
-    pictures: torch.Tensor,
-    image_rows: torch.Tensor | None,
-    row_index: torch.Tensor | None,
-) -> torch.Tensor:
-    """The mask `(B, T)` of texts that are padded on the right alone, beside pictures `(N, …)` that are finite."""
-    check_finite(pictures, None, row_index, image_rows)
-    left = attention_mask[:, 0] == 0
-    if left.any():
-        row = row_name(int(left.nonzero()[0]), row_index)
-        raise ValueError(f"{row} is padded on the left: a text begins with its [CLS]")
-    return attention_mask.clone()
-
-
-@value_check
-def checked_candidates(candidates: torch.Tensor, row_index: torch.Tensor | None) -> torch.Tensor:
-    """`(N, N)` bool, which texts are negatives of which pairs: some are."""
-    if not candidates.any():
-        alike = f"and the {len(candidates) - 1} others of its batch have the same caption (larger batches may help)"
-        alone = "is alone in its batch (dataloader_drop_last leaves such a last one out)"
-        what = alone if len(candidates) == 1 else alike
-        raise ValueError(f"{row_name(0, row_index)} {what}: there are no negatives to tell it from")
-    return candidates.clone()
-
-
 @dataclass
 class LorgnetteImageTextOutput(ModelOutput):
     """What [`LorgnetteForImageTextRetrieval`] returns.
 
     Args:
         loss, loss_itc, loss_itm, loss_itg: the weighted sum, and the three; None where not asked for, or of weight 0.
-        logits_per_image: `(B, B)` float32, cosines of the pictures and texts of this process; None without ITC.
+        logits_per_image: `(M, T)` float32, cosines of the pictures and texts of this process; None without ITC.
     """
 
     loss: torch.Tensor | None = None
@@ -183,28 +163,34 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         image_rows: torch.Tensor | None = None,
+        image_ids: torch.Tensor | None = None,
         row_index: torch.Tensor | None = None,
         return_loss: bool = True,
         **kwargs: Any,
     ) -> LorgnetteImageTextOutput:
-        """Compare B pictures and their B texts.
+        """Compare M pictures and their T texts.
 
         Args:
-            input_ids: `(B, T)`, from the Q-Former's tokenizer: `[CLS] … [SEP]`.
-            attention_mask: `(B, T)`; all ones by default.
-            pixel_values: `(B, 3, H, W)`; or, in their place, `vision_features` `(B, L, E)`, the ViT's output.
+            input_ids: `(T, S)`, from the Q-Former's tokenizer: `[CLS] … [SEP]`.
+            attention_mask: `(T, S)`; all ones by default.
+            pixel_values: `(M, 3, H, W)`; or, in their place, `vision_features` `(M, L, E)`, the ViT's output.
             pixel_attention_mask, spatial_shapes: of SigLIP2's variable resolution.
-            image_rows: `(B,)` int64, which of fewer pictures goes with each text, where several texts share one.
-            row_index: `(B,)` rows of the data set, for error messages alone.
+            image_rows: `(T,)` int64, the picture of each text, where a picture has several; text n's is picture n by
+                default.
+            image_ids: `(M,)` int64, a number of each picture in its data set: pictures of one number are one, in other
+                processes too. Without them each picture is another one.
+            row_index: `(T,)` rows of the data set, for error messages alone.
             return_loss: whether the losses are wanted. In eval mode the negatives of ITM are the same at each call.
             kwargs: for the Q-Former.
 
         Returns:
-            [`LorgnetteImageTextOutput`]; a loss of weight 0 is None.
+            [`LorgnetteImageTextOutput`]; a loss of weight 0 is None. ITC and ITM are means over pairs, ITG over tokens,
+            of all processes where their losses are averaged.
 
         Raises:
-            ValueError: both or neither of pictures and features, not as many as texts, left padding, values that are
-                not finite, one caption for all pairs, processes of unequal batches, weights in float16 that train.
+            ValueError: both or neither of pictures and features, pictures, texts and numbers that do not match, a
+                picture without a text, left padding, values that are not finite, one caption or picture for all pairs
+                (with ITM, of a process), weights in float16 that train.
         """
         if self.training and return_loss:
             self.check_trainable()
@@ -214,90 +200,121 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
         shown = pictures if image_rows is None else image_rows
         if len(shown) != len(input_ids):
             raise ValueError(f"{len(shown)} pictures and {len(input_ids)} texts: stage 1 learns from pairs")
+        for name, numbers, count in (("image_ids", image_ids, len(pictures)), ("row_index", row_index, len(input_ids))):
+            if numbers is not None and len(numbers) != count:
+                raise ValueError(
+                    f"{name} has {len(numbers)} numbers, and the batch {len(pictures)} pictures and {len(input_ids)} "
+                    f"texts: it needs {count}"
+                )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         attention_mask = checked_texts(attention_mask, pictures.detach(), image_rows, row_index)
         features = vision_features
         if features is None:
             features = self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes).last_hidden_state
-        ids = input_ids.masked_fill(attention_mask == 0, self.config.qformer_config.pad_token_id or 0)
+        pad_token_id = self.config.qformer_config.pad_token_id or 0
+        ids = input_ids.masked_fill(attention_mask == 0, pad_token_id)
         image = {
             "encoder_hidden_states": self.qformer.project_image(features),  # once for the passes of all losses
             "encoder_attention_mask": pixel_attention_mask,
-            "image_rows": image_rows,
         }
         text = {"input_ids": ids, "attention_mask": attention_mask}
+        groups = group_texts(image_rows, len(ids), len(features), ids.device)
         contrast, match, generate = self.config.itc_weight, self.config.itm_weight, self.config.itg_weight
         if not return_loss:
             match = generate = 0
         if return_loss and (contrast or match):
-            candidates, own = self._candidates(ids, row_index)
+            pairs = pairs_of(ids, groups.image_rows, len(features), image_ids, pad_token_id)
+            process = None
+            if match and len(pairs.texts) > 1:
+                process = torch.arange(len(pairs.texts)).repeat_interleave(torch.tensor(pairs.texts)).to(ids.device)
+            candidates = checked_candidates(pairs.candidates, process, row_index)
 
         losses: dict[str, torch.Tensor] = {}
+        counts: dict[str, torch.Tensor | int] = {}  # what they are means over
         logits_per_image, hardness = None, torch.zeros(len(ids), len(ids), device=ids.device)
-        if contrast or generate:
-            written = {}
-            if generate:  # queries do not see a text that is to be generated: ITC reads them too
-                begun = ids.clone()
-                begun[:, 0] = self.config.qformer_config.dec_token_id
-                written = text | {"input_ids": begun, "causal_text": True}
-            states = self.qformer(**image, **written, **kwargs).last_hidden_state
+        if generate:  # queries do not see a text that is to be generated: ITC reads them too
+            queries, written = self._write(image, text, groups, **kwargs)
+        elif contrast:
+            queries = self.qformer(**image, **kwargs).last_hidden_state
         if contrast:
-            image_embeds, text_embeds = self._project(states), self.embed_texts(**text, **kwargs)
-            logits_per_image = similarities(image_embeds, text_embeds)  # (B, B)
+            image_embeds, text_embeds = self._project(queries), self.embed_texts(**text, **kwargs)
+            logits_per_image = similarities(image_embeds, text_embeds)  # (M, T)
             scale = self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)
-            hardness = logits_per_image.detach() * scale.detach()
+            hardness = (logits_per_image.detach() * scale.detach())[groups.image_rows]  # (T, T)
             if return_loss:
-                to_text = similarities(image_embeds, gather(text_embeds))  # (B, N)
-                to_image = similarities(gather(image_embeds), text_embeds).T  # (B, N)
-                both = [contrastive_loss(each, own, candidates, scale) for each in (to_text, to_image)]
-                losses["loss_itc"] = 0.5 * sum(both)
+                to_text = similarities(image_embeds, gather(text_embeds, pairs.texts))  # (M, N)
+                to_text = to_text.index_select(0, groups.image_rows)  # (T, N): a picture counts once a text
+                to_image = similarities(gather(image_embeds, pairs.pictures), text_embeds).T
+                to_image = to_image.index_select(1, pairs.image_rows)  # (T, N)
+                losses["loss_itc"] = 0.5 * (
+                    contrastive_loss(to_text, pairs.positives[pairs.own], candidates[pairs.own], scale)
+                    + contrastive_loss(to_image, pairs.positives[pairs.own], candidates.T[pairs.own], scale)
+                )
+                counts["loss_itc"] = len(ids)
         if match:
-            losses["loss_itm"] = self._match(image, text, hardness, candidates[:, own], **kwargs)
+            own = candidates[pairs.own][:, pairs.own]
+            losses["loss_itm"], counts["loss_itm"] = self._match(image, text, hardness, own, groups, **kwargs)
         if generate:
-            labels = input_ids.masked_fill(attention_mask == 0, IGNORED)
-            states, targets = supervised(states[:, self.config.num_query_tokens :], labels)
+            states, targets = supervised(written, input_ids.masked_fill(attention_mask == 0, IGNORED))
             logits = self.text_head(states, self.get_input_embeddings().weight)  # (R, vocabulary)
-            losses["loss_itg"] = generation_loss(logits, targets)
+            losses["loss_itg"], counts["loss_itg"] = generation_loss(logits, targets), (targets != IGNORED).sum()
+        losses = means_over_all(losses, counts)
         weights = {"loss_itc": contrast, "loss_itm": match, "loss_itg": generate}
         loss = sum(weights[name] * value for name, value in losses.items()) if losses else None
         return LorgnetteImageTextOutput(loss=loss, logits_per_image=logits_per_image, **losses)
 
-    def _candidates(self, ids: torch.Tensor, row_index: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(B, N)` bool, which texts of all processes are negatives of a pair, and `(B,)`, which is its own."""
-        own = torch.arange(len(ids), device=ids.device)
-        if processes() > 1:
-            sizes = gather(torch.tensor([len(ids)], device=ids.device)).tolist()
-            if set(sizes) != {len(ids)}:
-                raise ValueError(f"The processes' batches differ in size ({sizes}): set dataloader_drop_last")
-            if self.config.itm_weight and len(ids) == 1:
-                raise ValueError(
-                    f"Each of {len(sizes)} processes has a batch of one pair, and matching (ITM) finds no negatives "
-                    "in it: make per_device_train_batch_size 2 or more, or itm_weight 0"
-                )
-            # texts of one length, whatever the process
-            pad_token_id = self.config.qformer_config.pad_token_id or 0
-            ids = nn.functional.pad(ids, (0, self.max_text_length - ids.shape[1]), value=pad_token_id)
-            own = own + torch.distributed.get_rank() * len(ids)
-        return checked_candidates(~same_caption(gather(ids)), row_index)[own], own
+    def _write(
+        self, image: Tensors, text: Tensors, groups: TextGroups, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """ITG's pass: states of the pictures' queries, `(M, Q, D)`, and of the texts' tokens, `(T, S, D)`."""
+        ids, mask = text["input_ids"].clone(), text["attention_mask"]
+        ids[:, 0] = self.config.qformer_config.dec_token_id
+        queries, (texts, length) = self.config.num_query_tokens, ids.shape
+        size = groups.pictures * groups.most  # each picture's texts, filled up with masked ones
+        if groups.most and groups.pictures * queries + size * length < texts * (queries + length):
+            places = groups.image_rows * groups.most + groups.rank
+            ids, mask = (  # (M, most, S)
+                tensor.new_zeros(size, length).index_copy(0, places, tensor).view(groups.pictures, -1, length)
+                for tensor in (ids, mask)
+            )
+            states = self.qformer(**image, input_ids=ids, attention_mask=mask, causal_text=True, **kwargs)
+            of_queries, of_texts = states.last_hidden_state.tensor_split([queries], dim=1)
+            return of_queries, of_texts.reshape(size, length, -1).index_select(0, places)
+        if not groups.in_order:
+            image = image | {"image_rows": groups.image_rows}
+        states = self.qformer(**image, input_ids=ids, attention_mask=mask, causal_text=True, **kwargs)
+        of_queries, of_texts = states.last_hidden_state.tensor_split([queries], dim=1)
+        if not groups.in_order:
+            of_queries = of_queries.index_select(0, groups.first)
+        return of_queries, of_texts
 
     def _match(
-        self, image: Tensors, text: Tensors, hardness: torch.Tensor, candidates: torch.Tensor, **kwargs: Any
-    ) -> torch.Tensor:
-        """ITM, within this process: pairs, each image with a wrong text, each text with a wrong image."""
+        self,
+        image: Tensors,
+        text: Tensors,
+        hardness: torch.Tensor,
+        candidates: torch.Tensor,
+        groups: TextGroups,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """ITM, in this process: pairs, each image with a wrong text, each text with a wrong image; how many count."""
         generator = None if self.training else torch.Generator(hardness.device).manual_seed(0)
         has_text, wrong_texts = draw_negatives(hardness, candidates, generator)
         has_image, wrong_images = draw_negatives(hardness.T, candidates.T, generator)
-        own = torch.arange(len(hardness), device=hardness.device)
-        shown = own if image["image_rows"] is None else image["image_rows"]
+        own, order = torch.arange(len(hardness), device=hardness.device), groups.order
+        shown = groups.image_rows[torch.cat([order.repeat_interleave(2), wrong_images])]
+        # a picture's rows stand together, and read its keys and values in place; those of drawn pictures copy them
+        shared = 2 * groups.fewest * groups.pictures if image["encoder_attention_mask"] is None else 0
         logits = self.match_logits(
-            image | {"image_rows": shown[torch.cat([own, own, wrong_images])]},
-            take_rows(text, torch.cat([own, wrong_texts, own])),
+            image | {"image_rows": shown, "shared_rows": shared},
+            take_rows(text, torch.cat([torch.stack([order, wrong_texts[order]], dim=1).flatten(), own])),
             **kwargs,
         )
         # a pair without a negative has nothing to be told from
-        wrong = torch.where(torch.cat([has_text, has_image]), 0, IGNORED)
-        return matching_loss(logits, torch.cat([torch.ones_like(own), wrong]))
+        no_text, no_image = (torch.where(has, 0, IGNORED) for has in (has_text[order], has_image))
+        matches = torch.cat([torch.stack([torch.ones_like(own), no_text], dim=1).flatten(), no_image])
+        return matching_loss(logits, matches), (matches != IGNORED).sum()
 
     def match_logits(self, image: Tensors, text: Tensors, **kwargs: Any) -> torch.Tensor:
         """`(R, 2)`: no match, match; the mean over the queries, which see image and text."""

@@ -10,7 +10,9 @@ from lorgnette.modeling.modeling_contrastive import (
     draw_negatives,
     gather,
     generation_loss,
+    group_texts,
     matching_loss,
+    pairs_of,
     same_caption,
     similarities,
 )
@@ -35,39 +37,79 @@ def test_similarities_are_those_of_the_nearest_query():
 
 def test_contrastive_loss_is_that_of_a_plain_loop():
     similarity = torch.rand(3, 5, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    targets = torch.tensor([1, 0, 4])
+    positives = torch.tensor([[0, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 1, 1]]).bool()
     candidates = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0]]).bool()
     scale, smoothing = 1 / 0.07, 0.1
     losses = []
     for row in range(3):
-        columns = sorted({int(targets[row]), *candidates[row].nonzero().flatten().tolist()})
+        right = positives[row].nonzero().flatten().tolist()
+        columns = sorted({*right, *candidates[row].nonzero().flatten().tolist()})
         exponentials = {c: math.exp(float(similarity[row, c]) * scale) for c in columns}
         logs = {c: math.log(exponentials[c] / sum(exponentials.values())) for c in columns}
-        even = sum(logs.values()) / len(columns)
-        losses.append(-(1 - smoothing) * logs[int(targets[row])] - smoothing * even)
-    actual = contrastive_loss(similarity, targets, candidates, torch.tensor(scale))
+        even, nearest = (sum(logs[c] for c in of) / len(of) for of in (columns, right))
+        losses.append(-(1 - smoothing) * nearest - smoothing * even)
+    actual = contrastive_loss(similarity, positives, candidates, torch.tensor(scale))
     assert float(actual) == pytest.approx(sum(losses) / 3, rel=1e-5)
     assert losses[1] == 0
 
 
 def test_contrastive_loss_is_cross_entropy_where_all_captions_differ():
     similarity = (torch.rand(4, 4, generator=torch.Generator().manual_seed(3)) - 0.5).requires_grad_()
-    targets, scale = torch.arange(4), torch.tensor(3.0)
-    expected = torch.nn.functional.cross_entropy(similarity * scale, targets, label_smoothing=0.1)
-    actual = contrastive_loss(similarity, targets, ~torch.eye(4, dtype=torch.bool), scale)
+    own, scale = torch.eye(4, dtype=torch.bool), torch.tensor(3.0)
+    expected = torch.nn.functional.cross_entropy(similarity * scale, torch.arange(4), label_smoothing=0.1)
+    actual = contrastive_loss(similarity, own, ~own, scale)
     torch.testing.assert_close(actual, expected)
     gradients = [torch.autograd.grad(loss, similarity, retain_graph=True)[0] for loss in (actual, expected)]
     torch.testing.assert_close(*gradients)
 
 
+def test_contrastive_loss_with_several_positives_is_cross_entropy_with_soft_labels():
+    """As in LAVIS' fine-tuning on COCO: even over the picture's texts, 0.1 of it over all."""
+    similarity, scale = torch.rand(4, 4, generator=torch.Generator().manual_seed(3)) - 0.5, torch.tensor(3.0)
+    pictures = torch.tensor([0, 1, 0, 2])
+    positives = pictures[:, None] == pictures
+    labels = 0.9 * positives / positives.sum(1, keepdim=True) + 0.1 / 4
+    expected = torch.nn.functional.cross_entropy(similarity * scale, labels)
+    torch.testing.assert_close(contrastive_loss(similarity, positives, ~positives, scale), expected)
+
+
 def test_what_is_no_candidate_has_no_influence():
-    similarity, targets = torch.zeros(2, 3), torch.tensor([0, 1])
+    similarity, own = torch.zeros(2, 3), torch.eye(2, 3, dtype=torch.bool)
     candidates = torch.tensor([[0, 1, 0], [1, 0, 0]]).bool()
     similarity.requires_grad_()
-    contrastive_loss(similarity, targets, candidates, torch.tensor(1.0)).backward()
+    contrastive_loss(similarity, own, candidates, torch.tensor(1.0)).backward()
     assert similarity.grad[:, 2].abs().max() == 0
     assert torch.isfinite(similarity.grad).all()
     assert similarity.grad[0, 1] > 0
+
+
+def test_pairs_of_one_picture_are_positives_and_those_of_one_caption_are_neither():
+    captions = torch.tensor([[1], [2], [3], [2], [4]])  # the second and the fourth are the same
+    pairs = pairs_of(captions, torch.tensor([0, 0, 1, 2, 3]), 4, torch.tensor([7, 8, 9, 8]), 0)
+    same = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 1], [0, 0, 0, 1, 0], [0, 0, 1, 0, 1]]).bool()
+    assert torch.equal(pairs.positives, same)  # the second and the fourth picture have one number
+    neither = torch.zeros(5, 5).bool()
+    neither[0, 3] = neither[1, 3] = True  # a caption of the first picture
+    neither[3, 1] = True  # and of the third: its other caption is a negative
+    assert torch.equal(pairs.candidates, ~(same | neither))
+    alone = pairs_of(captions, torch.arange(5), 5, None, 0)
+    assert torch.equal(alone.positives, torch.eye(5).bool())
+    assert torch.equal(alone.candidates, ~same_caption(captions))
+
+
+@pytest.mark.parametrize("image_rows", [[0, 1, 0, 2, 2, 0, 1], [1, 0], [0, 0, 0]])
+def test_groups_of_texts(image_rows):
+    rows = torch.tensor(image_rows)
+    groups = group_texts(rows, len(rows), len(set(image_rows)), rows.device)
+    counts = rows.bincount().tolist()
+    assert [groups.fewest, groups.most] == [min(counts), max(counts)]
+    assert sorted(groups.order.tolist()) == list(range(len(rows)))
+    first = groups.order[: groups.fewest * groups.pictures].view(groups.pictures, -1)
+    assert rows[first].eq(torch.arange(groups.pictures)[:, None]).all()
+    assert groups.first.tolist() == [image_rows.index(picture) for picture in range(groups.pictures)]
+    assert groups.rank.tolist() == [image_rows[:n].count(picture) for n, picture in enumerate(image_rows)]
+    assert not groups.in_order
+    assert group_texts(None, 3, 3, rows.device).in_order
 
 
 def test_same_caption():
@@ -122,4 +164,4 @@ def test_matching_and_generation_are_cross_entropies_in_float32():
 
 def test_gather_without_a_process_group_is_the_tensor_itself():
     tensor = torch.zeros(2, 3)
-    assert gather(tensor) is tensor
+    assert gather(tensor, [2]) is tensor

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from tiny_models import NUM_PATCHES, NUM_QUERY_TOKENS, QFORMER, SIGLIP2, bert, model, vision_model
-from tiny_retrieval import CAPTIONS, WORDS, batch, processor, retriever
+from tiny_retrieval import CAPTIONS, WORDS, batch, processor, retriever, text_qformer
 from transformers import (
     Blip2Config,
     Blip2ForImageTextRetrieval,
@@ -16,15 +16,13 @@ from transformers import (
 from lorgnette import (
     LorgnetteForConditionalGeneration,
     LorgnetteForImageTextRetrieval,
-    LorgnetteQFormerConfig,
-    LorgnetteQFormerModel,
     LorgnetteRetrievalConfig,
 )
-from lorgnette.modeling import modeling_retrieval
 from lorgnette.modeling.modeling_contrastive import (
     contrastive_loss,
     draw_negatives,
     generation_loss,
+    group_texts,
     matching_loss,
     similarities,
 )
@@ -34,21 +32,9 @@ from lorgnette.modeling.modeling_loss import POSITIONS_MULTIPLE
 class TestMasks:
     """BLIP-2, figure 2."""
 
-    @staticmethod
-    def qformer(attention: str) -> LorgnetteQFormerModel:
-        torch.manual_seed(0)
-        config = LorgnetteQFormerConfig(
-            **QFORMER, vocab_size=60, encoder_hidden_size=24, num_query_tokens=3, use_qformer_text_input=True
-        )
-        model = LorgnetteQFormerModel._from_config(config, attn_implementation=attention).eval()
-        with torch.no_grad():  # weights of std 0.02 would make any picture look like any other
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        return model
-
     @pytest.mark.parametrize("attention", ["eager", "sdpa"])
     def test_multimodal_causal(self, attention: str):
-        model, image = self.qformer(attention), torch.randn(2, 7, 24)
+        model, image = text_qformer(attention), torch.randn(2, 7, 24)
         ids = torch.randint(1, 60, (2, 6))
         mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
         with torch.no_grad():
@@ -66,7 +52,7 @@ class TestMasks:
         assert (recorded[:, 3:] - elsewhere[:, 3:]).abs().max() > 1e-3  # the text sees the picture through the queries
 
     def test_text_alone(self):
-        model, ids = self.qformer("sdpa"), torch.randint(1, 60, (2, 6))
+        model, ids = text_qformer("sdpa"), torch.randint(1, 60, (2, 6))
         with torch.no_grad():
             states = model(input_ids=ids)
             padded = model(
@@ -78,7 +64,7 @@ class TestMasks:
         torch.testing.assert_close(padded.last_hidden_state[:, :6], states.last_hidden_state, atol=1e-5, rtol=0)
 
     def test_flash_attention_is_refused_where_it_would_not_mask(self):
-        model, image = self.qformer("sdpa"), torch.randn(2, 7, 24)
+        model, image = text_qformer("sdpa"), torch.randn(2, 7, 24)
         model.config._attn_implementation = "flash_attention_2"
         with pytest.raises(ValueError, match="flash_attention_2 cannot let queries and text see each other in part"):
             model(image, input_ids=torch.ones(2, 3, dtype=torch.long), causal_text=True)
@@ -88,9 +74,9 @@ class TestMasks:
 
     def test_neither_image_nor_text_and_a_mask_without_text(self):
         with pytest.raises(ValueError, match="neither image features"):
-            self.qformer("sdpa")()
+            text_qformer("sdpa")()
         with pytest.raises(ValueError, match="causal_text and no input_ids"):
-            self.qformer("sdpa")(torch.randn(1, 7, 24), causal_text=True)
+            text_qformer("sdpa")(torch.randn(1, 7, 24), causal_text=True)
 
 
 class TestLosses:
@@ -106,7 +92,7 @@ class TestLosses:
             text_embeds = torch.nn.functional.normalize(model.text_projection(cls), dim=-1)
             cosines = similarities(image_embeds, text_embeds)
             differ = torch.tensor([[a != b for b in CAPTIONS] for a in CAPTIONS])
-            own, scale = torch.arange(4), torch.tensor(1 / 0.07)
+            own, scale = torch.eye(4, dtype=torch.bool), torch.tensor(1 / 0.07)
             itc = (contrastive_loss(cosines, own, differ, scale) + contrastive_loss(cosines.T, own, differ, scale)) / 2
 
             generator = torch.Generator().manual_seed(0)
@@ -302,13 +288,15 @@ class TestWhatTrains:
         model.itm_head.register_forward_hook(lambda module, args, output: recorded.append(output.mean(dim=1)))
         inputs = batch(["a dog", "a dog", "a dog", "a cat"])
         features = model.get_vision_features(inputs.pop("pixel_values")).last_hidden_state
-        image = {"encoder_hidden_states": features, "image_rows": torch.arange(4)}
+        image = {"encoder_hidden_states": features, "encoder_attention_mask": None}
         candidates = torch.zeros(4, 4, dtype=torch.bool)
         candidates[0, 3] = True
-        loss = model._match(image, inputs, torch.zeros(4, 4), candidates)
-        # four pairs; four pictures, the first with a wrong text; four texts, the last with a wrong picture
-        counted = recorded[0][[0, 1, 2, 3, 4, 11]]
-        torch.testing.assert_close(loss, matching_loss(counted, torch.tensor([1, 1, 1, 1, 0, 0])))
+        groups = group_texts(None, 4, 4, features.device)
+        loss, count = model._match(image, inputs, torch.zeros(4, 4), candidates, groups)
+        # each pair and its picture with a wrong text, which the first has; four texts, the last with a wrong picture
+        counted = recorded[0][[0, 1, 2, 4, 6, 11]]
+        torch.testing.assert_close(loss, matching_loss(counted, torch.tensor([1, 0, 1, 1, 1, 0])))
+        assert count == 6
 
     def test_all_losses_share_what_is_seen(self):
         """The ViT and the keys and values of its features: once a step, for each picture."""
@@ -349,13 +337,6 @@ class TestWrongInput:
             retriever()(**batch(["a dog"]), row_index=torch.tensor([7]))
         assert torch.isfinite(retriever(itc_weight=0.0, itm_weight=0.0)(**batch(["a dog"])).loss)
         assert retriever()(**batch(["a dog"]), return_loss=False).logits_per_image.shape == (1, 1)
-
-    def test_a_pair_by_itself_in_each_of_several_processes(self, monkeypatch):
-        """The contrast has the other processes' texts, matching has nothing: it would learn to say yes."""
-        monkeypatch.setattr(modeling_retrieval, "processes", lambda: 2)
-        monkeypatch.setattr(modeling_retrieval, "gather", lambda tensor: torch.cat([tensor, tensor]))
-        with pytest.raises(ValueError, match="Each of 2 processes has a batch of one pair, and matching"):
-            retriever()(**batch(["a dog"]))
 
     def test_pictures_and_texts_that_do_not_pair(self):
         inputs = batch()
