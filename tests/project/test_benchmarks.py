@@ -294,21 +294,24 @@ def test_a_goal_is_met_from_its_own_side():
 
 def test_growth_is_measured_point_by_point(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(growth.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
-    options = "--shapes tiny --batch_sizes 1 4 --image_tokens 2 --caption_tokens 8 16 --cache_rows 20 2000"
+    options = "--shapes tiny --batch_sizes 1 4 --image_tokens 2 --caption_tokens 8 16 --texts_per_image 1 4"
+    options += " --cache_rows 20 2000"
     assert growth.main([*options.split(), "--usual", "2", "4", "15", "--repeats", "1", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "growth.json").read_text())
     points = {(point["axis"], point["kind"], point["size"]): point for point in report["points"]}
-    sizes = [("batch", 1), ("batch", 4), ("image", 2), ("caption", 8), ("caption", 16)]
+    sizes = [("batch", 1), ("batch", 4), ("image", 2), ("caption", 8), ("caption", 16), ("texts", 1), ("texts", 4)]
     recorded = {(axis, kind, size) for axis, size in sizes for kind in ("pictures", "features")}
     assert points.keys() == recorded | {("cache", "cache", 20), ("cache", "cache", 2000)}
     assert "2,000 rows take 0.0 GB, and " in points["cache", "cache", 2000]["left_out"]
     assert "minutes at least" in capsys.readouterr().out.splitlines()[0]
     measured = [point for point in points.values() if point["left_out"] is None]
-    assert len(measured) == 11
+    assert len(measured) == 15
     assert all(point["pairs_per_s"] > 0 for point in measured)
     features, pictures = (points["batch", kind, 4] for kind in ("features", "pictures"))
     assert features["operations"] < pictures["operations"]
     assert points["batch", "pictures", 1]["operations"] * 4 == pytest.approx(pictures["operations"], rel=1e-3)
+    one, four = (points["texts", "pictures", count] for count in (1, 4))
+    assert one["operations"] < four["operations"] < 4 * one["operations"]  # the picture and the prompt run once
     assert points["caption", "features", 8]["bytes"] < points["caption", "features", 16]["bytes"]
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
     assert "| tiny | cache | rows cached | 20 |" in (tmp_path / "growth.md").read_text()
@@ -324,7 +327,7 @@ def test_a_cost_that_outgrows_its_size_is_told():
 
 def test_a_step_that_does_not_fit_is_left_out_with_the_estimate(monkeypatch):
     monkeypatch.setattr(floor.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
-    options = growth.Options(shapes=["tiny"], batch_sizes=[1], image_tokens=[], caption_tokens=[16])
+    options = growth.Options(shapes=["tiny"], batch_sizes=[1], image_tokens=[], caption_tokens=[16], texts_per_image=[])
     found = list(growth.steps("tiny", options))
     assert len(found) == 4
     assert all("preset tiny with batches of" in point.left_out for point in found)
@@ -346,7 +349,7 @@ def test_growth_says_first_what_it_takes_and_begins_nothing_when_time_is_over(tm
     assert "The largest cache is 30.3 GB; " in printed
     assert "nothing is begun after 0 minutes" in printed
     late = [*growth.steps("tiny", options, until=0), *growth.caches("smollm2", options, tmp_path, until=0)]
-    assert len(late) == 2 * (7 + 6 + 6) + 3
+    assert len(late) == 2 * (7 + 6 + 5 + 6) + 3
     assert all(point.left_out for point in late)
     assert {point.left_out for point in late if point.size < 10**5} == {"the 0 minutes were over"}
 
