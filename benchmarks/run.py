@@ -59,8 +59,15 @@ NOTES = (
     "what sharing and packing bring by themselves is in the rows against ours without them, cached on both sides",
     "chat prompts, mixed lengths: forward and backward passes alone, over a batch a round; other rows of training are "
     "whole steps of the stock Trainer, loading and optimizer included",
+    "5 captions a picture: a step has 10 pairs in 2 pictures; ours gets a row for each picture, theirs, in stage 1 "
+    "plain and separate, one for each pair with a picture of its own, and knows which pictures are the same",
     "against …: what stands under theirs is that",
-    "least to most: of the ratios within a round; of three, but of two where these take longer than half a minute",
+    "least to most: of the ratios within a round; of three, but of two where these take longer than half a minute; of "
+    "captions and first token with BLIP-2's prompts always of five",
+    "bound by operations: the ratio if both sides reached the same share of the machine, from shapes alone: "
+    "`python -m benchmarks.operations`; of memory what our layers, Q-Former and projector save for backward, over all "
+    "that a step of theirs takes. Reached of it: above 100% where ours has a better share of the machine",
+    "first token, chat prompts: one call of `generate` for pictures whose prompts are the same",
     "stage 1 plain: one ViT pass, and the queries' keys and values used again for ITG; separate: three passes",
     "memory: the most that a forward and backward pass allocates at once; gradients were there before",
     "of the machine's best: operations of our path over the rate of one large matrix product here; of captions the "
@@ -266,7 +273,10 @@ def save(bench: Bench, argv: list[str]) -> None:
     options = bench.options
     command = shlex.join(["python", "-m", "benchmarks.run", *argv])
     report = {"command": command, "machine": machine(), "versions": versions(), "options": asdict(options)}
-    report |= {"rows": [asdict(row) | {"ratio": row.ratio, "met": row.met} for row in bench.table], "raw": bench.raw}
+    report |= {
+        "rows": [asdict(row) | {"ratio": row.ratio, "share": row.share, "met": row.met} for row in bench.table],
+        "raw": bench.raw,
+    }
     options.output.mkdir(parents=True, exist_ok=True)
     name = f"{options.preset}-{options.device}" + ("-compiled" if options.compile else "")
     title = f"{options.preset}{', compiled' if options.compile else ''}, {machine()}"
