@@ -82,6 +82,7 @@ def step(options: Options, result: Path) -> None:
         count("gradients", [bucket.buffer()])
         return allreduce_hook(group, bucket)
 
+    distributed.all_reduce(longest := torch.tensor(batch["input_ids"].shape[1]), op=distributed.ReduceOp.MAX)
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     parallel.register_comm_hook(None, hook)
     with mock.patch.multiple(distributed, all_gather=all_gather, all_reduce=all_reduce):
@@ -92,7 +93,7 @@ def step(options: Options, result: Path) -> None:
             "B": options.batch_size,
             "Q": model.config.num_query_tokens,
             "D": model.config.image_text_hidden_size,
-            "T": model.max_text_length,
+            "T": int(longest),
             "P": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         }
         result.write_text(json.dumps(sizes | received), encoding="utf-8")
@@ -103,9 +104,10 @@ def exchanged(options: Options, measured: dict[str, int]) -> list[tuple[str, str
     w, b, q, d, t, p = (measured[name] for name in "WBQDTP")
     embeddings = w * b * (q + 1) * d * 4
     return [
-        ("ITC gathers, a process and step", "4 W B (Q + 1) D + 8 W (B T + 1)", embeddings + 8 * w * (b * t + 1),
-         measured["gathered"]),
-        ("ITC's gradients, a process and step", "4 W B (Q + 1) D", embeddings, measured["reduced"]),
+        ("stage 1 gathers, a process and step", "4 W B (Q + 1) D + 8 W (B (T + 1) + 4)",
+         embeddings + 8 * w * (b * (t + 1) + 4), measured["gathered"]),
+        ("stage 1's gradients and counts, a process and step", "4 W B (Q + 1) D + 12", embeddings + 12,
+         measured["reduced"]),
         ("DDP's gradients, a process and step", "4 P", 4 * p, measured["gradients"]),
     ]  # fmt: skip
 

@@ -11,6 +11,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from ..trainer.collator import LorgnetteCollator
+from ..trainer.texts import first_pair
 from .attribution import explain_row
 from .check_gradients import check_gradients
 from .check_text import check_aligned, check_labels, check_prompt
@@ -98,8 +99,8 @@ def inspect_model(
     Args:
         model: on any device; in train or eval mode, which it keeps.
         processor: the model's.
-        rows: data in the collator's format, with texts; preferably rows that the model was not trained on. Without
-            rows, some checks are not run.
+        rows: data in the collator's format, with texts, of which the first of each picture is used; preferably rows
+            that the model was not trained on. Without rows, some checks are not run.
         collator: the one of training, so that its labels are checked; by default a new one with the processor.
         pictures: rows whose pictures are explained; they need no texts. The first two of `rows` by default.
         original: the frozen parts before training; by default loaded from the sources in the config.
@@ -114,7 +115,7 @@ def inspect_model(
     with preserved_state(model):
         collator = copy.copy(collator or LorgnetteCollator(processor))
         collator.pack_to = None  # the checks need one row per example
-        rows = [dict(row) for row in rows]
+        rows = [first_pair(row, collator.text_column, collator.query_column) for row in rows]
         batches = [
             {key: value.to(model.device) for key, value in collator(rows[first : first + batch_size]).items()}
             for first in range(0, len(rows), batch_size)

@@ -1,7 +1,7 @@
 """The texts of a row: one, or several of one picture, and the questions that they answer."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
@@ -48,6 +48,13 @@ def pairs_of(row: dict[str, Any], text_column: str, query_column: str | None) ->
         )
     for query, answer in zip(queries, answers, strict=True):
         yield row | {query_column: query, text_column: answer}
+
+
+def first_pair(row: Mapping[str, Any], text_column: str, query_column: str | None) -> dict[str, Any]:
+    """The row with the first of its texts, and of its questions, where it has lists of them."""
+    columns = () if row.get("messages") is not None else (text_column, query_column)
+    lists = [name for name in columns if isinstance(row.get(name), (list, tuple)) and row[name]]
+    return dict(row) | {name: row[name][0] for name in lists}
 
 
 def picture_number(value: int | str) -> int:

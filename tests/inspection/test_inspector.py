@@ -58,6 +58,15 @@ def test_a_healthy_model_is_green_all_over(trained):
     assert red(*trained) == (set(), set())
 
 
+def test_of_several_texts_the_first_is_inspected(trained):
+    model, processor, original = trained
+    settings = {"original": original, "pictures": [], "quiet": True}
+    one = inspect_model(model, processor, rows(8), **settings)
+    lists = [row | {"text": [row["text"], "another text"]} for row in rows(8)]
+    several = inspect_model(model, processor, lists, **settings)
+    assert [check.finding for check in one.checks] == [check.finding for check in several.checks]
+
+
 def test_a_vit_that_was_trained_is_found(spoilt, monkeypatch):
     model, processor, original = spoilt
     monkeypatch.setattr(

@@ -159,6 +159,19 @@ def test_what_is_wrong_is_told_by_a_compiled_model_too(stage):
             )
 
 
+def test_several_texts_a_picture_are_one_graph_as_well():
+    own, collator = built(1, multiple=8)
+    batch = collator(rows_of(1, 3, 2, 5)) | {"image_rows": torch.tensor([1, 0, 1, 2]), "image_ids": torch.arange(3)}
+    batch["pixel_values"] = batch["pixel_values"][:3]
+    loss, gradients = losses_and_gradients(own, own, batch)
+    compiled = torch.compile(own, backend="aot_eager", fullgraph=True)
+    found, found_gradients = losses_and_gradients(compiled, own, batch)
+    torch.testing.assert_close(found, loss, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found_gradients, gradients, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="1 of the 3 pictures of the batch have no text"):
+        compiled(**batch | {"image_rows": torch.tensor([1, 0, 1, 0])})
+
+
 def test_packed_documents_are_one_graph_as_well():
     own, collator = built(2)
     collator.pack_to = 128

@@ -10,12 +10,12 @@ import datasets
 import pytest
 import torch
 from ddp_equal_worker import EQUAL
-from ddp_stage1_worker import next_of_its_half
+from ddp_stage1_worker import TEXTS, next_of_its_process
 from processes import run_processes
 from safetensors.torch import load_file, save_file
 from tiny import bert_tokenizer, image_processor, picture
 from tiny_models import QFORMER, bert, vision_model
-from tiny_training import joined, trainer, write_backbones, write_pairs
+from tiny_training import joined, lists, pairs, trainer, write_backbones, write_pairs
 
 from lorgnette import LorgnetteForImageTextRetrieval, LorgnetteProcessor
 from lorgnette.modeling import modeling_retrieval
@@ -33,18 +33,20 @@ def test_two_processes_without_looking_for_unused_parameters(tmp_path):
 
 
 def test_two_processes_are_one_that_accumulates_and_their_checkpoint_is_anyones(tmp_path):
-    """Stage 2; resumed on two processes and on one; a stream's rows; FSDP2's shards, saved whole."""
+    """Stage 2, with several texts a picture too; resumed on two processes and on one; streams; FSDP2's shards."""
     backbones = write_backbones(tmp_path)
     write_pairs(tmp_path / "pictures")
     run_processes("ddp_equal_worker.py", tmp_path)
 
-    torch.manual_seed(0)
-    one = trainer(*joined(backbones, dropout=0.0), tmp_path / "one", gradient_accumulation_steps=2, **EQUAL)
-    one.train()
-    two = load_file(tmp_path / "two" / "model.safetensors")
-    for name, parameter in one.model.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(two[name], parameter.detach(), atol=1e-6, rtol=1e-6)
+    for folder, rows in (("two", pairs()), ("texts", lists())):
+        torch.manual_seed(0)
+        settings = EQUAL | {"rows": rows, "gradient_accumulation_steps": 2}
+        one = trainer(*joined(backbones, dropout=0.0), tmp_path / "one", **settings)
+        one.train()
+        two = load_file(tmp_path / folder / "model.safetensors")
+        for name, parameter in one.model.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(two[name], parameter.detach(), atol=1e-6, rtol=1e-6)
 
     checkpoint = tmp_path / "saved" / "checkpoint-2"
     torch.manual_seed(1)
@@ -87,21 +89,39 @@ def test_accelerate_launch_runs_the_entry_point_on_two_processes(tmp_path, monke
 
 
 def test_stage_1_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_path):
-    """Loss and gradients; one caption stands in both halves, and is a negative in neither. ITM's draw is fixed."""
+    """Loss and gradients, of pairs and of pictures with several texts. ITM's draw is fixed.
+
+    One caption stands in both processes, and is a negative in neither. Of the lists the processes have unequal numbers
+    of pictures, texts and tokens, and one picture, by its number, is in both.
+    """
     processor = LorgnetteProcessor.from_backbones(image_processor(), None, qformer=bert_tokenizer(), num_query_tokens=4)
-    texts = [
-        "the cat",
-        "a dog",
-        "a very long text about a road",
-        "a picture of a bird",
-        "the cat",
-        "a very red car on the road",
-    ]
-    batch = processor(images=[picture(n) for n in range(6)], text=texts, padding=True, return_tensors="pt")
-    lengths = batch["attention_mask"].sum(1)
-    assert lengths[:3].sum() == lengths[3:].sum()  # ITG's mean over tokens is the halves' mean then
-    assert lengths[:3].max() != lengths[3:].max()
-    save_file(dict(batch), tmp_path / "batch.safetensors")
+    texts = {
+        "pairs": [
+            "the cat",
+            "a dog",
+            "a very long text about a road",
+            "a picture of a bird",
+            "the cat",
+            "a very red car on the road",
+        ],
+        "lists": [
+            *("the cat", "a cat", "a dog", "a very long text about a road"),
+            *("the cat", "a car", "a picture of a bird", "a red car on the road", "a road"),
+        ],
+    }
+    pictures = {"pairs": range(6), "lists": [0, 1, 2, 0, 3]}
+    batches = {
+        kind: processor(
+            images=[picture(n) for n in pictures[kind]], text=texts[kind], padding=True, return_tensors="pt"
+        )
+        for kind in texts
+    }
+    rows = {"image_rows": torch.tensor([0, 0, 0, 1, 2, 2, 3, 4, 4]), "image_ids": torch.tensor(pictures["lists"])}
+    batches["lists"] = {**batches["lists"], **rows}
+    for kind, batch in batches.items():
+        save_file(dict(batch), tmp_path / f"{kind}.safetensors")
+        lengths = [part.sum() for part in batch["attention_mask"].split(TEXTS[kind])]
+        assert (lengths[0] == lengths[1]) == (kind == "pairs")
     for name, weight in (("all", 1.0), ("itc", 0.0)):
         torch.manual_seed(0)
         model = LorgnetteForImageTextRetrieval.from_backbones(
@@ -113,9 +133,11 @@ def test_stage_1_of_two_processes_is_that_of_one_with_the_whole_batch(tmp_path):
             itg_weight=weight,
         ).train()
         model.save_pretrained(tmp_path / name)
-        with mock.patch.object(modeling_retrieval, "draw_negatives", next_of_its_half):
-            loss = model(**batch).loss
-        loss.backward()
-        gradients = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.requires_grad}
-        save_file({"loss": loss.detach()} | gradients, tmp_path / f"{name}.safetensors")
+        for kind, batch in batches.items():
+            with mock.patch.object(modeling_retrieval, "draw_negatives", next_of_its_process):
+                loss = model(**batch).loss
+            model.zero_grad()
+            loss.backward()
+            gradients = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.requires_grad}
+            save_file({"loss": loss.detach()} | gradients, tmp_path / f"{kind}-{name}.safetensors")
     run_processes("ddp_stage1_worker.py", tmp_path)

@@ -1,27 +1,32 @@
 """One set of pictures in each format that people have gives the same batches; what is broken is named."""
 
-import csv
-import io
 import json
-import re
-import tarfile
 from pathlib import Path
 
 import datasets
 import pytest
-import torch
 from datasets import Dataset
-from tiny import chat_tokenizer, image_processor, picture
+from tiny import picture
+from tiny_formats import (
+    QUERY,
+    TEXTS,
+    assert_equal,
+    batch_of,
+    names,
+    processor,
+    write,
+    write_csv,
+    write_pictures,
+    write_webdataset,
+)
 
-from lorgnette import LorgnetteCollator, LorgnetteProcessor
+from lorgnette import LorgnetteCollator
 from lorgnette.trainer.arguments import DataArguments, RowArguments
 from lorgnette.trainer.data import load_pairs, load_rows
-from lorgnette.trainer.formats import find_format, readable_stream
+from lorgnette.trainer.formats import find_format
 
 
-TEXTS = ["a cat, and a dog", 'a "red" car', "a bird", "NA"]
 CAPTIONS = [[f"{text} {number}" for number in range(5)] for text in TEXTS]
-QUERY = "Describe the picture."
 
 
 @pytest.fixture(autouse=True)
@@ -33,21 +38,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def root(tmp_path):
     """Four pictures in a folder of their own."""
-    (tmp_path / "data" / "pics").mkdir(parents=True)
-    for number in range(len(TEXTS)):
-        picture(number).save(tmp_path / "data" / "pics" / f"{number:03d}.png")
-    return tmp_path / "data"
-
-
-def names() -> list[str]:
-    return [f"pics/{number:03d}.png" for number in range(len(TEXTS))]
-
-
-def write_csv(root: Path, sep: str = ",", name: str = "rows.csv", encoding: str = "utf-8", end: str = "\n") -> Path:
-    with (root / name).open("w", newline="", encoding=encoding) as file:
-        writer = csv.writer(file, delimiter=sep, lineterminator=end)
-        writer.writerows([("image", "text"), *zip(names(), TEXTS, strict=True)])
-    return root / name
+    return write_pictures(tmp_path / "data")
 
 
 def write_tsv(root: Path) -> Path:
@@ -65,17 +56,6 @@ def write_jsonl(root: Path) -> Path:
     rows = [{"image": name, "text": text} for name, text in zip(names(), TEXTS, strict=True)]
     (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return root / "rows.jsonl"
-
-
-def write_webdataset(root: Path, name: str = "shards-000.tar", numbers: range = range(len(TEXTS))) -> Path:
-    with tarfile.open(root / name, "w") as archive:
-        for number in numbers:
-            files = {"png": (root / names()[number]).read_bytes(), "txt": TEXTS[number].encode()}
-            for suffix, content in files.items():
-                entry = tarfile.TarInfo(f"{number:03d}.{suffix}")
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
-    return root / name
 
 
 def write_shards(root: Path) -> str:
@@ -151,33 +131,15 @@ def write_coco(root: Path, content: dict | None = None) -> Path:
     return root / "captions.json"
 
 
-def processor() -> LorgnetteProcessor:
-    return LorgnetteProcessor.from_backbones(image_processor(), chat_tokenizer(), num_query_tokens=2, query=QUERY)
-
-
-def batch_of(source: Path | str, **fields) -> dict[str, torch.Tensor]:
-    arguments = DataArguments(dataset=str(source), **fields)
-    rows, _ = load_pairs(arguments, evaluate=False, seed=0)
-    collator = LorgnetteCollator(processor(), text_column=arguments.text_name)
-    rows = rows if isinstance(rows, Dataset) else rows.take(len(TEXTS))
-    return dict(collator(list(rows)))
-
-
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-
-
 @pytest.mark.parametrize("streaming", [False, True], ids=["", "streamed"])
 def test_each_format_gives_the_same_batch(root, streaming):
     fields = {"streaming": True, "shuffle_buffer_size": 0} if streaming else {}
     expected = batch_of(write_jsonl(root))
     assert expected["pixel_values"].shape[0] == len(TEXTS)
-    for write in WRITERS:
+    for write_rows in WRITERS:
         for stale in (*root.glob("*.*"), *root.glob("pics/*.txt"), *root.glob("pics/metadata*")):
             stale.unlink()
-        assert_equal(batch_of(write(root), **fields), expected)
+        assert_equal(batch_of(write_rows(root), **fields), expected)
 
 
 @pytest.mark.parametrize("write", [write_llava, write_llava_jsonl])
@@ -334,128 +296,6 @@ def unpaired(folder: Path, name: str) -> Path:
     return folder
 
 
-def write_tar(root: Path, names: list[str]) -> Path:
-    """A tar of these files: pictures, and texts that are the names."""
-    with tarfile.open(root / "part-0.tar", "w") as archive:
-        for name in names:
-            content = name.encode() if name.endswith(".txt") else (root / "pics" / "000.png").read_bytes()
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    return root / "part-0.tar"
-
-
-def in_turn(*pictures: str) -> list[str]:
-    return [f"{number:03d}.{ending}" for number, picture in enumerate(pictures) for ending in (picture, "txt")]
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["", "streamed"])
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (in_turn("png", "png", "jpg"), "sample '002' of part-0.tar has .jpg and .txt, and the first one .png and .txt"),
-        (in_turn(*["png"] * 6, "jpg"), "sample '006' of part-0.tar has no .png, as others have. All samples need"),
-        ([*in_turn(*["png"] * 5), "005.png", "006.png", "005.txt", "006.txt"], "sample '005' of part-0.tar has no"),
-        ([f"{n}.{end}" for end in ("png", "txt") for n in range(7)], "sample '0' of part-0.tar has no .png"),
-        (["0.png", "1.png", "0.txt", "1.txt"], "sample '0' of part-0.tar has .txt, and the first one .png"),
-    ],
-)
-def test_samples_of_a_tar_that_would_lose_their_pictures_are_named(root, names, message, streaming):
-    arguments = DataArguments(dataset=str(write_tar(root, names)), streaming=streaming, shuffle_buffer_size=0)
-    if streaming and names[:2] == ["0.png", "1.png"] and len(names) > 10:
-        message = "has no column 'text'; it has image, __key__"  # a stream's columns are those of its first samples
-    with pytest.raises(ValueError, match=re.escape(message)):
-        list(load_rows(arguments, "train"))
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["", "streamed"])
-def test_na_is_a_text_in_the_csv_of_a_folder(root, streaming):
-    def texts(source: Path, split: str = "train") -> list[str]:
-        return [row["text"] for row in load_rows(RowArguments(dataset=str(source), streaming=streaming), split)]
-
-    rows = [(Path(name).name, text) for name, text in zip(names(), [*TEXTS[:3], "null"], strict=True)]
-    (root / "csv").mkdir()
-    write_csv(root / "csv")
-    assert texts(root / "csv") == TEXTS
-    for folder in ("pics", "val"):
-        (root / "both" / folder).mkdir(parents=True)
-        with (root / "both" / folder / "metadata.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([("file_name", "text"), *rows])
-        for name, _ in rows:
-            (root / "both" / folder / name).write_bytes((root / "pics" / name).read_bytes())
-    assert texts(root / "both") == texts(root / "both", "validation") == [text for _, text in rows]
-    assert texts(root / "both", "train[1:3]+validation[:25%]") == [*TEXTS[1:3], TEXTS[0]]
-    with pytest.raises(ValueError, match="Unknown split"):
-        texts(root / "both", "test")
-    loaded = load_rows(RowArguments(dataset=str(root / "both"), streaming=streaming), "validation")
-    assert [Path(row["image"]) for row in loaded] == [root / "both" / "val" / name for name, _ in rows]
-    write(root / "both" / "pics" / "metadata.csv", "name,text\n000.png,a\n")
-    with pytest.raises(ValueError, match=r"metadata\.csv has no column 'file_name', but name, text"):
-        texts(root / "both")
-
-
-@pytest.mark.parametrize(
-    ("name", "line", "message"),
-    [
-        (
-            "rows.jsonl",
-            '{"image": oh}',
-            r"line 50001, b'{\"image\": oh}', is no JSON \(JSON parse error: Invalid value\)",
-        ),
-        ("rows.csv", "pics/000.png,a,b", "Expected 2 fields in line 50002, saw 3"),
-    ],
-)
-def test_a_broken_line_late_in_a_stream_is_named(root, name, line, message):
-    good = '{"image": "pics/000.png", "text": "' + "a" * 300 + '"}' if name.endswith("jsonl") else "pics/000.png,a"
-    header = [] if name.endswith("jsonl") else ["image,text"]
-    write(root / name, "\n".join([*header, *[good] * 50_000, line, good]) + "\n")
-    write(root / "held_out.csv", "image,text\npics/000.png,a\n")
-    arguments = DataArguments(dataset=str(root / "held_out.csv"), eval_dataset=str(root / name), streaming=True)
-    rows = load_rows(RowArguments(dataset=str(root / name), streaming=True), "train").select_columns(["text"])
-    with pytest.raises(ValueError, match=message) as raised, readable_stream(arguments, arguments.eval_dataset):
-        for _ in rows:
-            pass
-    if name.endswith("jsonl"):
-        assert str(root / name) in str(raised.value)
-
-
-def chats_of(column: str, more: dict) -> list[dict]:
-    content = [{"type": "image"}, {"type": "text", "text": QUERY}]
-    return [
-        {"image": name, column: [{"role": "user", "content": content}, {"role": "assistant", "content": text}]} | more
-        for name, text in zip(names(), TEXTS, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["", "streamed"])
-@pytest.mark.parametrize("column", ["messages", "conversations"])
-def test_a_column_of_chats_is_found(root, column, streaming, caplog):
-    fields = {"streaming": True, "shuffle_buffer_size": 0} if streaming else {}
-    source = write(root / "chats.jsonl", "\n".join(map(json.dumps, chats_of(column, {"id": "a"}))))
-    assert find_format(str(source)) == "table"
-    with caplog.at_level("INFO", logger="lorgnette"):
-        found = batch_of(source, **fields)
-    assert f"the chats of the column '{column}' are read, as there is no column 'text'" in caplog.text
-    assert_equal(found, batch_of(source, messages_column=column, **fields))
-
-
-def test_a_column_of_chats_is_left_to_who_names_texts(root):
-    source = write(root / "chats.jsonl", "\n".join(map(json.dumps, chats_of("messages", {"text": "a", "said": "b"}))))
-    for named, column in (({}, "text"), ({"text_column": "said"}, "said")):
-        arguments = DataArguments(dataset=str(source), **named)
-        load_pairs(arguments, evaluate=False, seed=0)
-        assert (arguments.messages_column, arguments.text_name) == (None, column)
-    write(source, "\n".join(json.dumps(row | {"conversations": row["messages"]}) for row in chats_of("messages", {})))
-    with pytest.raises(ValueError, match="has no column 'text'; it has image, messages, conversations"):
-        load_pairs(DataArguments(dataset=str(source)), evaluate=False, seed=0)
-
-
-def test_a_caption_that_is_a_number_is_named(root):
-    (root / "numbers.csv").write_text("image,text\npics/000.png,5\npics/001.png,7\n")
-    with pytest.raises(TypeError, match="row 0: column 'text' holds a int, 5"):
-        batch_of(root / "numbers.csv")
-
-
 def test_a_missing_picture_is_named_with_the_folder_that_was_searched(root):
     (root / "rows.csv").write_text("image,text\npics/000.png,a\npics/gone.png,b\n")
     with pytest.raises(OSError, match=rf"row 1.*{root}/pics/gone.png"):
@@ -492,12 +332,6 @@ def test_the_format_can_be_overruled(root):
     assert rows[1]["id"] == 1
     with pytest.raises(ValueError, match="format is 'xml'; it takes table"):
         RowArguments(dataset="x", format="xml")
-
-
-def write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path
 
 
 def pairs_with(root: Path, *names: str) -> Path:
@@ -556,26 +390,6 @@ def test_names_that_datasets_would_expand_and_hidden_files(root):
     assert batch_of(pairs_with(root, ".thumb.png"))["pixel_values"].shape[0] == 4
 
 
-def test_tars_in_folders_of_splits(root):
-    for split, numbers in (("train", range(3)), ("val", range(3, 4))):
-        (root / "tars" / split).mkdir(parents=True)
-        path = write_webdataset(root, numbers=numbers)
-        path.rename(root / "tars" / split / "part-0.tar")
-    arguments = DataArguments(dataset=str(root / "tars"), eval_split="validation")
-    trained, held_out = load_pairs(arguments, evaluate=True, seed=0)
-    assert [row["text"] for row in trained] == TEXTS[:3]
-    assert [row["text"] for row in held_out] == TEXTS[3:]
-
-
-def test_pictures_that_metadata_leave_out_and_texts_over_lines_are_warned_of(root, caplog):
-    write(root / "pics" / "metadata.csv", "file_name,text\n000.png,a\n001.png,b\n")
-    with caplog.at_level("WARNING", logger="lorgnette"):
-        batch_of(root / "pics")
-        batch_of(write(root / "rows.csv", 'image,text\npics/000.png,"a\ncat"\npics/001.png,b\n'))
-    assert "2 pictures are in no row of its metadata" in caplog.text
-    assert "3 lines make 2 rows" in caplog.text
-
-
 def test_splits_of_paired_folders(root):
     for split in ("train", "val"):
         (root / "split" / split).mkdir(parents=True)
@@ -586,15 +400,3 @@ def test_splits_of_paired_folders(root):
     trained, held_out = load_pairs(arguments, evaluate=True, seed=0)
     assert [row["text"] for row in held_out] == [f"{text} val" for text in TEXTS[:2]]
     assert Path(trained[0]["image"]) == root / "split" / "train" / "0.jpg"
-
-
-def test_a_mark_in_the_words_of_a_chat_is_warned_of_once(root, caplog):
-    rows = [{"messages": [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A cat."}],
-             "image": name} for name in names()]  # fmt: skip
-    (root / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    trained, _ = load_pairs(
-        DataArguments(dataset=str(root / "chats.jsonl"), messages_column="messages"), evaluate=False, seed=0
-    )
-    with caplog.at_level("WARNING"):
-        list(trained)
-    assert caplog.text.count("<image> stands in the text of a chat") == 1

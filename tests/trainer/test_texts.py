@@ -7,8 +7,8 @@ import tiny
 import tiny_models
 import torch
 from datasets import Dataset
-from tiny_training import joined, write_backbones
-from transformers import TrainerState
+from tiny_training import joined, trainer, write_backbones
+from transformers import TrainerState, set_seed
 
 from lorgnette import LorgnetteCollator, LorgnetteProcessor
 from lorgnette.trainer.arguments import DataArguments
@@ -223,3 +223,33 @@ def test_texts_of_a_batch_are_counted(backbones):
     assert count_texts(LorgnetteCollator(processor)(apart(rows))) == 6
     retrieval = LorgnetteProcessor(tiny.image_processor(), None, qformer_tokenizer=tiny.bert_tokenizer())
     assert count_texts(LorgnetteCollator(retrieval)(rows)) == 6
+
+
+def test_a_resumed_run_learns_the_texts_of_the_uninterrupted_one(backbones, tmp_path):
+    rows = [{"image": str(tmp_path / f"{n}.png"), "text": [f"{text} {k}" for k in range(4)]} for n, text in
+            enumerate(["a cat", "a dog", "the car", "a bird", "the road", "a red dog"])]  # fmt: skip
+    for n in range(len(rows)):
+        tiny.picture(n).save(tmp_path / f"{n}.png")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = DataArguments(dataset=str(tmp_path / "rows.jsonl"), texts_per_image="1")
+
+    def run(name, seed, texts=data.num_texts):
+        set_seed(seed)
+        seeds = RowSeeds(0, augment=False, texts=texts, columns=["text"])
+        found, _ = load_pairs(data, evaluate=False, seed=0, row_seeds=seeds)
+        saving = {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
+        built = trainer(*joined(backbones), tmp_path / name, rows=found, per_device_train_batch_size=2, **saving)
+        built.add_callback(seeds)
+        return built
+
+    def losses(trainer):
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole = run("whole", seed=0)
+    whole.train()
+    resumed = run("resumed", seed=1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert losses(resumed) == losses(whole)
+    others = run("others", seed=0, texts=None)
+    others.train()
+    assert losses(others) != losses(whole)
