@@ -18,7 +18,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
-from benchmarks import floor, generation, sides, training
+from benchmarks import floor, generation, operations, sides, training
 from benchmarks.sides import Side
 from benchmarks.table import Row, speed
 
@@ -81,10 +81,10 @@ def steps(bench: Any, built: Mapping[str, Side]) -> None:
     built = {
         name: Side(side.model, replace(side.collator, pad_to_multiple_of=MULTIPLE)) for name, side in built.items()
     }
-    runs, operations, first, graphs, failed = {}, {}, {}, {}, Failed()
+    runs, counted, first, graphs, failed = {}, {}, {}, {}, Failed()
     for name, side in built.items():
         plain = runs[name] = training.step_of(side, rows, bench.device, bench.bf16)
-        operations[name] = floor.operations(plain)
+        counted[name] = floor.operations(plain)
         loss = plain()
         counters.clear()
         optimized = Side(torch.compile(side.model), side.collator)
@@ -104,8 +104,8 @@ def steps(bench: Any, built: Mapping[str, Side]) -> None:
     for side in built.values():
         side.model.zero_grad()
     found = {name: taken[f"{name}, compiled"] for name in built if name not in failed}
-    raw = {"seconds_a_step": taken, "operations_a_step": operations, "graphs": graphs}
-    reached = partial(bench.reached, operations["ours"])
+    raw = {"seconds_a_step": taken, "operations_a_step": counted, "graphs": graphs}
+    reached = partial(bench.reached, counted["ours"])
     bench.add(_compared(STEP, count, found, failed, reached), **raw)
     for name, path in AGAINST.items():
         if name in failed:
@@ -141,10 +141,12 @@ def captions(bench: Any, built: Mapping[str, Side], size: int) -> None:
         except Exception as error:  # any error goes into the table
             failed[name] = error_cell(error)
     runs = {name: side for name, side in built.items() if name not in failed}
-    taken = generation.captions(runs, inputs, tokens, bench.options.rounds, device, **static)["all"]
-    operations, moved = generation.needed(built["ours"].model, inputs, tokens)
-    reached = partial(bench.reached, operations, moved=moved)
-    raw = {"seconds": taken, "operations": operations, "graphs": counters["stats"]["unique_graphs"]}
+    taken = generation.captions(runs, dict.fromkeys(runs, inputs), tokens, bench.options.rounds, device, **static)[
+        "all"
+    ]
+    needed = sum(operations.captions(bench.preset, size, inputs["input_ids"].shape[1], tokens)["ours"].values())
+    reached = partial(bench.reached, needed, moved=generation.weights_read(built["ours"].model, tokens))
+    raw = {"seconds": taken, "operations": needed, "graphs": counters["stats"]["unique_graphs"]}
     bench.add(_compared(CAPTIONS.format(size), size, taken, failed, reached), **raw)
     bench.add(_first(FIRST_CAPTIONS.format(size), first, failed), seconds=first)
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import floor, sides, training
+from benchmarks import floor, operations, sides, training
 from benchmarks import rows as data
 from benchmarks.shapes import Preset
-from benchmarks.sides import Batch, Side
+from benchmarks.sides import RowByRow, Side
 from benchmarks.table import speed
 from lorgnette import LorgnetteCollator
 
@@ -42,22 +42,10 @@ class Case:
     plain: Side
 
 
-@dataclass
-class RunInEachRow:
-    """Batches without `shared_input_ids`."""
-
-    collator: LorgnetteCollator
-
-    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
-        batch = self.collator(rows)
-        batch.pop("shared_input_ids", None)  # a batch of one row has none
-        return batch
-
-
 def cases(preset: Preset, theirs: Side, ours: Side, rows: Sequence[dict[str, Any]], seed: int) -> list[Case]:
     """The two cases, with the pictures of these rows."""
     chat = LorgnetteCollator(data.processor(preset, chat=True))
-    in_each = RunInEachRow(chat)
+    in_each = RowByRow(chat)
     mixed = [row | {"text": text} for row, text in zip(rows, data.captions(len(rows), seed, mixed=True), strict=True)]
     return [
         Case(
@@ -117,8 +105,11 @@ def measure(bench: Any, case: Case) -> None:
         ]
         for name, (side, rows) in ways.items()
     }
-    # allocates gradients
-    operations = {name: floor.operations(by_round[0]) for name, by_round in steps.items()}
+    parts = {
+        name: operations.stage2_of(bench.preset, side.collator(list(rows[:count])), all_logits=name == "theirs")
+        for name, (side, rows) in ways.items()
+    }
+    counted = {name: floor.operations(by_round[0]) for name, by_round in steps.items()}  # allocates gradients
 
     def timed(name: str, number: int) -> list[float]:
         return floor.seconds(steps[name][number], device)
@@ -131,6 +122,6 @@ def measure(bench: Any, case: Case) -> None:
         ("cached", "theirs", f"stage 2, {case.name}, cached, pairs/s"),
         ("cached", "plain", f"stage 2, {case.name}, cached, against {case.against}, pairs/s"),
     ):
-        reached = bench.reached(operations[name], taken[name])
-        row = speed(path, count, taken[name], taken[against], reached=reached)
-        bench.add(row, seconds_a_step=taken, operations_a_step=operations)
+        fields = {"bound": operations.bound(parts, name, against), "reached": bench.reached(counted[name], taken[name])}
+        row = speed(path, count, taken[name], taken[against], **fields)
+        bench.add(row, seconds_a_step=taken, operations_a_step=counted)

@@ -1,9 +1,10 @@
-"""Benchmark scaling: a training step over batch size, image tokens and caption length, and a feature cache over rows.
+"""Benchmark scaling: a training step over its sizes, and a feature cache over rows.
 
     python -m benchmarks.growth [--shapes tiny smollm2] [--batch_sizes 1 2 4 …] [--cache_rows 1000 10000 100000]
 
-Measures pairs a second and peak memory of a step of stage 2 with random weights, varying one size at a time, from
-pictures and from cached features; and random reads of a cache. Writes
+Measures pairs a second and peak memory of a step of stage 2 with random weights, from pictures and from cached
+features, varying one size at a time: pictures in a batch, image tokens, tokens of a caption, or captions of a picture,
+which follow one another in a row. And random reads of a cache. Writes
 `results/benchmarks/growth.json`, `.md` and `.png`. Skips and reports what does not fit into
 memory or on the disk, or would start after `--minutes`. Prints the minimum minutes and disk space before measuring; one
 cache exists at a time (100,000 rows of `smollm2` are 30.3 GB, of `tiny` 0.1 GB).
@@ -22,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -34,7 +35,7 @@ from transformers import Blip2ForConditionalGeneration, HfArgumentParser
 
 from benchmarks import floor, memory
 from benchmarks import rows as data
-from benchmarks.operations import stage2_of
+from benchmarks.operations import padded_positions, stage2_step
 from benchmarks.shapes import PRESETS, Preset
 from benchmarks.sides import LORA
 from examples.demo.report import machine, versions
@@ -46,7 +47,13 @@ from lorgnette.trainer.feature_cache import COLUMN, METADATA, feature_opener, lo
 
 SUPER_LINEAR = 1.1  # report costs that grow with a larger power of the size
 DASHES = {"pictures": ("o", "-"), "features": ("s", "--"), "cache": ("^", ":")}  # marker and line
-AXES = {"batch": "pairs in a batch", "image": "image tokens", "caption": "tokens of a caption", "cache": "rows cached"}
+AXES = {
+    "batch": "pairs in a batch",
+    "image": "image tokens",
+    "caption": "tokens of a caption",
+    "texts": "texts a picture",
+    "cache": "rows cached",
+}
 
 
 @dataclass
@@ -55,6 +62,7 @@ class Options:
     batch_sizes: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
     image_tokens: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128, 256])
     caption_tokens: list[int] = field(default_factory=lambda: [8, 16, 32, 64, 128, 256])
+    texts_per_image: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     cache_rows: list[int] = field(default_factory=lambda: [10**3, 10**4, 10**5])
     usual: list[int] = field(default_factory=lambda: [8, 32, 16], metadata={"help": "Batch, image, caption otherwise."})
     repeats: int = field(default=3, metadata={"help": "Timed steps, after two that are not."})
@@ -67,6 +75,25 @@ class Options:
 
 
 UNTIMED = 2  # steps before timing: the first counts operations, the second memory
+
+
+class Size(NamedTuple):
+    """A step's sizes: pictures, image tokens, tokens of a caption and captions of a picture; `axis` is varied."""
+
+    axis: str
+    pictures: int
+    image: int
+    words: int
+    texts: int = 1
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row: each text begins with the prompt's last token."""
+        return self.image - 1 + self.texts * (1 + self.words)
+
+    @property
+    def varied(self) -> int:
+        return {"batch": self.pictures, "image": self.image, "caption": self.words, "texts": self.texts}[self.axis]
 
 
 @dataclass
@@ -103,10 +130,11 @@ def needed(options: Options, scratch: Path) -> str:
     """The minimum requirements: minutes for the operations, and bytes on the disk."""
     operations = 0.0
     for shape in options.shapes:
-        for _, pairs, image, words in sizes(options):
-            preset = replace(PRESETS[shape], num_query_tokens=image)
-            ways = stage2_of(preset, pairs, image + words, pairs * words)
-            steps_of_both = sum(ways["uncached"].values()) + sum(ways["cached"].values())
+        for size in sizes(options):
+            preset = replace(PRESETS[shape], num_query_tokens=size.image)
+            rows, labels = size.pictures, size.pictures * size.texts * size.words
+            parts = stage2_step(preset, pictures=rows, rows=rows, length=size.length, logits=padded_positions(labels))
+            steps_of_both = 2 * sum(parts.values()) - parts["ViT"]
             operations += (UNTIMED + options.repeats) * steps_of_both
     rate = floor.matrix_rate("cpu", torch.float32, 1024)
     largest = max((cache_bytes(shape, rows) for shape in options.shapes for rows in options.cache_rows), default=0)
@@ -117,31 +145,33 @@ def needed(options: Options, scratch: Path) -> str:
     )
 
 
-def sizes(options: Options) -> list[tuple[str, int, int, int]]:
-    """The varied size, pairs, image tokens and caption tokens; grouped by the number of image tokens."""
+def sizes(options: Options) -> list[Size]:
+    """Grouped by the number of image tokens."""
     batch, image, caption = options.usual
-    found = [("batch", size, image, caption) for size in options.batch_sizes]
-    found += [("caption", batch, image, size) for size in options.caption_tokens]
-    return found + [("image", batch, size, caption) for size in options.image_tokens]
+    found = [Size("batch", size, image, caption) for size in options.batch_sizes]
+    found += [Size("caption", batch, image, size) for size in options.caption_tokens]
+    found += [Size("texts", batch, image, caption, size) for size in options.texts_per_image]
+    return found + [Size("image", batch, size, caption) for size in options.image_tokens]
 
 
 def steps(shape: str, options: Options, until: float = math.inf) -> Iterator[Point]:
     """Forward and backward passes of stage 2, none started after `until` of `time.monotonic`."""
-    for tokens, group in itertools.groupby(sizes(options), key=lambda size: size[2]):  # one model for each
-        room = tokens + max(options.usual[2], *options.caption_tokens) + 1
+    for tokens, grouped in itertools.groupby(sizes(options), key=lambda size: size.image):  # one model for each
+        group = list(grouped)
+        room = max(tokens + size.words + 1 for size in group)
         preset, model = with_room(replace(PRESETS[shape], num_query_tokens=tokens), room), None
-        for axis, pairs, _, words in group:
-            size = {"batch": pairs, "image": tokens, "caption": words}[axis]
+        for size in group:
             try:
-                floor.check_memory(replace(preset, num_query_tokens=tokens + words), shape, pairs, "cpu")
+                floor.check_memory(replace(preset, num_query_tokens=size.length), shape, size.pictures, "cpu")
                 left_out = None
             except ValueError as error:
                 left_out = str(error)
             for kind in ("pictures", "features"):
-                point = Point(shape, axis, kind, size, left_out=left_out or time_limit_reason(options, until))
+                point = Point(shape, size.axis, kind, size.varied)
+                point.left_out = left_out or time_limit_reason(options, until)
                 if point.left_out is None:
                     model = build(preset, options.seed) if model is None else model
-                    measure(model, point, pairs, words, options.repeats)
+                    measure(model, point, size, options.repeats)
                 yield point
 
 
@@ -164,30 +194,37 @@ def build(preset: Preset, seed: int) -> LorgnetteForConditionalGeneration:
     return LorgnetteForConditionalGeneration.from_blip2(blip2, processor=processor, lora=lora).train()
 
 
-def measure(model: LorgnetteForConditionalGeneration, point: Point, pairs: int, words: int, repeats: int) -> None:
+def measure(model: LorgnetteForConditionalGeneration, point: Point, size: Size, repeats: int) -> None:
     """Fills in a point's figures."""
-    batch = batch_of(model, pairs, words, point.kind)
+    batch = batch_of(model, size, point.kind)
 
     def step() -> None:
         model(**batch).loss.backward()
 
     point.operations = floor.operations(step)  # allocates gradients; later steps add to them
     point.bytes = memory.step_bytes(step, "cpu")
-    point.pairs_per_s = pairs / statistics.median(floor.seconds(step, "cpu", repeats))
+    point.pairs_per_s = size.pictures * size.texts / statistics.median(floor.seconds(step, "cpu", repeats))
     model.zero_grad()
 
 
-def batch_of(model: LorgnetteForConditionalGeneration, pairs: int, words: int, kind: str) -> dict[str, torch.Tensor]:
-    """Pictures or features of noise, with captions of `words` random tokens each: none is padded."""
-    vision = model.config.vision_config
-    image = torch.full((pairs, model.config.num_query_tokens), model.config.image_token_id)
-    caption = torch.randint(3, model.config.text_config.vocab_size - 1, (pairs, words))
-    ids = torch.cat([image, caption], dim=1)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    batch["labels"] = torch.cat([torch.full_like(image, IGNORED), caption], dim=1)
+def batch_of(model: LorgnetteForConditionalGeneration, size: Size, kind: str) -> dict[str, torch.Tensor]:
+    """Pictures or features of noise, with captions of random tokens: none is padded."""
+    vision, placeholder = model.config.vision_config, model.config.image_token_id
+    image = torch.full((size.pictures, size.image - 1), placeholder)
+    captions = torch.randint(3, model.config.text_config.vocab_size - 1, (size.pictures, size.texts, 1 + size.words))
+    captions[:, 0, 0] = placeholder  # as the collator has it, each text begins with the prompt's last token
+    ids = torch.cat([image, captions.flatten(1)], dim=1)
+    captions[:, :, 0] = IGNORED
+    batch = {"input_ids": ids, "labels": torch.cat([torch.full_like(image, IGNORED), captions.flatten(1)], dim=1)}
+    if size.texts == 1:
+        batch["attention_mask"] = torch.ones_like(ids)
+    else:
+        batch["sequence_ids"] = torch.arange(size.pictures)[:, None].expand_as(ids)
+        texts = torch.arange(1, size.texts + 1).repeat_interleave(1 + size.words).expand(size.pictures, -1)
+        batch["text_ids"] = torch.cat([torch.zeros_like(image), texts], dim=1)
     if kind == "features":
-        return batch | {"vision_features": torch.randn(pairs, *feature_shape(vision))}
-    return batch | {"pixel_values": torch.randn(pairs, 3, vision.image_size, vision.image_size)}
+        return batch | {"vision_features": torch.randn(size.pictures, *feature_shape(vision))}
+    return batch | {"pixel_values": torch.randn(size.pictures, 3, vision.image_size, vision.image_size)}
 
 
 def feature_shape(vision: Any) -> tuple[int, int]:
@@ -258,7 +295,7 @@ def turns(points: Sequence[Point]) -> list[dict[str, Any]]:
     measured = [point for point in points if point.left_out is None]
     for _, group in itertools.groupby(sorted(measured, key=lambda point: (*line(point), point.size)), key=line):
         for small, large in itertools.pairwise(group):
-            pairs = (small.size, large.size) if small.axis == "batch" else (1, 1)
+            pairs = (small.size, large.size) if small.axis in ("batch", "texts") else (1, 1)
             costs = {"seconds": [n / point.pairs_per_s for n, point in zip(pairs, (small, large), strict=True)]}
             costs |= {"bytes": [small.bytes, large.bytes], "operations": [small.operations, large.operations]}
             powers = {
@@ -299,7 +336,7 @@ def save(points: Sequence[Point], options: Options, command: str) -> None:
 
 def chart(points: Sequence[Point], path: Path) -> None:
     """Writes a PNG: a column for each size, speed above memory; a color for each shape, a dash for each kind."""
-    figure = Figure(figsize=(16, 7.5))
+    figure = Figure(figsize=(4 * len(AXES), 7.5))
     grid, shapes = figure.subplots(2, len(AXES)), list(dict.fromkeys(point.shape for point in points))
     legend: dict[str, Line2D] = {}
     for column, (axis, label) in enumerate(AXES.items()):

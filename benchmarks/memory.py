@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import HfArgumentParser
 
@@ -20,12 +21,20 @@ from benchmarks.operations import Options
 from benchmarks.shapes import PRESETS
 
 
-def step_bytes(step: Callable[[], object], device: str) -> int:
+HEAD = "LM's head, and between the parts"
+
+
+def step_bytes(step: Callable[[], object], device: str, model: nn.Module | None = None) -> int:
     """The peak of additional memory during a forward and backward pass.
 
-    Call `step` once before, so that its gradients exist and do not count. On a CPU it reads torch's allocations from
-    the profiler, since resident memory includes what malloc keeps.
+    On a CPU it reads torch's allocations from the profiler, since resident memory includes what malloc keeps.
+
+    Args:
+        model: its gradients are allocated before, so that they do not count; without it call `step` once before.
     """
+    for parameter in () if model is None else model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -55,16 +64,22 @@ def peak(changes: list[int]) -> int:
     return most
 
 
-def kept(side: sides.Side, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+def least(side: sides.Side, rows: Sequence[dict[str, Any]], device: str, bf16: bool) -> int:
+    """Bytes that layers, Q-Former and projector save for backward: a step takes these, whatever its head does."""
+    return sum(size for part, size in kept(side, rows, device, bf16).items() if part != HEAD)
+
+
+def kept(side: sides.Side, rows: Sequence[dict[str, Any]], device: str = "cpu", bf16: bool = False) -> dict[str, int]:
     """Bytes that a forward pass saves for backward, by part, without parameters."""
-    model, batch = side.model.train(), side.collator(list(rows))
+    model = side.model.train()
+    batch = {name: tensor.to(device) for name, tensor in side.collator(list(rows)).items()}
     parts = {
         "ViT": model.vision_model,
         "Q-Former": model.qformer,
         "projector": getattr(model, "projector", None) or model.language_projection,
         "LM's layers": model.language_model.base_model,
     }
-    running, found = ["LM's head, and between the parts"], dict.fromkeys(parts, 0)
+    running, found = [HEAD], dict.fromkeys(parts, 0)
     counted = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     held = []  # keeps their addresses unique
 
@@ -82,7 +97,10 @@ def kept(side: sides.Side, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     hooks = [part.register_forward_hook(ends) for part in parts.values()]
     for name, part in parts.items():
         hooks.append(part.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast(device, torch.bfloat16, enabled=bf16),
+    ):
         model(**batch)
     for hook in hooks:
         hook.remove()
@@ -92,11 +110,17 @@ def kept(side: sides.Side, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
 def main(argv: list[str]) -> int:
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses(argv)
     preset, rows = PRESETS[options.preset], data.rows(options.batch_size, options.seed)
-    theirs, ours = (kept(side, rows) for side in sides.build(preset, options.seed))
-    lines = ["| MiB kept for the way back | theirs | ours |", "|---|---|---|"]
-    lines += [f"| {part} | {theirs[part] / 2**20:.1f} | {ours[part] / 2**20:.1f} |" for part in theirs]
-    lines.append(f"| all | {sum(theirs.values()) / 2**20:.1f} | {sum(ours.values()) / 2**20:.1f} |")
-    sys.stdout.write("\n".join(lines) + "\n")
+    several = data.with_texts(data.rows(options.pictures, options.seed), options.texts, options.seed)
+    theirs, ours = sides.build(preset, options.seed)
+    for title, of_theirs, of_ours in (
+        (f"{len(rows)} pairs", rows, rows),
+        (f"{len(data.pairs(several))} pairs, {options.texts} texts a picture", data.pairs(several), several),
+    ):
+        found = kept(theirs, of_theirs), kept(ours, of_ours)
+        lines = [f"| MiB saved for backward, {title} | theirs | ours |", "|---|---|---|"]
+        lines += [f"| {part} | {found[0][part] / 2**20:.1f} | {found[1][part] / 2**20:.1f} |" for part in found[0]]
+        lines.append(f"| all | {' | '.join(f'{sum(parts.values()) / 2**20:.1f}' for parts in found)} |")
+        sys.stdout.write("\n".join(lines) + "\n\n")
     return 0
 
 

@@ -7,14 +7,16 @@ the benchmark uses.
 """
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import HfArgumentParser
 
 from benchmarks import rows as data
+from benchmarks.rows import PICTURES, TEXTS
 from benchmarks.shapes import PRESETS, Preset
-from benchmarks.sides import LORA
+from benchmarks.sides import LORA, Batch, RowByRow
 from lorgnette import LorgnetteCollator
 from lorgnette.modeling.modeling_checks import IGNORED
 from lorgnette.modeling.modeling_loss import POSITIONS_MULTIPLE
@@ -27,64 +29,175 @@ Parts = dict[str, dict[str, float]]  # variant -> operations of a batch by part
 class Options:
     preset: str = "smollm2"
     batch_size: int = 8
+    pictures: int = PICTURES
+    texts: int = TEXTS
+    sizes: list[int] = field(default_factory=lambda: [8, 64])
     seed: int = 0
 
 
-def stage2(preset: Preset, rows: list[dict[str, Any]]) -> Parts:
-    """Operations of a step of `theirs`, `uncached` and `cached` over the same rows."""
-    batch = LorgnetteCollator(data.processor(preset))(rows)
-    return stage2_of(preset, *batch["input_ids"].shape, int((batch["labels"] != IGNORED).sum()))
+def stage2(preset: Preset, rows: list[dict[str, Any]], chat: bool = False) -> Parts:
+    """Operations of a step of `theirs`, `uncached` and `cached` over the same rows, of one or several texts each.
+
+    Theirs gets each pair as a row of its own.
+
+    Args:
+        chat: with chat prompts instead of BLIP-2's.
+    """
+    collator = LorgnetteCollator(data.processor(preset, chat))
+    uncached = stage2_of(preset, collator(rows))
+    theirs = stage2_of(preset, RowByRow(collator)(data.pairs(rows)), all_logits=True)
+    return {"theirs": theirs, "uncached": uncached, "cached": uncached | {"ViT": 0}}
 
 
-def stage2_of(preset: Preset, pairs: int, length: int, supervised: int) -> Parts:
-    """Operations for rows of so many tokens, placeholders included, and so many labels in total."""
-    text = preset.config().text_config
-    width, layers = text.hidden_size, text.num_hidden_layers
-    keys = width // text.num_attention_heads * getattr(text, "num_key_value_heads", text.num_attention_heads)
-    projections = [(width, width), (width, keys), (width, keys), (width, width)]
-    feed_forward = 3 * text.intermediate_size if hasattr(text, "intermediate_size") else 2 * text.ffn_dim  # OPT's
-    weights = sum(a * b for a, b in projections) + width * feed_forward
-    lora = sum(LORA["r"] * (a + b) for a, b in projections)
-    qformer, queries = preset.config().qformer_config, preset.num_query_tokens
-    common = {
-        "ViT": pairs * vision(preset),
-        "Q-Former, keys and values of pictures": pairs * keys_and_values(preset),
-        "Q-Former, queries": pairs * reading(preset, queries=queries),
-        "projector": pairs * 3 * 2 * queries * qformer.hidden_size * width,
-        "LM's layers": pairs * layers * (2 * 2 * length * weights + 3 * attention(length, length, width)),
-        "LoRA": pairs * layers * 3 * 2 * length * lora,
-    }
-    head = 2 * 2 * width * text.vocab_size
-    uncached = common | {"LM's head": padded_positions(supervised) * head}
+def stage2_of(preset: Preset, batch: Batch, all_logits: bool = False) -> dict[str, float]:
+    """Operations of a step over a batch, by part.
+
+    Args:
+        all_logits: theirs computes logits of all positions; ours of those with labels.
+    """
+    rows, length = batch["input_ids"].shape
+    is_cached = "vision_features" in batch
+    return stage2_step(
+        preset,
+        pictures=len(batch["vision_features" if is_cached else "pixel_values"]),
+        rows=rows,
+        length=length,
+        logits=rows * length if all_logits else padded_positions(int((batch["labels"] != IGNORED).sum())),
+        shared=batch["shared_input_ids"].shape[1] if "shared_input_ids" in batch else 0,
+        is_cached=is_cached,
+    )
+
+
+def stage2_step(
+    preset: Preset, *, pictures: int, rows: int, length: int, logits: int, shared: int = 0, is_cached: bool = False
+) -> dict[str, float]:
+    """Operations of a step over rows of so many tokens, placeholders included, by part.
+
+    Args:
+        logits: positions that the LM's head computes in all.
+        shared: tokens that all rows begin with, and that run once.
+    """
+    text, qformer, queries = text_shape(preset), preset.config().qformer_config, preset.num_query_tokens
+    own = length - shared  # tokens of a row that it has by itself
+    layers = rows * text.layers * (2 * 2 * own * text.weights + 3 * attention(own, length, text.width))
+    lora = rows * text.layers * 3 * 2 * own * text.lora
+    if shared:  # of the last layer keys and values alone are read, and have gradients
+        once = 2 * 2 * shared * text.weights + 3 * attention(shared, shared, text.width)
+        unread = 2 * shared * (text.weights - text.keys_and_values) + 2 * attention(shared, shared, text.width)
+        layers += text.layers * once - unread
+        lora += text.layers * 3 * 2 * shared * text.lora - 2 * 2 * shared * text.lora_of_queries
     return {
-        "theirs": common | {"LM's head": pairs * length * head},
-        "uncached": uncached,
-        "cached": uncached | {"ViT": 0},
+        "ViT": 0 if is_cached else pictures * vision(preset),
+        "Q-Former, keys and values of pictures": pictures * keys_and_values(preset),
+        "Q-Former, queries": pictures * reading(preset, queries=queries),
+        "projector": pictures * 3 * 2 * queries * qformer.hidden_size * text.width,
+        "LM's layers": layers,
+        "LoRA": lora,
+        "LM's head": logits * 2 * 2 * text.width * text.vocabulary,
     }
 
 
 def stage1(preset: Preset, rows: list[dict[str, Any]]) -> Parts:
-    """Operations of a step of `separate`, `plain` and `ours`; see plain_stage1.py."""
+    """Operations of a step of `separate`, `plain` and `ours`, see plain_stage1.py; rows have one or several texts.
+
+    The first two get each pair with a picture of its own.
+    """
     batch, qformer = LorgnetteCollator(data.stage1_processor(preset))(rows), preset.config().qformer_config
-    (pairs, words), predicted = batch["input_ids"].shape, int(batch["attention_mask"][:, 1:].sum())
-    queries, width, keys = preset.num_query_tokens, qformer.hidden_size, pairs * keys_and_values(preset)
-    both = pairs * reading(preset, queries=queries, words=words)
-    alone = pairs * reading(preset, words=words)
+    (texts, words), predicted = batch["input_ids"].shape, int(batch["attention_mask"][:, 1:].sum())
+    pictures, queries, width = len(batch["pixel_values"]), preset.num_query_tokens, qformer.hidden_size
+    alone, both = texts * reading(preset, words=words), texts * reading(preset, queries=queries, words=words)
+    most = max(len(data.texts_of(row)) for row in rows)  # ITG's rows are a picture's texts, where that is less
+    written = both
+    if pictures * (queries + most * words) < texts * (queries + words):
+        written = pictures * reading(preset, queries=queries, words=most * words)
     token = 3 * 2 * width * (width + qformer.vocab_size)
     ours = {
-        "ViT": pairs * vision(preset),
-        "Q-Former, keys and values of pictures": keys,
-        "Q-Former, queries and texts": alone + 4 * both,  # ITC's text, ITC and ITG, and ITM
+        "ViT": pictures * vision(preset),
+        "Q-Former, keys and values of pictures": pictures * keys_and_values(preset),
+        "Q-Former, queries and texts": alone + written + 3 * both,  # ITC's text, ITC and ITG, and ITM
         "head of ITG": padded_positions(predicted) * token,
     }
-    # ITC and ITG, and ITM with three times the pairs
-    again = {"Q-Former, keys and values of pictures": 4 * keys, "head of ITG": predicted * token}
-    separate = {
-        "ViT": 3 * ours["ViT"],
-        "Q-Former, keys and values of pictures": 5 * keys,
-        "Q-Former, queries and texts": alone + 4 * both + pairs * reading(preset, queries=queries),
+    keys = texts * keys_and_values(preset)
+    plain = {
+        "ViT": texts * vision(preset),
+        "Q-Former, keys and values of pictures": 4 * keys,  # ITC and ITG, and ITM with three times the pairs
+        "Q-Former, queries and texts": alone + 4 * both,
+        "head of ITG": predicted * token,
     }
-    return {"separate": ours | again | separate, "plain": ours | again, "ours": ours}
+    separate = plain | {
+        "ViT": 3 * plain["ViT"],
+        "Q-Former, keys and values of pictures": 5 * keys,
+        "Q-Former, queries and texts": alone + 4 * both + texts * reading(preset, queries=queries),
+    }
+    return {"separate": separate, "plain": plain, "ours": ours}
+
+
+def captions(preset: Preset, pictures: int, prompt: int, tokens: int, shared: int = 0) -> Parts:
+    """Operations of `theirs` and `ours` for so many greedy tokens behind prompts of equal length.
+
+    Args:
+        prompt: tokens, placeholders included.
+        shared: tokens before the picture, which are the same in all prompts: ours runs them once a call.
+    """
+    text, qformer, queries = text_shape(preset), preset.config().qformer_config, preset.num_query_tokens
+
+    def lm(rows: int, length: int, keys: int) -> float:
+        layer = 2 * length * (text.weights + text.lora) + attention(length, keys, text.width)
+        return rows * text.layers * layer
+
+    common = {
+        "ViT": pictures * vision(preset),
+        "Q-Former": pictures * (keys_and_values(preset) / 2 + reading(preset, queries=queries) / 3),
+        "projector": pictures * 2 * queries * qformer.hidden_size * text.width,
+        "LM, later tokens": sum(lm(pictures, 1, prompt + number) for number in range(1, tokens)),
+        "LM's head": pictures * tokens * 2 * text.width * text.vocabulary,
+    }
+    own = prompt - shared
+    return {
+        "theirs": common | {"LM, prompt": lm(pictures, prompt, prompt)},
+        "ours": common | {"LM, prompt": lm(pictures, own, prompt) + lm(1, shared, shared)},
+    }
+
+
+def bound(parts: Parts, ours: str, theirs: str = "theirs") -> float:
+    """How many times as fast `ours` is, if both reach the same share of the machine."""
+    return sum(parts[theirs].values()) / sum(parts[ours].values())
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """An LM's shape.
+
+    Args:
+        weights, keys_and_values: a layer's weights, and those of the projections to keys and values.
+        lora, lora_of_queries: LoRA's weights in a layer, and those of them that are not in these projections.
+    """
+
+    width: int
+    layers: int
+    vocabulary: int
+    weights: int
+    keys_and_values: int
+    lora: int
+    lora_of_queries: int
+
+
+def text_shape(preset: Preset) -> TextShape:
+    text = preset.config().text_config
+    width = text.hidden_size
+    keys = width // text.num_attention_heads * getattr(text, "num_key_value_heads", text.num_attention_heads)
+    projections = [(width, keys), (width, keys), (width, width), (width, width)]
+    feed_forward = 3 * text.intermediate_size if hasattr(text, "intermediate_size") else 2 * text.ffn_dim  # OPT's
+    lora = [LORA["r"] * (a + b) for a, b in projections]
+    return TextShape(
+        width,
+        text.num_hidden_layers,
+        text.vocab_size,
+        weights=sum(a * b for a, b in projections) + width * feed_forward,
+        keys_and_values=2 * width * keys,
+        lora=sum(lora),
+        lora_of_queries=sum(lora[2:]),
+    )
 
 
 def padded_positions(positions: int) -> int:
@@ -128,25 +241,43 @@ def attention(queries: int, keys: int, width: int) -> float:
     return 2 * 2 * queries * keys * width
 
 
-def table(parts: Parts, pairs: int, reference: str) -> str:
-    """Markdown: 10⁹ operations a pair, and the ratio to the `reference`."""
+def table(parts: Parts, pairs: int, references: Sequence[str]) -> str:
+    """Markdown: 10⁹ operations a pair, and the ratios of the `references` to each."""
     names = list(next(iter(parts.values())))
     lines = [f"| 10⁹ operations a pair | {' | '.join(parts)} |", "|---" * (len(parts) + 1) + "|"]
     for name in names:
         lines.append(f"| {name} | {' | '.join(f'{way[name] / pairs / 1e9:.2f}' for way in parts.values())} |")
     totals = {name: sum(way.values()) for name, way in parts.items()}
     lines.append(f"| all | {' | '.join(f'{total / pairs / 1e9:.2f}' for total in totals.values())} |")
-    ratios = [f"{totals[reference] / total:.2f}" for total in totals.values()]
-    return "\n".join([*lines, f"| {reference} over this | {' | '.join(ratios)} |"])
+    for reference in references:
+        ratios = [f"{totals[reference] / total:.2f}" for total in totals.values()]
+        lines.append(f"| {reference} over this | {' | '.join(ratios)} |")
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses(argv)
     preset, rows = PRESETS[options.preset], data.rows(options.batch_size, options.seed)
-    sys.stdout.write(f"{table(stage2(preset, rows), len(rows), 'theirs')}\n\n")
-    found = stage1(preset, rows)
-    sys.stdout.write(f"{table(found, len(rows), 'separate')}\n\n")
-    sys.stdout.write(f"{table({name: found[name] for name in ('plain', 'ours')}, len(rows), 'plain')}\n")
+    several = data.with_texts(data.rows(options.pictures, options.seed), options.texts, options.seed)
+    pairs = f"{options.pictures * options.texts} pairs, {options.texts} texts a picture"
+    tables = [
+        ("stage 2", stage2(preset, rows), len(rows), ["theirs"]),
+        ("stage 1", stage1(preset, rows), len(rows), ["separate", "plain"]),
+        (f"stage 2, {pairs}", stage2(preset, several), options.pictures * options.texts, ["theirs"]),
+        (
+            f"stage 2, {pairs}, chat prompts",
+            stage2(preset, several, True),
+            options.pictures * options.texts,
+            ["theirs"],
+        ),
+        (f"stage 1, {pairs}", stage1(preset, several), options.pictures * options.texts, ["separate", "plain"]),
+    ]
+    prompt, shared = data.chat_prompt(preset)
+    for size in options.sizes:
+        parts = captions(preset, size, prompt, 1, shared)
+        tables.append((f"first token, chat prompts, batch {size}", parts, size, ["theirs"]))
+    for title, parts, count, references in tables:
+        sys.stdout.write(f"{title}\n\n{table(parts, count, references)}\n\n")
     return 0
 
 

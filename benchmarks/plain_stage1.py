@@ -37,16 +37,26 @@ class PlainStage1(nn.Module):
         blip2.vision_model.requires_grad_(False)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, pixel_values: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.Tensor,
+        image_ids: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        """`(B, T)` ids and mask, `(B, 3, H, W)` pictures, to the three losses and their sum."""
+        """`(B, T)` ids and mask, `(B, 3, H, W)` pictures, to the three losses and their sum.
+
+        `image_ids` `(B,)` say which pictures are the same, and their texts each other's positives; by default none.
+        """
         features = self._vision_features(pixel_values)
         queries, kept = self._queries(features, keep=not self.separate)
         image_embeds = nn.functional.normalize(self.blip2.vision_projection(queries).float(), dim=-1)
         cls = self._text(input_ids, attention_mask)[:, 0]
         text_embeds = nn.functional.normalize(self.blip2.text_projection(cls).float(), dim=-1)
         similarity, scale = similarities(image_embeds, text_embeds), self.logit_scale.float().exp().clamp(max=100)
-        candidates, own = ~same_caption(input_ids), torch.eye(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        if image_ids is None:
+            image_ids = torch.arange(len(input_ids), device=input_ids.device)
+        own = image_ids[:, None] == image_ids
+        candidates = own.float() @ same_caption(input_ids).float() == 0  # no caption of the picture is its negative
         losses = {
             "loss_itc": 0.5
             * (

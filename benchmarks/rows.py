@@ -1,5 +1,6 @@
 """Benchmark data: pictures of noise, and captions with COCO's lengths, or with very mixed ones."""
 
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
@@ -14,6 +15,7 @@ from lorgnette import LorgnetteProcessor
 from lorgnette.assembly.processors import BLIP2_TEMPLATE
 
 
+PICTURES, TEXTS = 2, 5  # of a batch whose pictures have several captions, as COCO's have
 WORDS_MEAN, WORDS_SD = 10.5, 2.4  # of COCO's captions
 PICTURE = (640, 480)  # COCO's usual size
 MEDIAN, LONGEST = 10.5, 100  # words of captions of mixed lengths, whose logarithm has a standard deviation of 1
@@ -45,6 +47,21 @@ def rows(count: int, seed: int) -> list[dict[str, Any]]:
         Image.fromarray(coarse).resize(PICTURE).save(file, "JPEG")
         made.append({"image": {"bytes": file.getvalue(), "path": None}, "text": text})
     return made
+
+
+def with_texts(rows: Sequence[dict[str, Any]], texts: int, seed: int) -> list[dict[str, Any]]:
+    """The rows' pictures with so many captions each, and a number of each picture."""
+    made = captions(len(rows) * texts, seed)
+    return [row | {"text": made[n * texts :][:texts], "image_id": n} for n, row in enumerate(rows)]
+
+
+def texts_of(row: dict[str, Any]) -> list[str]:
+    return row["text"] if isinstance(row["text"], list) else [row["text"]]
+
+
+def pairs(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each text of the rows."""
+    return [row | {"text": text} for row in rows for text in texts_of(row)]
 
 
 def captions(count: int, seed: int, mixed: bool = False) -> list[str]:
@@ -91,6 +108,13 @@ def processor(preset: Preset, chat: bool = False) -> LorgnetteProcessor:
         texts = {"system_prompt": words()[:SYSTEM_WORDS], "query": words()[:QUERY_WORDS]}
         prompt = {name: " ".join(part) for name, part in texts.items()} | {"chat_template": CHAT_TEMPLATE}
     return LorgnetteProcessor(image_processor(preset), tokenizer, num_query_tokens=preset.num_query_tokens, **prompt)
+
+
+def chat_prompt(preset: Preset) -> tuple[int, int]:
+    """How many tokens a chat prompt has, and how many of them come before its picture."""
+    own = processor(preset, chat=True)
+    prompt, _ = own.encode_example("a")
+    return len(prompt), prompt.index(own.image_token_id)
 
 
 def stage1_processor(preset: Preset) -> LorgnetteProcessor:

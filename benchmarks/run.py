@@ -22,9 +22,22 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
-from benchmarks import compiled, fast_paths, files, floor, generation, memory, sides, stage1, training
+from benchmarks import (
+    compiled,
+    fast_paths,
+    files,
+    floor,
+    generation,
+    memory,
+    operations,
+    several_texts,
+    sides,
+    stage1,
+    training,
+)
 from benchmarks.forms import SAVE_FORMATS
-from benchmarks.goals import GOALS
+from benchmarks.goals import GOALS, SHARES
+from benchmarks.rows import PICTURES, TEXTS
 from benchmarks.rows import rows as make_rows
 from benchmarks.shapes import PRESETS
 from benchmarks.table import Row, chart, cost, markdown, speed
@@ -46,8 +59,15 @@ NOTES = (
     "what sharing and packing bring by themselves is in the rows against ours without them, cached on both sides",
     "chat prompts, mixed lengths: forward and backward passes alone, over a batch a round; other rows of training are "
     "whole steps of the stock Trainer, loading and optimizer included",
+    "5 captions a picture: a step has 10 pairs in 2 pictures; ours gets a row for each picture, theirs, in stage 1 "
+    "plain and separate, one for each pair with a picture of its own, and knows which pictures are the same",
     "against …: what stands under theirs is that",
-    "least to most: of the ratios within a round; of three, but of two where these take longer than half a minute",
+    "least to most: of the ratios within a round; of three, but of two where these take longer than half a minute; of "
+    "captions and first token with BLIP-2's prompts always of five",
+    "bound by operations: the ratio if both sides reached the same share of the machine, from shapes alone: "
+    "`python -m benchmarks.operations`; of memory what our layers, Q-Former and projector save for backward, over all "
+    "that a step of theirs takes. Reached of it: above 100% where ours has a better share of the machine",
+    "first token, chat prompts: one call of `generate` for pictures whose prompts are the same",
     "stage 1 plain: one ViT pass, and the queries' keys and values used again for ITG; separate: three passes",
     "memory: the most that a forward and backward pass allocates at once; gradients were there before",
     "of the machine's best: operations of our path over the rate of one large matrix product here; of captions the "
@@ -76,6 +96,7 @@ class Options:
     steps: int = field(default=1, metadata={"help": "Timed steps of a run; on a GPU after one that is not."})
     rounds: int = field(default=3, metadata={"help": "Runs of each side, in turn; 2 of what takes long."})
     sizes: list[int] = field(default_factory=lambda: [1, 8, 64], metadata={"help": "Pictures captioned at once."})
+    caption_rounds: int = field(default=5, metadata={"help": "Runs of captions, however long they take."})
     tokens: int = field(default=12, metadata={"help": "Length of each caption that is generated."})
     compile: bool = field(default=False, metadata={"help": "torch.compile and static caches, and nothing else."})
     seed: int = field(default=0)
@@ -89,11 +110,12 @@ class Bench:
         self.options, self.scratch, self.device = options, scratch, options.device
         self.preset = PRESETS[options.preset].without_dropout() if options.compile else PRESETS[options.preset]
         self.goals: dict[str, float] = GOALS.get((options.preset, options.device), {})
+        self.shares: dict[str, float] = SHARES.get((options.preset, options.device), {})
         self.raw: dict[str, Any] = {}
         self.table: list[Row] = []
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, and torch sees no CUDA GPU here")
-        largest = max(options.batch_size, *options.sizes)
+        largest = max(options.batch_size, PICTURES * TEXTS, *options.sizes)
         trained = options.batch_size * max(options.steps + 1, options.rounds)
         self.raw["bytes_estimated"] = floor.check_memory(self.preset, options.preset, largest, self.device)
         self.bf16 = has_bf16_hardware(torch.device(self.device))
@@ -104,21 +126,23 @@ class Bench:
             self.device, 2**28 if options.preset != "tiny" else 2**20
         )  # larger than any cache
         self.raw["machine"] = {"operations_per_s": self.rate, "bytes_per_s": self.bandwidth, "bf16": self.bf16}
-        self.rows = make_rows(max(largest, trained), options.seed)
+        self.rows = make_rows(max(largest, trained, PICTURES * options.rounds), options.seed)
         self.pairs = self.rows[:trained]  # those that are trained on
         self.cached: training.CachedRows | None = None
 
     def add(self, row: Row, **raw: Any) -> None:
         row.goal = self.goals.get(row.path)
+        if row.path in self.shares:
+            row.goal = self.shares[row.path] * row.bound
         self.table.append(row)
         self.raw[row.path] = raw
         say(markdown([row], ()).splitlines()[2])
 
-    def train(self, side: sides.Side, number: int, rows: Any = None) -> list[float]:
+    def train(self, side: sides.Side, number: int, rows: Any = None, batch_size: int | None = None) -> list[float]:
         return training.train(
             side,
             self.pairs if rows is None else rows,
-            batch_size=self.options.batch_size,
+            batch_size=batch_size or self.options.batch_size,
             steps=self.options.steps,
             seed=self.options.seed + number,
             device=self.device,
@@ -165,13 +189,20 @@ def compare(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
     cases = fast_paths.cases(bench.preset, theirs, ours, bench.pairs, bench.options.seed)
     for case in cases:
         bench.raw[f"{case.name}_apart"] = fast_paths.check_equal(case, case.rows[:2])
+    pictures = bench.rows[: PICTURES * bench.options.rounds]
+    of_several = several_texts.cases(bench.preset, theirs, ours, pictures, bench.options.seed)
+    for case in of_several:
+        bench.raw[f"{case.name}_apart"] = several_texts.check_equal(case, case.rows[:PICTURES])
+    chat = generation.inputs_of(cases[0].ours.collator, bench.rows[:2], ours.model.device)
+    bench.raw["captions, chat prompts_apart"] = generation.check_equal({"theirs": theirs, "ours": ours}, chat)
     for side in (theirs, ours):
         bench.use_fast_dtype(side)
     stage2(bench, theirs, ours)
     for case in cases:
         fast_paths.measure(bench, case)
+    several_texts.measure(bench, of_several)
     loading(bench, theirs, ours)
-    measure_captions(bench, theirs, ours)
+    generation.measure(bench, theirs, ours)
     measure_checkpoints(bench, theirs, ours)
 
 
@@ -185,25 +216,28 @@ def stage2(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
         "cached": partial(bench.train, ours, rows=cached),
     }
     taken = training.in_turn(runs, options.rounds)
-    operations, needed = {}, {}
+    counted, needed = {}, {}
     for name, side, rows in (
         ("theirs", theirs, bench.rows[:count]),
         ("uncached", ours, bench.rows[:count]),
         ("cached", ours, [cached[number] for number in range(count)]),
     ):
         step = training.step_of(side, rows, bench.device, bench.bf16)
-        operations[name] = floor.operations(step)
+        counted[name] = floor.operations(step)
         needed[name] = memory.step_bytes(step, bench.device)
         side.model.zero_grad()
+    parts = operations.stage2(bench.preset, bench.rows[:count])
+    mfu = {name: bench.reached(counted[name], taken[name]) for name in counted}
     for name in ("uncached", "cached"):
-        reached = bench.reached(operations[name], taken[name])
-        row = speed(f"stage 2, {name}, pairs/s", count, taken[name], taken["theirs"], reached=reached)
-        bench.add(row, seconds_a_step=taken, operations_a_step=operations)
-    mfu = {name: bench.reached(operations[name], taken[name]) for name in operations}
+        fields = {"bound": operations.bound(parts, name), "reached": mfu[name]}
+        row = speed(f"stage 2, {name}, pairs/s", count, taken[name], taken["theirs"], **fields)
+        bench.add(row, seconds_a_step=taken, operations_a_step=counted)
     bench.add(Row("stage 2, uncached, MFU", mfu["uncached"], mfu["theirs"]), mfu=mfu)
+    least = memory.least(ours, bench.rows[:count], bench.device, bench.bf16)
     for name in ("uncached", "cached"):
-        row = cost(f"stage 2, {name}, memory of a step, MiB", [needed[name] / 2**20], [needed["theirs"] / 2**20])
-        bench.add(row, bytes=needed)
+        in_mib = [needed[name] / 2**20], [needed["theirs"] / 2**20]
+        row = cost(f"stage 2, {name}, memory of a step, MiB", *in_mib, bound=least / needed["theirs"])
+        bench.add(row, bytes=needed | {"least": least})
 
 
 def loading(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
@@ -216,28 +250,6 @@ def loading(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
     runs = {"theirs": partial(epoch, theirs), "ours": partial(epoch, ours)}
     taken = training.in_turn(runs, bench.options.rounds)
     bench.add(speed("data loader, pairs/s", len(bench.rows), taken["ours"], taken["theirs"]), seconds=taken)
-
-
-def measure_captions(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
-    """Captions a second, and the time to the first token."""
-    options = bench.options
-    for side in (theirs, ours):
-        bench.use_fast_dtype(side, trained=True)
-        generation.caption(
-            side.model.eval(), sides.prompts(ours.collator.processor, bench.rows[:1], ours.model.device), 2
-        )
-    for size in options.sizes:
-        inputs = sides.prompts(ours.collator.processor, bench.rows[:size], ours.model.device)
-        built = {"theirs": theirs, "ours": ours}
-        taken = generation.captions(built, inputs, options.tokens, options.rounds, bench.device)
-        every, first = taken["all"], taken["first"]
-        for row, times, tokens in (
-            (speed(f"captions/s, batch {size}", size, every["ours"], every["theirs"]), every, options.tokens),
-            (cost(f"first token, batch {size}, s", first["ours"], first["theirs"]), first, 1),
-        ):
-            operations, moved = generation.needed(ours.model, inputs, tokens)
-            row.reached = bench.reached(operations, times["ours"], moved)
-            bench.add(row, seconds=times, operations=operations)
 
 
 def measure_checkpoints(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
@@ -261,7 +273,10 @@ def save(bench: Bench, argv: list[str]) -> None:
     options = bench.options
     command = shlex.join(["python", "-m", "benchmarks.run", *argv])
     report = {"command": command, "machine": machine(), "versions": versions(), "options": asdict(options)}
-    report |= {"rows": [asdict(row) | {"ratio": row.ratio, "met": row.met} for row in bench.table], "raw": bench.raw}
+    report |= {
+        "rows": [asdict(row) | {"ratio": row.ratio, "share": row.share, "met": row.met} for row in bench.table],
+        "raw": bench.raw,
+    }
     options.output.mkdir(parents=True, exist_ok=True)
     name = f"{options.preset}-{options.device}" + ("-compiled" if options.compile else "")
     title = f"{options.preset}{', compiled' if options.compile else ''}, {machine()}"

@@ -58,6 +58,22 @@ class PlainCollator:
         return batch | {"labels": labels}
 
 
+@dataclass
+class RowByRow:
+    """Batches in which each row has its own picture and its own prefix, of a collator that shares both."""
+
+    collator: LorgnetteCollator
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+        batch = self.collator(rows)
+        batch.pop("shared_input_ids", None)  # a batch of one row has none
+        shown = batch.pop("image_rows", None)  # where a picture occurs several times
+        if shown is not None:
+            for name in {"pixel_values", "vision_features", "image_ids"} & batch.keys():
+                batch[name] = batch[name][shown]
+        return batch
+
+
 def build(preset: Preset, seed: int) -> tuple[Side, Side]:
     """Theirs and ours, in float32, on the CPU."""
     torch.manual_seed(seed)

@@ -1,6 +1,10 @@
-"""Benchmark stage 1 against both plain variants, after checking that all three give equal losses."""
+"""Benchmark stage 1 against both plain variants, after checking that all three give equal losses.
+
+One caption a picture, and several: ours gets a row for each picture, theirs one for each pair.
+"""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,11 +12,12 @@ import torch
 from torch import nn
 from transformers import Blip2ForImageTextRetrieval
 
-from benchmarks import floor, sides, training
+from benchmarks import operations, sides, training
+from benchmarks import rows as data
 from benchmarks.plain_stage1 import PlainStage1
-from benchmarks.rows import stage1_processor
+from benchmarks.rows import PICTURES, TEXTS
 from benchmarks.shapes import Preset
-from benchmarks.sides import Side
+from benchmarks.sides import RowByRow, Side
 from benchmarks.table import speed
 from lorgnette import LorgnetteCollator, LorgnetteForImageTextRetrieval
 
@@ -20,17 +25,22 @@ from lorgnette import LorgnetteCollator, LorgnetteForImageTextRetrieval
 def build(preset: Preset, seed: int) -> dict[str, Side]:
     """Ours, `plain` and `separate`, with equal weights, on the CPU; they share the frozen ViT."""
     torch.manual_seed(seed)
-    config, processor = preset.config(), stage1_processor(preset)
+    config, processor = preset.config(), data.stage1_processor(preset)
     config.qformer_config.use_qformer_text_input = True
     theirs = Blip2ForImageTextRetrieval(config).eval()
     nn.init.normal_(theirs.query_tokens, std=0.02)  # zeros would make all queries equal
     ours = LorgnetteForImageTextRetrieval.from_blip2(theirs, processor=processor)
-    models = {"ours": ours}
+    collator = LorgnetteCollator(processor)
+    built = {"ours": Side(ours, collator)}
     for name in ("plain", "separate"):
         own = copy.deepcopy(theirs, {id(theirs.vision_model): theirs.vision_model})
-        models[name] = PlainStage1(own, ours, separate=name == "separate")
-    collator = LorgnetteCollator(processor)
-    return {name: Side(model, collator) for name, model in models.items()}
+        built[name] = Side(PlainStage1(own, ours, separate=name == "separate"), RowByRow(collator))
+    return built
+
+
+def rows_of(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A side's rows: of theirs one for each pair."""
+    return rows if name == "ours" else data.pairs(rows)
 
 
 def check_equal(built: dict[str, Side], rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -41,7 +51,8 @@ def check_equal(built: dict[str, Side], rows: list[dict[str, Any]]) -> dict[str,
     """
     losses, trained = {}, {}
     for name, side in built.items():
-        batch = {key: value.to(next(side.model.parameters()).device) for key, value in side.collator(rows).items()}
+        device = next(side.model.parameters()).device
+        batch = {key: value.to(device) for key, value in side.collator(rows_of(name, rows)).items()}
         with torch.no_grad():
             output = side.model.eval()(**batch)
         losses[name] = {part: output[part].item() for part in ("loss_itc", "loss_itm", "loss_itg")}
@@ -64,15 +75,37 @@ def measure(bench: Any) -> None:
     built = build(bench.preset, bench.options.seed)
     for side in built.values():
         side.model.to(bench.device)
+    several = data.with_texts(bench.rows[: PICTURES * bench.options.rounds], TEXTS, bench.options.seed)
     bench.raw["stage1_losses_apart"] = check_equal(built, bench.rows[:count])
+    bench.raw["stage1_several_losses_apart"] = check_equal(built, several[:PICTURES])
     for side in built.values():
         bench.use_fast_dtype(side)
-    taken = training.in_turn({name: partial(bench.train, side) for name, side in built.items()}, bench.options.rounds)
-    operations = {}
-    for name, side in built.items():
-        operations[name] = floor.operations(training.step_of(side, bench.rows[:count], bench.device, bench.bf16))
-        side.model.zero_grad()
+
+    def of_several(name: str, number: int) -> list[float]:
+        """The round's data set is one batch, so that all sides have the same pairs."""
+        rows = rows_of(name, several[number * PICTURES :][:PICTURES])
+        return bench.train(built[name], number, rows, len(rows))
+
+    compare(bench, "stage 1", bench.rows[:count], {name: partial(bench.train, side) for name, side in built.items()})
+    title = f"stage 1, {TEXTS} captions a picture,"
+    compare(bench, title, several[:PICTURES], {name: partial(of_several, name) for name in built})
+
+
+def compare(bench: Any, title: str, rows: list[dict[str, Any]], runs: dict[str, Callable[[int], list[float]]]) -> None:
+    """Time the runs in turn, and add a row against each of theirs.
+
+    Args:
+        rows: of a batch.
+    """
+    taken = training.in_turn(runs, bench.options.rounds)
+    parts = operations.stage1(bench.preset, rows)
     for name in ("plain", "separate"):
-        reached = bench.reached(operations["ours"], taken["ours"])
-        row = speed(f"stage 1 against {name}, pairs/s", count, taken["ours"], taken[name], reached=reached)
-        bench.add(row, seconds_a_step=taken, operations_a_step=operations)
+        row = speed(
+            f"{title} against {name}, pairs/s",
+            len(data.pairs(rows)),
+            taken["ours"],
+            taken[name],
+            bound=operations.bound(parts, "ours", name),
+            reached=bench.reached(sum(parts["ours"].values()), taken["ours"]),
+        )
+        bench.add(row, seconds_a_step=taken, operations_a_step=parts)

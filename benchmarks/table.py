@@ -21,6 +21,7 @@ class Row:
         ratios: ours over theirs, of each pair of runs; may be empty.
         more_is_better: whether a ratio above the goal meets it; else one below.
         goal: for the ratio, or without ratios for ours; may be None.
+        bound: the ratio, if ours and theirs reach the same share of the machine; None where it is not countable.
         reached: fraction of the machine's peak rate that ours reaches; may be None.
         not_run: why there are no figures.
     """
@@ -31,12 +32,20 @@ class Row:
     ratios: Sequence[float] = ()
     more_is_better: bool = True
     goal: float | None = None
+    bound: float | None = None
     reached: float | None = None
     not_run: str | None = None
 
     @property
     def ratio(self) -> float | None:
         return statistics.median(self.ratios) if self.ratios else None
+
+    @property
+    def share(self) -> float | None:
+        """How much of the bound the ratio reaches; above 1 where ours has a better share of the machine than theirs."""
+        if self.bound is None or self.ratio is None:
+            return None
+        return self.ratio / self.bound if self.more_is_better else self.bound / self.ratio
 
     @property
     def met(self) -> bool | None:
@@ -46,28 +55,29 @@ class Row:
         return measured >= self.goal if self.more_is_better else measured <= self.goal
 
 
-def speed(path: str, pairs: int, ours: Sequence[float], theirs: Sequence[float], reached: float | None = None) -> Row:
-    """A row for a rate: `pairs` in so many seconds, run by run."""
+def speed(path: str, pairs: int, ours: Sequence[float], theirs: Sequence[float], **fields: float) -> Row:
+    """A row for a rate: `pairs` in so many seconds, run by run; `fields` of the row."""
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     medians = [pairs / statistics.median(times) for times in (ours, theirs)]
-    return Row(path, *medians, ratios, reached=reached)
+    return Row(path, *medians, ratios, **fields)
 
 
-def cost(path: str, ours: Sequence[float], theirs: Sequence[float] = ()) -> Row:
-    """A row for a cost, run by run: seconds or bytes."""
+def cost(path: str, ours: Sequence[float], theirs: Sequence[float] = (), **fields: float) -> Row:
+    """A row for a cost, run by run: seconds or bytes; `fields` of the row."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)] if theirs else []
-    return Row(path, statistics.median(ours), statistics.median(theirs) if theirs else None, ratios, False)
+    return Row(path, statistics.median(ours), statistics.median(theirs) if theirs else None, ratios, False, **fields)
 
 
 def markdown(rows: Sequence[Row], notes: Sequence[str]) -> str:
-    lines = ["| path | ours/theirs (least to most) | goal | ours | theirs | of the machine's best |"]
-    lines += ["|---|---|---|---|---|---|"]
+    names = ["path", "ours/theirs (least to most)", "goal", "bound by operations", "reached of it", "ours", "theirs"]
+    lines = [f"| {' | '.join(names)} | of the machine's best |", "|---" * 8 + "|"]
     for row in rows:
         ratio = "" if row.ratio is None else f"**{row.ratio:.3g}** ({min(row.ratios):.3g} to {max(row.ratios):.3g})"
         ratio = ratio if row.not_run is None else f"not run: {row.not_run}"
-        goal = "" if row.goal is None else f"{'≥' if row.more_is_better else '≤'} {row.goal:g}: {_verdict(row)}"
-        reached = "" if row.reached is None else f"{row.reached:.0%}"
-        lines.append(f"| {row.path} | {ratio} | {goal} | {_number(row.ours)} | {_number(row.theirs)} | {reached} |")
+        goal = "" if row.goal is None else f"{'≥' if row.more_is_better else '≤'} {row.goal:.3g}: {_verdict(row)}"
+        share, reached = ("" if part is None else f"{part:.0%}" for part in (row.share, row.reached))
+        cells = [row.path, ratio, goal, _number(row.bound), share, _number(row.ours), _number(row.theirs), reached]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *(f"- {note}" for note in notes), ""])
 
 

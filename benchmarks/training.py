@@ -92,17 +92,18 @@ def train(
     return clock.seconds()[uncounted:]
 
 
-def in_turn(runs: Mapping[str, Callable[[int], list[float]]], rounds: int) -> dict[str, list[float]]:
+def in_turn(runs: Mapping[str, Callable[[int], list[float]]], rounds: int, least: int = 2) -> dict[str, list[float]]:
     """Call the runs repeatedly, in alternating order; returns the results by round.
 
     Args:
         runs: by name; each gets the number of the round.
-        rounds: maximum; after two, none starts once `LONG` seconds have passed.
+        rounds: maximum.
+        least: after so many, none starts once `LONG` seconds have passed.
     """
     found: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
     for number in range(rounds):
-        if number > 1 and time.perf_counter() - start > LONG:
+        if number >= least and time.perf_counter() - start > LONG:
             break
         for name in list(runs)[:: -1 if number % 2 else 1]:
             found[name] += runs[name](number)

@@ -22,26 +22,28 @@ from benchmarks import (
     files,
     floor,
     forms,
+    generation,
     goals,
     growth,
     memory,
-    operations,
     run,
+    several_texts,
     sides,
     stage1,
     table,
     training,
 )
-from benchmarks.rows import captions, rows
+from benchmarks.rows import captions, rows, with_texts
+from benchmarks.rows import pairs as pairs_of
 from benchmarks.shapes import PRESETS
 
 
-@pytest.mark.parametrize(("long", "rounds"), [(0.0, 2), (60.0, 4)])
-def test_two_rounds_are_enough_of_what_takes_long(monkeypatch, long, rounds):
+@pytest.mark.parametrize(("long", "least", "rounds"), [(0.0, 2, 2), (0.0, 3, 3), (60.0, 2, 4)])
+def test_two_rounds_are_enough_of_what_takes_long(monkeypatch, long, least, rounds):
     monkeypatch.setattr(training, "LONG", long)
     order: list[str] = []
     runs = {name: lambda number, name=name: order.append(name) or [float(number)] for name in ("theirs", "ours")}
-    assert training.in_turn(runs, 4) == {name: [float(number) for number in range(rounds)] for name in runs}
+    assert training.in_turn(runs, 4, least) == {name: [float(number) for number in range(rounds)] for name in runs}
     assert order[:4] == ["theirs", "ours", "ours", "theirs"]
 
 
@@ -86,17 +88,18 @@ def test_the_forms_are_weighed_and_loaded_and_give_the_same_logits(tmp_path, cap
 
 
 TINY = PRESETS["tiny"]
+SEVERAL = ("5 captions a picture", "5 captions a picture, chat prompts")
 
 
 def test_the_table_has_every_row_and_the_files_lie_there(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(files, "import_seconds", lambda rounds: {"theirs": [2.0] * rounds, "ours": [1.0] * rounds})
-    options = "--preset tiny --batch_size 3 --steps 1 --rounds 2 --sizes 1 2 --tokens 2"
+    options = "--preset tiny --batch_size 3 --steps 1 --rounds 2 --caption_rounds 3 --sizes 1 2 --tokens 2"
     assert run.main([*options.split(), "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "tiny-cpu.json").read_text())
     found = {row["path"]: row for row in report["rows"]}
     sized = {
         f"{what}, batch {size}{unit}" for what, unit in (("captions/s", ""), ("first token", ", s")) for size in (1, 2)
-    }
+    } | {"first token, chat prompts, batch 2, s"}
     forms_of = {f"from_pretrained to first caption, {form}, ms" for form in ("thin", "full", "merged")}
     of_stage2 = {
         f"stage 2, {kind}, {what}" for kind in ("uncached", "cached") for what in ("pairs/s", "memory of a step, MiB")
@@ -107,17 +110,31 @@ def test_the_table_has_every_row_and_the_files_lie_there(tmp_path, capsys, monke
     }
     of_stage2 |= {f"stage 2, {name}, {kind}, pairs/s" for name in left_out for kind in ("uncached", "cached")}
     of_stage2 |= {f"stage 2, {name}, cached, {against}, pairs/s" for name, against in left_out.items()}
+    several = {f"stage 2, {name}, {kind}, pairs/s" for name in SEVERAL for kind in ("uncached", "cached")}
+    several |= {f"stage 1, 5 captions a picture, against {way}, pairs/s" for way in ("plain", "separate")}
+    several |= {"stage 2, 5 captions a picture, uncached, memory of a step, MiB"}
     others = {"stage 2, uncached, MFU", "data loader, pairs/s", "checkpoint weights, MB", "import, s"}
     others |= {f"stage 1 against {way}, pairs/s" for way in ("plain", "separate")}
-    assert found.keys() == sized | forms_of | of_stage2 | others
-    wanted = {path for goal in goals.GOALS.values() for path in goal}
+    assert found.keys() == sized | forms_of | of_stage2 | several | others
+    wanted = {path for wanted in (goals.GOALS, goals.SHARES) for paths in wanted.values() for path in paths}
     assert {path for path in wanted if "batch 8" not in path and "batch 64" not in path} <= found.keys()
     assert all(row["ours"] > 0 for row in found.values())
     assert len(found["stage 2, cached, pairs/s"]["ratios"]) == 2
     operations = report["raw"]["stage 2, cached, pairs/s"]["operations_a_step"]
     assert operations["cached"] < operations["uncached"] < operations["theirs"]  # no ViT; no logits of all positions
-    operations = report["raw"]["stage 1 against plain, pairs/s"]["operations_a_step"]
-    assert max(operations["ours"], operations["plain"]) < operations["separate"]
+    uncountable = forms_of | {"stage 2, uncached, MFU", "data loader, pairs/s", "checkpoint weights, MB", "import, s"}
+    assert {path for path, row in found.items() if row["bound"] is None} == uncountable
+    assert {found[path]["bound"] for path in sized - {"first token, chat prompts, batch 2, s"}} == {1}
+    assert found["first token, chat prompts, batch 2, s"]["bound"] < 1  # of seconds
+    for path in several:
+        fewer = "memory" in path
+        assert (found[path]["bound"] < 1) == fewer, path
+        assert found[path]["share"] == pytest.approx((found[path]["ratio"] / found[path]["bound"]) ** (1 - 2 * fewer))
+    assert len(found["captions/s, batch 2"]["ratios"]) == 3
+    for name in SEVERAL:
+        assert max(report["raw"][f"{name}_apart"].values()) <= sides.TOLERANCE
+    needed = report["raw"]["stage 2, 5 captions a picture, uncached, memory of a step, MiB"]["bytes"]
+    assert needed["least"] < needed["uncached"] < needed["theirs"]
     for name in left_out:
         operations = report["raw"][f"stage 2, {name}, cached, pairs/s"]["operations_a_step"]
         assert operations["cached"] < operations["plain"] < operations["theirs"]
@@ -179,6 +196,40 @@ def test_what_is_left_out_is_left_out_and_changes_no_loss(monkeypatch):
         fast_paths.check_equal(mixed, mixed.rows)
 
 
+def test_texts_of_a_picture_that_see_each_other_are_not_timed(monkeypatch):
+    theirs, ours = sides.build(TINY, seed=0)
+    for case in several_texts.cases(TINY, theirs, ours, rows(2, seed=0), seed=0):
+        batch = case.theirs.collator(pairs_of(case.rows))
+        assert len(batch["pixel_values"]) == len(batch["input_ids"]) == 10  # a picture and a row for each pair
+        assert len(case.ours.collator(case.rows)["pixel_values"]) == 2
+        assert max(several_texts.check_equal(case, case.rows).values()) <= sides.TOLERANCE
+        forward = type(ours.model).forward
+
+        def leaking(self, *, forward=forward, text_ids=None, **inputs):
+            return forward(self, **inputs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(ours.model), "forward", leaking)
+            with pytest.raises(ValueError, match=f"{case.name}: the two are apart by"):
+                several_texts.check_equal(case, case.rows)
+        case.rows[1] = case.rows[1] | {"text": case.rows[1]["text"][::-1]}
+        other = sides.Side(theirs.model, lambda _, batch=batch: batch)
+        with pytest.raises(ValueError, match=f"{case.name}: the two learn other labels"):
+            several_texts.check_equal(replace(case, theirs=other), case.rows)
+
+
+def test_captions_that_are_not_equal_are_not_timed():
+    theirs, ours = sides.build(TINY, seed=0)
+    built = {"theirs": theirs, "ours": ours}
+    inputs = generation.inputs_of(ours.collator, rows(2, seed=0), ours.model.device)
+    assert inputs["theirs"].keys() == {"input_ids", "attention_mask", "pixel_values"}
+    assert max(generation.check_equal(built, inputs).values()) <= sides.TOLERANCE
+    with torch.no_grad():
+        ours.model.projector.bias.add_(0.1)
+    with pytest.raises(ValueError, match="logits of captions are apart"):
+        generation.check_equal(built, inputs)
+
+
 def test_both_sides_are_compiled_and_stand_in_a_table_of_their_own(tmp_path, monkeypatch):
     """But for inductor's own work, which takes minutes, and more layers than one, which would be traced one by one."""
     layers = {"num_hidden_layers": 1}
@@ -218,13 +269,27 @@ def test_a_side_that_does_not_compile_is_told_with_its_error_beside_the_other():
     failed = {"theirs": compiled.error_cell(ValueError("\nno such | operator\nand much more"))}
     row = compiled._compared("a", 8, {"ours": [2.0, 4.0]}, failed, lambda taken: 1.0)
     row.goal = 1.5
-    expected = "| a | not run: theirs, ValueError: no such / operator | ≥ 1.5: open | 2.67 |  |  |"
+    expected = "| a | not run: theirs, ValueError: no such / operator | ≥ 1.5: open |  |  | 2.67 |  |  |"
     assert expected in table.markdown([row], ())
 
 
 def test_stage_1_that_is_not_equal_is_not_timed():
     built = stage1.build(TINY, seed=0)
     assert max(stage1.check_equal(built, rows(4, seed=0)).values()) <= sides.TOLERANCE
+    several = with_texts(rows(2, seed=0), 3, seed=0)
+    for side in built.values():  # weights of this width hardly mix tokens, and all texts are alike
+        for name, parameter in side.model.named_parameters():
+            if "qformer" in name and ".attention." in name:
+                parameter.data.mul_(10)
+    assert max(stage1.check_equal(built, several).values()) <= sides.TOLERANCE
+    batch = built["plain"].collator(pairs_of(several))
+    assert len(batch.pop("image_ids")) == len(batch["pixel_values"]) == 6
+    with torch.no_grad():  # a picture's texts are drawn as its negatives
+        without, loss = (
+            side.model(**inputs)["loss_itm"]
+            for side, inputs in ((built["plain"], batch), (built["ours"], built["ours"].collator(several)))
+        )
+    assert abs(without - loss) > 10 * sides.TOLERANCE
     with torch.no_grad():
         built["separate"].model.text_head.bias[7] += 1
     with pytest.raises(ValueError, match="losses of stage 1 are apart"):
@@ -288,27 +353,34 @@ def test_a_goal_is_met_from_its_own_side():
     smaller = table.cost("b", ours=[3.0], theirs=[4.0])
     smaller.goal = 0.5
     assert smaller.met is False
-    assert "| a | **1.5** (1 to 2) | ≥ 1.5: met | 8 | 4 |  |" in table.markdown([faster, smaller], ())
+    assert "| a | **1.5** (1 to 2) | ≥ 1.5: met |  |  | 8 | 4 |  |" in table.markdown([faster, smaller], ())
+    faster.bound, smaller.bound, faster.reached = 2, 0.6, 0.5
+    assert (faster.share, smaller.share) == pytest.approx((0.75, 0.8))
+    assert "| ≥ 1.5: met | 2 | 75% | 8 | 4 | 50% |" in table.markdown([faster, smaller], ())
+    assert "| 0.6 | 80% | 3 | 4 |  |" in table.markdown([faster, smaller], ())
     assert "≤ 0.5: not met" in table.markdown([faster, smaller], ())
 
 
 def test_growth_is_measured_point_by_point(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(growth.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
-    options = "--shapes tiny --batch_sizes 1 4 --image_tokens 2 --caption_tokens 8 16 --cache_rows 20 2000"
+    options = "--shapes tiny --batch_sizes 1 4 --image_tokens 2 --caption_tokens 8 16 --texts_per_image 1 4"
+    options += " --cache_rows 20 2000"
     assert growth.main([*options.split(), "--usual", "2", "4", "15", "--repeats", "1", "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "growth.json").read_text())
     points = {(point["axis"], point["kind"], point["size"]): point for point in report["points"]}
-    sizes = [("batch", 1), ("batch", 4), ("image", 2), ("caption", 8), ("caption", 16)]
+    sizes = [("batch", 1), ("batch", 4), ("image", 2), ("caption", 8), ("caption", 16), ("texts", 1), ("texts", 4)]
     recorded = {(axis, kind, size) for axis, size in sizes for kind in ("pictures", "features")}
     assert points.keys() == recorded | {("cache", "cache", 20), ("cache", "cache", 2000)}
     assert "2,000 rows take 0.0 GB, and " in points["cache", "cache", 2000]["left_out"]
     assert "minutes at least" in capsys.readouterr().out.splitlines()[0]
     measured = [point for point in points.values() if point["left_out"] is None]
-    assert len(measured) == 11
+    assert len(measured) == 15
     assert all(point["pairs_per_s"] > 0 for point in measured)
     features, pictures = (points["batch", kind, 4] for kind in ("features", "pictures"))
     assert features["operations"] < pictures["operations"]
     assert points["batch", "pictures", 1]["operations"] * 4 == pytest.approx(pictures["operations"], rel=1e-3)
+    one, four = (points["texts", "pictures", count] for count in (1, 4))
+    assert one["operations"] < four["operations"] < 4 * one["operations"]  # the picture and the prompt run once
     assert points["caption", "features", 8]["bytes"] < points["caption", "features", 16]["bytes"]
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
     assert "| tiny | cache | rows cached | 20 |" in (tmp_path / "growth.md").read_text()
@@ -324,7 +396,7 @@ def test_a_cost_that_outgrows_its_size_is_told():
 
 def test_a_step_that_does_not_fit_is_left_out_with_the_estimate(monkeypatch):
     monkeypatch.setattr(floor.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
-    options = growth.Options(shapes=["tiny"], batch_sizes=[1], image_tokens=[], caption_tokens=[16])
+    options = growth.Options(shapes=["tiny"], batch_sizes=[1], image_tokens=[], caption_tokens=[16], texts_per_image=[])
     found = list(growth.steps("tiny", options))
     assert len(found) == 4
     assert all("preset tiny with batches of" in point.left_out for point in found)
@@ -346,43 +418,6 @@ def test_growth_says_first_what_it_takes_and_begins_nothing_when_time_is_over(tm
     assert "The largest cache is 30.3 GB; " in printed
     assert "nothing is begun after 0 minutes" in printed
     late = [*growth.steps("tiny", options, until=0), *growth.caches("smollm2", options, tmp_path, until=0)]
-    assert len(late) == 2 * (7 + 6 + 6) + 3
+    assert len(late) == 2 * (7 + 6 + 5 + 6) + 3
     assert all(point.left_out for point in late)
     assert {point.left_out for point in late if point.size < 10**5} == {"the 0 minutes were over"}
-
-
-def test_operations_by_shapes_are_those_that_are_counted():
-    pairs_of_both = rows(3, seed=0)
-    theirs, ours = sides.build(TINY, seed=0)
-    sides_of = {"stage2": {"theirs": theirs, "uncached": ours}, "stage1": stage1.build(TINY, seed=0)}
-    for stage, built in sides_of.items():
-        found = getattr(operations, stage)(TINY, pairs_of_both)
-        for name, side in built.items():
-            counted = floor.operations(training.step_of(side, pairs_of_both, "cpu", False))
-            assert sum(found[name].values()) == pytest.approx(counted, rel=0.03), (stage, name)
-
-
-def test_stage_1_leaves_operations_out_at_the_shapes_that_are_timed():
-    """At tiny ones keys and values are less than what fills up the tokens that ITG predicts."""
-    needed = {way: sum(parts.values()) for way, parts in operations.stage1(PRESETS["smollm2"], rows(8, seed=0)).items()}
-    assert needed["ours"] < needed["plain"] < needed["separate"]
-
-
-def test_operations_are_told_by_part(capsys):
-    assert operations.main(["--preset", "tiny", "--batch_size", "2"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("| theirs over this | 1.00 | ") == 1
-    assert printed.count("| separate over this | 1.00 | ") == 1
-    assert "| LM's head | " in printed
-
-
-def test_what_is_kept_is_told_by_part(capsys):
-    theirs, ours = (memory.kept(side, rows(3, seed=0)) for side in sides.build(TINY, seed=0))
-    assert theirs["ViT"] == ours["ViT"] == 0
-    layers = ours["LM's layers"]
-    assert theirs["LM's layers"] == layers > 0
-    head = "LM's head, and between the parts"
-    assert ours[head] < theirs[head]
-    assert memory.main(["--preset", "tiny", "--batch_size", "3"]) == 0
-    printed = capsys.readouterr().out
-    assert f"| LM's layers | {layers / 2**20:.1f} | " in printed
