@@ -172,7 +172,7 @@ class PromptCache:
         if cache is None and (pays or entry.calls == 2):
             cache = prefill()
             pairs = [(layer.keys, layer.values) for layer in cache.layers if layer.is_initialized]
-            size = sum(tensor.numel() * tensor.element_size() for pair in pairs for tensor in pair)
+            size = sum(tensor.untyped_storage().nbytes() for pair in pairs for tensor in pair)
             if size <= self.max_bytes:
                 entry.cache, entry.num_bytes = cache, size
                 self.num_bytes += size
