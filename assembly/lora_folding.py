@@ -6,7 +6,7 @@ and put back: no arithmetic undoes the sum, so that they are the same bit for bi
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -20,10 +20,17 @@ from ..modeling.modeling_saving import ADAPTER
 _ROOM = 2.0  # times the folded weights that have to be free: keys and values need memory, too
 
 
+def for_generation(language_model: PreTrainedModel) -> AbstractContextManager[None]:
+    """[`folded`] where it [`pays`]."""
+    return folded(language_model) if pays(language_model) else nullcontext()
+
+
 def pays(language_model: PreTrainedModel) -> bool:
     """Whether folding saves time here: on a GPU with room for a second copy of these weights, outside of training."""
+    if language_model.device.type != "cuda" or language_model.training:
+        return False
     layers = foldable(language_model)
-    if not layers or language_model.training or any(p.device.type != "cuda" for p in language_model.parameters()):
+    if not layers or any(parameter.device.type != "cuda" for parameter in language_model.parameters()):
         return False
     needed = sum(p.numel() * p.element_size() for layer in layers for p in layer.get_base_layer().parameters())
     free, _ = torch.cuda.mem_get_info(layers[0].get_base_layer().weight.device)
@@ -64,4 +71,4 @@ def folded(language_model: PreTrainedModel) -> Iterator[None]:
             parameter.data = data
 
 
-__all__ = ["foldable", "folded", "pays"]
+__all__ = ["foldable", "folded", "for_generation", "pays"]

@@ -4,7 +4,9 @@ import pytest
 import torch
 from tiny_models import model
 
+from lorgnette.assembly import lora_folding
 from lorgnette.assembly.lora_folding import foldable, folded, pays
+from lorgnette.modeling.modeling_lora import lora_layers
 
 
 IDS = torch.arange(3, 15).view(2, 6)
@@ -62,5 +64,18 @@ def test_what_is_off_or_not_plain_stays_as_it_is():
     assert foldable(model(lora={"r": 2, "use_dora": True}).language_model) == []
 
 
-def test_it_does_not_pay_without_a_gpu():
-    assert not pays(model().language_model.eval())
+def test_generate_folds_where_it_pays(monkeypatch):
+    """The same tokens; without a GPU nothing is folded."""
+    built = model().eval()
+    assert not pays(built.language_model)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    plain, before = built.generate(input_ids=IDS, **settings), state(built)
+    seen = []
+    monkeypatch.setattr(lora_folding, "pays", lambda _: True)
+    handle = built.language_model.register_forward_pre_hook(
+        lambda module, _: seen.append(any(layer.merged for layer in lora_layers(module).values()))
+    )
+    assert torch.equal(built.generate(input_ids=IDS, **settings), plain)
+    handle.remove()
+    assert seen == [True] * 6
+    assert_untouched(built, before)
