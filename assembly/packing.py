@@ -99,6 +99,11 @@ def check_sequences(
             "it cannot be packed"
         )
     attention = language_model.config._attn_implementation
+    if text_ids is not None and "local" in (getattr(language_model.config, "attention_layers", None) or ()):
+        raise ValueError(
+            f"{type(language_model).__name__} counts its window in columns, of which other texts take some: give one "
+            "text a row (texts_per_image: 1)"
+        )
     if text_ids is not None and attention not in MASKED_BY:
         raise ValueError(
             f"attn_implementation {attention!r} cannot mask several texts of one prompt: take "
@@ -127,7 +132,7 @@ def pack(
     packed_inputs = packed(language_model, sequence_ids, inputs["inputs_embeds"], inputs["labels"], text_ids)
     context = getattr(language_model.config, "max_position_embeddings", None)
     if context is not None and sequence_ids.shape[1] > context:  # a row may be longer than each of its sequences
-        last = positions(sequence_ids, text_ids).masked_fill(sequence_ids == PADDING, 0)
+        last = positions(sequence_ids, text_ids)
         length = int(last.max()) + 1
         if length > context:
             row = row_name(int(sequence_ids.flatten()[last.argmax()]), row_index)
@@ -184,7 +189,8 @@ def positions(sequence_ids: torch.Tensor, text_ids: torch.Tensor | None = None) 
         starts = _starts(sequence_ids, text_ids)
         skipped = _latest(columns, starts) - _latest(columns, starts & (text_ids == 1))  # earlier texts
         begins = begins + torch.where(text_ids > 0, skipped, 0)
-    return columns - begins
+    # padding has the first: a row may be longer than the context
+    return (columns - begins).masked_fill(sequence_ids == PADDING, 0)
 
 
 def _with_prompt_ends(inputs_embeds: torch.Tensor, sequence_ids: torch.Tensor, text_ids: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,7 @@ def checked_candidates(
             if not has[process == number].any():
                 raise ValueError(
                     f"Process {number} has a batch of {count} texts with one picture or caption, and matching (ITM) "
-                    "finds no negatives in it: make per_device_train_batch_size 2 or more, or itm_weight 0"
+                    "finds no negatives in it: make the batches of a process larger, or itm_weight 0"
                 )
     return candidates.clone()
 

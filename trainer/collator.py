@@ -212,7 +212,7 @@ class LorgnetteCollator:
         examples = []
         for row, found in self._encoded(rows, encode_and_load):
             for example in found:
-                example.index, example.image_id = row.get("index"), row.get("image_id", row.get("index"))
+                example.index = row.get("index")
             examples += found
         return examples
 
@@ -267,7 +267,7 @@ class LorgnetteCollator:
             positions = {key: position for position, key in enumerate(distinct)}
             batch["image_rows"] = torch.tensor([positions[id(image)] for image, _ in shown])
         if is_stage1 and None not in numbers:
-            batch["image_ids"] = torch.tensor([picture_number(number) for number in numbers])
+            batch["image_ids"] = torch.tensor(numbers)
         return batch
 
     def _encode_pair(self, row: dict[str, Any]) -> "_Example":
@@ -279,11 +279,13 @@ class LorgnetteCollator:
                 raise ValueError(
                     f"column '{self.text_column}' is {text!r:.100}, which the tokenizer turns into no tokens"
                 )
-            self._check_length([], ids, self.processor.qformer_tokenizer)
+        self._check_lengths([], encoded, self.processor.qformer_tokenizer)
         images = self._sources(row)
         if len(images) != 1:
             raise ValueError(f"{len(images)} images; stage 1 needs one image and its texts")
-        return _Example([], encoded, images)
+        has_number = "image_id" in row or "index" in row
+        number = picture_number(row.get("image_id", row.get("index"))) if has_number else None
+        return _Example([], encoded, images, image_id=number)
 
     def _encode_text(self, row: dict[str, Any], answered: bool = True) -> "_Example":
         """A row of stage 2, with functions that load the images."""
@@ -302,8 +304,7 @@ class LorgnetteCollator:
                 query = check_text(_column(row, self.query_column), f"column '{self.query_column}'")
             prompt, ids = self.processor.encode_example(texts[0], query=query, num_images=len(images))
         outputs = [ids, *(self.processor.encode_answer(text) for text in texts[1:])]
-        for output in outputs:
-            self._check_length(prompt, output, self.processor.tokenizer)
+        self._check_lengths(prompt, outputs, self.processor.tokenizer)
         instructions: list[list[int]] = []
         if self.processor.qformer_tokenizer is not None and images:
             query = self.processor.query if query is None else query
@@ -370,14 +371,16 @@ class LorgnetteCollator:
         extra = -padded.shape[1] % (self.pad_to_multiple_of or 1)
         return pad(padded, (0, extra) if side == "right" else (extra, 0), value=value)
 
-    def _check_length(self, prompt: list[int], output: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    def _check_lengths(self, prompt: list[int], outputs: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> None:
         limit = tokenizer.model_max_length if self.max_length is None else self.max_length
-        if len(prompt) + len(output) > limit:
-            placeholders = prompt.count(self.processor.image_token_id)
-            raise LengthError(
-                f"{len(prompt) + len(output)} tokens are more than the maximum of {limit}: {len(output)} of "
-                f"output, {placeholders} for images, {len(prompt) - placeholders} of the other prompt"
-            )
+        for number, output in enumerate(outputs):
+            if len(prompt) + len(output) > limit:
+                placeholders = prompt.count(self.processor.image_token_id)
+                which = f"text {number} of {len(outputs)}: " if len(outputs) > 1 else ""
+                raise LengthError(
+                    f"{which}{len(prompt) + len(output)} tokens are more than the maximum of {limit}: {len(output)} of "
+                    f"output, {placeholders} for images, {len(prompt) - placeholders} of the other prompt"
+                )
 
 
 def _count_images(messages: list[dict[str, Any]]) -> int:
@@ -420,7 +423,7 @@ class _Example:
     images: list[Any]
     instructions: list[list[int]] = field(default_factory=list)
     index: int | None = None
-    image_id: int | str | None = None
+    image_id: int | None = None
 
 
 def _row_index(rows: list[int | None]) -> dict[str, torch.Tensor]:

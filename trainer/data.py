@@ -13,7 +13,7 @@ from typing import Any
 
 import fsspec
 import numpy as np
-from datasets import ClassLabel, Dataset, Image, List, Value
+from datasets import ClassLabel, Dataset, Image, LargeList, List, Value
 from transformers.utils import logging
 
 from ..assembly.conversations import messages_of
@@ -63,6 +63,10 @@ def load_pairs(
             f"augment changes pictures, and {args.dataset} is a feature cache, which has none: leave it out"
         )
     train, open_train = _numbered_rows(args, args.dataset, args.train_split)
+    if args.messages_column is not None and args.num_texts is not None:
+        raise ValueError(
+            f"texts_per_image is {args.num_texts}, and {args.dataset} has chats: of these the last answer is learned"
+        )
     evaluation, open_evaluation = None, open_train
     if args.eval_fraction is not None:
         # Split off even without evaluation: a run that resumes this one may evaluate.
@@ -157,7 +161,7 @@ def _numbered_rows(args: RowArguments, source: str, split: str) -> tuple[Rows, p
         raise ValueError(f"{name} has no rows")
     if not cached:  # a cache has the source's row numbers
         dataset = numbered(dataset)
-    labels = {args.text_name: text.names} if isinstance(text, ClassLabel) else {}
+    labels = {args.text_name: _inner(text).names} if isinstance(_inner(text), ClassLabel) else {}
     openers = {image_column: open_image, "messages": partial(_open_chat, base=base)}
     numbered_by = None if cached else image_column
     return dataset, partial(_open_batch, openers=openers, labels=labels, numbered_by=numbered_by)
@@ -217,11 +221,16 @@ def _joined(dataset: Rows, columns: list[str], name: str) -> Rows:
 
 def _check_texts(rows: Rows | None, column: str) -> None:
     """Raise ValueError or TypeError for the first row without a text, or with an empty one, with its number."""
-    if not isinstance(rows, Dataset) or not isinstance(rows.features.get(column), Value | List) or column == "messages":
+    if not isinstance(rows, Dataset) or column == "messages" or not isinstance(_inner(rows.features[column]), Value):
         return
     for number, texts in zip(rows["index"][:], rows[column][:], strict=True):
         with error_context(f"row {number}"):
             texts_of(texts, column)
+
+
+def _inner(feature: Any) -> Any:
+    """The type of a column's values, or of those in its lists."""
+    return feature.feature if isinstance(feature, List | LargeList) else feature
 
 
 def check_columns(existing: Collection[str], wanted: list[str], name: str) -> None:
@@ -301,9 +310,15 @@ def _open_batch(
             opened[column] = [open_value(value, n) for value, n in zip(batch[column], numbers, strict=True)]
     for column, names in labels.items():
         if column in batch:
-            # Unlabelled rows (-1) become None; the collator's error names their number.
-            opened[column] = [names[label] if label is not None and label >= 0 else None for label in batch[column]]
+            opened[column] = [_named(label, names) for label in batch[column]]
     return opened
+
+
+def _named(label: Any, names: list[str]) -> Any:
+    """The name of a class label, or of each in a list; None for an unlabelled row (-1), whose number an error names."""
+    if isinstance(label, list):
+        return [_named(each, names) for each in label]
+    return names[label] if label is not None and label >= 0 else None
 
 
 def _open_chat(messages: Any, number: int | None, base: Path | None) -> list[dict]:

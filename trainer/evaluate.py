@@ -32,6 +32,7 @@ from .process import start_process
 from .provenance import hub_dataset
 from .recipe import parse_recipe
 from .stage2 import model_and_processor
+from .texts import pairs_of_rows
 from .unreadable import leave_out_unreadable
 
 
@@ -120,7 +121,8 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
         _check_references(dataset, column, metrics)
 
     share = split_dataset_by_node(dataset, rank=process.process_index, world_size=process.num_processes)
-    rows = tqdm(share, desc="generating", disable=not process.is_main_process)
+    read = tqdm(share, desc="generating", disable=not process.is_main_process)
+    rows = pairs_of_rows(read, column, args.query_column)
     generating = time.perf_counter()
     with casting, readable_stream(args):
         results = [

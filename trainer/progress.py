@@ -50,13 +50,15 @@ class StepFiguresCallback(TrainerCallback):
         self.sums: dict[str, torch.Tensor] = {}
         self.count = 0
         self.texts: torch.Tensor | int = 0
-        self.started = self.step_ended = time.perf_counter()
+        self.seconds, self.start = 0.0, None  # of the steps; None after an evaluation or a save
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: torch.nn.Module, **_: Any
     ) -> None:
         self.handle = model.register_forward_hook(self._add, with_kwargs=True)
-        self.started = time.perf_counter()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.start = time.perf_counter() if self.start is None else self.start
 
     @torch.compiler.disable  # keeps the hook out of the compiled graph
     def _add(self, model: torch.nn.Module, _: tuple, inputs: dict[str, Any], outputs: Any) -> None:
@@ -86,19 +88,19 @@ class StepFiguresCallback(TrainerCallback):
         texts = torch.as_tensor(self.texts, dtype=torch.float32, device=args.device)
         if in_process_group():
             dist.all_reduce(texts)
-        parts["texts_per_second"] = round(texts.item() / (self.step_ended - self.started), 2)
-        self.sums, self.count, self.texts, self.started = {}, 0, 0, self.step_ended
+        parts["texts_per_second"] = round(texts.item() / self.seconds, 2)
+        self.sums, self.count, self.texts, self.seconds = {}, 0, 0, 0.0
         logs.update(parts)
         state.log_history[-1].update(parts)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.step_ended = time.perf_counter()
-
-    def _leave_out(self, *_: Any, **__: Any) -> None:
         now = time.perf_counter()
-        self.started, self.step_ended = self.started + now - self.step_ended, now
+        self.seconds, self.start = self.seconds + now - self.start, now
 
-    on_evaluate = on_save = _leave_out
+    def _pause(self, *_: Any, **__: Any) -> None:
+        self.start = None
+
+    on_evaluate = on_save = _pause
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.handle.remove()

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..processing.prompt_encoding import error_context
+from .texts import check_lists
+
 
 class RowSeeds(TrainerCallback):
     """Makes the random choices of each training row, anew in each epoch.
@@ -24,6 +27,7 @@ class RowSeeds(TrainerCallback):
 
     def __init__(self, seed: int, *, augment: bool, texts: int | None, columns: Sequence[str]):
         self.seed, self.augment, self.texts, self.columns = seed, augment, texts, columns
+        self.draws = True  # False while rows are read to be checked: all their texts count
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # data loader workers may outlive an epoch
 
     def on_epoch_begin(
@@ -39,24 +43,28 @@ class RowSeeds(TrainerCallback):
         visits = batch.get("visit", [0] * len(batch["index"]))
         seeds = [[self.seed, self.epoch.item(), *row] for row in zip(batch["index"], visits, strict=True)]
         opened = open_batch(batch)
-        if self.texts is not None:
-            self._keep(opened, lambda row, given: _drawn(seeds[row], given, self.texts))
+        if self.texts is not None and self.draws:
+            for row, number in enumerate(batch["index"]):
+                with error_context(f"row {number}"):
+                    self._keep(opened, row, lambda given, seed=seeds[row]: _drawn(seed, given, self.texts))
         return opened | ({"augmentation_seed": seeds} if self.augment else {})
 
     def keep_first(self, batch: dict[str, list], open_batch: Callable[[dict], dict]) -> dict[str, list]:
         """Open rows of evaluation, which keep the first `texts` of each picture."""
         opened = open_batch(batch)
-        if self.texts is not None:
-            self._keep(opened, lambda _, given: range(min(self.texts, given)))
+        if self.texts is not None and self.draws:
+            for row, number in enumerate(batch["index"]):
+                with error_context(f"row {number}"):
+                    self._keep(opened, row, lambda given: range(min(self.texts, given)))
         return opened
 
-    def _keep(self, batch: dict[str, list], places: Callable[[int, int], Sequence[int]]) -> None:
-        """Of lists keep the values at `places(row, how many there are)`."""
-        for column in self.columns:
-            batch[column] = [
-                [values[place] for place in places(row, len(values))] if isinstance(values, list) else values
-                for row, values in enumerate(batch[column])
-            ]
+    def _keep(self, batch: dict[str, list], row: int, places: Callable[[int], Sequence[int]]) -> None:
+        """Of a row's lists keep the values at `places(how many there are)`, after all of them were checked."""
+        lists = {column: batch[column][row] for column in self.columns if isinstance(batch[column][row], list)}
+        if lists:
+            given = check_lists(lists)
+            for column, values in lists.items():
+                batch[column] = [*batch[column][:row], [values[n] for n in places(given)], *batch[column][row + 1 :]]
 
 
 def _drawn(seed: list[int], given: int, count: int) -> list[int]:

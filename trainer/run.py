@@ -142,6 +142,7 @@ def load_parts(
         if data_args.augment or data_args.num_texts is not None:
             columns = [name for name in (data_args.text_name, data_args.query_column) if name is not None]
             row_seeds = RowSeeds(seed, augment=data_args.augment, texts=data_args.num_texts, columns=columns)
+            row_seeds.draws = False  # until the rows are checked
         grouped = training_args.train_sampling_strategy == "group_by_length"
         train_dataset, eval_dataset = load_pairs(
             data_args,
@@ -181,6 +182,8 @@ def make_trainer(
 ) -> Trainer:
     """The stock Trainer; the arguments and errors are those of [`train`]."""
     train_dataset, eval_dataset = parts.splits["train"], parts.splits.get("eval")
+    if parts.row_seeds is not None:
+        parts.row_seeds.draws = True
     _check_whole_batches(training_args, train_dataset, eval_dataset)
     _log_sizes(parts.model)
     trainer = Trainer(

@@ -10,7 +10,7 @@ from ..processing.processing_lorgnette import LorgnetteProcessor
 from .arguments import DataArguments, Stage1Arguments
 from .data import IMAGE_ID, image_id_of
 from .dry_run import dry_run
-from .feature_cache import COLUMN
+from .feature_cache import is_cache, load_cache
 from .run import check_arguments, parse, train
 from .texts import picture_number
 
@@ -49,12 +49,14 @@ def check_negatives(data_args: DataArguments, trainer: Trainer) -> None:
     args, config = trainer.args, trainer.model.config
     if not (config.itc_weight or config.itm_weight):
         return
-    for rows in (trainer.train_dataset, trainer.eval_dataset):
-        columns = (rows.column_names if rows is not None else None) or ()
-        if COLUMN in columns and IMAGE_ID not in columns:
+    sources = [(data_args.dataset, data_args.train_split)]
+    if trainer.eval_dataset is not None and data_args.eval_fraction is None:
+        sources.append((data_args.eval_dataset or data_args.dataset, data_args.eval_split or "train"))
+    for source, split in sources:
+        if is_cache(source) and IMAGE_ID not in load_cache(source, split).column_names:
             raise ValueError(
-                f"the feature cache {data_args.dataset} does not say which of its rows have the same picture, as "
-                "caches of earlier versions do not: write it again (lorgnette cache …)"
+                f"the feature cache {source} does not say which of its rows have the same picture, as caches of "
+                "earlier versions do not: write it again (lorgnette cache …)"
             )
     if isinstance(trainer.train_dataset, Dataset) and args.world_size == 1 and not args.dataloader_drop_last:
         rows, size = len(trainer.train_dataset), args.train_batch_size
@@ -66,14 +68,15 @@ def check_negatives(data_args: DataArguments, trainer: Trainer) -> None:
                 "Set dataloader_drop_last, or change per_device_train_batch_size"
             )
     if isinstance(trainer.eval_dataset, Dataset) and args.train_sampling_strategy != "group_by_length":
-        _check_in_order(trainer.eval_dataset, data_args, args)
+        size = args.eval_batch_size if config.itm_weight else args.eval_batch_size * args.world_size
+        _check_in_order(trainer.eval_dataset, data_args, args, size)
 
 
-def _check_in_order(rows: Dataset, data_args: DataArguments, args: TrainingArguments) -> None:
+def _check_in_order(rows: Dataset, data_args: DataArguments, args: TrainingArguments, size: int) -> None:
+    """Check batches of `size` rows: of all processes or, for matching, which needs negatives in each, of one."""
     columns = rows.with_format(None)
     texts, numbers = columns[data_args.text_name][:], columns["index"][:]
     pictures = _image_ids(columns, data_args.image_column)
-    size = args.eval_batch_size * args.world_size
     # an incomplete last batch is dropped, or filled up with several processes
     smallest = size if args.dataloader_drop_last or args.world_size > 1 else 1
     for start in range(0, len(texts) - smallest + 1, size):

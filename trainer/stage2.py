@@ -19,6 +19,7 @@ from .learning_rates import QFormerLearningRate
 from .metrics import text_metrics
 from .progress import SamplesCallback
 from .run import check_arguments, parse, train
+from .texts import pairs_of_rows
 
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def prepare(model_args: Stage2Arguments, data_args: DataArguments, trainer: Trai
     columns = {"image_column": data_args.image_column, "text_column": data_args.text_name}
     columns["query_column"] = data_args.query_column
     if trainer.eval_dataset is not None and model_args.sample_answers:
-        rows = list(islice(trainer.eval_dataset, model_args.sample_answers))
+        pairs = pairs_of_rows(trainer.eval_dataset, columns["text_column"], columns["query_column"])
+        rows = list(islice(pairs, model_args.sample_answers))
         trainer.add_callback(SamplesCallback(trainer, rows, columns))
     if model_args.generate_metrics:
         measure_texts(model_args, columns, trainer)
@@ -57,10 +59,11 @@ def prepare(model_args: Stage2Arguments, data_args: DataArguments, trainer: Trai
 
 def measure_texts(model_args: Stage2Arguments, columns: dict[str, Any], trainer: Trainer) -> None:
     """Measure generated texts at each evaluation."""
+    names = {name: columns[name] for name in ("text_column", "query_column")}
     trainer.add_callback(
         GenerateMetricsCallback(
             trainer.processing_class,
-            list(islice(trainer.eval_dataset, model_args.generate_samples)),
+            list(islice(pairs_of_rows(trainer.eval_dataset, **names), model_args.generate_samples)),
             metrics=model_args.generate_metrics,
             decoding=model_args.generate_decoding,
             batch_size=trainer.args.per_device_eval_batch_size,

@@ -65,7 +65,7 @@ def test_packed_pairs_are_as_if_alone(architecture, attention):
 
 def test_positions_are_counted_from_each_document():
     ids = torch.tensor([[0, 0, 0, 1, 2, 2, PADDING], [3, 3, 4, 4, 4, PADDING, PADDING]])
-    assert positions(ids).tolist() == [[0, 1, 2, 0, 0, 1, 0], [0, 1, 0, 1, 2, 0, 1]]
+    assert positions(ids).tolist() == [[0, 1, 2, 0, 0, 1, 0], [0, 1, 0, 1, 2, 0, 0]]
 
 
 def test_flash_attention_is_given_lengths():

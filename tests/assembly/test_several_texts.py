@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import NUM_QUERY_TOKENS, TEXT, VOCAB_SIZE, model
+from tiny_models import NUM_QUERY_TOKENS, QFORMER, TEXT, VOCAB_SIZE, language_model, model, vision_model
+from transformers import AutoModelForCausalLM, GPTNeoConfig
 
+from lorgnette import LorgnetteForConditionalGeneration
 from lorgnette.assembly.packing import PADDING, check_sequences, packed, positions
 
 
@@ -163,6 +165,29 @@ def test_what_cannot_be_kept_apart_is_refused():
     built.language_model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match="'flash_attention_2' cannot mask several texts of one prompt: take eager"):
         check_sequences(batch["sequence_ids"], built.language_model, {}, batch["text_ids"])
+
+
+@pytest.mark.parametrize(("architecture", "field"), [("gpt2", "n_positions"), ("opt", "max_position_embeddings")])
+def test_padding_has_positions_within_the_context(architecture, field):
+    """The first row is longer than the context, and so is the padding of the others."""
+    batch, longest = together(), len(ROWS[0][0]) + len(ROWS[0][1][0])
+    built = LorgnetteForConditionalGeneration.from_backbones(
+        vision_model(),
+        language_model(architecture, **{field: longest}),
+        num_query_tokens=NUM_QUERY_TOKENS,
+        qformer_config=QFORMER,
+    )
+    assert batch["input_ids"].shape[1] > longest + 2  # OPT has two more
+    assert built.eval()(**batch).loss.isfinite()
+
+
+def test_an_lm_that_counts_its_window_in_columns_is_refused():
+    sizes = {"vocab_size": 20, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 64}
+    lm = AutoModelForCausalLM.from_config(GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]]))
+    batch = together()
+    with pytest.raises(ValueError, match="GPTNeoForCausalLM counts its window in columns, of which other texts take"):
+        check_sequences(batch["sequence_ids"], lm, {}, batch["text_ids"])
+    check_sequences(batch["sequence_ids"], lm, {})
 
 
 def test_the_context_is_that_of_each_text():

@@ -288,6 +288,16 @@ def test_retrieval_is_refused_behind_a_launcher_of_several(tmp_path):
     assert "ranks all pictures against all texts in one process, not 2" in done.stderr
 
 
+class _Processes:
+    """Arguments as one of several processes has them."""
+
+    def __init__(self, args, world_size):
+        self.args, self.world_size = args, world_size
+
+    def __getattr__(self, name):
+        return getattr(self.args, name)
+
+
 @pytest.mark.parametrize(
     ("texts", "settings", "message"),
     [
@@ -298,6 +308,8 @@ def test_retrieval_is_refused_behind_a_launcher_of_several(tmp_path):
         ("aabb", {"per_device_eval_batch_size": 4}, None),
         ("aabb", {"train_sampling_strategy": "group_by_length"}, None),
         ("abab", {}, None),
+        ("aabb", {"itm_weight": 1.0, "world_size": 2}, "2 from row 10 on, has one caption alone"),
+        ("aabb", {"world_size": 2}, None),
         ("abcd", {"rows_of_a_picture": 2}, "2 from row 10 on, has one picture alone"),
         ("abcd", {"rows_of_a_picture": 2, "per_device_eval_batch_size": 4}, None),
         ([["a", "b"], ["b", "a"]], {}, "2 from row 10 on, has one caption alone"),
@@ -312,20 +324,21 @@ def test_retrieval_is_refused_behind_a_launcher_of_several(tmp_path):
 def test_stage1_sees_to_it_that_batches_have_negatives(tmp_path, texts, settings, message):
     """Before it trains: it would stop at its first evaluation, or at the end of the first epoch."""
     settings = {"per_device_eval_batch_size": 2, "use_cpu": True, "report_to": "none"} | settings
-    same = settings.pop("rows_of_a_picture", 1)
+    same, itm_weight = settings.pop("rows_of_a_picture", 1), settings.pop("itm_weight", 0.0)
+    processes = settings.pop("world_size", 1)
     numbers = range(10, 10 + len(texts))
     rows = datasets.Dataset.from_dict(
         {"text": list(texts), "index": numbers, "image": [f"{n // same}.png" for n in numbers]}
     )
     trainer = SimpleNamespace(
-        args=TrainingArguments(str(tmp_path), **settings),
+        args=_Processes(TrainingArguments(str(tmp_path), **settings), processes),
         train_dataset=datasets.Dataset.from_dict({"text": list("abcdefg")}),
         eval_dataset=rows.with_transform(lambda batch: batch),
-        model=SimpleNamespace(config=SimpleNamespace(itc_weight=1.0, itm_weight=0.0)),
+        model=SimpleNamespace(config=SimpleNamespace(itc_weight=1.0, itm_weight=itm_weight)),
     )
     with pytest.raises(ValueError, match=message) if message else nullcontext():
         check_negatives(DataArguments(dataset="d"), trainer)
-    trainer.model.config.itc_weight = 0.0  # generation has no use for negatives
+    trainer.model.config.itc_weight = trainer.model.config.itm_weight = 0.0  # generation has no use for negatives
     check_negatives(DataArguments(dataset="d"), trainer)
 
 

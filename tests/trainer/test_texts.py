@@ -6,7 +6,7 @@ import pytest
 import tiny
 import tiny_models
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, List, Value
 from tiny_training import joined, trainer, write_backbones
 from transformers import TrainerState, set_seed
 
@@ -97,8 +97,11 @@ def test_each_question_has_the_answer_at_its_place(backbones):
     assert len(batch["pixel_values"]) == len(TEXTS)
     assert torch.equal(batch["input_ids"], pairs["input_ids"])
     torch.testing.assert_close(model(**batch).loss, model(**pairs).loss)
-    with pytest.raises(ValueError, match="row 10: column 'question' has 1 questions, and column 'text' 3 answers"):
+    message = "row 10: column 'question' has 1, column 'text' has 3 texts: each question needs one answer"
+    with pytest.raises(ValueError, match=message):
         collator([rows[0] | {"question": ["Why?"]}])
+    with pytest.raises(ValueError, match="row 10: column 'question', text 1 of 3, is empty"):
+        collator([rows[0] | {"question": ["Why?", " ", "What?"]}])
 
 
 def test_stage_1_has_a_row_for_each_text_and_each_picture_once():
@@ -110,6 +113,13 @@ def test_stage_1_has_a_row_for_each_text_and_each_picture_once():
     assert batch["image_rows"].tolist() == [0, 0, 0, 1, 2, 2]
     assert batch["image_ids"].tolist() == [10, 11, 12]
     assert batch["row_index"].tolist() == [10, 10, 10, 11, 12, 12]
+    for wrong, error, message in (
+        (None, TypeError, "row 11: image_id is None; rows of one picture need the same integer or string"),
+        (1.5, TypeError, "row 11: image_id is 1.5"),
+        (2**63, ValueError, "row 11: image_id is 9223372036854775808, which has more than 64 bits"),
+    ):
+        with pytest.raises(error, match=message):
+            collator(listed(image_id=[7, wrong, 7]))
     numbered = collator(listed(image_id=[7, "a.jpg", 7]))["image_ids"].tolist()
     assert numbered[0] == numbered[2] == 7 != numbered[1]
     unnumbered = [{k: v for k, v in row.items() if k != "index"} for row in listed()]
@@ -134,6 +144,17 @@ def test_a_bad_text_is_named_with_its_place(backbones, texts, error, message):
     ):
         with pytest.raises(error, match=message):
             LorgnetteCollator(processor)(rows)
+
+
+def test_a_text_that_is_too_long_is_named_with_its_place(backbones):
+    for processor in (
+        joined(backbones)[1],
+        LorgnetteProcessor(tiny.image_processor(), None, qformer_tokenizer=tiny.bert_tokenizer()),
+    ):
+        rows = listed()
+        rows[0]["text"] = ["a cat", "a cat " * 100]
+        with pytest.raises(ValueError, match=r"row 10: text 1 of 2: \d+ tokens are more than the maximum of 120"):
+            LorgnetteCollator(processor, max_length=120)(rows)
 
 
 def test_messages_and_a_list_of_texts_exclude_each_other(backbones):
@@ -190,6 +211,31 @@ def test_so_many_texts_are_drawn_anew_in_each_epoch(tmp_path, streaming):
 def _epoch(seeds, rows, epoch):
     seeds.on_epoch_begin(None, TrainerState(epoch=float(epoch)), None)
     return [row["text"] for row in rows]
+
+
+def test_texts_are_drawn_of_lists_that_were_checked(tmp_path):
+    """And of chats none are: a message is no text."""
+    rows = [{"image": "a.png", "text": ["a", "b", "c"], "question": ["Q?", "Q?"]}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
+    data = DataArguments(dataset=str(tmp_path / "rows.jsonl"), texts_per_image="2", query_column="question")
+    seeds = RowSeeds(0, augment=False, texts=2, columns=["text", "question"])
+    train, _ = load_pairs(data, evaluate=False, seed=0, row_seeds=seeds)
+    with pytest.raises(ValueError, match="row 0: column 'text' has 3, column 'question' has 2 texts"):
+        train[0]
+    seeds.draws = False
+    assert len(train[0]["text"]) == 3
+    chat = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cat."}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"image": "a.png", "messages": chat}))
+    data = DataArguments(dataset=str(tmp_path / "chats.jsonl"), texts_per_image="1")
+    with pytest.raises(ValueError, match=r"texts_per_image is 1, and .*chats\.jsonl has chats"):
+        load_pairs(data, evaluate=False, seed=0, row_seeds=seeds)
+
+
+def test_lists_of_class_labels_are_their_names(tmp_path):
+    features = Features(image=Value("string"), text=List(ClassLabel(names=["cat", "dog"])))
+    Dataset.from_dict({"image": ["a.png"], "text": [[1, 0]]}, features=features).save_to_disk(tmp_path / "saved")
+    train, _ = load_pairs(DataArguments(dataset=str(tmp_path / "saved")), evaluate=False, seed=0)
+    assert train[0]["text"] == ["dog", "cat"]
 
 
 @pytest.mark.parametrize("given", ["0", "-1", "some", "1.5"])
