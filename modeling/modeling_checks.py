@@ -57,9 +57,8 @@ def checked_placeholders(
     """
     shown = pictures if image_rows is None else image_rows
     num_images = None if shown is None else len(shown)
-    images_per_row = check_placeholders(
-        mask, num_query_tokens, image_token_id, num_images, row_index, labels, sequence_ids
-    )
+    numbers = (num_query_tokens, image_token_id, num_images)
+    images_per_row = check_placeholders(mask, *numbers, row_index, labels, sequence_ids)
     if pictures is not None:
         check_finite(pictures, images_per_row, row_index, image_rows)
     if supervised_positions is not None and labels is not None:  # Trainer removes labels where it computes the loss

@@ -289,18 +289,12 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         is_packed = sequence_ids is not None or text_ids is not None
         if not is_packed and (labels is not None or self.training):
             check_context(inputs_embeds.shape[1], attention_mask, self.config, row_index)
-        inputs = {
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "labels": labels,
-            KV_CACHE: cache,
-        }
+        inputs = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs |= {"labels": labels, KV_CACHE: cache}
         if is_packed:
             packing = from_package("assembly.packing", "A batch with sequence_ids")
             inputs |= packing.pack(self.language_model, sequence_ids, text_ids, row_index, inputs)
-            inputs["use_cache"] = False
-        if self.training:
+        if is_packed or self.training:
             inputs["use_cache"] = False  # Trainer turns it off in this config, not in the language model's
         return inputs, features
 

@@ -5,6 +5,7 @@ Shapes: B rows, N images of the whole batch in the order of their placeholders, 
 
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -242,8 +243,9 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
     ) -> Any:
         """As `GenerationMixin.generate`: prompt and continuation, `(B, S + new)`.
 
-        Each image is encoded once, before the loop over tokens and beams. Placeholders are not generated, and logits
-        processors (repetition penalty and the like) do not see them.
+        Each image is encoded once, before the loop over tokens and beams, and so are, with the package, the tokens that
+        all rows begin with: see [`~lorgnette.assembly.prompt_cache.prefilled`]. Placeholders are not generated, and
+        logits processors (repetition penalty and the like) do not see them.
 
         A batch with `labels`, as `Seq2SeqTrainer(predict_with_generate=True)` gives it, is cut to its prompts, which
         are padded on the left: S is their width. Images without `input_ids` are asked the processor's own query.
@@ -273,20 +275,22 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
                     raise ValueError(f"{given} was given without the input_ids that it is for: give both")
                 input_ids, own = self._own_prompts(images)
                 images |= own
-            row_index = kwargs.pop("row_index", None)
             tokens = (input_ids, kwargs.get("inputs_embeds"), None, None, None)
-            inputs, _ = self._headless.lm_inputs(*tokens, images, row_index, None)
+            inputs, _ = self._headless.lm_inputs(*tokens, images, kwargs.pop("row_index", None), None)
             kwargs["inputs_embeds"] = inputs["inputs_embeds"]
-        return super().generate(input_ids, generation_config, **kwargs)
+            if IN_PACKAGE and tokens[1] is None:
+                kwargs |= from_package("assembly.prompt_cache", "").prefilled(self, input_ids, kwargs, *configs)
+        folding = from_package("assembly.lora_folding", "").for_generation if IN_PACKAGE else nullcontext
+        with folding(self.language_model):
+            return super().generate(input_ids, generation_config, **kwargs)
 
     def _own_prompts(self, images: dict[str, torch.Tensor | None]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`(N, S)`, the processor's own query about each of N images; and the same for a Q-Former that reads it."""
         what = "give input_ids with the images' placeholders, or the model its processor: adopt_processor(…)"
         processor = self._known_processor(what)
         self.check_processor(processor)
-        shown = next(
-            images[name] for name in ("image_rows", "vision_features", "pixel_values") if images[name] is not None
-        )
+        sources = ("image_rows", "vision_features", "pixel_values")
+        shown = next(images[name] for name in sources if images[name] is not None)
         prompt, _ = processor.encode_example(None)
         text = {}
         if self.config.qformer_config.use_qformer_text_input and images["qformer_input_ids"] is None:

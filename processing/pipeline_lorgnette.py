@@ -1,6 +1,7 @@
 """`pipeline("image-to-text")`: pictures in, captions and answers out."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset, StackDataset
 from transformers import BatchFeature, GenerationConfig, Pipeline
 
+from ..configuration.configuration_lorgnette import IN_PACKAGE, from_package
 from .prompt_encoding import error_context
 
 
@@ -62,15 +64,17 @@ class LorgnetteImageToTextPipeline(Pipeline):
         if not len(images):
             raise ValueError("images is an empty list")
         answers = super().__call__(StackDataset(**{_POSITION: range(len(images)), "item": images}), **kwargs)
-        return answers if isinstance(images, Dataset) else list(answers)
+        if isinstance(images, Dataset):
+            return answers
+        with from_package("assembly.prompt_cache", "").kept_prompts(self.model) if IN_PACKAGE else nullcontext():
+            return list(answers)
 
     def _sanitize_parameters(self, generate_kwargs: Any = None, max_new_tokens: Any = None, **preprocess: Any) -> Any:
         preprocess = {name: value for name, value in preprocess.items() if value is not None}
-        generate_kwargs = dict(generate_kwargs or {})
-        if max_new_tokens is not None:
-            if "max_new_tokens" in generate_kwargs:
-                raise ValueError("max_new_tokens is given twice: by itself and in generate_kwargs")
-            generate_kwargs["max_new_tokens"] = max_new_tokens
+        limit = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+        if limit.keys() & (generate_kwargs or {}):
+            raise ValueError("max_new_tokens is given twice: by itself and in generate_kwargs")
+        generate_kwargs = {**(generate_kwargs or {}), **limit}
         return preprocess, {"generate_kwargs": generate_kwargs} if generate_kwargs else {}, {}
 
     def preprocess(self, image: Any, prompt: str | None = None, timeout: float | None = None) -> BatchFeature:

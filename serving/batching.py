@@ -16,6 +16,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from ..assembly.prompt_cache import kept_prompts
 from ..assembly.stop_tokens import missing_tokens
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.processing_lorgnette import LorgnetteProcessor
@@ -122,16 +123,18 @@ class Batcher:
         self._thread.join()
 
     def _run(self) -> None:
-        while batch := self._next():
-            self.on_batch(batch[0].bridge, len(batch))
-            try:
-                self._answer(batch)
-            except Exception as error:  # the thread continues: each request gets the error, the log gets the traceback
-                logger.exception("a batch of %d failed", len(batch))
-                for request in batch:
-                    request.end(
-                        RefusedError(500, "model_error", f"the model failed with {type(error).__name__}: {error}")
-                    )
+        with kept_prompts(self.model):
+            while batch := self._next():
+                self._try_to_answer(batch)
+
+    def _try_to_answer(self, batch: list[Request]) -> None:
+        self.on_batch(batch[0].bridge, len(batch))
+        try:
+            self._answer(batch)
+        except Exception as error:  # the thread continues: each request gets the error, the log gets the traceback
+            logger.exception("a batch of %d failed", len(batch))
+            for request in batch:
+                request.end(RefusedError(500, "model_error", f"the model failed with {type(error).__name__}: {error}"))
 
     def _next(self) -> list[Request]:
         """The next batch; empty when stopping."""

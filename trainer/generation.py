@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any
 
 from ..assembly.conversations import messages_of
+from ..assembly.prompt_cache import kept_prompts
 from ..assembly.stop_tokens import missing_tokens
 from ..modeling.modeling_lorgnette import LorgnetteForConditionalGeneration
 from ..processing.prompt_encoding import error_context, parts_of
@@ -46,16 +47,16 @@ def generate_texts(
                 range(len(read)), key=lengths.__getitem__, reverse=True
             )  # longest first, so that a lack of memory shows at once
             answers = [""] * len(read)
-            for start in range(0, len(read), batch_size):
-                rows_of_batch = order[start : start + batch_size]
-                prompts = collator.prompts([read[row] for row in rows_of_batch])
-                inputs = {name: tensor.to(model.device) for name, tensor in prompts.items()}
-                ids = model.generate(**inputs, **keywords)  # (B, S + new)
-                new = ids[:, inputs["input_ids"].shape[1] :]
-                for place, answer in zip(
-                    rows_of_batch, collator.processor.batch_decode(new, skip_special_tokens=True), strict=True
-                ):
-                    answers[place] = answer.strip()
+            with kept_prompts(model):  # not while answers are yielded: the caller may train meanwhile
+                for start in range(0, len(read), batch_size):
+                    rows_of_batch = order[start : start + batch_size]
+                    prompts = collator.prompts([read[row] for row in rows_of_batch])
+                    inputs = {name: tensor.to(model.device) for name, tensor in prompts.items()}
+                    ids = model.generate(**inputs, **keywords)  # (B, S + new)
+                    new = ids[:, inputs["input_ids"].shape[1] :]
+                    decoded = collator.processor.batch_decode(new, skip_special_tokens=True)
+                    for place, answer in zip(rows_of_batch, decoded, strict=True):
+                        answers[place] = answer.strip()
             yield from zip(read, answers, strict=True)
     finally:
         model.train(was_training)

@@ -86,7 +86,10 @@ def test_the_vit_sees_a_picture_once(stage, processor):
     )
     found = []
     whole = {name: value for name, value in batch.items() if name != "image_rows"}
-    for one in (batch, whole | {"pixel_values": batch["pixel_values"][batch["image_rows"]]}):
+    whole["pixel_values"] = batch["pixel_values"][batch["image_rows"]]
+    if stage == 1:
+        whole["image_ids"] = batch["image_rows"]  # a picture's texts are no negatives of each other
+    for one in (batch, whole):
         built.zero_grad()
         torch.manual_seed(0)  # which negatives are drawn
         loss = built.train()(**one).loss

@@ -20,6 +20,7 @@ from transformers import BitsAndBytesConfig
 
 from lorgnette import LorgnetteForConditionalGeneration, LorgnetteForImageTextRetrieval, LorgnetteProcessor
 from lorgnette.modeling import modeling_loss
+from lorgnette.modeling.modeling_lora import lora_layers
 from lorgnette.trainer.__main__ import main
 
 
@@ -124,6 +125,19 @@ def test_trainers_own_fsdp_splits_all_weights_and_saves_them_whole(parts, tmp_pa
     """Not run yet; torch's `fully_shard` by itself is run in test_ddp.py, on CPUs."""
     run_processes("fsdp_worker.py", tmp_path, torch.cuda.device_count())
     answers_on_gpu(tmp_path / "out")
+
+
+def test_lora_is_folded_while_generating_and_put_back():
+    built = tiny_models.model().to("cuda").eval()
+    ids = torch.arange(3, 15, device="cuda").view(2, 6)
+    pointers = [parameter.data_ptr() for parameter in built.language_model.parameters()]
+    merged = []
+    built.language_model.register_forward_pre_hook(
+        lambda module, _: merged.append(any(layer.merged for layer in lora_layers(module).values()))
+    )
+    built.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    assert all(merged)
+    assert [parameter.data_ptr() for parameter in built.language_model.parameters()] == pointers
 
 
 def test_the_gpu_computes_what_the_cpu_does():
