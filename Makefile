@@ -3,7 +3,7 @@
 # make test-fast   the core of every part, which tests/fast.txt names: under a minute on two CPU cores
 # make test   the test suite without the slow tests; make test-all: with them; make lint: the linter
 # make bench   transformers' BLIP-2 and ours on the same weights, alternately: the table of results/benchmarks
-# make growth   speed and memory over batch, image tokens, caption length and rows in the cache: plots beside it;
+# make growth   speed and memory over batch, image tokens, captions, their length, and rows in the cache: plots beside it;
 #               no measurement starts after an hour; needs 31 GB in the temporary folder, or in ARGS="--scratch FOLDER"
 # make conformance   transformers' own common tests, on our classes and on BLIP-2
 # make robustness   commands that are killed at random moments and restarted, bad pictures, bf16 beside fp32, memory

@@ -67,7 +67,7 @@ NOTES = (
     "bound by operations: the ratio if both sides reached the same share of the machine, from shapes alone: "
     "`python -m benchmarks.operations`; of memory what our layers, Q-Former and projector save for backward, over all "
     "that a step of theirs takes. Reached of it: above 100% where ours has a better share of the machine",
-    "first token, chat prompts: one call of `generate` for pictures whose prompts are the same",
+    "first token, chat prompts: batches of a data set, as `evaluate` runs them: ours keeps what its prompts begin with",
     "stage 1 plain: one ViT pass, and the queries' keys and values used again for ITG; separate: three passes",
     "memory: the most that a forward and backward pass allocates at once; gradients were there before",
     "of the machine's best: operations of our path over the rate of one large matrix product here; of captions the "
