@@ -33,6 +33,7 @@ MAX_PROMPTS = 1024  # that it knows, most of them seen once
 # CPU it was 20 to 60; accelerators compute more while they read.
 TOKENS_PER_PASS = {"cpu": 64}
 TOKENS_PER_PASS_ON_ACCELERATORS = 512
+FEWEST_TOKENS = 8  # fewer, such as a single BOS, are not worth the look-up
 EXPANDABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # exactly: others hold more than keys and values
 # settings with which `generate` makes a cache of its own, runs prompts in its own way, or returns what is there of them
 _OWN_PREFILL = (
@@ -96,7 +97,7 @@ def prefilled(
     num_shared = common_length(input_ids, padding, model.config.image_token_id)
     per_pass = TOKENS_PER_PASS.get(embeds.device.type, TOKENS_PER_PASS_ON_ACCELERATORS)
     pays = (num_rows - 1) * num_shared >= per_pass
-    if num_shared == 0 or (kept is None and not pays):
+    if num_rows * num_shared < FEWEST_TOKENS or (kept is None and not pays):
         return {}
     language_model = model.language_model
     if not (can_continue(language_model) if kept is None else kept.can_continue):

@@ -315,6 +315,8 @@ def test_of_single_rows_a_prompt_is_kept_when_it_comes_again():
         assert prompt_passes(built, batch) == [(1, 10), (1, WIDTH - 10)]
         assert prompt_passes(built, batch) == [(1, WIDTH - 10)]
         assert_same(answers(built, batch), expected)
+        short = inputs(rows=1, text_tokens=6)
+        assert [prompt_passes(built, short) for _ in range(3)] == [[(1, 17)]] * 3
 
 
 def caches(tokens: int = 16) -> DynamicCache:
