@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,9 +29,11 @@ from .shared_prefix import can_share
 
 MAX_BYTES = 64 * 2**20  # of keys and values that a `PromptCache` keeps
 MAX_PROMPTS = 1024  # that it knows, most of them seen once
-# so many tokens cost as much as reading all weights once more for one row's pass
-TOKENS_PER_PASS = {"cpu": 16}
+# A pass of its own costs as much as so many tokens in a batch: it reads all weights once more. For SmolLM2-135M on a
+# CPU it was 20 to 60; accelerators compute more while they read.
+TOKENS_PER_PASS = {"cpu": 64}
 TOKENS_PER_PASS_ON_ACCELERATORS = 512
+FEWEST_TOKENS = 8  # fewer, such as a single BOS, are not worth the look-up
 EXPANDABLE = (DynamicLayer, DynamicSlidingWindowLayer)  # exactly: others hold more than keys and values
 # settings with which `generate` makes a cache of its own, runs prompts in its own way, or returns what is there of them
 _OWN_PREFILL = (
@@ -40,8 +43,18 @@ _OWN_PREFILL = (
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # a prompt's length changes what its first tokens become
 
 
+def can_continue(language_model: PreTrainedModel) -> bool:
+    """Whether an LM's cache of one row can be expanded, and its states at first tokens depend on these alone."""
+    return (
+        language_model._supports_default_dynamic_cache()
+        and can_share(language_model, {})
+        and not _rope_types(getattr(language_model.config, "rope_parameters", None)) & {*_LENGTH_DEPENDENT_ROPE}
+        and all(type(layer) in EXPANDABLE for layer in new_cache(language_model).layers)
+    )
+
+
 def can_prefill(model: PreTrainedModel, kwargs: Mapping[str, Any], *configs: GenerationConfig | None) -> bool:
-    """Whether `generate` with these settings can continue from keys and values of another pass.
+    """Whether `generate` with these settings runs prompts as any other tokens; see [`can_continue`] for the LM.
 
     Args:
         model: a [`LorgnetteForConditionalGeneration`].
@@ -54,10 +67,6 @@ def can_prefill(model: PreTrainedModel, kwargs: Mapping[str, Any], *configs: Gen
         and mask.ndim == 2
         and not any(isinstance(kwargs[name], (torch.Tensor, Cache)) for name in others)
         and not any(_is_set(name, kwargs, *configs) for name in _OWN_PREFILL)
-        and model.language_model._supports_default_dynamic_cache()
-        and can_share(model.language_model, {})
-        and not _rope_types(getattr(model.language_model.config, "rope_parameters", None)) & {*_LENGTH_DEPENDENT_ROPE}
-        and all(type(layer) in EXPANDABLE for layer in new_cache(model).layers)
     )
 
 
@@ -66,8 +75,8 @@ def prefilled(
 ) -> dict[str, Any]:
     """Keywords of `generate` for prompts that begin alike: a cache with their first P tokens, and the mask for it.
 
-    There are none where [`can_prefill`] says no, where nothing is shared and where a pass of its own would cost more
-    than it saves: then `generate` runs all rows in full.
+    There are none where [`can_prefill`] or [`can_continue`] says no, where nothing is shared and where a pass of its
+    own would cost more than it saves: then `generate` runs all rows in full.
 
     Args:
         model: a [`LorgnetteForConditionalGeneration`].
@@ -86,19 +95,24 @@ def prefilled(
     if not torch.equal(mask.bool(), columns >= padding[:, None]):  # holes
         return {}
     num_shared = common_length(input_ids, padding, model.config.image_token_id)
-    if num_shared == 0 or (padding.any() and not _can_pad_behind(model, kwargs, *configs)):
-        return {}
     per_pass = TOKENS_PER_PASS.get(embeds.device.type, TOKENS_PER_PASS_ON_ACCELERATORS)
     pays = (num_rows - 1) * num_shared >= per_pass
+    if num_rows * num_shared < FEWEST_TOKENS or (kept is None and not pays):
+        return {}
+    language_model = model.language_model
+    if not (can_continue(language_model) if kept is None else kept.can_continue):
+        return {}
+    if padding.any() and not _can_pad_behind(language_model, kwargs, *configs):
+        return {}
     shared = slice(int(padding[0]), int(padding[0]) + num_shared)
 
     def prefill() -> DynamicCache:
-        cache = new_cache(model)
-        model.language_model.base_model(inputs_embeds=embeds[:1, shared], use_cache=True, **{KV_CACHE: cache})
+        cache = new_cache(language_model)
+        language_model.base_model(inputs_embeds=embeds[:1, shared], use_cache=True, **{KV_CACHE: cache})
         return cache
 
     if kept is None:
-        cache = prefill() if pays else None
+        cache = prefill()
     else:
         key = (input_ids[0, shared].cpu().numpy().tobytes(), *_state(model, embeds))
         cache = kept.get(key, prefill, pays)
@@ -123,9 +137,9 @@ def common_length(input_ids: torch.Tensor, padding: torch.Tensor, image_token_id
     return int(alike.long().cumprod(dim=0).sum())
 
 
-def new_cache(model: PreTrainedModel) -> DynamicCache:
+def new_cache(language_model: PreTrainedModel) -> DynamicCache:
     """An empty cache, as `generate` makes it."""
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
+    return DynamicCache(config=language_model.config.get_text_config(decoder=True))
 
 
 def expanded(cache: DynamicCache, num_rows: int) -> DynamicCache:
@@ -157,6 +171,11 @@ class PromptCache:
     def __init__(self, language_model: PreTrainedModel, max_bytes: int = MAX_BYTES):
         self.language_model, self.max_bytes, self.num_bytes = language_model, max_bytes, 0
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()  # those used last at the end
+
+    @cached_property
+    def can_continue(self) -> bool:
+        """See [`can_continue`], which takes milliseconds."""
+        return can_continue(self.language_model)
 
     def get(self, key: tuple[bytes, ...], prefill: Callable[[], DynamicCache], pays: bool) -> DynamicCache | None:
         """The cache of one row for `key`; None where it would have to be made, and that does not pay.
@@ -214,11 +233,13 @@ def _state(model: PreTrainedModel, embeds: torch.Tensor) -> tuple[Hashable, ...]
     return model.active_bridge, frozenset(lora), embeds.dtype, embeds.device, autocast
 
 
-def _can_pad_behind(model: PreTrainedModel, kwargs: Mapping[str, Any], *configs: GenerationConfig | None) -> bool:
+def _can_pad_behind(
+    language_model: PreTrainedModel, kwargs: Mapping[str, Any], *configs: GenerationConfig | None
+) -> bool:
     """Whether padding may stand between shared tokens and a row's own: nothing takes columns for positions."""
     return (
-        "position_ids" in inspect.signature(model.language_model.forward).parameters
-        and not any(layer.is_sliding for layer in new_cache(model).layers)
+        "position_ids" in inspect.signature(language_model.forward).parameters
+        and not any(layer.is_sliding for layer in new_cache(language_model).layers)
         and not _is_set("return_dict_in_generate", kwargs, *configs)  # the caller gets the cache with it
         and not _is_set("repetition_penalty", kwargs, *configs)  # asks the mask where a row begins in `input_ids`
     )
@@ -235,4 +256,4 @@ def _rope_types(parameters: Mapping[str, Any] | None) -> set[str]:
     return set().union({(parameters or {}).get("rope_type")}, *nested)
 
 
-__all__ = ["PromptCache", "can_prefill", "kept_prompts", "prefilled"]
+__all__ = ["PromptCache", "can_continue", "can_prefill", "kept_prompts", "prefilled"]

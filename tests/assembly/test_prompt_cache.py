@@ -27,6 +27,11 @@ WAYS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _short_prompts_pay(monkeypatch):
+    monkeypatch.setitem(prompt_cache.TOKENS_PER_PASS, "cpu", 16)
+
+
 def batch_of(rows: int = 4, padded: int = 0, shared: int = SHARED) -> dict[str, torch.Tensor]:
     """Prompts that begin alike, the second of them shorter by so many tokens."""
     batch = inputs(rows=rows, text_tokens=9)
@@ -167,6 +172,9 @@ def test_a_pass_of_its_own_has_to_pay():
     assert prompt_passes(built, batch_of(rows=2)) == [(2, WIDTH)]
     assert prompt_passes(built, batch_of(rows=1)) == [(1, WIDTH)]
     assert prompt_passes(built, batch_of(rows=1), num_beams=3) == [(1, 10), (3, WIDTH - 10)]
+    with kept_prompts(built):  # the second time it is worth it
+        passes = [prompt_passes(built, batch_of(rows=2)) for _ in range(3)]
+    assert passes == [[(2, WIDTH)], [(1, SHARED), (2, WIDTH - SHARED)], [(2, WIDTH - SHARED)]]
 
 
 @pytest.mark.parametrize(
@@ -307,6 +315,8 @@ def test_of_single_rows_a_prompt_is_kept_when_it_comes_again():
         assert prompt_passes(built, batch) == [(1, 10), (1, WIDTH - 10)]
         assert prompt_passes(built, batch) == [(1, WIDTH - 10)]
         assert_same(answers(built, batch), expected)
+        short = inputs(rows=1, text_tokens=6)
+        assert [prompt_passes(built, short) for _ in range(3)] == [[(1, 17)]] * 3
 
 
 def caches(tokens: int = 16) -> DynamicCache:
