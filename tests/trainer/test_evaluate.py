@@ -141,8 +141,14 @@ def test_unreadable_pictures_stop_or_are_counted(learned, tmp_path):
         evaluate(model, tmp_path / "none.jsonl", tmp_path / "out", "--skip-unreadable")
 
 
-@pytest.mark.parametrize("texts", [["a cat", " ", "the dog"], [["a cat"], ["a dog", ""], ["the dog"]]])
-def test_empty_texts_stop_or_are_left_out_as_in_training(learned, tmp_path, texts):
+@pytest.mark.parametrize(
+    ("texts", "reason"),
+    [
+        (["a cat", " ", "the dog"], "the text is empty"),
+        ([["a cat"], ["a dog", ""], ["the dog"]], "text 1 of 2 is empty"),
+    ],
+)
+def test_empty_texts_stop_or_are_left_out_as_in_training(learned, tmp_path, texts, reason):
     model, pictures = learned
     rows = [{"image": str(pictures / f"{number}.png"), "text": text} for number, text in enumerate(texts)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -151,7 +157,7 @@ def test_empty_texts_stop_or_are_left_out_as_in_training(learned, tmp_path, text
     report, predictions = evaluate(model, tmp_path / "rows.jsonl", tmp_path / "out", "--skip_unreadable")
     assert [row["index"] for row in predictions] == [0, 2]
     assert (report["rows"], report["skipped"]) == (2, 1)
-    assert json.loads((tmp_path / "out" / "unreadable.json").read_text()) == {"train": {"1": "the text is empty"}}
+    assert json.loads((tmp_path / "out" / "unreadable.json").read_text()) == {"train": {"1": reason}}
 
 
 def test_the_precision_of_an_earlier_training_is_not_taken_over(learned, tmp_path):
