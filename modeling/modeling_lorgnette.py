@@ -73,15 +73,12 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         headless: LorgnetteModel | None = None,
     ):
         super().__init__(config)
-        is_new = headless is None
-        headless = LorgnetteModel(config, vision_model, language_model) if is_new else headless
+        headless = headless or LorgnetteModel(config, vision_model, language_model)
         self.__dict__["_headless"] = headless  # and no submodule: the parts and their keys are this model's own
         self._modules, self.training = headless._modules, headless.training
         self.generation_config = headless.generation_config
         self.register_forward_pre_hook(_ignore_placeholder_labels, with_kwargs=True)
         self.post_init()
-        if is_new:  # the owner of a given model has frozen what is to be frozen
-            self.freeze()
 
     @classmethod
     def from_backbones(
