@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Unpack
 
 import torch
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 from transformers.utils import TransformersKwargs
 
@@ -87,6 +88,10 @@ class LorgnettePreTrainedModel(PreTrainedModel):
             if isinstance(part, PreTrainedModel):
                 part.initialize_weights()
         super().initialize_weights()
+
+    @classmethod
+    def get_init_context(cls, *args: Any, **kwargs: Any) -> list[Any]:
+        return [*super().get_init_context(*args, **kwargs), no_init_weights()]  # what the files lack is drawn later
 
     def post_init(self) -> None:
         super().post_init()
