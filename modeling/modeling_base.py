@@ -197,9 +197,9 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         with_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors is False, and pickled weights are not read")
-        guards = from_package("assembly.guards", "") if IN_PACKAGE and name is not None else None
-        with nullcontext() if guards is None else guards.checked_loading(cls, name, **kwargs):
-            if guards is not None and kwargs.get("device_map") is not None:
+        guarded = IN_PACKAGE and name is not None
+        with from_package("assembly.guards", "").checked_loading(cls, name, **kwargs) if guarded else nullcontext():
+            if guarded and kwargs.get("device_map") is not None:
                 model, info = from_package("assembly.offloading", "").load_on_devices(cls, name, *args, **kwargs)
             elif is_in_parts(name, **kwargs):
                 model, info = load_in_parts(cls, name, *args, **kwargs)

@@ -317,10 +317,7 @@ LorgnetteModel.head_class = LorgnetteForConditionalGeneration
 
 
 class ImageTokenLogitsProcessor(LogitsProcessorList):
-    """Logits processors that see, in the place of placeholders, a token that the row has anyway; none is generated.
-
-    `in_place`: nobody reads the scores as they were, so that they need not be copied for each token.
-    """
+    """Logits processors that see, in the place of placeholders, a token that the row has anyway; none is generated."""
 
     def __init__(self, processors: LogitsProcessorList, image_token_id: int, in_place: bool = False):
         super().__init__(processors)
@@ -333,7 +330,7 @@ class ImageTokenLogitsProcessor(LogitsProcessorList):
             present = input_ids.masked_fill(placeholders, 0).amax(dim=1, keepdim=True)
             input_ids = torch.where(placeholders, present, input_ids)
         if self.image_token_id < scores.shape[-1]:
-            scores = scores if self.in_place else scores.clone()
+            scores = scores if self.in_place else scores.clone()  # of the whole vocabulary, for each token
             scores[:, self.image_token_id] = -torch.inf
         return super().__call__(input_ids, scores, **kwargs)
 

@@ -80,10 +80,7 @@ def backbone_checksums(model: PreTrainedModel, weights: Mapping[str, torch.Tenso
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    """CRC-32 of the sums of rows and of columns, in blocks; three times as fast as that of the numbers themselves.
-
-    Unlike one sum, these depend on the order of the numbers; and they are the same wherever the numbers lie.
-    """
+    # CRC-32 of blocks' sums of rows and of columns: they depend on the order of the numbers, and are quick to read
     data = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
     end, crc = len(data) - len(data) % 8192, 0
     if end:
