@@ -8,6 +8,9 @@ import copy
 import json
 import math
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +19,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -57,8 +62,15 @@ _OF_PARTS += ("num_key_value_heads", "num_query_tokens", "patch_size", "use_qfor
 _LORA_OF_A_RUN = ("inference_mode", "init_lora_weights", "lora_dropout")  # may change for further training
 
 
-def check_folder(cls: type[PreTrainedModel], name: str | Path, **kwargs: Any) -> None:
-    """Check a folder or a Hub repository before `cls.from_pretrained(name, **kwargs)` loads it.
+# Of the load that runs: compares the model that it builds with the files, before it reads them
+_CHECK_BUILT: ContextVar[Callable[[PreTrainedModel], None] | None] = ContextVar("check_built", default=None)
+
+
+@contextmanager
+def checked_loading(cls: type[PreTrainedModel], name: str | Path, **kwargs: Any) -> Iterator[None]:
+    """Check a folder or a Hub repository; within the block `cls.from_pretrained(name, **kwargs)` loads it.
+
+    The shapes of a model that is built once, without memory, are compared when it is built: see [`check_built`].
 
     Raises:
         OSError: there is no config, there are no weights, or a backbone of a thin model cannot be found.
@@ -67,10 +79,31 @@ def check_folder(cls: type[PreTrainedModel], name: str | Path, **kwargs: Any) ->
     where = {key: kwargs[key] for key in WHERE if key in kwargs}
     thin = is_thin(name, **kwargs)
     files = safe_weight_files(name, kwargs.get("variant"), **where)
-    config = check_fits(cls, name, files, thin, where, **kwargs)
+    config, compare = check_fits(cls, name, files, thin, where, **kwargs)
+    of_parts = kwargs.get("quantization_config") is not None or kwargs.get("device_map") is not None
+    compares_now = of_parts or is_deepspeed_zero3_enabled()  # what is built holds loaded or sharded weights
+    if compares_now:
+        compare(None)
     hub = {key: value for key, value in where.items() if key not in ("revision", "subfolder")}
     for part in cls.backbones if thin else ():
         check_backbone(part, config, name, hub)
+    token = _CHECK_BUILT.set(None if compares_now else compare)
+    try:
+        yield
+    except (ValueError, ImportError):
+        raise
+    except Exception:
+        compare(None)  # where a wrong config is the reason, its error is the better one
+        raise
+    finally:
+        _CHECK_BUILT.reset(token)
+
+
+def check_built(model: PreTrainedModel) -> None:
+    """Compare a model that [`checked_loading`] has built, and not yet filled, with the files; raises what that does."""
+    if (compare := _CHECK_BUILT.get()) is not None:
+        _CHECK_BUILT.set(None)
+        compare(model)
 
 
 def safe_weight_files(name: str | Path, variant: str | None = None, **where: Any) -> list[str]:
@@ -103,8 +136,10 @@ def safe_weight_files(name: str | Path, variant: str | None = None, **where: Any
 
 def check_fits(
     cls: type[PreTrainedModel], name: str | Path, files: list[str], thin: bool, where: dict[str, Any], **kwargs: Any
-) -> PreTrainedConfig:
-    """Compare a model's config with the shapes in its files, before loading.
+) -> tuple[PreTrainedConfig, Callable[[PreTrainedModel | None], None]]:
+    """A model's config, compared with the one beside the files; and what compares a model of it with their shapes.
+
+    The latter is given a model of this config, or None: then it builds one without memory.
 
     Args:
         cls: the class that is to be loaded.
@@ -114,9 +149,9 @@ def check_fits(
         kwargs: of `from_pretrained`.
 
     Raises:
-        ValueError: no model can be built of the config; a tensor has another shape in the files, with both; the config
-            describes more than twice as many numbers as there are; it names other files; or it contradicts the config
-            that lies beside them, with both values.
+        ValueError: the config describes a part of a size that no model has, names other files, or contradicts the
+            config that lies beside them, with both values. When a model is compared: none can be built of the config; a
+            tensor has another shape in the files, with both; or they hold less than half of the model's numbers.
     """
     config = kwargs.pop("config", None)
     if not isinstance(config, PreTrainedConfig):
@@ -126,10 +161,23 @@ def check_fits(
             f"{name}: its config says that the weights are in {elsewhere!r}, and no model is saved so here"
         )
     if kwargs.get("ignore_mismatched_sizes"):
-        return config
+        return config, lambda _: None
     _check_overrides(name, config, where)
+    _check_sizes(name, config)
+    return config, partial(_compare_shapes, cls, name, files, thin, copy.deepcopy(config))
+
+
+def _compare_shapes(
+    cls: type[PreTrainedModel],
+    name: str | Path,
+    files: list[str],
+    thin: bool,
+    config: PreTrainedConfig,
+    model: PreTrainedModel | None,
+) -> None:
+    """See [`check_fits`]."""
     found = {key: shape for file in files for key, shape in _shapes_in(file).items()}
-    described = _shapes_of(cls, name, config)
+    described = _shapes_of(model or _skeleton(cls, name, config))
     if thin:
         described = {key: shape for key, shape in described.items() if not is_backbone_key(cls, key)}
     for key in sorted(found.keys() & described.keys()):
@@ -141,7 +189,6 @@ def check_fits(
         lacking = sorted(key for key in described.keys() - found.keys() if is_backbone_key(cls, key))
         what = f" lacks {len(lacking)} weights of its backbones ({lacking[0]}, …)" if lacking else ""
         raise ValueError(f"{name}{what}: its config describes {needed:,} numbers, and the files hold {room:,}")
-    return config
 
 
 def check_backbone(part: str, config: PreTrainedConfig, name: str | Path, hub: dict[str, Any]) -> None:
@@ -226,17 +273,21 @@ def _check_sizes(name: str | Path, config: PreTrainedConfig) -> None:
                 raise ValueError(f"{name}: {part}.{field} is {value}; the limit is {largest}")
 
 
-def _shapes_of(cls: type[PreTrainedModel], name: str | Path, config: PreTrainedConfig) -> dict[str, Shape]:
-    """The parameters of a model of this config, tied ones once."""
-    _check_sizes(name, config)
+def _shapes_of(model: PreTrainedModel) -> dict[str, Shape]:
+    """The parameters of a model; one that transformers is loading has not tied any yet, and so has names for each."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {key: tuple(value.shape) for key, value in model.named_parameters() if key not in tied}
+
+
+def _skeleton(cls: type[PreTrainedModel], name: str | Path, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of this config without memory; a ValueError where none can be built."""
     try:
-        with torch.device("meta"):
-            skeleton = cls(copy.deepcopy(config))
+        with torch.device("meta"), no_init_weights():
+            return cls(copy.deepcopy(config))
     except (ValueError, ImportError):
         raise
     except Exception as error:
         raise ValueError(f"{name}: no model can be built of its config: {error or type(error).__name__}") from error
-    return {key: tuple(parameter.shape) for key, parameter in skeleton.named_parameters()}
 
 
 def _variant_of(name: str, variant: str | None) -> str:
@@ -244,4 +295,4 @@ def _variant_of(name: str, variant: str | None) -> str:
     return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
-__all__ = ["check_backbone", "check_fits", "check_folder", "safe_weight_files"]
+__all__ = ["check_backbone", "check_built", "check_fits", "checked_loading", "safe_weight_files"]

@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
 import torch
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 from transformers.utils import TransformersKwargs
 
@@ -86,6 +88,15 @@ class LorgnettePreTrainedModel(PreTrainedModel):
             if isinstance(part, PreTrainedModel):
                 part.initialize_weights()
         super().initialize_weights()
+
+    @classmethod
+    def get_init_context(cls, *args: Any, **kwargs: Any) -> list[Any]:
+        return [*super().get_init_context(*args, **kwargs), no_init_weights()]  # what the files lack is drawn later
+
+    def post_init(self) -> None:
+        super().post_init()
+        if IN_PACKAGE:
+            from_package("assembly.guards", "").check_built(self)
 
     def named_children(self) -> Iterator[tuple[str, torch.nn.Module]]:
         """As `nn.Module.named_children`; a ValueError where peft calls it, as it does to add a prompt or a prefix."""
@@ -186,21 +197,21 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         with_info = kwargs.pop("output_loading_info", False)
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors is False, and pickled weights are not read")
-        if IN_PACKAGE and name is not None:
-            from_package("assembly.guards", "").check_folder(cls, name, **kwargs)
-        if IN_PACKAGE and name is not None and kwargs.get("device_map") is not None:
-            model, info = from_package("assembly.offloading", "").load_on_devices(cls, name, *args, **kwargs)
-        elif is_in_parts(name, **kwargs):
-            model, info = load_in_parts(cls, name, *args, **kwargs)
-        else:
-            forced = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
-            model, info = super().from_pretrained(name, *args, **kwargs | forced)
-            if info["mismatched_keys"] and not kwargs.get("ignore_mismatched_sizes"):
-                key, found, described = min(info["mismatched_keys"])
-                raise ValueError(
-                    f"{name}: {key} is {tuple(found)} in the files, and {tuple(described)} by the config; "
-                    f"{len(info['mismatched_keys'])} weights do not fit"
-                )
+        guarded = IN_PACKAGE and name is not None
+        with from_package("assembly.guards", "").checked_loading(cls, name, **kwargs) if guarded else nullcontext():
+            if guarded and kwargs.get("device_map") is not None:
+                model, info = from_package("assembly.offloading", "").load_on_devices(cls, name, *args, **kwargs)
+            elif is_in_parts(name, **kwargs):
+                model, info = load_in_parts(cls, name, *args, **kwargs)
+            else:
+                forced = {"output_loading_info": True, "use_safetensors": True, "ignore_mismatched_sizes": True}
+                model, info = super().from_pretrained(name, *args, **kwargs | forced)
+        if info["mismatched_keys"] and not kwargs.get("ignore_mismatched_sizes"):
+            key, found, described = min(info["mismatched_keys"])
+            raise ValueError(
+                f"{name}: {key} is {tuple(found)} in the files, and {tuple(described)} by the config; "
+                f"{len(info['mismatched_keys'])} weights do not fit"
+            )
         if name is not None:
             hub = {key: kwargs[key] for key in _HUB_KWARGS if key in kwargs}
             model._processor = BundledProcessor(name, cls.config_class.model_type, **hub)

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -110,7 +111,8 @@ def load_in_parts(
         if placing or quantization is not None:  # what comes next lies where the first begins
             placing = {"device_map": {"": next(iter(parts.values())).device}}
 
-    model = cls(config, *args, **parts, **kwargs)
+    with no_init_weights():
+        model = cls(config, *args, **parts, **kwargs)
     missing, unexpected = _load_own_weights(model, name, weights, dtype)
     if model.can_generate():
         model.generation_config = generation or GenerationConfig.from_pretrained(name, **where)
@@ -171,7 +173,8 @@ def _load_own_weights(
     model: PreTrainedModel, name: str | Path, weights: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> tuple[set[str], set[str]]:
     """Load what is not the backbones'; returns what the files lack, and what the model does not use."""
-    result = model.load_state_dict(weights, strict=False)
+    devices = {key: value.device for key, value in model.state_dict().items()}  # peft has put LoRA beside its layer
+    result = model.load_state_dict(weights, strict=False, assign=True)
     lacking = {key for key in result.missing_keys if not is_backbone_key(model, key)}
     unknown = [key for key in result.unexpected_keys if ".lora_" in key]
     if unknown and any(".lora_" in key for key in lacking):
@@ -179,10 +182,13 @@ def _load_own_weights(
         raise ValueError(f"{name}: {older}. Load it without device_map and quantization_config and save it again")
     if lacking:
         logger.warning(f"{name} lacks {len(lacking)} weights, which are as a new model's: {sorted(lacking)}")
+        for key, tensor in model.named_parameters():
+            tensor._is_hf_initialized = key not in lacking
+        model.initialize_weights()
     device = next(model.get_submodule(model.backbones[0]).parameters()).device
     for key, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not is_backbone_key(model, key):
-            beside = tensor.device if ".lora_" in key else device  # peft has put LoRA beside the layer it adapts
+            beside = devices[key] if ".lora_" in key else device
             tensor.data = tensor.data.to(beside, dtype if tensor.is_floating_point() else tensor.dtype)
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     unexpected = {key for key in result.unexpected_keys if not any(re.search(rule, key) for rule in ignored)}

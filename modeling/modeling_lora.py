@@ -68,6 +68,6 @@ def check_loaded_lora(model: PreTrainedModel, missing: set[str], unexpected: set
             f"{len(unfilled)} weights under LoRA are not in the checkpoint ({unfilled[0]}, …), which was saved without "
             "the LoRA that lora_config describes: from_backbones(lora=…) is where a model gets its LoRA"
         )
-    for name, layer in model.language_model.named_modules():
-        if f"language_model.{name}.lora_A.{ADAPTER}.weight" in missing:
+    for name, layer in lora_layers(model.language_model).items():
+        if any(key.startswith(f"language_model.{name}.lora_") for key in missing):
             layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)

@@ -74,15 +74,12 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         headless: LorgnetteModel | None = None,
     ):
         super().__init__(config)
-        is_new = headless is None
-        headless = LorgnetteModel(config, vision_model, language_model) if is_new else headless
+        headless = headless or LorgnetteModel(config, vision_model, language_model)
         self.__dict__["_headless"] = headless  # and no submodule: the parts and their keys are this model's own
         self._modules, self.training = headless._modules, headless.training
         self.generation_config = headless.generation_config
         self.register_forward_pre_hook(_ignore_placeholder_labels, with_kwargs=True)
         self.post_init()
-        if is_new:  # the owner of a given model has frozen what is to be frozen
-            self.freeze()
 
     @classmethod
     def from_backbones(
@@ -302,14 +299,22 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         self, input_ids: torch.Tensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """The language model's own: it knows its cache, positions and masks."""
-        return self.language_model.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        inputs = self.language_model.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if inputs.get("logits_to_keep") == 1 and inputs.get("inputs_embeds") is not None:
+            # an index copies the last states; of a view of them torch multiplies each row with a frozen head by itself
+            inputs["logits_to_keep"] = torch.tensor([-1], device=inputs["inputs_embeds"].device)
+        return inputs
 
     def _supports_default_dynamic_cache(self) -> bool:
         return self.language_model._supports_default_dynamic_cache()
 
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+    def _supports_logits_to_keep(self) -> bool:
+        return self.language_model._supports_logits_to_keep()  # then `generate` needs the prompt's last logits alone
+
+    def _get_logits_processor(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> Any:
         # no public hook lets a model wrap the processors that a caller gives
-        return ImageTokenLogitsProcessor(super()._get_logits_processor(*args, **kwargs), self.config.image_token_id)
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        return ImageTokenLogitsProcessor(processors, self.config.image_token_id, not generation_config.output_logits)
 
 
 LorgnetteModel.head_class = LorgnetteForConditionalGeneration
@@ -318,18 +323,19 @@ LorgnetteModel.head_class = LorgnetteForConditionalGeneration
 class ImageTokenLogitsProcessor(LogitsProcessorList):
     """Logits processors that see, in the place of placeholders, a token that the row has anyway; none is generated."""
 
-    def __init__(self, processors: LogitsProcessorList, image_token_id: int):
+    def __init__(self, processors: LogitsProcessorList, image_token_id: int, in_place: bool = False):
         super().__init__(processors)
-        self.image_token_id = image_token_id
+        self.image_token_id, self.in_place = image_token_id, in_place
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """`input_ids` `(B, S)`, `scores` `(B, vocabulary)`; returns scores."""
-        placeholders = input_ids == self.image_token_id
-        if input_ids.shape[1] > 0:
+        if len(self) > 0 and input_ids.shape[1] > 0:
+            placeholders = input_ids == self.image_token_id
             present = input_ids.masked_fill(placeholders, 0).amax(dim=1, keepdim=True)
             input_ids = torch.where(placeholders, present, input_ids)
         if self.image_token_id < scores.shape[-1]:
-            scores = scores.index_fill(1, torch.tensor(self.image_token_id, device=scores.device), -torch.inf)
+            scores = scores if self.in_place else scores.clone()  # of the whole vocabulary, for each token
+            scores[:, self.image_token_id] = -torch.inf
         return super().__call__(input_ids, scores, **kwargs)
 
 
