@@ -15,8 +15,9 @@ from transformers.utils import logging
 
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from ..modeling.modeling_loading import is_unread
-from ..modeling.modeling_saving import refuse_offloaded, without_lora
+from ..modeling.modeling_saving import without_lora
 from .foreign_adapters import DetachedLora, lora_weights, replace_lora
+from .offloading import refuse_offloaded
 from .sources import from_pretrained_arguments
 
 

@@ -16,9 +16,10 @@ from transformers.utils import cached_file
 from ..assembly.sources import from_pretrained_arguments
 from ..configuration.configuration_lorgnette import LorgnetteConfig
 from ..modeling.modeling_lora import attach_lora, lora_is_off, lora_layers, switch_lora
-from ..modeling.modeling_saving import keys_to_ignore_on_save, refuse_offloaded
+from ..modeling.modeling_saving import keys_to_ignore_on_save
 from .card_metadata import hub_source
 from .lora_targets import outermost_lora_layers, resolve_lora_config
+from .offloading import refuse_offloaded
 
 
 LM_ADAPTER = "lm_adapter"  # the sub-folder of a saved model: at the top transformers would put it on the whole model

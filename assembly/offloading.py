@@ -21,6 +21,16 @@ _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 _PLACING = ("device_map", "max_memory", "offload_folder", "offload_buffers")
 
 
+def refuse_offloaded(model: PreTrainedModel, part: str = "") -> None:
+    """Raises a ValueError where weights, those of a part alone, are offloaded: they are on meta between two uses."""
+    offloaded = [key for key, value in model.named_parameters() if value.is_meta and key.startswith(part)]
+    if offloaded:
+        raise ValueError(
+            f"{len(offloaded)} weights are offloaded ({offloaded[0]}, …), and such a model is neither trained nor "
+            "saved, nor given another LoRA: load it without device_map, or with one that offloads nothing"
+        )
+
+
 def load_on_devices(
     cls: type[PreTrainedModel], name: str | Path, *args: Any, is_offloaded: bool = False, **kwargs: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -19,7 +19,6 @@ from .modeling_saving import (
     BundledProcessor,
     backbone_checksums,
     is_backbone_key,
-    keep_checksums,
     keys_to_ignore_on_save,
     quantizer_of,
     resolve_save_format,
@@ -105,7 +104,9 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         return super().named_children()
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "LorgnettePreTrainedModel":
-        return super()._apply(keep_checksums(self, fn), recurse)  # `.half()` and the like pass here alone
+        if IN_PACKAGE:  # `.half()` and the like pass here alone
+            fn = from_package("assembly.frozen_weights", "").keep_checksums(self, fn)
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def get_vision_features(

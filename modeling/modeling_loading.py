@@ -232,11 +232,7 @@ def vision_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def read_vision_model(name: str | Path | None, config: PreTrainedConfig, **keywords: Any) -> PreTrainedModel:
-    """The ViT of this config out of a folder or repository, which may hold more; a ValueError where it lacks weights.
-
-    Args:
-        name: None where `state_dict` is among the keywords, which are those of `from_pretrained`.
-    """
+    """The ViT of this config out of a folder, or a `state_dict`, which may hold more; a ValueError where it lacks some."""
     if config.model_type == "blip_2_vision_model":  # which does not know the prefix that it has inside BLIP-2
         keywords = {"key_mapping": {r"^vision_model\.": ""}} | keywords
     read = partial(vision_model_class(config).from_pretrained, name, config=config, output_loading_info=True)

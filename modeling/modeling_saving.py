@@ -75,11 +75,11 @@ def backbone_checksums(model: PreTrainedModel, weights: Mapping[str, torch.Tenso
     tied = {key: (value.data_ptr(), value.shape, value.stride(), value.dtype) for key, value in plain.items()}
     once = {tied[key]: value for key, value in plain.items()}
     with ThreadPoolExecutor(8) as threads:
-        checksums = dict(zip(once, threads.map(_checksum, once.values()), strict=True))
+        checksums = dict(zip(once, threads.map(checksum, once.values()), strict=True))
     return {key: checksums[tied[key]] for key in plain}
 
 
-def _checksum(tensor: torch.Tensor) -> int:
+def checksum(tensor: torch.Tensor) -> int:
     # CRC-32 of blocks' sums of rows and of columns: they depend on the order of the numbers, and are quick to read
     data = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
     end, crc = len(data) - len(data) % 8192, 0
@@ -90,11 +90,7 @@ def _checksum(tensor: torch.Tensor) -> int:
 
 
 def changed_backbone_weights(model: PreTrainedModel, state_dict: Mapping[str, torch.Tensor] | None) -> list[str]:
-    """The weights of backbones that are not those that were loaded, or that are gone.
-
-    Args:
-        state_dict: the whole model's, where it was gathered from several devices.
-    """
+    """The weights of backbones that were loaded otherwise, or are gone; `state_dict` is one gathered from devices."""
     if not (loaded := model._backbone_checksums):
         return []
     now = backbone_checksums(model, model.state_dict() if state_dict is None else state_dict)
@@ -102,22 +98,6 @@ def changed_backbone_weights(model: PreTrainedModel, state_dict: Mapping[str, to
     present = {without_lora(key) for key in (*now, *(state_dict or ()), *(key for key, _ in named))}
     changed = [key for key, checksum in now.items() if loaded.get(key) != checksum]
     return changed + [key for key in loaded if key not in present]
-
-
-def keep_checksums(model: PreTrainedModel, fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
-    """`fn` of an `nn.Module._apply`; weights that it narrows, as a reload in that dtype does, count as loaded."""
-    if not (checksums := model._backbone_checksums):
-        return fn
-    keys = {id(value): without_lora(key) for key, value in (*model.named_parameters(), *model.named_buffers())}
-
-    def apply(tensor: torch.Tensor) -> torch.Tensor:
-        result, key = fn(tensor), keys.get(id(tensor))
-        narrowed = key in checksums and tensor.dtype == torch.float32 != result.dtype and not tensor.is_meta
-        if narrowed and checksums[key] == _checksum(tensor.data):
-            checksums[key] = _checksum(result.data)
-        return result
-
-    return apply
 
 
 def quantizer_of(model: PreTrainedModel) -> Any:
@@ -132,7 +112,8 @@ def resolve_save_format(model: PreTrainedModel, save_format: str | None, changed
     lost = sorted(set(getattr(getattr(model, "language_model", None), "peft_config", ())) - {ADAPTER})
     if lost:
         raise ValueError(f"Adapters {lost} of the language model are not in lora_config, and would be lost")
-    refuse_offloaded(model)
+    if IN_PACKAGE:
+        from_package("assembly.offloading", "").refuse_offloaded(model)
     obstacle = why_not_thin(model, changed_backbone_weights(model, None) if changed is None else changed)
     if save_format == "thin" and obstacle:
         raise ValueError(f"This model cannot be saved thin: {obstacle}")
@@ -149,16 +130,6 @@ def resolve_save_format(model: PreTrainedModel, save_format: str | None, changed
     if save_format is None:
         logger.info_once(f"Models are saved in full, with all weights of their backbones: {obstacle}")
     return save_format or "full"
-
-
-def refuse_offloaded(model: PreTrainedModel, part: str = "") -> None:
-    """Raises a ValueError where weights, those of a part alone, are offloaded: they are on meta between two uses."""
-    offloaded = [key for key, value in model.named_parameters() if value.is_meta and key.startswith(part)]
-    if offloaded:
-        raise ValueError(
-            f"{len(offloaded)} weights are offloaded ({offloaded[0]}, …), and such a model is neither trained nor "
-            "saved, nor given another LoRA: load it without device_map, or with one that offloads nothing"
-        )
 
 
 def why_not_thin(model: PreTrainedModel, changed: list[str]) -> str | None:

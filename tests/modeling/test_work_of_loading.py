@@ -13,7 +13,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from lorgnette import LorgnetteModel
 from lorgnette.modeling import modeling_saving
 from lorgnette.modeling.modeling_lorgnette import ImageTokenLogitsProcessor
-from lorgnette.modeling.modeling_saving import _checksum, backbone_checksums
+from lorgnette.modeling.modeling_saving import backbone_checksums, checksum
 
 
 class Drawn(TorchDispatchMode):
@@ -54,11 +54,11 @@ def test_a_weight_of_two_names_is_read_once(monkeypatch):
     tied.backbones = ("language_model",)
     weight = torch.randn(300, 100)
     read = []
-    monkeypatch.setattr(modeling_saving, "_checksum", lambda tensor: read.append(tensor) or _checksum(tensor))
+    monkeypatch.setattr(modeling_saving, "checksum", lambda tensor: read.append(tensor) or checksum(tensor))
     names = ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight")
     checksums = backbone_checksums(tied, dict.fromkeys(names, weight))
     assert len(read) == 1
-    assert checksums == dict.fromkeys(names, _checksum(weight))
+    assert checksums == dict.fromkeys(names, checksum(weight))
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (1024, 2), (64, 1024), (65, 1031), (300, 700)])
@@ -69,14 +69,14 @@ def test_a_checksum_knows_each_number_and_its_place(shape: tuple[int, ...], dtyp
     changed = [weight.clone(), weight.flip(0), weight.roll(1, -1), -weight, weight * 2]
     changed[0].flatten()[-1] += 1
     different = [other for other in changed if not torch.equal(other, weight)]
-    assert _checksum(weight.clone()) == _checksum(weight)
-    assert len({_checksum(weight), *map(_checksum, different)}) == 1 + len(different)
+    assert checksum(weight.clone()) == checksum(weight)
+    assert len({checksum(weight), *map(checksum, different)}) == 1 + len(different)
 
 
 def test_blocks_in_another_order_have_another_checksum():
     weight = torch.randn(4, 32, 2048)  # each is a block of sums
-    assert _checksum(weight.flip(0)) != _checksum(weight)
-    assert _checksum(weight.transpose(0, 1)) != _checksum(weight)
+    assert checksum(weight.flip(0)) != checksum(weight)
+    assert checksum(weight.transpose(0, 1)) != checksum(weight)
 
 
 def test_the_head_computes_the_last_position_of_the_prompt_alone():
