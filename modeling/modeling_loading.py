@@ -232,7 +232,7 @@ def vision_model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def read_vision_model(name: str | Path | None, config: PreTrainedConfig, **keywords: Any) -> PreTrainedModel:
-    """The ViT of this config out of a folder, or a `state_dict`, which may hold more; a ValueError where it lacks some."""
+    """The ViT of this config out of a folder, or a `state_dict`, which may hold more; a ValueError if weights lack."""
     if config.model_type == "blip_2_vision_model":  # which does not know the prefix that it has inside BLIP-2
         keywords = {"key_mapping": {r"^vision_model\.": ""}} | keywords
     read = partial(vision_model_class(config).from_pretrained, name, config=config, output_loading_info=True)
