@@ -65,7 +65,6 @@ def test_operations_of_captions_are_those_that_are_counted():
     assert own == pytest.approx(whole * (prompt - shared) / prompt)
 
 
-@pytest.mark.xfail(strict=True, reason="generate computes logits of the whole prompt: forward names no logits_to_keep")
 def test_operations_of_our_captions_are_those_that_are_counted():
     _, ours = sides.build(TINY, seed=0)
     chat = LorgnetteCollator(processor(TINY, chat=True))
