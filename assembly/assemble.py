@@ -17,6 +17,7 @@ from .backbones import (
     load_vision_model,
     next_free_token_id,
 )
+from .blip2_qformer import is_blip2
 from .checkpoint_names import accept_names_in_files
 from .lora_targets import resolve_lora_config
 from .processor_checks import check_token_ids
@@ -48,8 +49,10 @@ def assemble(
         cls: the class of the model.
         vision: a ViT (ViT, DeiT, CLIP, SigLIP, SigLIP2, DINOv2 …): Hub id, local folder or loaded model.
         text: any causal LM: Hub id, local folder, `.gguf` file or loaded model.
-        qformer: initial weights of the Q-Former: a BERT, or a stage-1 model ([`LorgnetteForImageTextRetrieval`] or
-            its folder), whose text half is left out unless `use_qformer_text_input`. Random without it.
+        qformer: initial weights of the Q-Former: a BERT, a stage-1 model ([`LorgnetteForImageTextRetrieval`] or its
+            folder), or a BLIP-2 or InstructBLIP checkpoint, whose queries and cross-attention are taken too (keys and
+            values start anew under a ViT of another width). The text half of the latter two is left out unless
+            `use_qformer_text_input`. Random without it.
         qformer_config: fields of [`LorgnetteQFormerConfig`]; they win over the BERT's.
         num_query_tokens: visual tokens per image; by default stage 1's, as many as `processor` makes room for, or 32.
         lora: fields of `peft.LoraConfig`, or one; `{}` for peft's defaults on all attention projections; `None` for
@@ -163,6 +166,10 @@ def assemble_stage1(
     """
     dtype = parse_dtype(dtype)
     vision_backbone = load_vision_model(vision, vision_revision, dtype, attn_implementation, vision_feature_layer)
+    if qformer is not None and is_blip2(qformer, qformer_revision):
+        raise ValueError(
+            "The Q-Former of stage 1 starts from a BERT, and this is a BLIP-2: from_blip2 takes one with all its heads"
+        )
     qformer_init = load_bert(qformer, qformer_revision) if qformer is not None else None
     fields = qformer_fields(qformer_init, qformer_config) | {"use_qformer_text_input": True}
     if itg_weight and fields.get("dec_token_id") is None:

@@ -1,4 +1,4 @@
-"""Initialise a Q-Former: at random, from a BERT, or from a stage-1 model."""
+"""Initialise a Q-Former: at random, from a BERT, from a stage-1 model, or from a BLIP-2 checkpoint."""
 
 import re
 from collections.abc import Iterable
@@ -16,6 +16,7 @@ from ..modeling.modeling_loading import is_unread
 from ..modeling.modeling_qformer import LorgnetteQFormerModel
 from ..modeling.modeling_retrieval import LorgnetteForImageTextRetrieval
 from .backbones import Backbone, load_bert
+from .blip2_qformer import is_blip2, load_blip2_qformer
 from .sources import from_pretrained_arguments
 
 
@@ -31,16 +32,19 @@ class QFormerInit:
     """The source of a Q-Former's initial weights, and the config fields that follow from it.
 
     Args:
-        backbone: a BERT, a [`LorgnetteForImageTextRetrieval`], or None for random numbers.
+        backbone: a BERT, a [`LorgnetteForImageTextRetrieval`], the [`LorgnetteQFormerModel`] of a BLIP-2 checkpoint,
+            or None for random numbers.
     """
 
     backbone: Backbone | None = None
 
     @classmethod
     def load(cls, source: str | Path | PreTrainedModel | None, revision: str | None) -> "QFormerInit":
-        """A BERT or a stage-1 model: a Hub id, a local folder or a loaded model."""
+        """A BERT, a stage-1 model or a BLIP-2: a Hub id, a local folder or a loaded model."""
         if source is None:
             return cls()
+        if is_blip2(source, revision):
+            return cls(load_blip2_qformer(source, revision))
         if isinstance(source, LorgnetteForImageTextRetrieval):
             return cls(Backbone(source))
         if isinstance(source, (str, Path)) and is_stage1(source, revision):
@@ -54,6 +58,12 @@ class QFormerInit:
         return model if isinstance(model, LorgnetteForImageTextRetrieval) else None
 
     @property
+    def pretrained(self) -> LorgnetteQFormerModel | None:
+        """The Q-Former of a BLIP-2 checkpoint, or None."""
+        model = self.backbone.model if self.backbone else None
+        return model if isinstance(model, LorgnetteQFormerModel) else None
+
+    @property
     def name(self) -> str | None:
         """Hub id of the BERT, or of the stage-1 model's BERT."""
         return self.stage1.config.qformer_backbone if self.stage1 else self.backbone and self.backbone.name
@@ -64,19 +74,25 @@ class QFormerInit:
         return self.stage1.config.qformer_backbone_revision if self.stage1 else self.backbone and self.backbone.revision
 
     def fields(self, given: dict[str, Any] | None) -> dict[str, Any]:
-        """Fields of [`LorgnetteQFormerConfig`]; the text half of stage 1 is left out unless `given` asks for it.
+        """Fields of [`LorgnetteQFormerConfig`]; a trained text half is left out unless `given` asks for it.
 
         Raises:
-            ValueError: a given field that the config does not know, or one that stage 1 has fixed otherwise.
+            ValueError: a given field that the config does not know, or one that training has fixed otherwise.
         """
-        if self.stage1 is None:
+        if self.stage1 is None and self.pretrained is None:
             return qformer_fields(self.backbone, given)
-        given, theirs = qformer_fields(None, given), self.stage1.config.qformer_config
+        theirs = self.stage1.config.qformer_config if self.stage1 else self.pretrained.config
+        given, what = qformer_fields(None, given), "stage-1" if self.stage1 else "BLIP-2"
         for name in given.keys() - {"use_qformer_text_input", *MUTABLE_FIELDS}:
             fixed = getattr(theirs, name)
             if given[name] != fixed:
-                raise ValueError(f"qformer_config.{name} is {given[name]!r}; the stage-1 Q-Former's is {fixed!r}")
-        return theirs.to_diff_dict() | {"use_qformer_text_input": False} | given
+                raise ValueError(f"qformer_config.{name} is {given[name]!r}; the {what} Q-Former's is {fixed!r}")
+        fields = theirs.to_diff_dict()
+        if self.pretrained is not None:
+            del fields["encoder_hidden_size"]  # of BLIP-2's ViT: another one may be read
+            if given.get("use_qformer_text_input") and not theirs.use_qformer_text_input:
+                raise ValueError("use_qformer_text_input is set, and the BLIP-2 Q-Former has no text half")
+        return fields | {"use_qformer_text_input": False} | given
 
     def resolve_fields(self, processor: Any, **given: Any) -> dict[str, Any]:
         """`num_query_tokens`, `vision_feature_layer` and `vision_feature_select_strategy` of the model.
@@ -86,8 +102,13 @@ class QFormerInit:
             given: the three, as the caller gave them or at their defaults (None for `num_query_tokens`).
 
         Raises:
-            ValueError: stage 1 was trained with another value than the given one.
+            ValueError: stage 1 or BLIP-2 was trained with another value than the given one.
         """
+        if self.pretrained is not None:
+            queries = self.pretrained.config.num_query_tokens
+            if given["num_query_tokens"] not in (None, queries):
+                raise ValueError(f"num_query_tokens is {given['num_query_tokens']}; the BLIP-2 Q-Former has {queries}")
+            return given | {"num_query_tokens": queries}
         if self.stage1 is None:
             default = processor.num_query_tokens if processor is not None else FIXED_FIELDS["num_query_tokens"]
             queries = given["num_query_tokens"]
@@ -121,6 +142,12 @@ class QFormerInit:
         if self.stage1 is not None:
             own = qformer.state_dict()
             qformer.load_state_dict({name: self.stage1.qformer.state_dict()[name] for name in own})
+        elif self.pretrained is not None:
+            own, theirs = qformer.state_dict(), self.pretrained.state_dict()
+            taken = {name: theirs[name] for name, tensor in own.items() if theirs[name].shape == tensor.shape}
+            qformer.load_state_dict(taken, strict=False)
+            fresh = _modules_of(name for name in own if name not in taken)  # keys and values of a ViT of another width
+            logger.info(f"Q-Former: {len(taken)} tensors taken from BLIP-2; fresh: {fresh or 'none'}")
         elif self.backbone is not None:
             load_bert_weights(qformer, self.backbone.model)
 

@@ -79,14 +79,16 @@ class BackboneArguments(VisionArguments):
 
     qformer: str | None = field(
         default=None,
-        metadata={"help": "Initial weights of the Q-Former: a BERT-shaped checkpoint, or in stage 2 a stage-1 model."},
+        metadata={
+            "help": "Initial weights of the Q-Former: a BERT-shaped checkpoint; in stage 2 also a stage-1 model or a BLIP-2."
+        },
     )
     qformer_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `qformer`."})
     qformer_config: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Fields of LorgnetteQFormerConfig, a mapping (JSON on the command line)."}
     )
     num_query_tokens: int | None = field(
-        default=None, metadata={"help": "Visual tokens per picture. By default those of a stage-1 `qformer`, or 32."}
+        default=None, metadata={"help": "Visual tokens per picture. By default those of a trained `qformer`, or 32."}
     )
 
     JOINTS: ClassVar[tuple[str, ...]] = (*VisionArguments.JOINTS,
