@@ -79,9 +79,7 @@ class BackboneArguments(VisionArguments):
 
     qformer: str | None = field(
         default=None,
-        metadata={
-            "help": "Initial weights of the Q-Former: a BERT-shaped checkpoint; in stage 2 also a stage-1 model or a BLIP-2."
-        },
+        metadata={"help": "Initial weights of the Q-Former: a BERT; in stage 2 also a stage-1 model or a BLIP-2."},
     )
     qformer_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `qformer`."})
     qformer_config: dict[str, Any] | str | None = field(
