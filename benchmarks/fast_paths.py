@@ -114,7 +114,7 @@ def measure(bench: Any, case: Case) -> None:
     def timed(name: str, number: int) -> list[float]:
         return floor.seconds(steps[name][number], device)
 
-    taken = training.in_turn({name: partial(timed, name) for name in ways}, bench.options.rounds)
+    taken = training.in_turn({name: partial(timed, name) for name in ways}, bench.options.rounds, warm=True)
     for side in (case.theirs, case.ours):
         side.model.zero_grad()
     for name, against, path in (

@@ -61,6 +61,7 @@ NOTES = (
     "whole steps of the stock Trainer, loading and optimizer included",
     "5 captions a picture: a step has 10 pairs in 2 pictures; ours gets a row for each picture, theirs, in stage 1 "
     "plain and separate, one for each pair with a picture of its own, and knows which pictures are the same",
+    "training: each batch is run once before it is timed, on all sides, for kernels of its shapes are compiled then",
     "against …: what stands under theirs is that",
     "least to most: of the ratios within a round; of three, but of two where these take longer than half a minute; of "
     "captions and first token with BLIP-2's prompts always of five",
@@ -215,7 +216,7 @@ def stage2(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
         "uncached": partial(bench.train, ours),
         "cached": partial(bench.train, ours, rows=cached),
     }
-    taken = training.in_turn(runs, options.rounds)
+    taken = training.in_turn(runs, options.rounds, warm=True)
     counted, needed = {}, {}
     for name, side, rows in (
         ("theirs", theirs, bench.rows[:count]),

@@ -115,7 +115,7 @@ def trained(bench: Any, case: Case, cached: training.CachedRows) -> None:
         return bench.train(case.ours, number, rows, PICTURES)
 
     runs = {name: partial(run, name) for name in ("theirs", "uncached", "cached")}
-    taken = training.in_turn(runs, bench.options.rounds)
+    taken = training.in_turn(runs, bench.options.rounds, warm=True)
     parts = operations.stage2(bench.preset, case.rows[:PICTURES], case.chat)
     for name in ("uncached", "cached"):
         row = speed(

@@ -97,7 +97,7 @@ def compare(bench: Any, title: str, rows: list[dict[str, Any]], runs: dict[str, 
     Args:
         rows: of a batch.
     """
-    taken = training.in_turn(runs, bench.options.rounds)
+    taken = training.in_turn(runs, bench.options.rounds, warm=True)
     parts = operations.stage1(bench.preset, rows)
     for name in ("plain", "separate"):
         row = speed(

@@ -92,13 +92,17 @@ def train(
     return clock.seconds()[uncounted:]
 
 
-def in_turn(runs: Mapping[str, Callable[[int], list[float]]], rounds: int, least: int = 2) -> dict[str, list[float]]:
+def in_turn(
+    runs: Mapping[str, Callable[[int], list[float]]], rounds: int, least: int = 2, warm: bool = False
+) -> dict[str, list[float]]:
     """Call the runs repeatedly, in alternating order; returns the results by round.
 
     Args:
         runs: by name; each gets the number of the round.
         rounds: maximum.
         least: after so many, none starts once `LONG` seconds have passed.
+        warm: call each run once more before it counts. A CPU's library compiles a kernel for each new shape, and the
+            batches of a round have their own; training meets few new ones after its first epoch.
     """
     found: dict[str, list[float]] = {name: [] for name in runs}
     start = time.perf_counter()
@@ -106,6 +110,8 @@ def in_turn(runs: Mapping[str, Callable[[int], list[float]]], rounds: int, least
         if number >= least and time.perf_counter() - start > LONG:
             break
         for name in list(runs)[:: -1 if number % 2 else 1]:
+            if warm:
+                runs[name](number)
             found[name] += runs[name](number)
             gc.collect()
     return found
