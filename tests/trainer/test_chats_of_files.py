@@ -2,25 +2,15 @@
 
 import json
 
-import datasets
 import pytest
-from tiny_formats import QUERY, TEXTS, assert_equal, batch_of, names, write, write_pictures
+from tiny_formats import QUERY, TEXTS, assert_equal, batch_of, names, write
 
 from lorgnette.trainer.arguments import DataArguments
 from lorgnette.trainer.data import load_pairs
 from lorgnette.trainer.formats import find_format
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Keep what `datasets` prepares out of the user's cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def root(tmp_path):
-    """Four pictures in a folder of their own."""
-    return write_pictures(tmp_path / "data")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def chats_of(column: str, more: dict) -> list[dict]:

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 from datasets import Dataset
 from tiny import picture
@@ -16,7 +15,6 @@ from tiny_formats import (
     processor,
     write,
     write_csv,
-    write_pictures,
     write_webdataset,
 )
 
@@ -29,16 +27,7 @@ from lorgnette.trainer.formats import find_format
 CAPTIONS = [[f"{text} {number}" for number in range(5)] for text in TEXTS]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Keep what `datasets` prepares out of the user's cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def root(tmp_path):
-    """Four pictures in a folder of their own."""
-    return write_pictures(tmp_path / "data")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def write_tsv(root: Path) -> Path:

@@ -3,25 +3,15 @@
 import csv
 from pathlib import Path
 
-import datasets
 import pytest
-from tiny_formats import TEXTS, batch_of, names, write, write_csv, write_pictures
+from tiny_formats import TEXTS, batch_of, names, write, write_csv
 
 from lorgnette.trainer.arguments import DataArguments, RowArguments
 from lorgnette.trainer.data import load_rows
 from lorgnette.trainer.formats import readable_stream
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Keep what `datasets` prepares out of the user's cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def root(tmp_path):
-    """Four pictures in a folder of their own."""
-    return write_pictures(tmp_path / "data")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["", "streamed"])

@@ -5,24 +5,14 @@ import re
 import tarfile
 from pathlib import Path
 
-import datasets
 import pytest
-from tiny_formats import TEXTS, write_pictures, write_webdataset
+from tiny_formats import TEXTS, write_webdataset
 
 from lorgnette.trainer.arguments import DataArguments
 from lorgnette.trainer.data import load_pairs, load_rows
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Keep what `datasets` prepares out of the user's cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture
-def root(tmp_path):
-    """Four pictures in a folder of their own."""
-    return write_pictures(tmp_path / "data")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def write_tar(root: Path, names: list[str]) -> Path:
