@@ -14,7 +14,7 @@ from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig
 from ..modeling.modeling_loading import weight_files
 from ..modeling.modeling_qformer import LorgnetteQFormerModel
 from .backbones import Backbone, from_source
-from .sources import from_pretrained_arguments
+from .sources import from_pretrained_arguments, model_type_of
 
 
 MODEL_TYPES = ("blip-2", "instructblip")
@@ -25,8 +25,7 @@ def is_blip2(source: str | Path | PreTrainedModel, revision: str | None = None) 
     """Whether a Hub id, a folder or a loaded model is a BLIP-2 or an InstructBLIP."""
     if isinstance(source, PreTrainedModel):
         return source.config.model_type in MODEL_TYPES
-    name, keywords = from_pretrained_arguments(source, revision)
-    return PreTrainedConfig.get_config_dict(name, **keywords)[0].get("model_type") in MODEL_TYPES
+    return model_type_of(source, revision) in MODEL_TYPES
 
 
 def load_blip2_qformer(source: str | Path | PreTrainedModel, revision: str | None) -> Backbone:

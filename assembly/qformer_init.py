@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig
@@ -17,7 +17,7 @@ from ..modeling.modeling_qformer import LorgnetteQFormerModel
 from ..modeling.modeling_retrieval import LorgnetteForImageTextRetrieval
 from .backbones import Backbone, load_bert
 from .blip2_qformer import is_blip2, load_blip2_qformer
-from .sources import from_pretrained_arguments
+from .sources import model_type_of
 
 
 logger = logging.get_logger(__name__)
@@ -161,9 +161,7 @@ def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 def is_stage1(source: str | Path, revision: str | None = None) -> bool:
     """Whether a Hub id or a folder is a stage-1 model's."""
-    name, keywords = from_pretrained_arguments(source, revision)
-    config, _ = PreTrainedConfig.get_config_dict(name, **keywords)
-    return config.get("model_type") == LorgnetteRetrievalConfig.model_type
+    return model_type_of(source, revision) == LorgnetteRetrievalConfig.model_type
 
 
 # Fields that may change between the stages, since no weight's shape depends on them.

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from .local_paths import is_path, what_is_there
@@ -29,6 +29,12 @@ def from_pretrained_arguments(source: str | Path, revision: str | None = None) -
     if not path.is_file():
         raise FileNotFoundError(f"There is no GGUF file {path} ({what_is_there(path)})")
     return str(path.parent), {"gguf_file": path.name}
+
+
+def model_type_of(source: str | Path, revision: str | None = None) -> str | None:
+    """The `model_type` in the config of a Hub id or a folder; raises what [`from_pretrained_arguments`] does."""
+    name, keywords = from_pretrained_arguments(source, revision)
+    return PreTrainedConfig.get_config_dict(name, **keywords)[0].get("model_type")
 
 
 def load_part(auto_class: Any, what: str, name: str | Path, **keywords: Any) -> Any:
