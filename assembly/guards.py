@@ -238,6 +238,8 @@ def _check_overrides(name: str | Path, config: PreTrainedConfig, where: dict[str
     for prefix, saved, asked, names in fields:
         for field in names:
             trained, requested = field_of(saved, field), field_of(asked, field)
+            if own.elastic_queries and prefix == "" and field == "num_query_tokens":
+                continue  # the config has checked it
             if trained != requested and not ("backbone" in field and requested is None):  # which the folder says
                 raise ValueError(
                     f"{name}: {prefix}{field} is {trained!r} in its config, with which its weights were trained, and "

@@ -3,8 +3,6 @@
 import copy
 import json
 import re
-from collections.abc import Iterable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,16 +14,15 @@ from transformers.models.auto.image_processing_auto import (
 )
 from transformers.utils import logging
 
-from ..configuration.configuration_lorgnette import MAX_QUERY_TOKENS
 from ..processing.prompt_encoding import IMAGE_TOKEN, chat_templates, is_prepared
 from .sources import from_pretrained_arguments, load_part, load_qformer_tokenizer, load_tokenizer
 
 
 logger = logging.get_logger(__name__)
 
+MAX_QUERY_TOKENS = 2**16  # the processor writes as many placeholders per image
 Processor = TypeVar("Processor")
 
-_MEANT = dict.fromkeys(("query", "prompt", "question"), "queries") | {"video": "videos", "image": "images"}
 # Added tokens that a vocabulary keeps free: Llama 3's <|reserved_special_token_7|>, Gemma's <unused7>, Phi 3's
 # <|placeholder7|>, Falcon 3's >>UNUSED_7<<, Mistral's [control_8] and <SPECIAL_20>, InternLM's [UNUSED_TOKEN_141],
 # Qwen's <|extra_0|>, DeepSeek's place▁holder▁no▁7, [PAD151700] of tables that were converted. T5 uses its <extra_id_0>,
@@ -184,12 +181,3 @@ def _rename(tokenizer: PreTrainedTokenizerBase, old: str) -> None:
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))  # `backend_tokenizer` is read-only
     extra = [token for token in getattr(tokenizer, "extra_special_tokens", None) or [] if str(token) != old]
     tokenizer.extra_special_tokens = extra  # a reload would add the old one again
-
-
-def nearest_keyword(name: str, known: Iterable[str]) -> str:
-    """The end of a message that says what was meant by a keyword that is not known; empty where none is near."""
-    if name in known:
-        return ""
-    near = get_close_matches(name, {*known, "queries", "images", "text", "timeout"}, n=1)
-    meant = _MEANT.get(name, near[0] if near else None)
-    return f": was {meant} meant?" if meant else ""

@@ -229,7 +229,7 @@ def load_bert_weights(qformer: LorgnetteQFormerModel, bert: PreTrainedModel) -> 
         source["embeddings.word_embeddings.weight"] = torch.cat([words, drawn.to(words)])
     taken: dict[str, torch.Tensor] = {}
     for name, tensor in own.items():
-        if "crossattention" in name or name.startswith("query_tokens"):
+        if "crossattention" in name or name.startswith(("query_tokens", "pooling")):
             continue
         theirs = _name_in_bert(name)
         if theirs not in source:

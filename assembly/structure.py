@@ -125,6 +125,19 @@ def _hooked(model: nn.Module) -> str | None:
     return None
 
 
+def check_save_keywords(model: PreTrainedModel, save_format: str, keywords: Mapping[str, Any]) -> None:
+    """Check transformers' keywords of a save against its format.
+
+    Raises:
+        ValueError: one that the format has no names of files, or of weights, for.
+    """
+    for name in ("variant", "save_original_format"):
+        if keywords.get(name) and save_format == "thin":
+            raise ValueError(f"{name} is for the formats that transformers loads by itself, and this save is thin")
+    if save_format == "full" and keywords.get("save_original_format") and getattr(model.config, "lora_config", None):
+        raise ValueError("save_original_format knows no names of weights under LoRA: save merged, or leave it out")
+
+
 def check_described(
     model: PreTrainedModel, save_format: str, weights: dict[str, torch.Tensor] | None, ties: bool
 ) -> None:

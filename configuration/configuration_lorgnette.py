@@ -40,7 +40,6 @@ _RELATIVE_IMPORT = re.compile(r"^(\s*)from \.+(?:\w+\.)*(\w+) import", flags=re.
 
 # what gives a transformer its size
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-MAX_QUERY_TOKENS = 2**16  # the processor writes as many placeholders per image
 
 
 def save_code(folder: str | Path, model_type: str) -> None:
@@ -80,6 +79,7 @@ class LorgnetteQFormerConfig(PreTrainedConfig):
         use_qformer_text_input: whether there is a text half (embeddings and text feed-forward), for stage 1 and for
             instructions as InstructBLIP has them.
         dec_token_id: id of `[DEC]`, with which a text begins that is to be generated (stage 1, ITG).
+        use_pooled_features: whether queries begin and end with pooled features, see [`LorgnetteQFormerPooling`].
     """
 
     model_type = "lorgnette_qformer"
@@ -102,6 +102,7 @@ class LorgnetteQFormerConfig(PreTrainedConfig):
     use_qformer_text_input: bool = False
     num_query_tokens: int | None = None
     dec_token_id: int | None = None
+    use_pooled_features: bool = False
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
@@ -125,6 +126,7 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
         vision_config: any ViT's config, or its dict with `model_type`.
         qformer_config: [`LorgnetteQFormerConfig`] or a dict of its fields.
         num_query_tokens: learned queries, which is the number of visual tokens per picture.
+        elastic_queries: whether the first m queries were learned as well, for any m: `num_query_tokens` may be fewer.
         vision_feature_layer: index into the ViT's `hidden_states` (-2 is the penultimate layer, which BLIP-2 and LLaVA
             train on). By default it is the ViT's `last_hidden_state`, which most pass through a final LayerNorm.
         vision_feature_select_strategy: as in `LlavaConfig`: `"full"` for all tokens (CLS, registers, patches),
@@ -143,6 +145,7 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     qformer_config: dict | PreTrainedConfig | None = None
     num_query_tokens: int = 32
+    elastic_queries: bool = False
     vision_feature_layer: int | None = None
     vision_feature_select_strategy: str = "full"
     vision_backbone: str | None = None
@@ -193,6 +196,8 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
     def _follow(self, field: str, value: int, source: str) -> None:
         """Set a field of the Q-Former that another part of this config decides."""
         given = getattr(self.qformer_config, field)
+        if self.elastic_queries and field == "num_query_tokens" and (given or 0) > value:
+            return
         if given is not None and given != value:
             raise ValueError(f"qformer_config.{field} ({given}) contradicts {source} ({value})")
         setattr(self.qformer_config, field, value)
@@ -215,9 +220,7 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
 
 @strict
 class LorgnetteConfig(LorgnetteBridgeConfig):
-    """ViT, Q-Former and causal LM, as the composite configs of transformers (`models/blip_2/configuration_blip_2.py`).
-
-    It has the fields of [`LorgnetteBridgeConfig`] besides its own.
+    """ViT, Q-Former and causal LM, as `models/blip_2/configuration_blip_2.py`: [`LorgnetteBridgeConfig`], and the LM's.
 
     Args:
         text_config: any causal LM's config, or its dict with `model_type`.

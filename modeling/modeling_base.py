@@ -31,9 +31,9 @@ from .modeling_saving import (
 KV_CACHE = "cache" if any(field.name == "cache" for field in fields(CausalLMOutputWithPast)) else "past_key_values"
 _HUB_KWARGS = ("revision", "cache_dir", "token", "local_files_only")
 _PEFT_REFUSED = (
-    "peft cannot put an adapter{name} on a whole lorgnette model: it would go to the ViT too, overwrite the trained "
-    "LoRA, freeze the Q-Former and save neither of them. The language model has LoRA of its own: "
-    "from_backbones(lora=…) makes it, Trainer and TRL train it without a peft_config, load_lm_adapter(…) replaces it"
+    "peft cannot put an adapter{name} on a whole lorgnette model: it would overwrite the trained LoRA, freeze the "
+    "Q-Former and save neither. The language model has LoRA of its own: from_backbones(lora=…) makes it, Trainer and "
+    "TRL train it without a peft_config, load_lm_adapter(…) replaces it"
 )
 
 
@@ -153,9 +153,8 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         trained = [(key, value) for key, value in self.named_parameters() if value.requires_grad]
         if not trained:
             raise ValueError(
-                f"Nothing of this {type(self).__name__} trains: all weights were frozen, as peft's "
-                "prepare_model_for_kbit_training does. Leave that call out (frozen parts are frozen already), or undo "
-                "it with model.requires_grad_(True) and model.freeze()"
+                f"Nothing of this {type(self).__name__} trains: all weights were frozen, as by peft's "
+                "prepare_model_for_kbit_training. Undo it with model.requires_grad_(True) and model.freeze()"
             )
         if half := [key for key, value in trained if value.dtype == torch.float16]:
             raise ValueError(

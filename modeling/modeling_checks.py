@@ -1,10 +1,8 @@
 """Checks of a batch: placeholders, labels, pictures, the length of rows, and how a prompt may be continued.
 
 Those that a compiled model runs are operators of torch: a branch on a tensor's values would end the compiled graph. An
-operator is called from within it, at each step, and its Python is not traced. It returns a copy of what it has checked,
-so that nothing can be left out of the graph.
-
-An exported program has no checks, for it is loaded where these operators are not.
+operator is called from within it, and not traced. It returns a copy of what it has checked, so that it cannot be left
+out. An exported program has no checks, for it is loaded where these operators are not.
 """
 
 import functools

@@ -39,17 +39,15 @@ from .modeling_qformer import LorgnetteQFormerModel
 # What [`~LorgnetteModel.get_image_features`] makes visual tokens of
 IMAGE_INPUTS = (
     *("pixel_values", "vision_features", "pixel_attention_mask", "spatial_shapes", "image_rows"),
-    *("qformer_input_ids", "qformer_attention_mask"),
+    *("qformer_input_ids", "qformer_attention_mask", "num_query_tokens"),
 )
 
 
 @dataclass
 class LorgnetteImageFeatures(BaseModelOutputWithPooling):
-    """The ViT's output, with vision features `(N, L, E)` as its last hidden state.
+    """The ViT's output, with vision features `(N, L, E)` as its last hidden state, and the Q-Former's.
 
-    Args:
-        pooler_output: `(N, Q, M)` visual tokens, as the language model reads them.
-        qformer_outputs: the Q-Former's, with its own hidden states and attention maps, on request.
+    `pooler_output` `(N, Q, M)` are the visual tokens, as the language model reads them.
     """
 
     qformer_outputs: BaseModelOutputWithPoolingAndCrossAttentions | None = None
@@ -57,12 +55,7 @@ class LorgnetteImageFeatures(BaseModelOutputWithPooling):
 
 @dataclass
 class LorgnetteModelOutputWithPast(BaseModelOutputWithPast):
-    """What [`LorgnetteModel`] returns: `BaseModelOutputWithPast` of the language model's decoder, before its head.
-
-    Args:
-        image_hidden_states: `(N, Q, M)` visual tokens, where there were images.
-        image_outputs: outputs of ViT and Q-Former, as [`~LorgnetteModel.get_image_features`] returns them.
-    """
+    """`BaseModelOutputWithPast` of the decoder; of images the visual tokens `(N, Q, M)` and how they were made."""
 
     image_hidden_states: torch.Tensor | None = None
     image_outputs: LorgnetteImageFeatures | None = None
@@ -91,8 +84,7 @@ def states_of(outputs: Any, features: LorgnetteImageFeatures | None) -> dict[str
 class LorgnetteModel(LorgnettePreTrainedModel):
     """[`LorgnetteForConditionalGeneration`] without its head, as `LlavaModel` is to LLaVA: what `AutoModel` loads.
 
-    Parts and keys are the same. Its `language_model` is the whole causal LM, of which `forward` runs the decoder, so
-    that it can `generate` too.
+    Its `language_model` is the whole causal LM, of which `forward` runs the decoder: it can `generate` too.
 
     Args:
         config: [`LorgnetteConfig`].
@@ -193,6 +185,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         image_rows: torch.Tensor | None = None,
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
+        num_query_tokens: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LorgnetteImageFeatures:
         """Pictures to visual tokens `(N, Q, M)`, the `pooler_output`.
@@ -202,6 +195,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
             image_rows: `(N,)` int64, which picture each image is, where several are one: there are fewer pictures then.
             pixel_attention_mask, spatial_shapes: of SigLIP2's variable resolution.
             qformer_input_ids, qformer_attention_mask: `(N, T)` instruction for the Q-Former, one an image.
+            num_query_tokens: Q, the first so many queries alone; the config's by default.
             kwargs: `output_attentions`, `output_hidden_states` of the ViT and of the Q-Former.
         """
         if (pixel_values is None) == (vision_features is None):
@@ -211,15 +205,19 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         vision = BaseModelOutput(vision_features)
         if vision_features is None:
             vision = self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
+        count, learned = num_query_tokens or self.config.num_query_tokens, self.config.qformer_config.num_query_tokens
+        if not 0 < count <= learned:
+            raise ValueError(f"num_query_tokens is {count}, and the Q-Former has learned {learned} queries")
         outputs = self.qformer(
             vision.last_hidden_state,
+            query_embeds=self.qformer.query_tokens.weight[None, :count],
             encoder_attention_mask=pixel_attention_mask,
             input_ids=qformer_input_ids,
             attention_mask=qformer_attention_mask,
             image_rows=image_rows,
             **kwargs,
         )
-        queries = outputs.last_hidden_state[:, : self.config.num_query_tokens]  # (N, Q, D)
+        queries = outputs.last_hidden_state[:, :count]  # (N, Q, D)
         return LorgnetteImageFeatures(
             last_hidden_state=vision.last_hidden_state,
             pooler_output=self.projector(queries),
@@ -274,7 +272,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         if pictures is not None or (inputs_embeds is None and not decoding):
             mask = self.get_placeholder_mask(input_ids, inputs_embeds)
             shown = (None if pictures is None else pictures.detach(), images["image_rows"])
-            numbers = (self.config.num_query_tokens, self.config.image_token_id)
+            numbers = (images["num_query_tokens"] or self.config.num_query_tokens, self.config.image_token_id)
             mask = checked_placeholders(mask, *shown, row_index, labels, supervised_positions, sequence_ids, *numbers)
             if inputs_embeds is None:  # the placeholder's id may be past the end of the table
                 inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))

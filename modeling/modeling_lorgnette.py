@@ -31,12 +31,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class LorgnetteCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` of the language model, and the visual tokens that it was given.
-
-    Args:
-        image_hidden_states: `(N, Q, M)` visual tokens, where there were images.
-        image_outputs: outputs of ViT and Q-Former, as [`~LorgnetteModel.get_image_features`] returns them.
-    """
+    """`CausalLMOutputWithPast` of the LM; of images the visual tokens `(N, Q, M)` and how they were made."""
 
     image_hidden_states: torch.Tensor | None = None
     image_outputs: LorgnetteImageFeatures | None = None
@@ -173,6 +168,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         supervised_positions: torch.Tensor | None = None,
         shared_input_ids: torch.Tensor | None = None,
         row_index: torch.Tensor | None = None,
+        num_query_tokens: int | None = None,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> LorgnetteCausalLMOutputWithPast | LorgnetteLossOutput:
@@ -192,6 +188,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
                 Without them the head of a compiled model computes all positions in training.
             shared_input_ids: `(B, P)`, the first tokens of `input_ids` where they are the same in all rows: in training
                 the language model runs them once. The loss is the same without.
+            num_query_tokens: placeholders an image, and queries, where they are fewer than the config's.
             row_index: `(B,)` rows of the data set, or `(D,)` of D packed sequences, for error messages alone.
             kwargs: for the language model (`use_cache`, `num_items_in_batch`, `output_attentions` …).
 
@@ -208,7 +205,8 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         if self.training and (labels is not None or kwargs.get("num_items_in_batch") is not None):
             self.check_trainable()
         image_inputs = (pixel_values, vision_features, pixel_attention_mask, spatial_shapes, image_rows)
-        images = dict(zip(IMAGE_INPUTS, (*image_inputs, qformer_input_ids, qformer_attention_mask)))  # noqa: B905 (compiled)
+        image_inputs += (qformer_input_ids, qformer_attention_mask, num_query_tokens)
+        images = dict(zip(IMAGE_INPUTS, image_inputs))  # noqa: B905 (compiled)
         tokens = (input_ids, inputs_embeds, attention_mask, position_ids, one_cache(past_key_values, cache))
         inputs, features = self._headless.lm_inputs(
             *tokens, images, row_index, sequence_ids, text_ids, labels, supervised_positions
@@ -240,9 +238,8 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
     ) -> Any:
         """As `GenerationMixin.generate`: prompt and continuation, `(B, S + new)`.
 
-        Each image is encoded once, before the loop over tokens and beams, and so are, with the package, the tokens that
-        all rows begin with: see [`~lorgnette.assembly.prompt_cache.prefilled`]. Placeholders are not generated, and
-        logits processors (repetition penalty and the like) do not see them.
+        Each image is encoded once, and so are, with the package, the tokens that all rows begin with: see
+        [`~lorgnette.assembly.prompt_cache.prefilled`]. Placeholders are not generated, nor seen by logits processors.
 
         A batch with `labels`, as `Seq2SeqTrainer(predict_with_generate=True)` gives it, is cut to its prompts, which
         are padded on the left: S is their width. Images without `input_ids` are asked the processor's own query.
@@ -358,8 +355,5 @@ def _ignore_placeholder_labels(
             f"{where}, and the trainer computes its loss outside of the model (label_smoothing_factor, "
             "compute_loss_func): give rows of prompt and completion, or LorgnetteCollator as data_collator"
         )
-    logger.warning_once(
-        f"{where}: they are left out of the loss, and not of the trainer's count of labels, by which it divides. Rows "
-        "of prompt and completion, or LorgnetteCollator as data_collator, have none"
-    )
+    logger.warning_once(f"{where}: they are left out of the loss, and not of the trainer's count, by which it divides")
     return args, kwargs | {"labels": labels.masked_fill(labelled, IGNORED)}

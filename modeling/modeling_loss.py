@@ -1,8 +1,7 @@
 """The loss of a causal LM from the logits of supervised positions alone, some of them at a time.
 
-A causal LM's forward is decoder, head, loss; transformers makes the logits of all positions, and in float32 once more
-for the loss: the largest tensors of a step. Here the decoder runs as ever, and the head on the states that predict what
-is to be learned. Head and loss are the language model's own, whatever it does to its logits (scales, soft caps).
+transformers makes the logits of all positions, and in float32 once more for the loss: the largest tensors of a step.
+Here the head runs on the states that predict what is to be learned. Head and loss are the language model's own.
 """
 
 import inspect
@@ -16,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput, is_liger_kernel_available
+from transformers.utils import ModelOutput
 
 from .modeling_base import KV_CACHE
 from .modeling_checks import IGNORED
@@ -32,7 +31,7 @@ _NO_LOGITS = (
 
 @dataclass
 class LorgnetteLossOutput(ModelOutput):
-    """What [`LorgnetteForConditionalGeneration`] returns in training, where it computed logits of labels alone.
+    """What is returned in training, where logits of labels alone were computed.
 
     Reading its `logits` raises AttributeError, KeyError or IndexError, which says how to get some; `getattr(…, None)`
     is None. By number, and in a tuple, their place is the second, as it is in evaluation.
@@ -140,10 +139,6 @@ def _loss(
     forward = type(language_model).forward  # not the instance's, which accelerate may have wrapped
     head = _HeadAlone(language_model)
     logits = forward(head, inputs_embeds=states[None], use_cache=False, return_dict=True).logits[0]  # (K, vocabulary)
-    if logits.is_cuda and is_liger_kernel_available():
-        from liger_kernel.transformers.functional import liger_cross_entropy
-
-        return liger_cross_entropy(logits, targets, reduction="sum") / total
     return language_model.loss_function(
         logits=logits, labels=None, shift_labels=targets, vocab_size=logits.shape[-1], num_items_in_batch=total
     )

@@ -9,7 +9,7 @@ Shapes: B images, Q queries, T text tokens, L image tokens, D width, E width of 
 """
 
 from collections.abc import Callable
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -24,10 +24,12 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig, from_package
+from ..configuration.configuration_lorgnette import LorgnetteQFormerConfig
 
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
+# of each layer (None of one without cross-attention), and pooled features (N, Q, 3 E) where they are used
+ProjectedImage = tuple[list[KeysAndValues | None], torch.Tensor | None]
 
 
 class LorgnetteQFormerMultiHeadAttention(nn.Module):
@@ -46,9 +48,6 @@ class LorgnetteQFormerMultiHeadAttention(nn.Module):
 
     def project(self, source: torch.Tensor) -> KeysAndValues:
         """`(B, L, D or E)` to keys and values, `(B, heads, L, D / heads)` each."""
-        width, expected = source.shape[-1], self.key.in_features
-        if width != expected:
-            raise ValueError(f"Image features are {width} wide; the Q-Former's encoder_hidden_size is {expected}")
         return self.split_heads(self.key(source)), self.split_heads(self.value(source))
 
     def forward(
@@ -137,6 +136,36 @@ class LorgnetteQFormerEmbeddings(nn.Module):
         return self.word_embeddings(input_ids) + self.position_embeddings.weight[:length]
 
 
+class LorgnetteQFormerPooling(nn.Module):
+    """What pooling knows of an image, for the queries' start and, by an MLP past all layers, for their end.
+
+    Each query has the first token (CLS), the mean of all, and the mean of its own stretch of them. The MLP, whose last
+    weights start at 0, is a bridge by itself, which learns fast from few pictures (DeCo, Yao et al. 2024, section 3).
+    """
+
+    def __init__(self, config: LorgnetteQFormerConfig):
+        super().__init__()
+        width, hidden = config.encoder_hidden_size, config.hidden_size
+        self.norm = nn.LayerNorm(width)
+        self.to_queries = nn.Linear(3 * width, hidden)
+        self.to_outputs = nn.Sequential(nn.Linear(3 * width, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+
+    def forward(self, features: torch.Tensor, mask: torch.Tensor | None, queries: int) -> torch.Tensor:
+        """`(N, L, E)` normalised features to `(N, Q, 3 E)`; `mask` `(N, L)` is 0 at padding."""
+        own, mean = (pool(features, mask, count) for count in (queries, 1))
+        return torch.cat([features[:, :1].expand_as(own), mean.expand_as(own), own], dim=-1)
+
+
+def pool(features: torch.Tensor, mask: torch.Tensor | None, count: int) -> torch.Tensor:
+    """`(N, L, E)` to `(N, count, E)`: as `adaptive_avg_pool1d`, over the tokens where `mask` `(N, L)` is not 0."""
+    shown = torch.ones_like(features[..., 0]) if mask is None else mask
+    shown = shown.long().unsqueeze(1)  # (N, 1, L)
+    place, total = shown.cumsum(-1) - 1, shown.sum(-1, keepdim=True)
+    number = torch.arange(count, device=features.device).unsqueeze(1)
+    inside = (place >= number * total // count) & (place < -(-(number + 1) * total // count)) & (shown > 0)
+    return (inside.to(features) / inside.sum(-1, keepdim=True)) @ features
+
+
 class LorgnetteQFormerModel(PreTrainedModel):
     """Q learned queries in, Q vectors that describe the image out.
 
@@ -172,6 +201,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
             self.query_tokens = nn.Embedding(config.num_query_tokens, config.hidden_size)
         if config.use_qformer_text_input:
             self.embeddings = LorgnetteQFormerEmbeddings(config)
+        self.pooling = LorgnetteQFormerPooling(config) if config.use_pooled_features else None
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         layers = [LorgnetteQFormerLayer(config, i) for i in range(config.num_hidden_layers)]
@@ -182,19 +212,30 @@ class LorgnetteQFormerModel(PreTrainedModel):
         """The text half's word embeddings; `None` where there is no text half."""
         return self.embeddings.word_embeddings if self.config.use_qformer_text_input else None
 
-    def project_image(self, encoder_hidden_states: torch.Tensor) -> list[KeysAndValues | None]:
-        """Keys and values of `(N, L, E)` image features for each layer: several passes over them can share these."""
-        features = encoder_hidden_states.to(self.layernorm.weight)
-        return [
+    def project_image(self, features: torch.Tensor, mask: torch.Tensor | None = None) -> ProjectedImage:
+        """What all passes over `(N, L, E)` image features, with a mask `(N, L)` or without, can share."""
+        features, pooled = self._pool(features, mask, self.config.num_query_tokens)
+        keys_and_values = [
             layer.crossattention.attention.project(features) if layer.has_cross_attention else None
             for layer in self.encoder.layer
         ]
+        return keys_and_values, pooled
+
+    def _pool(self, features: torch.Tensor, mask: torch.Tensor | None, queries: int) -> tuple[torch.Tensor, Any]:
+        width, expected = features.shape[-1], self.config.encoder_hidden_size
+        if width != expected:
+            raise ValueError(f"Image features are {width} wide; the Q-Former's encoder_hidden_size is {expected}")
+        features = features.to(self.layernorm.weight)
+        if self.pooling is None:
+            return features, None
+        features = self.pooling.norm(features)
+        return features, self.pooling(features, mask, queries)
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
-        encoder_hidden_states: torch.Tensor | list[KeysAndValues | None] | None = None,
+        encoder_hidden_states: torch.Tensor | ProjectedImage | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -206,10 +247,6 @@ class LorgnetteQFormerModel(PreTrainedModel):
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Let the queries read the image, and the text where there is one; or read a text alone.
 
-        The three self-attention masks of BLIP-2 (figure 2): queries and text see each other (bi-directional);
-        queries see queries, and a token sees queries and the tokens before it (multimodal causal, `causal_text`);
-        either sees its own kind alone (uni-modal: two calls, one with the image, one with the text alone).
-
         Args:
             encoder_hidden_states: `(B, L, E)` image features, or what [`project_image`] made of them; without them
                 there are no queries, and text alone.
@@ -217,7 +254,8 @@ class LorgnetteQFormerModel(PreTrainedModel):
             input_ids, attention_mask: `(B, T)` text: an instruction (InstructBLIP, Dai et al. 2023, section 2.3), or
                 stage 1's; with `causal_text` also `(B, n, T)`, n texts that do not see each other, n * T states.
             query_embeds: `(B or 1, Q, D)` instead of the model's own queries.
-            causal_text: the text is to be generated: it may not look ahead, and the queries may not look at it.
+            causal_text: the text is to be generated: it may not look ahead, and the queries may not look at it
+                (multimodal causal, BLIP-2, figure 2). Without it they see each other (bi-directional).
             image_rows: `(B,)` int64, which of `(N, L, E)` image features each row looks at; row n at image n by
                 default. An image that several rows look at costs its keys and values once.
             shared_rows: the first rows, of `image_rows`, are as many for each image, in order: they copy no keys. Not
@@ -233,15 +271,23 @@ class LorgnetteQFormerModel(PreTrainedModel):
             ValueError: text without a text half, a mask or `causal_text` without text, features of another width, no
                 queries for an image, neither image nor text; FlashAttention with `causal_text`, or padding in an image.
         """
-        # the first layer looks at the image, whatever the frequency: features, or its keys (N, heads, L, D / heads)
-        image = encoder_hidden_states[0][0] if isinstance(encoder_hidden_states, list) else encoder_hidden_states
-        parts = []
-        if image is not None:
+        sources, pooled, parts = [None] * len(self.encoder.layer), None, []  # what each layer looks at
+        if encoder_hidden_states is not None:
             if query_embeds is None and self.query_tokens is None:
                 raise ValueError("This Q-Former owns no queries (num_query_tokens is not set): give query_embeds")
             queries = self.query_tokens.weight.unsqueeze(0) if query_embeds is None else query_embeds
+            if isinstance(encoder_hidden_states, tuple):
+                sources, pooled = encoder_hidden_states
+                image = sources[0][0]  # the first layer looks at the image, whatever the frequency
+            else:
+                image, pooled = self._pool(encoder_hidden_states, encoder_attention_mask, queries.shape[1])
+                sources = [image] * len(self.encoder.layer)
             rows = (image if image_rows is None else image_rows).shape[0]  # `len` would fix it in an exported program
-            parts.append(queries.expand(rows, -1, -1))  # (B, Q, D)
+            queries = queries.expand(rows, -1, -1)  # (B, Q, D)
+            if pooled is not None:
+                pooled = pooled if image_rows is None else pooled.index_select(0, image_rows)
+                queries = queries + self.pooling.to_queries(pooled)
+            parts.append(queries)
         query_length = parts[0].shape[1] if parts else 0
         if input_ids is not None:
             if not self.config.use_qformer_text_input:
@@ -279,12 +325,12 @@ class LorgnetteQFormerModel(PreTrainedModel):
                 f"{self.config._attn_implementation} cannot {text if causal_text else padding}: "
                 'set attn_implementation="sdpa"'
             )
-        sources = encoder_hidden_states  # of each layer
-        if not isinstance(sources, list):
-            sources = [image if image is None else image.to(hidden_states)] * len(self.encoder.layer)
         looks = (encoder_attention_mask, image_rows, shared_rows)
         for layer, source in zip(self.encoder.layer, sources, strict=True):
             hidden_states = layer(hidden_states, source, attention_mask, query_length, *looks, **kwargs)
+        if pooled is not None:
+            queries, text = hidden_states.tensor_split([query_length], dim=1)
+            hidden_states = torch.cat([queries + self.pooling.to_outputs(pooled), text], dim=1)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=hidden_states, pooler_output=hidden_states[:, 0]
         )
@@ -292,20 +338,15 @@ class LorgnetteQFormerModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if module is self and self.query_tokens is not None:
-            # zeros, as BLIP-2 starts them, would make all queries equal, and equal they would stay
-            init.normal_(self.query_tokens.weight, std=self.config.initializer_range)
-
-    def load_bert(self, bert: PreTrainedModel) -> None:
-        """Copy the weights of a BERT: see [`~lorgnette.assembly.qformer_init.load_bert_weights`]."""
-        from_package("assembly.qformer_init", "load_bert").load_bert_weights(self, bert)
+        if self.pooling is not None and module is self.pooling.to_outputs[-1]:
+            init.zeros_(module.weight)
 
 
 def multimodal_causal(start: int, length: int) -> Callable:
     """BLIP-2's mask to generate texts of `length` (figure 2), as a mask function of `transformers.masking_utils`."""
 
-    def sees(batch_idx: torch.Tensor, head_idx: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor):
-        same_text = (kv_idx - start) // length == (q_idx - start) // length
-        return (kv_idx < start) | ((q_idx >= start) & (kv_idx <= q_idx) & same_text)
+    def sees(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        same_text = (key - start) // length == (query - start) // length
+        return (key < start) | ((query >= start) & (key <= query) & same_text)
 
     return sees

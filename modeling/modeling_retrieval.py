@@ -134,6 +134,8 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
             idle += ["intermediate", "output"]
         if not (config.itc_weight or config.itm_weight):  # ITG reads text alone
             idle += ["intermediate_query", "output_query", "crossattention"]
+            if self.qformer.pooling is not None:
+                self.qformer.pooling.to_outputs.requires_grad_(False)
         for name, part in self.qformer.encoder.layer[-1].named_children():
             if name in idle:
                 part.requires_grad_(False)
@@ -215,7 +217,7 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
         pad_token_id = self.config.qformer_config.pad_token_id or 0
         ids = input_ids.masked_fill(attention_mask == 0, pad_token_id)
         image = {
-            "encoder_hidden_states": self.qformer.project_image(features),  # once for the passes of all losses
+            "encoder_hidden_states": self.qformer.project_image(features, pixel_attention_mask),  # once for all passes
             "encoder_attention_mask": pixel_attention_mask,
         }
         text = {"input_ids": ids, "attention_mask": attention_mask}

@@ -10,7 +10,6 @@
 import copy
 import os
 import shutil
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -164,18 +163,12 @@ def save(
 ) -> None:
     """What [`~LorgnettePreTrainedModel.save_pretrained`] does; `save_pretrained` is transformers' own."""
     state_dict, is_main_process, push_to_hub = (kwargs.pop(n) for n in ("state_dict", "is_main_process", "push_to_hub"))
-    if form := kwargs.pop("form", None):
-        warnings.warn("form= is deprecated: it is save_format= now", FutureWarning, stacklevel=3)
-    save_format = save_format or form
     if isinstance(model._processor, ProcessorMixin):  # it may have new tokens
         model.check_processor(model._processor)
     changed = changed_backbone_weights(model, state_dict)
     save_format = resolve_save_format(model, save_format, changed)
-    for name in ("variant", "save_original_format"):
-        if kwargs.get(name) and save_format == "thin":
-            raise ValueError(f"{name} is for the formats that transformers loads by itself, and this save is thin")
-    if save_format == "full" and kwargs.get("save_original_format") and getattr(model.config, "lora_config", None):
-        raise ValueError("save_original_format knows no names of weights under LoRA: save merged, or leave it out")
+    if IN_PACKAGE:
+        from_package("assembly.structure", "").check_save_keywords(model, save_format, kwargs)
     push_kwargs = {name: kwargs.pop(name) for name in _PUSH_KWARGS if name in kwargs}
     with _config_and_weights(model, save_format, changed, state_dict) as arguments:
         if is_main_process:

@@ -35,6 +35,8 @@ class LorgnetteImageToTextPipeline(Pipeline):
     def __init__(self, model: Any, processor: Any = None, **kwargs: Any):
         if processor is None:
             raise ValueError("a LorgnetteProcessor is needed: pass it as processor=")
+        if processor.num_query_tokens == model.config.qformer_config.num_query_tokens:
+            processor.num_query_tokens = model.config.num_query_tokens  # which `model_kwargs` may have made fewer
         bundled = model._processor  # files that a save of the model writes
         model.adopt_processor(processor)  # first: transformers 5.17 copies what ends an answer
         model._processor = bundled

@@ -35,15 +35,8 @@ from .prompt_encoding import (
 
 _TOKENIZERS = ("tokenizer", "qformer_tokenizer")
 _FIELDS = ("num_query_tokens", "system_prompt", "query", "chat_template", "max_image_pixels")
-_GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
 _KINDS = ("Processing", "Text", "Images", "Videos", "Audio")  # programs pass keywords of the latter with pictures
 _KNOWN = {"common_kwargs"}.union(*(vars(processing_utils)[f"{kind}Kwargs"].__annotations__ for kind in _KINDS))
-# what is refused rather than left unread: other modalities, and what only a tokenizer by itself can answer
-_REFUSED = {
-    *("videos", "audio", "audios", "videos_kwargs", "audio_kwargs", "text_pair", "text_target", "text_pair_target"),
-    *("return_token_type_ids", "return_overflowing_tokens", "return_special_tokens_mask", "return_offsets_mapping"),
-    "return_length",
-}
 _ASSEMBLY = "assembly.processors"
 
 
@@ -208,9 +201,10 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
             processor gives; for a Q-Former with instructions `qformer_input_ids`, `qformer_attention_mask` `(N, T)`.
 
         Raises a ValueError for nothing given, images and `<image>` that do not match, too little room for the images;
-        a TypeError for a keyword that nothing here reads; for what is no image, see [`load_image`].
+        with the package a TypeError for a keyword that nothing here reads; for what is no image, see [`load_image`].
         """
-        self._check_keywords(kwargs)
+        if IN_PACKAGE:
+            from_package("assembly.processor_keywords", "").check_keywords(self, kwargs, _KNOWN)
         if images is None and text is None:
             raise ValueError("neither images nor text given")
         offsets, types = (kwargs.pop(f"return_{n}", False) for n in ("text_replacement_offsets", "mm_token_type_ids"))
@@ -252,16 +246,6 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
             offsets = [replacement_offsets(self.tokenizer, prompt, replacement) for prompt in texts]
             features["text_replacement_offsets"] = offsets
         return features
-
-    def _check_keywords(self, kwargs: dict[str, Any]) -> None:
-        """Raises a TypeError for a keyword that nothing here reads."""
-        known = _KNOWN.union(_REFUSED, self.image_processor.valid_kwargs.__annotations__)
-        for name, value in kwargs.items():
-            if name not in known or (name in _REFUSED and not _is_empty(value)):
-                hint = from_package(_ASSEMBLY, "").nearest_keyword(name, known) if IN_PACKAGE else ""
-                raise TypeError(f"{type(self).__name__} does not read {name}{hint}")
-            if name in _GROUPS:
-                self._check_keywords(value or {})
 
     def _get_num_multimodal_tokens(self, image_sizes: Sequence[Any] | None = None, **_: Any) -> Any:
         """How many placeholders images of these sizes take: each `num_query_tokens`. vLLM asks for it."""
@@ -348,10 +332,6 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
         cls, pretrained_model_name_or_path: str | Path, processor_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[Any]:
         source, fields = pretrained_model_name_or_path, processor_dict or {}
-        saved, asked = fields.get("num_query_tokens"), kwargs.get("num_query_tokens")
-        if None not in (saved, asked) and saved != asked:
-            where = f"num_query_tokens is {saved} in its {PROCESSOR_NAME}, with which its model was trained"
-            raise ValueError(f"{source}: {where}, and {asked} was asked for: leave it out")
         kwargs = {name: value for name, value in kwargs.items() if name not in _FIELDS}
         subfolder = kwargs.pop("subfolder", "")
         parts: list[Any] = [AutoImageProcessor.from_pretrained(source, subfolder=subfolder, **kwargs)]
@@ -359,11 +339,6 @@ class LorgnetteProcessor(processing_utils.ProcessorMixin):
             is_absent = fields.get(name, "present") is None
             parts.append(None if is_absent else AutoTokenizer.from_pretrained(source, subfolder=folder, **kwargs))
         return parts
-
-
-def _is_empty(value: Any) -> bool:
-    """Whether there is nothing in it: None, False, or lists and dicts of nothing."""
-    return all(map(_is_empty, value)) if isinstance(value, (list, tuple, dict)) else value is None or value is False
 
 
 def _is_list(item: Any) -> bool:

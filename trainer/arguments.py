@@ -315,6 +315,13 @@ class DataArguments(RowArguments):
     augment: bool = field(
         default=False, metadata={"help": "Crop and mirror training pictures at random, as BLIP-2 does."}
     )
+    elastic_queries: bool = field(
+        default=False,
+        metadata={
+            "help": "In stage 2, each batch is learned with the first m queries alone, m drawn anew: the model can "
+            "then be used with any num_query_tokens up to its own."
+        },
+    )
     max_length: int | None = field(
         default=None,
         metadata={"help": "Maximum tokens of an example, the picture's included; a longer one is an error."},

@@ -4,6 +4,7 @@ In stage 2 the texts of a picture follow one another in a row, behind a prompt t
 row, beside fewer pictures.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -103,13 +104,16 @@ class LorgnetteCollator:
             prefix of all prompts. With `pack_to` there are fewer rows than B, and `sequence_ids` in place of
             `attention_mask`; with several texts a picture also, and `text_ids` beside them. With
             `pad_to_multiple_of`, in stage 2, `supervised_positions` `(K,)`: indices into the flattened `labels` that
-            are not -100, padded with 0.
+            are not -100, padded with 0. If rows have a `num_query_tokens`, that of the first, an int: each image has
+            so many placeholders.
 
         Raises:
             ValueError: a missing column (with the existing ones), an empty text, one longer than the context (with
                 the numbers), an invalid image; for OSError and TypeError see
                 [`~LorgnetteProcessor.load_image`]. All name the row.
         """
+        if rows and rows[0].get("num_query_tokens") is not None:
+            return self._with_fewer_queries(rows)
         examples = self._examples(rows, self.encode)
         if self.processor.is_stage1:
             texts = [ids for example in examples for ids in example.outputs]
@@ -144,6 +148,17 @@ class LorgnetteCollator:
             labelled = (batch["labels"].flatten() != IGNORED).nonzero().squeeze(1)
             batch["supervised_positions"] = self._padded([labelled.tolist()], 0)[0]
         return Batch.of(batch | self._images(examples) | _row_index([example.index for example in examples]))
+
+    def _with_fewer_queries(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch with as many placeholders an image as its first row's `num_query_tokens`."""
+        fewer, count = copy.copy(self), rows[0]["num_query_tokens"]
+        if not 1 <= count <= self.processor.num_query_tokens:
+            raise ValueError(f"num_query_tokens is {count}; the processor's is {self.processor.num_query_tokens}")
+        fewer.processor = copy.copy(self.processor)
+        fewer.processor.num_query_tokens = count
+        batch = fewer([row | {"num_query_tokens": None} for row in rows])
+        batch["num_query_tokens"] = count
+        return batch
 
     def prompts(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Make the inputs of `generate`: the rows' prompts without answers, with the same ids as in training.

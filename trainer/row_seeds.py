@@ -23,10 +23,15 @@ class RowSeeds(TrainerCallback):
         augment: rows get an `augmentation_seed`, with which the collator crops and mirrors their pictures.
         texts: how many texts of a picture a row keeps; None keeps all.
         columns: those with lists of texts; of several the same places are kept.
+        queries: rows get a `num_query_tokens` from 1 to so many, of which a batch takes its first row's (Hu et al.
+            2024, Matryoshka Query Transformer, section 3); None for all of them always.
     """
 
-    def __init__(self, seed: int, *, augment: bool, texts: int | None, columns: Sequence[str]):
+    def __init__(
+        self, seed: int, *, augment: bool, texts: int | None, columns: Sequence[str], queries: int | None = None
+    ):
         self.seed, self.augment, self.texts, self.columns = seed, augment, texts, columns
+        self.queries = queries
         self.draws = True  # False while rows are read to be checked: all their texts count
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # data loader workers may outlive an epoch
 
@@ -47,7 +52,12 @@ class RowSeeds(TrainerCallback):
             for row, number in enumerate(batch["index"]):
                 with error_context(f"row {number}"):
                     self._keep(opened, row, lambda given, seed=seeds[row]: _drawn(seed, given, self.texts))
-        return opened | ({"augmentation_seed": seeds} if self.augment else {})
+        if self.augment:
+            opened = opened | {"augmentation_seed": seeds}
+        if self.queries is not None and self.draws:
+            counts = [int(np.random.default_rng([*seed, 2]).integers(1, self.queries + 1)) for seed in seeds]
+            opened = opened | {"num_query_tokens": counts}
+        return opened
 
     def keep_first(self, batch: dict[str, list], open_batch: Callable[[dict], dict]) -> dict[str, list]:
         """Open rows of evaluation, which keep the first `texts` of each picture."""

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..assembly.checkpoint_names import accept_names_in_files
 from ..processing.processing_lorgnette import LorgnetteProcessor
-from .arguments import COMMON_OPTIONS, TRAINING_DEFAULTS, BackboneArguments, DataArguments
+from .arguments import COMMON_OPTIONS, TRAINING_DEFAULTS, BackboneArguments, DataArguments, Stage1Arguments
 from .checkpoints import check_backbones, checkpoint_to_resume, train_from
 from .collator import LorgnetteCollator
 from .data import load_pairs
@@ -139,7 +139,7 @@ def load_parts(
     with training_args.main_process_first(desc="loading the dataset"):
         seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
         row_seeds = None
-        if data_args.augment or data_args.num_texts is not None:
+        if data_args.augment or data_args.num_texts is not None or data_args.elastic_queries:
             columns = [name for name in (data_args.text_name, data_args.query_column) if name is not None]
             row_seeds = RowSeeds(seed, augment=data_args.augment, texts=data_args.num_texts, columns=columns)
             row_seeds.draws = False  # until the rows are checked
@@ -152,6 +152,9 @@ def load_parts(
             length_column=training_args.length_column_name if grouped else None,
         )
     model, processor = build()
+    if data_args.elastic_queries:
+        row_seeds.queries = processor.num_query_tokens
+        model.config.elastic_queries = True  # saved with the model, which may then be used with fewer
     accept_names_in_files(model)
     for source in filter(None, (data_args.dataset, data_args.eval_dataset)):
         if is_cache(source):
@@ -217,6 +220,12 @@ def check_arguments(model_args: BackboneArguments, data_args: DataArguments, tra
         raise ValueError(
             f"eval_strategy is {training_args.eval_strategy.value}, but no evaluation data are named: "
             "set eval_split, eval_dataset or eval_fraction"
+        )
+    if data_args.elastic_queries and isinstance(model_args, Stage1Arguments):
+        raise ValueError("elastic_queries is for stage 2: stage 1 learns with all queries")
+    if data_args.elastic_queries and training_args.torch_compile:
+        raise ValueError(
+            "elastic_queries and torch_compile exclude each other: each number of queries would compile anew"
         )
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError("streaming needs max_steps: the length of a stream is not known")

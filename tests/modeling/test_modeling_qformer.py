@@ -7,6 +7,7 @@ from transformers import Blip2QFormerConfig, Blip2QFormerModel
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 
 from lorgnette import LorgnetteQFormerConfig, LorgnetteQFormerModel
+from lorgnette.assembly.qformer_init import load_bert_weights
 
 
 SIZES = {
@@ -140,7 +141,7 @@ class TestStartFromBert:
     def test_self_attention_and_both_feed_forwards_are_taken(self):
         source, model = bert(num_hidden_layers=3), qformer(use_qformer_text_input=True)
         fresh = model.encoder.layer[0].crossattention.attention.key.weight.clone()
-        model.load_bert(source)
+        load_bert_weights(model, source)
         theirs, ours = source.encoder.layer[1], model.encoder.layer[1]
         assert torch.equal(ours.attention.attention.query.weight, theirs.attention.self.query.weight)
         assert torch.equal(ours.intermediate.dense.weight, theirs.intermediate.dense.weight)
@@ -150,7 +151,7 @@ class TestStartFromBert:
 
     def test_text_is_embedded_as_bert_does(self):
         source, model = bert(num_hidden_layers=3), qformer(use_qformer_text_input=True)
-        model.load_bert(source)
+        load_bert_weights(model, source)
         ids = text()["input_ids"]
         torch.testing.assert_close(model.layernorm(model.embeddings(ids)), source.embeddings(ids), atol=1e-6, rtol=0)
 
@@ -163,16 +164,16 @@ class TestStartFromBert:
     )
     def test_what_is_fresh_is_logged_in_brief(self, caplog, fields, fresh):
         with caplog.at_level("INFO", "lorgnette.assembly.qformer_init"):
-            qformer(**fields).load_bert(bert(num_hidden_layers=3))
+            load_bert_weights(qformer(**fields), bert(num_hidden_layers=3))
         assert caplog.messages[-1].endswith(f"tensors taken from BertModel; fresh: {fresh}")
 
     def test_another_shape_is_an_error_with_both(self):
         with pytest.raises(ValueError, match=r"\(32,\).*\(16,\)"):
-            qformer().load_bert(bert(num_hidden_layers=3, hidden_size=32))
+            load_bert_weights(qformer(), bert(num_hidden_layers=3, hidden_size=32))
 
     def test_too_few_layers_is_an_error(self):
         with pytest.raises(ValueError, match="at least 3 layers"):
-            qformer().load_bert(bert(num_hidden_layers=2))
+            load_bert_weights(qformer(), bert(num_hidden_layers=2))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,165 @@
+"""Elastic queries: learned with the first m of them, m drawn; used with any number up to the learned ones."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from saved import build
+from tiny import picture
+from tiny_models import NUM_QUERY_TOKENS, QFORMER, inputs, language_model, vision_model
+from tiny_training import write_backbones, write_pairs
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+from lorgnette import LorgnetteCollator, LorgnetteConfig, LorgnetteForConditionalGeneration
+from lorgnette.trainer.__main__ import main
+from lorgnette.trainer.row_seeds import RowSeeds
+
+
+FEWER = NUM_QUERY_TOKENS - 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("model")
+    model, made = build()
+    model.config.elastic_queries = True
+    model.save_pretrained(place)
+    made.save_pretrained(place)
+    return place
+
+
+def load(folder, **kwargs):
+    kwargs |= {"trust_remote_code": True}
+    return (kind.from_pretrained(folder, **kwargs) for kind in (AutoModelForImageTextToText, AutoProcessor))
+
+
+def test_a_load_with_fewer_queries_equals_a_model_of_these_alone(folder):
+    model, made = load(folder, num_query_tokens=FEWER)
+    whole, _ = load(folder)
+    expected = LorgnetteForConditionalGeneration.from_backbones(
+        vision_model(), language_model("llama", vocab_size=model.config.text_config.vocab_size),
+        num_query_tokens=FEWER, qformer_config=QFORMER, lora={"r": 2},
+    ).eval()  # fmt: skip
+    weights = whole.state_dict()
+    weights["qformer.query_tokens.weight"] = weights["qformer.query_tokens.weight"][:FEWER]
+    expected.load_state_dict(weights)
+    batch = made(images=picture(), text=made.build_prompt(), return_tensors="pt")
+    assert (batch["input_ids"] == made.image_token_id).sum() == FEWER
+    with torch.no_grad():
+        logits = expected(**batch).logits
+        assert torch.equal(model(**batch).logits, logits)
+        assert torch.equal(whole(**batch, num_query_tokens=FEWER).logits, logits)
+        found, alone = (each.generate(**batch, max_new_tokens=3) for each in (model, expected))
+        assert torch.equal(found, alone)
+        assert torch.equal(whole.generate(**batch, num_query_tokens=FEWER, max_new_tokens=3), alone)
+        features = whole.get_image_features(batch["pixel_values"], num_query_tokens=FEWER).pooler_output
+    assert features.shape[1] == FEWER
+
+
+def test_fewer_queries_survive_a_save_and_can_be_more_again(folder, tmp_path):
+    model, made = load(folder, num_query_tokens=FEWER)
+    model.save_pretrained(tmp_path)
+    made.save_pretrained(tmp_path)
+    again, its = load(tmp_path)
+    assert (again.config.num_query_tokens, its.num_query_tokens) == (FEWER, FEWER)
+    more, its = load(tmp_path, num_query_tokens=NUM_QUERY_TOKENS)
+    whole, made = load(folder)
+    batch = its(images=picture(), text=its.build_prompt(), return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(more(**batch).logits, whole(**batch).logits)
+
+
+def test_pipelines_take_fewer_queries(folder):
+    settings = {"trust_remote_code": True, "max_new_tokens": 4}
+    pipe = pipeline("image-to-text", str(folder), model_kwargs={"num_query_tokens": FEWER}, **settings)
+    assert pipe.processor.num_query_tokens == FEWER
+    model, made = load(folder, num_query_tokens=FEWER)
+    ids = model.generate(**made(images=picture(), text=made.build_prompt(), return_tensors="pt"), max_new_tokens=4)
+    assert made.batch_decode(ids, skip_special_tokens=True)[0].endswith(pipe(picture())[0]["generated_text"])
+
+
+def test_more_than_were_learned_is_an_error(folder):
+    with pytest.raises(
+        ValueError, match=f"num_query_tokens .*{NUM_QUERY_TOKENS}.* contradicts .*{NUM_QUERY_TOKENS + 1}"
+    ):
+        LorgnetteConfig(num_query_tokens=NUM_QUERY_TOKENS + 1, qformer_config={"num_query_tokens": NUM_QUERY_TOKENS})
+    model, made = build()
+    with pytest.raises(ValueError, match=rf"num_query_tokens is 9, and the Q-Former has learned {NUM_QUERY_TOKENS}"):
+        model.get_image_features(inputs()["pixel_values"], num_query_tokens=9)
+    with pytest.raises(ValueError, match=rf"has {NUM_QUERY_TOKENS} image placeholders .* each image takes {FEWER}"):
+        model(**inputs(image_token_id=model.config.image_token_id), num_query_tokens=FEWER)
+    made.num_query_tokens = 9
+    with pytest.raises(ValueError, match=f"num_query_tokens is {NUM_QUERY_TOKENS}, the processor's 9"):
+        model.check_processor(made)
+
+
+def test_a_model_that_has_not_learned_it_is_refused(tmp_path):
+    build()[0].save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"num_query_tokens is {NUM_QUERY_TOKENS} in its config, .* {FEWER} was"):
+        LorgnetteForConditionalGeneration.from_pretrained(tmp_path, num_query_tokens=FEWER)
+
+
+def test_a_batch_has_as_many_placeholders_as_its_first_row_says():
+    model, made = build()
+    rows = [{"image": picture(n), "text": text, "index": n} for n, text in enumerate(["a cat", "the dog"])]
+    collator = LorgnetteCollator(made)
+    batch = collator([row | {"num_query_tokens": count} for row, count in zip(rows, (FEWER, 1), strict=True)])
+    assert batch["num_query_tokens"] == FEWER
+    assert made.num_query_tokens == NUM_QUERY_TOKENS
+    placeholders = (batch["input_ids"] == made.image_token_id).sum(dim=1)
+    assert placeholders.tolist() == [FEWER, FEWER]
+    model.train()(**batch).loss.backward()
+    gradient = model.qformer.query_tokens.weight.grad
+    assert gradient[:FEWER].any(dim=1).all()
+    assert not gradient[FEWER:].any()
+    with pytest.raises(ValueError, match=f"num_query_tokens is 9; the processor's is {NUM_QUERY_TOKENS}"):
+        collator([rows[0] | {"num_query_tokens": 9}])
+
+
+def test_numbers_are_drawn_anew_in_each_epoch_and_the_same_where_a_run_resumes():
+    rows = Dataset.from_dict({"index": list(range(200)), "text": ["a cat"] * 200})[:]
+
+    def drawn(epoch: int, queries: int | None = NUM_QUERY_TOKENS) -> list[int] | None:
+        seeds = RowSeeds(3, augment=False, texts=None, columns=["text"], queries=queries)
+        seeds.epoch.fill_(epoch)
+        return seeds.mark(rows, dict).get("num_query_tokens")
+
+    assert set(drawn(0)) == set(range(1, NUM_QUERY_TOKENS + 1))
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert drawn(0, queries=None) is None
+
+
+def test_a_recipe_with_elastic_queries(tmp_path, capsys):
+    vision, text = write_backbones(tmp_path / "backbones")
+    write_pairs(tmp_path / "data")
+    options = ["stage2", "--vision", vision, "--text", text, "--dataset", str(tmp_path / "data"), "--use_cpu"]
+    options += [
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--max_steps",
+        "4",
+        "--num_query_tokens",
+        "4",
+        "--lora",
+        '{"r": 2}',
+    ]
+    options += ["--elastic_queries", "true", "--per_device_train_batch_size", "2", "--report_to", "none"]
+    main(options)
+    losses = [
+        log["loss"]
+        for log in json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+        if "loss" in log
+    ]
+    assert losses
+    model = LorgnetteForConditionalGeneration.from_pretrained(tmp_path / "out", num_query_tokens=2)
+    assert model.config.num_query_tokens == 2
+    assert model.qformer.query_tokens.num_embeddings == 4
+    refused = {
+        "elastic_queries and torch_compile exclude each other": [*options, "--torch_compile", "true"],
+        "elastic_queries is for stage 2": ["stage1", "--vision", vision, "--qformer", "b", *options[5:]],
+    }
+    for message, arguments in refused.items():
+        with pytest.raises(SystemExit):
+            main([a for a in arguments if a not in ("--lora", '{"r": 2}')] if arguments[0] == "stage1" else arguments)
+        assert message in capsys.readouterr().err
