@@ -153,6 +153,9 @@ def caption(
     pictures: Annotated[list[str], typer.Argument(metavar="PICTURE…", help="Files or URLs.")],
     prompt: Annotated[str | None, typer.Option(help="The prompt; by default the model's own query.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many tokens an answer.")] = None,
+    num_query_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Fewer visual tokens a picture, where MODEL has learned elastic_queries.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
 ) -> None:
     """Caption pictures: one line each, with the picture's name, a tab and the text.
@@ -172,6 +175,7 @@ def caption(
 
     set_up_logging(True)
     source, keywords = from_pretrained_arguments(model, revision)
+    keywords |= {} if num_query_tokens is None else {"num_query_tokens": num_query_tokens}
     processor = LorgnetteProcessor.from_pretrained(source, **keywords)
     loaded = LorgnetteForConditionalGeneration.from_pretrained(source, dtype="auto", **keywords).eval()
     loaded.check_processor(processor)
@@ -218,6 +222,9 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Requests in one batch of the model.")] = 8,
     capacity: Annotated[int, typer.Option(min=1, help="Requests in progress; the next gets a 503.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Upper limit on the new tokens of an answer.")] = 128,
+    num_query_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Fewer visual tokens a picture, where MODEL has learned elastic_queries.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:1 …; by default a GPU where there is one.")] = None,
 ) -> None:
@@ -242,7 +249,16 @@ def serve(
     limits = Limits(timeout=timeout, max_batch=max_batch, capacity=capacity, max_new_tokens=max_new_tokens)
     hosts = AllowedHosts(allow_host, internal_host or ())
     run(
-        InferenceEngine.load(model, bridges, name=name, revision=revision, device=device, limits=limits, hosts=hosts),
+        InferenceEngine.load(
+            model,
+            bridges,
+            name=name,
+            revision=revision,
+            num_query_tokens=num_query_tokens,
+            device=device,
+            limits=limits,
+            hosts=hosts,
+        ),
         host,
         port,
         key,
@@ -258,6 +274,9 @@ def page(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens an answer.")] = 128,
+    num_query_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Fewer visual tokens a picture, where MODEL has learned elastic_queries.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:1 …; by default a GPU where there is one.")] = None,
 ) -> None:
@@ -276,7 +295,9 @@ def page(
     from .serving.loading import load
 
     set_up_logging(True)
-    loaded, processors = load(model, bridges, name="default", revision=revision, device=device)
+    loaded, processors = load(
+        model, bridges, name="default", revision=revision, num_query_tokens=num_query_tokens, device=device
+    )
     pipes = {}
     for name, processor in processors.items():
         loaded.set_bridge(name)  # a pipeline copies the generation config of the active bridge

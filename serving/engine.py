@@ -120,12 +120,15 @@ class InferenceEngine:
         *,
         name: str = "default",
         revision: str | None = None,
+        num_query_tokens: int | None = None,
         device: str | None = None,
         limits: Limits | None = None,
         hosts: AllowedHosts | None = None,
     ) -> "InferenceEngine":
         """An engine over what [`~lorgnette.serving.loading.load`] loads; see there for arguments and errors."""
-        loaded, processors = load(model, bridges, name=name, revision=revision, device=device)
+        loaded, processors = load(
+            model, bridges, name=name, revision=revision, num_query_tokens=num_query_tokens, device=device
+        )
         return cls(loaded, processors, limits, hosts)
 
     def check_adapter(self, name: str) -> None:

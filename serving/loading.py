@@ -17,6 +17,7 @@ def load(
     *,
     name: str = "default",
     revision: str | None = None,
+    num_query_tokens: int | None = None,
     device: str | None = None,
 ) -> tuple[LorgnetteForConditionalGeneration, dict[str, LorgnetteProcessor]]:
     """Load a saved model and further bridges, each a folder or a Hub id.
@@ -25,6 +26,7 @@ def load(
         bridges: by the names that callers use.
         name: what callers call the model's own bridge.
         revision: of `model`: branch, tag or commit.
+        num_query_tokens: fewer visual tokens a picture than `model` has learned, see [`LorgnetteConfig`].
         device: an accelerator where there is one, by default.
 
     Returns:
@@ -39,6 +41,7 @@ def load(
     if LorgnetteForConditionalGeneration.active_bridge in bridges:
         raise ValueError("a bridge cannot be called 'default': the model's own is, whatever its callers say")
     folder, keywords = from_pretrained_arguments(model, revision)
+    keywords |= {} if num_query_tokens is None else {"num_query_tokens": num_query_tokens}
     processors = {name: LorgnetteProcessor.from_pretrained(folder, **keywords)}
     loaded = LorgnetteForConditionalGeneration.from_pretrained(folder, dtype="auto", **keywords)
     for other, source in bridges.items():

@@ -39,7 +39,7 @@ from .unreadable import leave_out_unreadable
 logger = logging.getLogger(__name__)
 
 _PACKAGES = ("lorgnette", "torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "rouge_score")
-_REPORTED = ("model", "model_revision", "dataset", "split",
+_REPORTED = ("model", "model_revision", "num_query_tokens", "dataset", "split",
              "image_column", "text_column", "query_column", "messages_column", "batch_size")  # fmt: skip
 
 
@@ -49,6 +49,10 @@ class EvaluateArguments(RowArguments):
 
     model: str | None = field(default=None, metadata={"help": "A saved lorgnette model: a folder or a Hub id."})
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of `model`."})
+    num_query_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Fewer visual tokens a picture, where the model has learned elastic_queries."},
+    )
     split: str | None = field(
         default=None,
         metadata={
@@ -101,7 +105,9 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
     column = args.text_name
     if not args.skip_unreadable:
         _check_references(dataset, column, metrics)
-    model, processor = model_and_processor(Stage2Arguments(model=args.model, model_revision=args.model_revision))
+    loading = {} if args.num_query_tokens is None else {"num_query_tokens": args.num_query_tokens}
+    source = Stage2Arguments(model=args.model, model_revision=args.model_revision)
+    model, processor = model_and_processor(source, **loading)
     model.to(process.device)
     context = model.max_text_length or processor.tokenizer.model_max_length
     collator = LorgnetteCollator(

@@ -88,11 +88,17 @@ def build(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, Lor
     return model, processor
 
 
-def model_and_processor(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, LorgnetteProcessor]:
-    """The model and its processor, joined from backbones or loaded from a saved lorgnette model."""
+def model_and_processor(
+    args: Stage2Arguments, **loading: Any
+) -> tuple[LorgnetteForConditionalGeneration, LorgnetteProcessor]:
+    """The model and its processor, joined from backbones or loaded from a saved lorgnette model.
+
+    `loading` are keywords of `from_pretrained` for both, for a saved one.
+    """
     prompts = {name: getattr(args, name) for name in ("system_prompt", "query") if getattr(args, name) is not None}
     if args.model is not None:
         name, keywords = from_pretrained_arguments(args.model, args.model_revision)
+        keywords |= loading
         processor = LorgnetteProcessor.from_pretrained(name, **keywords, **prompts)
         model = LorgnetteForConditionalGeneration.from_pretrained(
             name, **keywords, attn_implementation=args.attn_implementation

@@ -11,7 +11,8 @@ from tiny_models import NUM_QUERY_TOKENS, QFORMER, inputs, language_model, visio
 from tiny_training import write_backbones, write_pairs
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
-from lorgnette import LorgnetteCollator, LorgnetteConfig, LorgnetteForConditionalGeneration
+from lorgnette import LorgnetteCollator, LorgnetteConfig, LorgnetteForConditionalGeneration, cli
+from lorgnette.serving.loading import load as serving_load
 from lorgnette.trainer.__main__ import main
 from lorgnette.trainer.row_seeds import RowSeeds
 
@@ -163,3 +164,28 @@ def test_a_recipe_with_elastic_queries(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main([a for a in arguments if a not in ("--lora", '{"r": 2}')] if arguments[0] == "stage1" else arguments)
         assert message in capsys.readouterr().err
+
+
+def test_commands_take_fewer_queries(folder, tmp_path, monkeypatch, capsys):
+    picture().save(tmp_path / "a.png")
+    shown = []
+    generate = LorgnetteForConditionalGeneration.generate
+
+    def recorded(self, *args, **kwargs):
+        shown.append(self.config.num_query_tokens)
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(LorgnetteForConditionalGeneration, "generate", recorded)
+    few = ["--num-query-tokens", str(FEWER)]
+    monkeypatch.setattr("sys.argv", ["lorgnette", "caption", str(folder), str(tmp_path / "a.png"), *few])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    data = write_pairs(tmp_path / "data")
+    options = ["evaluate", "--model", str(folder), "--dataset", str(data), "--split", "train[:2]", "--metrics", "bleu"]
+    main([*options, "--num_query_tokens", str(FEWER), "--output_dir", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["num_query_tokens"] == FEWER
+    assert set(shown) == {FEWER}
+    assert len(shown) >= 2
+    model, processors = serving_load(folder, {}, num_query_tokens=FEWER)
+    assert (model.config.num_query_tokens, processors["default"].num_query_tokens) == (FEWER, FEWER)
