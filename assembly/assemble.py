@@ -16,6 +16,7 @@ from .backbones import (
     load_language_model,
     load_vision_model,
     next_free_token_id,
+    pooling_of,
 )
 from .blip2_qformer import is_blip2
 from .checkpoint_names import accept_names_in_files
@@ -136,6 +137,7 @@ def assemble_stage1(
     itm_weight: float = 1.0,
     itg_weight: float = 1.0,
     image_text_hidden_size: int = 256,
+    text_pooling: str | None = None,
     processor: Any = None,
     vision_feature_layer: int | None = None,
     vision_feature_select_strategy: str = "full",
@@ -153,6 +155,8 @@ def assemble_stage1(
         qformer_config: fields of [`LorgnetteQFormerConfig`]; they win over the BERT's.
         num_query_tokens: learned queries; by default as many as `processor` makes room for, or 32.
         itc_weight, itm_weight, itg_weight, image_text_hidden_size: see [`LorgnetteRetrievalConfig`].
+        text_pooling: `"cls"` or `"mean"`; by default as the BERT was trained, where files of sentence-transformers
+            beside it say so, and `"cls"` elsewhere.
         processor: the [`LorgnetteProcessor`] to be used, made with `text=None`; saved with the model.
         vision_feature_layer, vision_feature_select_strategy: see [`LorgnetteBridgeConfig`].
         vision_revision, qformer_revision: branch, tag or commit on the Hub.
@@ -185,6 +189,7 @@ def assemble_stage1(
         itm_weight=itm_weight,
         itg_weight=itg_weight,
         image_text_hidden_size=image_text_hidden_size,
+        text_pooling=text_pooling or pooling_of(qformer, qformer_revision),
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
         vision_backbone=vision_backbone.name,

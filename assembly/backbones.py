@@ -1,6 +1,7 @@
 """The pretrained parts: each a Hub id, a local folder, a GGUF file or a loaded model."""
 
 import copy
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -162,6 +163,28 @@ def load_bert(source: str | Path | PreTrainedModel, revision: str | None) -> Bac
         raise ValueError(f"{name} is a {model_type} model: the Q-Former starts from a BERT, or in stage 2 from stage 1")
     model = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False, **keywords)
     return from_source(model, name, revision)
+
+
+def pooling_of(source: str | Path | PreTrainedModel | None, revision: str | None) -> str:
+    """How a text encoder pools its tokens, by sentence-transformers' `1_Pooling/config.json`; "cls" without it.
+
+    Raises:
+        ValueError: in a way that stage 1 does not have.
+    """
+    if source is None or isinstance(source, PreTrainedModel):
+        return "cls"
+    found = cached_file(source, "1_Pooling/config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
+    if found is None:
+        return "cls"
+    modes = [name for name, used in json.loads(Path(found).read_text(encoding="utf-8")).items() if used is True]
+    modes = [name.removeprefix("pooling_mode_").removesuffix("_tokens") for name in modes if "pooling_mode_" in name]
+    poolings = {"cls_token": "cls", "mean": "mean"}
+    if len(modes) != 1 or modes[0] not in poolings:
+        raise ValueError(
+            f"{source} pools its tokens by {', '.join(modes) or 'nothing'}, and stage 1 has cls_token and mean: give "
+            'text_pooling="cls" or "mean"'
+        )
+    return poolings[modes[0]]
 
 
 def next_free_token_id(source: str | Path | PreTrainedModel, revision: str | None, vocab_size: int) -> int:

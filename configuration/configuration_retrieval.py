@@ -17,6 +17,11 @@ class LorgnetteRetrievalConfig(LorgnetteBridgeConfig):
     Args:
         itc_weight, itm_weight, itg_weight: of image-text contrast, matching and image-grounded generation in the loss.
             What serves only losses of weight 0 is not built.
+        matching_batch: how many pictures of a batch, the first ones with their texts, ITM and ITG learn from in
+            training. ITC compares all, and computes so many at a time: its batch may be much larger than what fits into
+            memory. None: all learn from all, at once.
+        text_pooling: what ITC compares of a text: `"cls"`, its first token; or `"mean"`, the mean of its tokens, as
+            sentence encoders mostly do.
         image_text_hidden_size: width of the space in which pictures and texts are compared (`Blip2Config` has it).
 
     Raises:
@@ -34,6 +39,8 @@ class LorgnetteRetrievalConfig(LorgnetteBridgeConfig):
     itc_weight: float | int = 1.0
     itm_weight: float | int = 1.0
     itg_weight: float | int = 1.0
+    matching_batch: int | None = None
+    text_pooling: str = "cls"
     image_text_hidden_size: int = 256
 
     def __post_init__(self, **kwargs: Any):
@@ -42,7 +49,9 @@ class LorgnetteRetrievalConfig(LorgnetteBridgeConfig):
             self.qformer_config.dec_token_id = self.qformer_config.vocab_size - 1
         super().__post_init__(**kwargs)
         self.pad_token_id = self.qformer_config.pad_token_id  # where Trainer looks for it, and would otherwise warn
-        require_sizes(self, "image_text_hidden_size")
+        require_sizes(self, "image_text_hidden_size", "matching_batch")
+        if self.text_pooling not in ("cls", "mean"):
+            raise ValueError(f'text_pooling is {self.text_pooling!r}; it takes "cls" or "mean"')
         for name in ("itc_weight", "itm_weight", "itg_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least 0")

@@ -13,13 +13,14 @@ the space they are compared in.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.models.bert.modeling_bert import BertPredictionHeadTransform
@@ -46,7 +47,7 @@ from .modeling_contrastive import (
 )
 from .modeling_loading import vision_model_class
 from .modeling_loss import supervised
-from .modeling_qformer import LorgnetteQFormerModel
+from .modeling_qformer import LorgnetteQFormerModel, pool
 
 
 START_TEMPERATURE = 0.07  # of the contrast, as in BLIP-2
@@ -216,10 +217,6 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
             features = self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes).last_hidden_state
         pad_token_id = self.config.qformer_config.pad_token_id or 0
         ids = input_ids.masked_fill(attention_mask == 0, pad_token_id)
-        image = {
-            "encoder_hidden_states": self.qformer.project_image(features, pixel_attention_mask),  # once for all passes
-            "encoder_attention_mask": pixel_attention_mask,
-        }
         text = {"input_ids": ids, "attention_mask": attention_mask}
         groups = group_texts(image_rows, len(ids), len(features), ids.device)
         contrast, match, generate = self.config.itc_weight, self.config.itm_weight, self.config.itg_weight
@@ -235,12 +232,31 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
         losses: dict[str, torch.Tensor] = {}
         counts: dict[str, torch.Tensor | int] = {}  # what they are means over
         logits_per_image, hardness = None, torch.zeros(len(ids), len(ids), device=ids.device)
+        image_mask, size, embeds = pixel_attention_mask, self.config.matching_batch, None
+        is_cut = self.training and return_loss and size is not None and size < len(features)
+        if is_cut and contrast:
+            image = {"encoder_hidden_states": features, "encoder_attention_mask": image_mask}
+            embeds = self._in_chunks(self.embed_images, image, size), self._in_chunks(self._embed_text, text, size)
+        if is_cut:
+            kept = (groups.image_rows < size).nonzero().squeeze(1)
+            features, image_mask = features[:size], None if image_mask is None else image_mask[:size]
+            own_text, rows = take_rows(text, kept), None if image_rows is None else image_rows[kept]
+            own_groups = group_texts(rows, len(kept), size, ids.device)
+        else:
+            own_text, own_groups = text, groups
+        if match or generate or embeds is None:
+            image = {
+                "encoder_hidden_states": self.qformer.project_image(features, image_mask),  # once for all passes
+                "encoder_attention_mask": image_mask,
+            }
         if generate:  # queries do not see a text that is to be generated: ITC reads them too
-            queries, written = self._write(image, text, groups, **kwargs)
-        elif contrast:
+            queries, written = self._write(image, own_text, own_groups, **kwargs)
+        elif contrast and embeds is None:
             queries = self.qformer(**image, **kwargs).last_hidden_state
         if contrast:
-            image_embeds, text_embeds = self._project(queries), self.embed_texts(**text, **kwargs)
+            if embeds is None:
+                embeds = self._project(queries), self.embed_texts(**text, **kwargs)
+            image_embeds, text_embeds = embeds
             logits_per_image = similarities(image_embeds, text_embeds)  # (M, T)
             scale = self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)
             hardness = (logits_per_image.detach() * scale.detach())[groups.image_rows]  # (T, T)
@@ -256,15 +272,33 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
                 counts["loss_itc"] = len(ids)
         if match:
             own = candidates[pairs.own][:, pairs.own]
-            losses["loss_itm"], counts["loss_itm"] = self._match(image, text, hardness, own, groups, **kwargs)
+            if is_cut:  # a text without negatives among these few counts for its match alone
+                own, hardness = own[kept][:, kept], hardness[kept][:, kept]
+            losses["loss_itm"], counts["loss_itm"] = self._match(image, own_text, hardness, own, own_groups, **kwargs)
         if generate:
-            states, targets = supervised(written, input_ids.masked_fill(attention_mask == 0, IGNORED))
+            labels = own_text["input_ids"].masked_fill(own_text["attention_mask"] == 0, IGNORED)
+            states, targets = supervised(written, labels)
             logits = self.text_head(states, self.get_input_embeddings().weight)  # (R, vocabulary)
             losses["loss_itg"], counts["loss_itg"] = generation_loss(logits, targets), (targets != IGNORED).sum()
         losses = means_over_all(losses, counts)
         weights = {"loss_itc": contrast, "loss_itm": match, "loss_itg": generate}
         loss = sum(weights[name] * value for name, value in losses.items()) if losses else None
         return LorgnetteImageTextOutput(loss=loss, logits_per_image=logits_per_image, **losses)
+
+    def _in_chunks(self, embed: Callable, inputs: Tensors, size: int) -> torch.Tensor:
+        """What `embed` makes of so many rows at a time; their activations are made again in the backward pass.
+
+        The gradients are those of all rows at once (GradCache, Gao et al. 2021, section 3), dropout included.
+        """
+        rows = next(iter(inputs.values()))
+        chunks = (
+            {name: None if tensor is None else tensor[start : start + size] for name, tensor in inputs.items()}
+            for start in range(0, len(rows), size)
+        )
+        return torch.cat([checkpoint(embed, chunk, use_reentrant=False) for chunk in chunks])
+
+    def _embed_text(self, text: Tensors) -> torch.Tensor:
+        return self.embed_texts(**text)
 
     def _write(
         self, image: Tensors, text: Tensors, groups: TextGroups, **kwargs: Any
@@ -406,10 +440,13 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
     def embed_texts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> torch.Tensor:
-        """`(N, P)` float32, normalised: texts, by their `[CLS]`. Raises ValueError for a model without ITC."""
+        """`(N, P)` float32, normalised: texts, as `text_pooling` says. Raises ValueError for a model without ITC."""
         self.require_loss("itc_weight", "pictures and texts have no space in common")
-        cls = self.qformer(input_ids=input_ids, attention_mask=attention_mask, **kwargs).pooler_output
-        return nn.functional.normalize(self.text_projection(cls).float(), dim=-1)
+        outputs = self.qformer(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        pooled = outputs.pooler_output
+        if self.config.text_pooling == "mean":
+            pooled = pool(outputs.last_hidden_state, attention_mask, 1).squeeze(1)
+        return nn.functional.normalize(self.text_projection(pooled).float(), dim=-1)
 
     def require_loss(self, weight: str, consequence: str) -> None:
         if not getattr(self.config, weight):

@@ -107,10 +107,22 @@ class Stage1Arguments(BackboneArguments):
     image_text_hidden_size: int = field(
         default=256, metadata={"help": "Width of the space in which pictures and texts are compared."}
     )
+    text_pooling: str | None = field(
+        default=None,
+        metadata={"help": "What the contrast compares of a text: cls or mean; by default as the BERT was trained."},
+    )
+    itc_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pictures that the contrast compares in a step of each process, where they are more than "
+            "per_device_train_batch_size: of so many it keeps activations at a time, and the other losses learn from "
+            "so many."
+        },
+    )
 
     NEEDED: ClassVar[tuple[str, ...]] = ("vision", "qformer")
     JOINTS: ClassVar[tuple[str, ...]] = (*BackboneArguments.JOINTS, "itc_weight", "itm_weight", "itg_weight",
-        "image_text_hidden_size")  # fmt: skip
+        "image_text_hidden_size", "text_pooling")  # fmt: skip
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Stage 1: train the Q-Former by contrast, matching and generation (BLIP-2, section 3)."""
 
+import logging
 from functools import partial
 
 from datasets import Dataset
@@ -15,17 +16,33 @@ from .run import check_arguments, parse, train
 from .texts import picture_number
 
 
+logger = logging.getLogger(__name__)
+
+
 def main(argv: list[str], prog: str = "python -m lorgnette.trainer stage1") -> None:
     """Train from a recipe and the command line; see `recipes/stage1.yaml`."""
     model_args, data_args, training_args = parse(prog, Stage1Arguments, argv, __doc__, check)
     run = dry_run if data_args.dry_run else train
-    run(partial(build, model_args), data_args, training_args, partial(check_negatives, data_args))
+    matching_batch = None
+    if model_args.itc_batch is not None:
+        matching_batch = training_args.per_device_train_batch_size
+        training_args.per_device_train_batch_size = model_args.itc_batch
+    build_model = partial(build, model_args, matching_batch)
+    run(build_model, data_args, training_args, partial(check_negatives, data_args))
 
 
 def check(model_args: Stage1Arguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
     """Raise ValueError for settings that contradict each other."""
     check_arguments(model_args, data_args, training_args)
     check_pairs(data_args)
+    batch = training_args.per_device_train_batch_size
+    if model_args.itc_batch is not None and model_args.itc_batch < batch:
+        raise ValueError(
+            f"itc_batch is {model_args.itc_batch}, and per_device_train_batch_size {batch}: the contrast compares at "
+            "least the pictures that the other losses learn from"
+        )
+    if model_args.itc_batch is not None and training_args.torch_compile:
+        raise ValueError("itc_batch and torch_compile exclude each other: values of a batch decide its parts")
 
 
 def check_pairs(data_args: DataArguments) -> None:
@@ -102,8 +119,22 @@ def _image_ids(rows: Dataset, image_column: str) -> list[int]:
     return [image_id_of(row[image_column], row["index"]) for row in rows.select_columns([image_column, "index"])]
 
 
-def build(args: Stage1Arguments) -> tuple[LorgnetteForImageTextRetrieval, LorgnetteProcessor]:
-    """The model and its processor, joined from backbones or loaded from a saved stage-1 model."""
+def build(
+    args: Stage1Arguments, matching_batch: int | None = None
+) -> tuple[LorgnetteForImageTextRetrieval, LorgnetteProcessor]:
+    """The model and its processor, joined or loaded; see [`LorgnetteRetrievalConfig`] for `matching_batch`."""
+    model, processor = _model_and_processor(args)
+    model.config.matching_batch = matching_batch
+    if matching_batch is not None:
+        logger.info(
+            f"A step reads {args.itc_batch} pictures in each process: the contrast compares all of them; matching and "
+            f"generation learn from the first {matching_batch}."
+        )
+    return model, processor
+
+
+def _model_and_processor(args: Stage1Arguments) -> tuple[LorgnetteForImageTextRetrieval, LorgnetteProcessor]:
+    """Joined from backbones or loaded from a saved stage-1 model."""
     if args.model is not None:
         processor = LorgnetteProcessor.from_pretrained(args.model, revision=args.model_revision)
         model = LorgnetteForImageTextRetrieval.from_pretrained(
