@@ -106,7 +106,9 @@ class LorgnetteQFormerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
-        require_sizes(self, *SIZES, "max_position_embeddings", "cross_attention_frequency")
+        without_layers = self.use_pooled_features and self.num_hidden_layers == 0  # a bridge of pooling and an MLP
+        sizes = [name for name in SIZES if not (without_layers and name == "num_hidden_layers")]
+        require_sizes(self, *sizes, "max_position_embeddings", "cross_attention_frequency")
         require_sizes(self, "encoder_hidden_size", "num_query_tokens")
         for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, field) < 1:
@@ -165,7 +167,7 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
         elif isinstance(self.qformer_config, dict):
             self.qformer_config = LorgnetteQFormerConfig(**self.qformer_config)
 
-        for name in self.sub_configs:
+        for name in self.sub_configs.keys() - {"qformer_config"}:  # which has checked itself
             require_sizes(getattr(self, name), *SIZES, part=f"{name}.")
         require_sizes(self, "num_query_tokens")
         self._follow("encoder_hidden_size", self.vision_config.hidden_size, "vision_config.hidden_size")

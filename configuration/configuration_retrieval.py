@@ -52,6 +52,7 @@ class LorgnetteRetrievalConfig(LorgnetteBridgeConfig):
         require_sizes(self, "image_text_hidden_size", "matching_batch")
         if self.text_pooling not in ("cls", "mean"):
             raise ValueError(f'text_pooling is {self.text_pooling!r}; it takes "cls" or "mean"')
+        require_sizes(self.qformer_config, "num_hidden_layers")
         for name in ("itc_weight", "itm_weight", "itg_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it has to be at least 0")

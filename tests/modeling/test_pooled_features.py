@@ -97,3 +97,21 @@ def test_a_bert_and_stage_1_are_starts_for_it():
 def test_old_configs_have_none():
     assert LorgnetteQFormerConfig().use_pooled_features is False
     assert qformer(use_pooled_features=False).pooling is None
+
+
+def test_without_layers_it_is_a_bridge_of_pooling_and_an_mlp():
+    """The baseline of DeCo: average pooling to as many tokens, and an MLP."""
+    bridge = {"qformer_config": POOLED["qformer_config"] | {"num_hidden_layers": 0}}
+    built = model(**bridge)
+    features = torch.randn(2, 17, built.config.vision_config.hidden_size)
+    with torch.no_grad():
+        pooled = built.qformer.pooling(built.qformer.pooling.norm(features), None, NUM_QUERY_TOKENS)
+        queries = built.qformer.layernorm(built.qformer.query_tokens.weight + built.qformer.pooling.to_queries(pooled))
+        expected = built.projector(queries + built.qformer.pooling.to_outputs(pooled))
+        torch.testing.assert_close(built.get_image_features(vision_features=features).pooler_output, expected)
+    assert len(model(qformer=bert(), **bridge).qformer.encoder.layer) == 0
+    for refused in ({"num_hidden_layers": 0}, {"num_hidden_layers": -1, "use_pooled_features": True}):
+        with pytest.raises(ValueError, match="num_hidden_layers is"):
+            model(qformer_config=QFORMER | refused)
+    with pytest.raises(ValueError, match="num_hidden_layers is 0"):
+        retriever(**bridge)
