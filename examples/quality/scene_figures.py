@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .scene_captions import CONCEPTS, Scene, parse
 
 
-STRENGTHS = (1e-3, 1e-2, 1e-1)  # scikit-learn's C
+STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
@@ -27,6 +27,8 @@ def scenes_of(rows: Mapping[str, Sequence[Any]]) -> list[Scene]:
 
 def score_scenes(answers: Sequence[str], truths: Sequence[Scene]) -> dict[str, float]:
     """Figures of all pictures together, from 0 to 1; 0 as well where there is nothing to count.
+
+    A caption has one relation of every two objects: two or three objects, one or three pairs.
 
     - `objects_f1`: F1 of the names, without counts; see `f1`.
     - `counts`: of the objects that the answer names, the fraction whose count it gives.

@@ -22,7 +22,7 @@ from .scene_captions import ABOVE, CONCEPTS, DIRECTIONS, LEFT, Relation, caption
 SIDE = 112  # px
 EDGE, GAP = 2, 2  # px at least around the picture, and between two boxes
 MARGIN, DOMINANCE = 20, 1.5
-SIZES = {2: (32, 52), 3: (28, 42), 4: (26, 36)}  # px of a cut-out's longer side, by the number of cut-outs
+SIZES = {2: (36, 56), 3: (30, 44), 4: (27, 37)}  # px of a cut-out's longer side, by the number of cut-outs
 COUNTS = {2: [(1, 1)], 3: [(1, 2), (2, 1), (1, 1, 1)], 4: [(1, 3), (3, 1), (2, 2), (1, 1, 2), (1, 2, 1), (2, 1, 1)]}
 PROPOSALS, DRAWS = 500, 10_000
 LARGEST_CUT_OUT = 64  # px: what the smaller styles have
