@@ -1,5 +1,5 @@
 # make demo   real backbones and photographs, training, and captions without lorgnette: about ten minutes on two CPU cores
-# make quality-cifar, quality-emoji, …   one row of examples/quality each; into results/quality and docs/quality.md
+# make quality-cifar, quality-emoji, quality-scenes, …   one row of examples/quality each; into results/quality and docs/quality.md
 # make test-fast   the core of every part, which tests/fast.txt names: under a minute on two CPU cores
 # make test   the test suite without the slow tests; make test-all: with them; make lint: the linter
 # make bench   transformers' BLIP-2 and ours on the same weights, alternately: the table of results/benchmarks

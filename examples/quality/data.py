@@ -1,4 +1,4 @@
-"""The data sets for measuring quality: `python -m examples.quality.data cifar|emoji`.
+"""The data sets for measuring quality: `python -m examples.quality.data cifar|emoji|scenes`.
 
 Each is saved by `save_to_disk`, a `datasets.DatasetDict` with the columns `image` and `text` at least; a
 held-out split shares no picture with `train` and `validation`.
@@ -15,6 +15,7 @@ from PIL import Image as PILImage
 
 from ..sources import cifar, emoji
 from ..sources.registry import scratch_directory
+from . import scenes
 
 
 CIFAR_TRAIN, CIFAR_VALIDATION, CIFAR_TEST = 3000, 500, 1000
@@ -25,6 +26,14 @@ CIFAR_FEATURES = Features({"image": Image(), "text": Value("string")})
 HELD_OUT_STYLE = "twitter"
 TEST_SHARE, VALIDATION_SHARE = 0.1, 0.025  # of the concepts
 EMOJI_FEATURES = Features({"image": Image(), **{n: Value("string") for n in ("text", "style", "concept", "group")}})
+SCENE_FEATURES = Features({
+    "image": Image(),
+    "text": Value("string"),
+    "style": Value("string"),
+    "objects": [{"name": Value("string"), "count": Value("int32")}],
+    "relations": [[Value("string")]],
+    "boxes": [{"name": Value("string"), "box": [Value("int32")]}],
+})  # fmt: skip
 
 
 def build_cifar(cache: Path) -> DatasetDict:
@@ -60,6 +69,25 @@ def build_emoji(cache: Path, seed: int = 0) -> DatasetDict:
                 columns = {"text": one.text, "style": style, "concept": one.concept, "group": one.group}
                 rows[split].append({"image": on_white(pictures[one.code]), **columns})
     return DatasetDict({split: Dataset.from_list(row, features=EMOJI_FEATURES) for split, row in rows.items()})
+
+
+def build_scenes(cache: Path, seed: int = 0) -> DatasetDict:
+    """Emoji of some 60 concepts on plain colours and photographs, with captions that say what is where.
+
+    Columns and splits: see `scenes.make`. `test_style` has the held-out style, all else the two training styles.
+    Backgrounds of held-out pictures are of CIFAR-10's test batch.
+    """
+    known, cut_outs = emoji.read(cache)
+    (training, _), (held_out, _) = cifar.read(cache)
+    by_name = {style: {one.text: pictures[one.code] for one in known} for style, pictures in cut_outs.items()}
+    trained = sorted(style for style in cut_outs if style != HELD_OUT_STYLE)
+    rows = scenes.make(
+        by_name,
+        {split: training if split == "train" else held_out for split in scenes.SCENES},
+        {split: [HELD_OUT_STYLE] if split == "test_style" else trained for split in scenes.SCENES},
+        seed,
+    )
+    return DatasetDict({split: Dataset.from_list(row, features=SCENE_FEATURES) for split, row in rows.items()})
 
 
 def split_of(concept: str, seed: int = 0) -> str:
@@ -105,7 +133,7 @@ def _photographs(pictures: np.ndarray, labels: np.ndarray, part: slice) -> Datas
     return Dataset.from_dict(columns, features=CIFAR_FEATURES)
 
 
-BUILDERS = {"cifar": build_cifar, "emoji": build_emoji}
+BUILDERS = {"cifar": build_cifar, "emoji": build_emoji, "scenes": build_scenes}
 
 
 def main(argv: list[str]) -> None:

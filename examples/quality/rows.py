@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 class Row:
     """The training of one row; all other settings are in the data set's recipes."""
 
-    dataset: str  # "cifar" or "emoji"
+    dataset: str  # "cifar", "emoji" or "scenes"
     stage1: bool = True
     lora: bool = True
     queries: int = 8
@@ -19,42 +19,49 @@ class Row:
 
 FRESH_QFORMER_LR = "5e-4"  # learning rate of a Q-Former without stage 1
 
-# The layers were chosen on training data: on CIFAR-10 by a linear probe on the validation split, on emoji by retrieving
-# the same emoji in the other training style.
-HEADLINES = {"cifar": Row("cifar"), "emoji": Row("emoji", layer=-2)}
+# The layers were chosen on training data: on CIFAR-10 and scenes by a linear probe on the validation split, on emoji by
+# retrieving the same emoji in the other training style.
+HEADLINES = {"cifar": Row("cifar"), "emoji": Row("emoji", layer=-2), "scenes": Row("scenes", queries=16, layer=-2)}
 VARIANTS = {
     "no-stage1": {"stage1": False},
     "no-lora": {"lora": False},
+    "8-queries": {"queries": 8},
     "16-queries": {"queries": 16},
     "32-queries": {"queries": 32},
     "synthetic": {"synthetic": True},
     "seed1": {"seed": 1},
     "seed2": {"seed": 2},
+    "penultimate-layer": {"layer": -2},
+    "last-layer": {"layer": None},
 }
-LAYERS = {"cifar": {"penultimate-layer": {"layer": -2}}, "emoji": {"last-layer": {"layer": None}}}
-ROWS = {
-    name: row
-    for dataset, headline in HEADLINES.items()
-    for name, row in [
-        (dataset, headline),
-        *((f"{dataset}-{k}", replace(headline, **changed)) for k, changed in (VARIANTS | LAYERS[dataset]).items()),
-    ]
-}
+WITHOUT = {("scenes", "synthetic")}  # made of emoji on photographs already
+ROWS = dict(HEADLINES)
+for _dataset, _headline in HEADLINES.items():
+    for _name, _changes in VARIANTS.items():
+        if (_row := replace(_headline, **_changes)) != _headline and (_dataset, _name) not in WITHOUT:
+            ROWS[f"{_dataset}-{_name}"] = _row
 
 
 @dataclass(frozen=True)
 class Task:
-    """The tests of a data set's rows. `tests`: held-out splits; `pairs`: synthetic pairs per concept."""
+    """The tests of a data set's rows. `tests`: held-out splits."""
 
     tests: tuple[str, ...]
     metrics: tuple[str, ...]
     probe: bool  # whether the texts are classes
-    pairs: int
+    pairs: int = 0  # synthetic pairs per concept
+    scenes: bool = False  # whether `score_scenes` counts what the answers say
 
 
 TASKS = {
     "cifar": Task(tests=("test",), metrics=("exact_match",), probe=True, pairs=125),
     "emoji": Task(tests=("test_style", "test_concept"), metrics=("exact_match", "cider"), probe=False, pairs=1),
+    "scenes": Task(
+        tests=("test_combination", "test_style", "test_position"),
+        metrics=("exact_match", "cider"),
+        probe=False,
+        scenes=True,
+    ),
 }
 
 

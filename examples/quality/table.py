@@ -19,6 +19,10 @@ CIFAR = ("row", "different", "right answers", "best linear probe", "bridge effic
          "LM's perplexity", "minutes")  # fmt: skip
 EMOJI = ("row", "different", "unseen style: CIDEr (exact)", "shuffled", "nearest neighbour",
          "unseen concepts: CIDEr (exact)", "shuffled", "nearest neighbour", "LM's perplexity", "minutes")  # fmt: skip
+SCENES = ("row", "different", "unseen", "objects' F1", "counts", "relations (of the pairs named)", "exact",
+          "CIDEr", "shuffled: F1", "nearest neighbour: F1, relations", "linear probe's F1", "LM's perplexity",
+          "minutes")  # fmt: skip
+UNSEEN = {"test_combination": "combinations", "test_style": "style", "test_position": "positions"}
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
@@ -27,14 +31,18 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def render(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The two tables in Markdown, all rows in each."""
+    """The three tables in Markdown, all rows in each; a row of scenes has a line for each test."""
     tables = []
-    for dataset, header, cells in (("cifar", CIFAR, cifar_cells), ("emoji", EMOJI, emoji_cells)):
+    for dataset, header, lines_of in (
+        ("cifar", CIFAR, cifar_lines),
+        ("emoji", EMOJI, emoji_lines),
+        ("scenes", SCENES, scenes_lines),
+    ):
         lines = [header, ("---",) * len(header)]
         for name, row in ROWS.items():
             if row.dataset == dataset:
-                found = cells(results[name]) if name in results else ["not run"] + [""] * (len(header) - 3)
-                lines.append([f"`{name}`", different(row), *found])
+                found = lines_of(results[name]) if name in results else [["not run"] + [""] * (len(header) - 3)]
+                lines += [[f"`{name}`", different(row), *cells] for cells in found]
         tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(tables)
 
@@ -65,20 +73,38 @@ def best(views: Mapping[str, Mapping[str, float]], figure: str) -> float:
     return max(figures[figure] for figures in views.values())
 
 
-def cifar_cells(result: Mapping[str, Any]) -> list[str]:
+def cifar_lines(result: Mapping[str, Any]) -> list[list[str]]:
     test = result["tests"]["test"]
     shares = (test["model"]["exact_match"], best(test["probe"], "exact_match"))
     efficiency, shuffled = bridge_efficiency(test), test["shuffled"]["exact_match"]
-    return [*(f"{share:.1%}" for share in shares), f"**{efficiency:.3f}**", f"{shuffled:.1%}", *last_cells(result)]
+    return [[*(f"{share:.1%}" for share in shares), f"**{efficiency:.3f}**", f"{shuffled:.1%}", *last_cells(result)]]
 
 
-def emoji_cells(result: Mapping[str, Any]) -> list[str]:
+def emoji_lines(result: Mapping[str, Any]) -> list[list[str]]:
     cells = []
     for split in ("test_style", "test_concept"):
         test = result["tests"][split]
         nearest = {figure: best(test["nearest"], figure) for figure in test["model"]}
         cells += [f"**{pair(test['model'])}**", pair(test["shuffled"]), pair(nearest)]
-    return [*cells, *last_cells(result)]
+    return [[*cells, *last_cells(result)]]
+
+
+def scenes_lines(result: Mapping[str, Any]) -> list[list[str]]:
+    lines = []
+    for split, unseen in UNSEEN.items():
+        test = result["tests"][split]
+        model, shuffled, probe = (test[part] for part in ("model", "shuffled", "probe"))
+        nearest = max(test["nearest"].values(), key=lambda figures: figures["objects_f1"])
+        cells = [unseen, f"**{model['objects_f1']:.3f}**", f"{model['counts']:.1%}", f"**{relations(model)}**"]
+        cells += [f"{model['exact_match']:.1%}", f"{model['cider']:.2f}", f"{shuffled['objects_f1']:.3f}"]
+        cells += [f"{nearest['objects_f1']:.3f}, {relations(nearest)}", f"{probe['objects_f1']:.3f}"]
+        lines.append([*cells, *last_cells(result)])
+    return lines
+
+
+def relations(figures: Mapping[str, float]) -> str:
+    """Few pairs say little: how many there are stands beside the share."""
+    return f"{figures['relations']:.1%} of {figures['pairs_named']:.1%}"
 
 
 def pair(figures: Mapping[str, float]) -> str:

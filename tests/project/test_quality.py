@@ -175,16 +175,38 @@ RESULT = {
     "seconds": {"features": 90.0, "stage2": 1500.0},
 }
 
+SCENES = {"exact_match": 0.5, "cider": 4.0, "objects_f1": 0.9, "counts": 0.8, "pairs_named": 0.8, "relations": 0.7}
+SCENES_RESULT = RESULT | {
+    "tests": {
+        split: {
+            "model": SCENES,
+            "shuffled": {name: value / 10 for name, value in SCENES.items()},
+            "nearest": {
+                "CLS": {"objects_f1": 0.5, "relations": 0.25, "pairs_named": 0.1},
+                "both": {"objects_f1": 0.4, "relations": 0.3, "pairs_named": 0.05},
+            },
+            "probe": {"objects_f1": 0.95},
+        }
+        for split in ("test_combination", "test_style", "test_position")
+    }
+}
+
 
 def test_the_table_has_every_row_and_the_strictest_baselines():
-    lines = table.render({"cifar": RESULT, "emoji": RESULT}).splitlines()
+    lines = table.render({"cifar": RESULT, "emoji": RESULT, "scenes": SCENES_RESULT}).splitlines()
     assert "| `cifar` | 8 queries, the ViT's last layer, seed 0 | 75.0% | 80.0% | **0.938** | 10.0% | " in lines[2]
     assert lines[2].endswith("| 12.35 (was 12.00) | 26 |")
     emoji = next(line for line in lines if line.startswith("| `emoji` |"))
     assert emoji.count(" **1.50 (25.0%)** | 0.01 (0.1%) | 1.25 (20.0%) |") == 2
     assert {name for name in ROWS if f"| `{name}` |" in "\n".join(lines)} == set(ROWS)
-    assert sum("| not run |" in line for line in lines) == len(ROWS) - 2
-    assert len({line.count("|") for line in lines if line.startswith("| `cifar")}) == 1
+    assert sum("| not run |" in line for line in lines) == len(ROWS) - 3
+    for dataset in HEADLINES:
+        assert len({line.count("|") for line in lines if line.startswith(f"| `{dataset}")}) == 1
+    scenes = [line for line in lines if line.startswith("| `scenes` | 16 queries, the ViT's layer -2, seed 0 |")]
+    figures = "**0.900** | 80.0% | **70.0% of 80.0%** | 50.0% | 4.00 | 0.090 | 0.500, 25.0% of 10.0% | 0.950"
+    assert [line.partition("seed 0 | ")[2] for line in scenes] == [
+        f"{unseen} | {figures} | 12.35 (was 12.00) | 26 |" for unseen in ("combinations", "style", "positions")
+    ]
     assert any("`cifar-no-lora` | no LoRA |" in line for line in lines)
 
 
