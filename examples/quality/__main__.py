@@ -24,12 +24,11 @@ from ..demo.report import curves, losses, machine
 from ..sources import backbones
 from .measure import measure
 from .plain_text import compare
-from .rows import ROWS, TASKS, Row, layer_option, options
+from .rows import ROWS, TASKS, Row, layer_option, options, recipe_of
 from .steps import Steps, say
 
 
 PACKAGES = (*SHOWN, "scikit-learn")
-RECIPES = Path("recipes")
 BACKBONES = {
     "vision": (backbones.VISION, backbones.vision_folder),
     "text": (backbones.TEXT, backbones.text_folder),
@@ -92,10 +91,6 @@ def run(name: str, cache: Path, work: Path, results: Path) -> None:
     say(f"{name}: {sum(seconds.values()) / 60:.0f} minutes in all; see {results / f'{name}.json'}")
 
 
-def recipe_of(row: Row, stage: str) -> Path:
-    return RECIPES / f"quality-{row.dataset}-{stage}.yaml"
-
-
 def take_steps(row: Row, steps: Steps, sources: Mapping[str, str], cache: Path) -> dict[str, Path]:
     """Run all steps from the data to the answers; returns each step's folder."""
     task, stage_options = TASKS[row.dataset], options(row)
@@ -115,7 +110,7 @@ def take_steps(row: Row, steps: Steps, sources: Mapping[str, str], cache: Path) 
     features = step("features", ["lorgnette.trainer", "cache", *vision, "--dataset", data, *layer_option(row)])
     qformer = sources["qformer"]
     for stage, text in (("stage1", []), ("stage2", ["--text", sources["text"]])):
-        if stage == "stage2" or row.stage1:
+        if stage == "stage2" or row.has_stage1:
             command = ["lorgnette.trainer", stage, "--config", str(recipe_of(row, stage))]
             command += [*vision, *text, "--qformer", qformer, "--dataset", features, *stage_options[stage]]
             qformer = step(stage, command)

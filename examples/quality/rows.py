@@ -1,7 +1,11 @@
 """The measured rows: for each data set a headline row, and rows with one difference."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
 
 
 @dataclass(frozen=True)
@@ -15,13 +19,24 @@ class Row:
     layer: int | None = None  # of the ViT; None for its last_hidden_state
     synthetic: bool = False  # adds synthetic training pairs
     seed: int = 0
+    bridge: str = "queries"  # a Q-Former with learned queries; "pooled": with pooled features; "pooling": these alone
+
+    @property
+    def has_stage1(self) -> bool:
+        """Whether stage 1 is trained: a bridge without layers has none."""
+        return self.stage1 and self.bridge != "pooling"
 
 
+RECIPES = Path("recipes")
 FRESH_QFORMER_LR = "5e-4"  # learning rate of a Q-Former without stage 1
 
 # The layers were chosen on training data: on CIFAR-10 and scenes by a linear probe on the validation split, on emoji by
 # retrieving the same emoji in the other training style.
-HEADLINES = {"cifar": Row("cifar"), "emoji": Row("emoji", layer=-2), "scenes": Row("scenes", queries=16, layer=-2)}
+HEADLINES = {
+    "cifar": Row("cifar"),
+    "emoji": Row("emoji", layer=-2),
+    "scenes": Row("scenes", queries=16, layer=-2, bridge="pooled"),
+}
 VARIANTS = {
     "no-stage1": {"stage1": False},
     "no-lora": {"lora": False},
@@ -29,6 +44,9 @@ VARIANTS = {
     "16-queries": {"queries": 16},
     "32-queries": {"queries": 32},
     "synthetic": {"synthetic": True},
+    "queries": {"bridge": "queries"},
+    "pooled": {"bridge": "pooled"},
+    "pooling": {"bridge": "pooling"},
     "seed1": {"seed": 1},
     "seed2": {"seed": 2},
     "penultimate-layer": {"layer": -2},
@@ -78,9 +96,22 @@ def options(row: Row) -> Mapping[str, list[str]]:
     stage2 = list(both)
     if not row.lora:
         stage2 += ["--lora", "null"]
-    if not row.stage1:  # an untrained Q-Former can take a higher rate
+    if not row.has_stage1:  # an untrained Q-Former can take a higher rate
         stage2 += ["--qformer_learning_rate", FRESH_QFORMER_LR]
-    return {"stage1": both, "stage2": stage2}
+    return {"stage1": both + bridge_option(row, "stage1"), "stage2": stage2 + bridge_option(row, "stage2")}
+
+
+def bridge_option(row: Row, stage: str) -> list[str]:
+    if row.bridge == HEADLINES[row.dataset].bridge:
+        return []
+    config = yaml.safe_load(recipe_of(row, stage).read_text(encoding="utf-8"))["qformer_config"]
+    config["use_pooled_features"] = row.bridge != "queries"
+    config |= {"num_hidden_layers": 0} if row.bridge == "pooling" else {}
+    return ["--qformer_config", json.dumps(config)]
+
+
+def recipe_of(row: Row, stage: str) -> Path:
+    return RECIPES / f"quality-{row.dataset}-{stage}.yaml"
 
 
 def layer_option(row: Row) -> list[str]:

@@ -47,6 +47,13 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n\n".join(tables)
 
 
+_BRIDGES = {
+    "queries": "learned queries alone",
+    "pooled": "queries begin and end with pooled features",
+    "pooling": f"no Q-Former: average pooling and an MLP (and so no stage 1), at {FRESH_QFORMER_LR}",
+}
+
+
 def different(row: Row) -> str:
     """A row's difference from its data set's headline, as text."""
     headline = HEADLINES[row.dataset]
@@ -58,6 +65,7 @@ def different(row: Row) -> str:
         "layer": layer,
         "synthetic": "made-up pairs added",
         "seed": f"seed {row.seed}",
+        "bridge": _BRIDGES[row.bridge],
     }
     changed = [words for name, words in descriptions.items() if getattr(row, name) != getattr(headline, name)]
     return ", ".join(changed) or f"{row.queries} queries, {layer}, seed {row.seed}"
