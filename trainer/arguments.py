@@ -120,9 +120,18 @@ class Stage1Arguments(BackboneArguments):
         },
     )
 
+    text_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Of the Q-Former's text half, which a BERT has trained. By default the same as of all."},
+    )
+
     NEEDED: ClassVar[tuple[str, ...]] = ("vision", "qformer")
     JOINTS: ClassVar[tuple[str, ...]] = (*BackboneArguments.JOINTS, "itc_weight", "itm_weight", "itg_weight",
         "image_text_hidden_size", "text_pooling")  # fmt: skip
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_above_0(self, "text_learning_rate")
 
 
 @dataclass
@@ -145,6 +154,9 @@ class Stage2Arguments(BackboneArguments):
     qformer_learning_rate: float | None = field(
         default=None,
         metadata={"help": "Of the Q-Former; lower than learning_rate if stage 1 trained it. By default the same."},
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the projector. By default the same as of all."}
     )
     generate_metrics: list[str] = field(
         default_factory=list,
@@ -175,8 +187,7 @@ class Stage2Arguments(BackboneArguments):
         super().__post_init__()
         if self.reads_query and self.model is None and self.qformer is None:
             raise ValueError("qformer_config.use_qformer_text_input needs qformer: the text's tokenizer is its own")
-        if self.qformer_learning_rate is not None and self.qformer_learning_rate <= 0:
-            raise ValueError(f"qformer_learning_rate is {self.qformer_learning_rate}; it has to be above 0")
+        _check_above_0(self, "qformer_learning_rate", "projector_learning_rate")
         if self.generate_samples < 1:
             raise ValueError(f"generate_samples is {self.generate_samples}; it has to be at least 1")
 
@@ -381,6 +392,12 @@ class DataArguments(RowArguments):
     def has_eval(self) -> bool:
         """Whether evaluation data are set."""
         return bool(self.eval_split or self.eval_dataset or self.eval_fraction)
+
+
+def _check_above_0(arguments: Any, *names: str) -> None:
+    for name in names:
+        if (value := getattr(arguments, name)) is not None and value <= 0:
+            raise ValueError(f"{name} is {value}; it has to be above 0")
 
 
 def _mapping(value: dict | str | None, name: str) -> dict | None:

@@ -12,6 +12,7 @@ from .arguments import DataArguments, Stage1Arguments
 from .data import IMAGE_ID, image_id_of
 from .dry_run import dry_run
 from .feature_cache import is_cache, load_cache
+from .learning_rates import LearningRates
 from .run import check_arguments, parse, train
 from .texts import picture_number
 
@@ -28,7 +29,7 @@ def main(argv: list[str], prog: str = "python -m lorgnette.trainer stage1") -> N
         matching_batch = training_args.per_device_train_batch_size
         training_args.per_device_train_batch_size = model_args.itc_batch
     build_model = partial(build, model_args, matching_batch)
-    run(build_model, data_args, training_args, partial(check_negatives, data_args))
+    run(build_model, data_args, training_args, partial(prepare, model_args, data_args))
 
 
 def check(model_args: Stage1Arguments, data_args: DataArguments, training_args: TrainingArguments) -> None:
@@ -43,6 +44,12 @@ def check(model_args: Stage1Arguments, data_args: DataArguments, training_args: 
         )
     if model_args.itc_batch is not None and training_args.torch_compile:
         raise ValueError("itc_batch and torch_compile exclude each other: values of a batch decide its parts")
+
+
+def prepare(model_args: Stage1Arguments, data_args: DataArguments, trainer: Trainer) -> None:
+    """Configure the Trainer for stage 1; raises what [`check_negatives`] does."""
+    check_negatives(data_args, trainer)
+    LearningRates.use(trainer, text_learning_rate=model_args.text_learning_rate)
 
 
 def check_pairs(data_args: DataArguments) -> None:

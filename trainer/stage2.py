@@ -15,7 +15,7 @@ from .arguments import DataArguments, Stage2Arguments
 from .callbacks import GenerateMetricsCallback
 from .decoding import decoding_of
 from .dry_run import dry_run
-from .learning_rates import QFormerLearningRate
+from .learning_rates import LearningRates
 from .metrics import text_metrics
 from .progress import SamplesCallback
 from .run import check_arguments, parse, train
@@ -44,9 +44,8 @@ def check(model_args: Stage2Arguments, data_args: DataArguments, training_args: 
 
 def prepare(model_args: Stage2Arguments, data_args: DataArguments, trainer: Trainer) -> None:
     """Configure the Trainer for stage 2."""
-    if model_args.qformer_learning_rate is not None:
-        factory = partial(QFormerLearningRate, trainer.args, model_args.qformer_learning_rate)
-        trainer.optimizer_cls_and_kwargs = (factory, {})
+    rates = ("qformer_learning_rate", "projector_learning_rate")
+    LearningRates.use(trainer, **{name: getattr(model_args, name) for name in rates})
     columns = {"image_column": data_args.image_column, "text_column": data_args.text_name}
     columns["query_column"] = data_args.query_column
     if trainer.eval_dataset is not None and model_args.sample_answers:

@@ -76,7 +76,7 @@ def test_the_command_line_wins_over_yaml_and_yaml_over_the_defaults(recipe):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: 1", "unknown field 'learning_rat' (did you mean learning_rate or qformer_learning_rate?)"),
+        ("learning_rat: 1", "unknown field 'learning_rat' (did you mean learning_rate or qformer_learning_rate or"),
         ("num_query_tokens: many", "--num_query_tokens/--num-query-tokens: invalid int value: 'many'"),
         ("num_query_tokens: [1, 2]", "num_query_tokens takes a single value, not a list"),
         ("learning_rate:", "learning_rate takes a single value, not null"),
