@@ -1,7 +1,7 @@
 """Learning rates by part of the model, in the stock Trainer.
 
-Stage 1 has trained the Q-Former already, while LoRA and projector start untrained; a BERT has trained stage 1's text half.
-One rate for all is too high for some, or too low for the others.
+Stage 1 has trained the Q-Former already, while LoRA and projector start untrained; a BERT has trained the text half of
+stage 1. One rate for all is too high for some, or too low for the others.
 """
 
 import re
