@@ -224,7 +224,7 @@ def _masks(
 
     def mask(window: int | None) -> Any:
         function = _text_mask_function(sequence_ids, text_ids, position_ids, window)
-        # as create_causal_mask does, but without vmap, under which it runs such a function: 15 ms a step on a CPU
+        # as create_causal_mask does, but without vmap, under which it runs such a function
         return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
             **inputs,
             batch_size=rows,

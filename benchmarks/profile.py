@@ -25,7 +25,7 @@ from benchmarks import fast_paths, floor, generation, operations, run, several_t
 from benchmarks.operators import functions_of, operators_of
 from benchmarks.rows import PICTURES
 from benchmarks.shapes import PRESETS
-from benchmarks.step_parts import StepParts
+from benchmarks.step_parts import StepParts, bound_by_parts
 from examples.demo.report import machine, versions
 from examples.quality.steps import say
 
@@ -33,6 +33,7 @@ from examples.quality.steps import say
 ROWS = ("stage2", "stage2-chat", "stage2-mixed", "stage2-captions", "stage2-captions-chat", "stage1",
         "stage1-captions", "loading")  # fmt: skip
 ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GLIBC_TUNABLES")
+THEIRS = {"theirs", "plain", "separate"}
 Table = dict[str, dict[str, float]]  # way -> part -> figure
 
 
@@ -146,13 +147,18 @@ def markdown(title: str, report: dict[str, Any]) -> str:
                for name, rounds in report["parts"].items()}  # fmt: skip
     walls = {name: statistics.median(taken) for name, taken in report["seconds"].items()}
     lines = [f"# {title}, {report['machine']}", "", f"`{report['command']}`, on a machine with other work on it", ""]
+    counted = report.get("operations", {})
     lines += table("milliseconds on all cores, medians", medians, 1000)
+    for theirs in sorted(THEIRS & counted.keys()):
+        for way in sorted(medians.keys() - THEIRS, reverse=True):
+            bound = bound_by_parts(medians[theirs], counted[theirs], counted[way])
+            lines += [f"{theirs} over {way}, if each part did its operations at the rate of {theirs}: {bound:.2f}", ""]
     lines += [
         f"By the clock on the wall: {', '.join(f'{name} {1000 * wall:,.0f} ms' for name, wall in walls.items())}",
         "",
     ]
-    if "operations" in report:
-        lines += table("10⁹ operations, from shapes", report["operations"], 1e-9)
+    if counted:
+        lines += table("10⁹ operations, from shapes", counted, 1e-9)
     for name, found in report.get("operators", {}).items():
         kinds, total = found["kinds"], found["ms"]
         lines += [f"## Operators, {name}", "", "| kind | ms | share | GFLOP | GFLOP/s |", "|---|---|---|---|---|"]
@@ -177,7 +183,7 @@ def table(title: str, found: Table, unit: float) -> list[str]:
     for part in _names(list(found.values())):
         lines.append(f"| {part} | {' | '.join(f'{by.get(part, 0.0) * unit:,.1f}' for by in found.values())} |")
     lines.append(f"| all | {' | '.join(f'{total * unit:,.1f}' for total in totals.values())} |")
-    for reference in [name for name in found if name in ("theirs", "plain", "separate")]:
+    for reference in [name for name in found if name in THEIRS]:
         ratios = " | ".join(f"{totals[reference] / total:.2f}" for total in totals.values())
         lines.append(f"| {reference} over this | {ratios} |")
     return [*lines, ""]

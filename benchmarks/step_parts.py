@@ -21,6 +21,38 @@ HEAD = "forward: head, loss and the rest"
 READING = "forward: Q-Former, heads and losses"  # of stage 1, whose plain side calls single layers of it
 
 
+# parts that are timed, and what `benchmarks.operations` counts for them; others take the same on both sides
+OPERATIONS = {
+    ("forward: ViT",): ("ViT",),
+    ("forward: Q-Former", "backward: what is left"): ("Q-Former, keys and values of pictures", "Q-Former, queries"),
+    ("forward: projector", "forward: LM's layers", "backward: LM's layers and projector"): (
+        *("projector", "LM's layers", "LoRA"),
+    ),
+    (HEAD, "backward: head and loss"): ("LM's head",),
+    (READING, "backward: what is left"): (
+        *("Q-Former, keys and values of pictures", "Q-Former, queries and texts", "head of ITG"),
+    ),
+}
+
+
+def bound_by_parts(theirs: dict[str, float], counted: dict[str, float], own: dict[str, float]) -> float:
+    """How many times as fast ours is if each part does its operations at the rate that the part has on their side.
+
+    Clipping and optimizer take the same on both sides: the same weights train.
+
+    Args:
+        theirs: seconds of their parts.
+        counted, own: operations of their step, and of ours, by part.
+    """
+    needed = 0.0
+    left = dict(theirs)
+    for parts, names in OPERATIONS.items():
+        if set(names) <= counted.keys() and left.keys() & set(parts):
+            share = sum(own[name] for name in names) / sum(counted[name] for name in names)
+            needed += share * sum(left.pop(part, 0.0) for part in parts)
+    return sum(theirs.values()) / (needed + sum(left.values()))
+
+
 class StepParts:
     """While it is entered, `timed(run)` calls a run and keeps the seconds of its parts."""
 

@@ -75,3 +75,17 @@ def test_other_rows_have_all_their_ways(row, tmp_path):
     assert all(isinstance(model, torch.nn.Module) for model in models)
     assert max(sides.trained_parameters(model) for model in models) > 0
     assert all(taken[0] > 0 for taken in (one(0) for one in runs.values()))
+
+
+def test_a_bound_by_parts_scales_each_part_by_its_operations():
+    theirs = {"forward: ViT": 2.0, "forward: LM's layers": 3.0, step_parts.HEAD: 4.0, "optimizer": 1.0}
+    names = ("ViT", "Q-Former, keys and values of pictures", "Q-Former, queries", "projector", "LM's layers", "LoRA")
+    counted = dict.fromkeys((*names, "LM's head"), 10.0)
+    own = counted | {"ViT": 0.0, "LM's layers": 4.0, "LoRA": 5.0, "projector": 6.0, "LM's head": 5.0}
+    assert step_parts.bound_by_parts(theirs, counted, counted) == pytest.approx(1)
+    assert step_parts.bound_by_parts(theirs, counted, own) == pytest.approx(10 / (0 + 3 / 2 + 4 / 2 + 1))
+    stage1_parts = {"forward: ViT": 2.0, step_parts.READING: 3.0, "backward: what is left": 4.0, "clipping": 1.0}
+    names = ("ViT", "Q-Former, keys and values of pictures", "Q-Former, queries and texts", "head of ITG")
+    own = dict(zip(names, (1.0, 3.0, 4.0, 5.0), strict=True))
+    counted = dict(zip(names, (2.0, 8.0, 8.0, 8.0), strict=True))
+    assert step_parts.bound_by_parts(stage1_parts, counted, own) == pytest.approx(10 / (1 + 7 / 2 + 1))
