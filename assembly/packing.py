@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate, packed_sequence_mask_function
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    causal_mask_function,
+    create_masks_for_generate,
+    packed_sequence_mask_function,
+)
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..modeling.modeling_base import KV_CACHE
@@ -209,19 +215,26 @@ def _masks(
     position_ids: torch.Tensor,
 ) -> Any:
     """The LM's attention masks, one, or one for each type of its layers."""
-    inputs = {
-        "config": config,
-        "inputs_embeds": inputs_embeds,
-        "attention_mask": sequence_ids != PADDING,
-        KV_CACHE: None,
-    }
+    inputs = {"config": config, "attention_mask": sequence_ids != PADDING}
     if text_ids is None:
+        inputs |= {"inputs_embeds": inputs_embeds, KV_CACHE: None}
         return create_masks_for_generate(**inputs, and_mask_function=packed_sequence_mask_function(sequence_ids))
     window = getattr(config, "sliding_window", None)
+    rows, length, _ = inputs_embeds.shape
 
     def mask(window: int | None) -> Any:
         function = _text_mask_function(sequence_ids, text_ids, position_ids, window)
-        return create_causal_mask(**inputs, and_mask_function=function)
+        # as create_causal_mask does, but without vmap, under which it runs such a function
+        return ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation](
+            **inputs,
+            batch_size=rows,
+            q_length=length,
+            kv_length=length,
+            mask_function=and_masks(causal_mask_function, function),
+            allow_is_causal_skip=False,
+            dtype=inputs_embeds.dtype,
+            device=inputs_embeds.device,
+        )
 
     if (kinds := getattr(config, "layer_types", None)) is None:
         return mask(window)

@@ -10,7 +10,6 @@ Seconds are those of forward and backward passes over prepared batches, one per 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -91,30 +90,13 @@ def check_equal(case: Case, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 def measure(bench: Any, case: Case) -> None:
     """Add a case's rows to a `benchmarks.run.Bench`, which has features of the same pictures."""
     count, device = bench.options.batch_size, bench.device
-    features = [bench.cached[number] | {"text": row["text"]} for number, row in enumerate(case.rows)]
-    ways = {
-        "theirs": (case.theirs, case.rows),
-        "uncached": (case.ours, case.rows),
-        "cached": (case.ours, features),
-        "plain": (case.plain, features),
-    }
-    steps: dict[str, list[Callable[[], torch.Tensor]]] = {
-        name: [
-            training.step_of(side, rows[number * count :][:count], device, bench.bf16)
-            for number in range(bench.options.rounds)
-        ]
-        for name, (side, rows) in ways.items()
-    }
-    parts = {
-        name: operations.stage2_of(bench.preset, side.collator(list(rows[:count])), all_logits=name == "theirs")
-        for name, (side, rows) in ways.items()
-    }
+    steps, parts = steps_of(bench, case)
     counted = {name: floor.operations(by_round[0]) for name, by_round in steps.items()}  # allocates gradients
-
-    def timed(name: str, number: int) -> list[float]:
-        return floor.seconds(steps[name][number], device)
-
-    taken = training.in_turn({name: partial(timed, name) for name in ways}, bench.options.rounds, warm=True)
+    runs = {
+        name: lambda number, by_round=by_round: floor.seconds(by_round[number], device)
+        for name, by_round in steps.items()
+    }
+    taken = training.in_turn(runs, bench.options.rounds, warm=True)
     for side in (case.theirs, case.ours):
         side.model.zero_grad()
     for name, against, path in (
@@ -125,3 +107,27 @@ def measure(bench: Any, case: Case) -> None:
         fields = {"bound": operations.bound(parts, name, against), "reached": bench.reached(counted[name], taken[name])}
         row = speed(path, count, taken[name], taken[against], **fields)
         bench.add(row, seconds_a_step=taken, operations_a_step=counted)
+
+
+def steps_of(bench: Any, case: Case) -> tuple[dict[str, list[Callable[[], torch.Tensor]]], operations.Parts]:
+    """Each way's forward and backward passes, one a round, and the operations of the first by part."""
+    count = bench.options.batch_size
+    features = [bench.cached[number] | {"text": row["text"]} for number, row in enumerate(case.rows)]
+    ways = {
+        "theirs": (case.theirs, case.rows),
+        "uncached": (case.ours, case.rows),
+        "cached": (case.ours, features),
+        "plain": (case.plain, features),
+    }
+    steps = {
+        name: [
+            training.step_of(side, rows[number * count :][:count], bench.device, bench.bf16)
+            for number in range(bench.options.rounds)
+        ]
+        for name, (side, rows) in ways.items()
+    }
+    parts = {
+        name: operations.stage2_of(bench.preset, side.collator(list(rows[:count])), all_logits=name == "theirs")
+        for name, (side, rows) in ways.items()
+    }
+    return steps, parts

@@ -69,16 +69,21 @@ def least(side: sides.Side, rows: Sequence[dict[str, Any]], device: str, bf16: b
     return sum(size for part, size in kept(side, rows, device, bf16).items() if part != HEAD)
 
 
-def kept(side: sides.Side, rows: Sequence[dict[str, Any]], device: str = "cpu", bf16: bool = False) -> dict[str, int]:
-    """Bytes that a forward pass saves for backward, by part, without parameters."""
-    model = side.model.train()
-    batch = {name: tensor.to(device) for name, tensor in side.collator(list(rows)).items()}
-    parts = {
+def parts_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The parts of either model of stage 2, by their names in the tables."""
+    return {
         "ViT": model.vision_model,
         "Q-Former": model.qformer,
         "projector": getattr(model, "projector", None) or model.language_projection,
         "LM's layers": model.language_model.base_model,
     }
+
+
+def kept(side: sides.Side, rows: Sequence[dict[str, Any]], device: str = "cpu", bf16: bool = False) -> dict[str, int]:
+    """Bytes that a forward pass saves for backward, by part, without parameters."""
+    model = side.model.train()
+    batch = {name: tensor.to(device) for name, tensor in side.collator(list(rows)).items()}
+    parts = parts_of(model)
     running, found = [HEAD], dict.fromkeys(parts, 0)
     counted = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     held = []  # keeps their addresses unique

@@ -13,6 +13,7 @@ import shlex
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -209,14 +210,9 @@ def compare(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
 
 def stage2(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
     """Training: pairs a second, and the memory of a step."""
-    options, count = bench.options, bench.options.batch_size
-    cached = bench.cached = training.CachedRows(ours, bench.pairs, bench.scratch / "features")
-    runs = {
-        "theirs": partial(bench.train, theirs),
-        "uncached": partial(bench.train, ours),
-        "cached": partial(bench.train, ours, rows=cached),
-    }
-    taken = training.in_turn(runs, options.rounds, warm=True)
+    count = bench.options.batch_size
+    taken = training.in_turn(stage2_runs(bench, theirs, ours), bench.options.rounds, warm=True)
+    cached = bench.cached
     counted, needed = {}, {}
     for name, side, rows in (
         ("theirs", theirs, bench.rows[:count]),
@@ -241,6 +237,16 @@ def stage2(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
         bench.add(row, bytes=needed | {"least": least})
 
 
+def stage2_runs(bench: Bench, theirs: sides.Side, ours: sides.Side) -> dict[str, Callable[[int], list[float]]]:
+    """A round's steps of `theirs`, `uncached` and `cached`, as `training.in_turn` calls them; writes the features."""
+    bench.cached = training.CachedRows(ours, bench.pairs, bench.scratch / "features")
+    return {
+        "theirs": partial(bench.train, theirs),
+        "uncached": partial(bench.train, ours),
+        "cached": partial(bench.train, ours, rows=bench.cached),
+    }
+
+
 def loading(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
     """Rows to batches, in this process."""
 
@@ -256,17 +262,25 @@ def loading(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
 def measure_checkpoints(bench: Bench, theirs: sides.Side, ours: sides.Side) -> None:
     """Sizes of checkpoints, and the time from one to a caption."""
     options = bench.options
+    load, inputs, found = checkpoints(bench, theirs, ours)
+    bench.add(cost("checkpoint weights, MB", [found["ours"] / 1e6], [found["theirs"] / 1e6]), bytes=found)
+    taken = files.first_caption(load, inputs, options.tokens, options.rounds, bench.device)
+    in_ms = {name: [1000 * time for time in times] for name, times in taken.items()}
+    for form in SAVE_FORMATS:
+        row = cost(f"from_pretrained to first caption, {form}, ms", in_ms[form], in_ms["theirs"])
+        bench.add(row, seconds=taken)
+
+
+def checkpoints(
+    bench: Bench, theirs: sides.Side, ours: sides.Side
+) -> tuple[dict[str, files.Load], sides.Batch, dict[str, int]]:
+    """Save both sides; returns what loads each form, the inputs of one picture, and bytes of the weights."""
     inputs = sides.prompts(ours.collator.processor, bench.rows[:1], ours.model.device)
     expected = {name: files.logits_of(side.model, inputs) for name, side in (("theirs", theirs), ("ours", ours))}
     files.name_backbones(ours, theirs, bench.scratch)
     files.merge(theirs)
     found = files.checkpoint_bytes(theirs, ours, bench.scratch)
-    bench.add(cost("checkpoint weights, MB", [found["ours"] / 1e6], [found["theirs"] / 1e6]), bytes=found)
-    taken = files.first_caption(ours, expected, inputs, options.tokens, bench.scratch, options.rounds, bench.device)
-    in_ms = {name: [1000 * time for time in times] for name, times in taken.items()}
-    for form in SAVE_FORMATS:
-        row = cost(f"from_pretrained to first caption, {form}, ms", in_ms[form], in_ms["theirs"])
-        bench.add(row, seconds=taken)
+    return files.saved(ours, expected, inputs, bench.scratch, bench.device), inputs, found
 
 
 def save(bench: Bench, argv: list[str]) -> None:

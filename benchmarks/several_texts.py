@@ -4,7 +4,7 @@ Ours gets a row for each picture, with all its captions; BLIP-2 a row for each p
 train on the same pairs in a step, after their losses and logits were found equal.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -106,16 +106,7 @@ def measure(bench: Any, found: Sequence[Case]) -> None:
 def trained(bench: Any, case: Case, cached: training.CachedRows) -> None:
     """Whole steps of the stock Trainer; a round's data set is one batch, so that both sides have the same pairs."""
     pairs = PICTURES * TEXTS
-
-    def run(name: str, number: int) -> list[float]:
-        at = range(number * PICTURES, (number + 1) * PICTURES)
-        if name == "theirs":
-            return bench.train(case.theirs, number, data.pairs([case.rows[n] for n in at]), pairs)
-        rows = Subset(cached, at) if name == "cached" else [case.rows[n] for n in at]
-        return bench.train(case.ours, number, rows, PICTURES)
-
-    runs = {name: partial(run, name) for name in ("theirs", "uncached", "cached")}
-    taken = training.in_turn(runs, bench.options.rounds, warm=True)
+    taken = training.in_turn(runs(bench, case, cached), bench.options.rounds, warm=True)
     parts = operations.stage2(bench.preset, case.rows[:PICTURES], case.chat)
     for name in ("uncached", "cached"):
         row = speed(
@@ -127,6 +118,19 @@ def trained(bench: Any, case: Case, cached: training.CachedRows) -> None:
             reached=bench.reached(sum(parts[name].values()), taken[name]),
         )
         bench.add(row, seconds_a_step=taken, operations_a_step=parts)
+
+
+def runs(bench: Any, case: Case, cached: training.CachedRows) -> dict[str, Callable[[int], list[float]]]:
+    """A round's steps of `theirs`, `uncached` and `cached`, as `training.in_turn` calls them."""
+
+    def run(name: str, number: int) -> list[float]:
+        at = range(number * PICTURES, (number + 1) * PICTURES)
+        if name == "theirs":
+            return bench.train(case.theirs, number, data.pairs([case.rows[n] for n in at]), PICTURES * TEXTS)
+        rows = Subset(cached, at) if name == "cached" else [case.rows[n] for n in at]
+        return bench.train(case.ours, number, rows, PICTURES)
+
+    return {name: partial(run, name) for name in ("theirs", "uncached", "cached")}
 
 
 def step_memory(bench: Any, case: Case) -> None:

@@ -71,24 +71,38 @@ def check_equal(built: dict[str, Side], rows: list[dict[str, Any]]) -> dict[str,
 
 def measure(bench: Any) -> None:
     """Add the rows of stage 1 to a `benchmarks.run.Bench`."""
-    count = bench.options.batch_size
     built = build(bench.preset, bench.options.seed)
     for side in built.values():
         side.model.to(bench.device)
-    several = data.with_texts(bench.rows[: PICTURES * bench.options.rounds], TEXTS, bench.options.seed)
-    bench.raw["stage1_losses_apart"] = check_equal(built, bench.rows[:count])
+    one, several = rows_of_batches(bench)
+    bench.raw["stage1_losses_apart"] = check_equal(built, one)
     bench.raw["stage1_several_losses_apart"] = check_equal(built, several[:PICTURES])
     for side in built.values():
         bench.use_fast_dtype(side)
+    compare(bench, "stage 1", one, runs(bench, built))
+    title = f"stage 1, {TEXTS} captions a picture,"
+    compare(bench, title, several[:PICTURES], runs(bench, built, several))
+
+
+def rows_of_batches(bench: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The first batch of one caption a picture, and the pictures of all rounds with several captions each."""
+    pictures = bench.rows[: PICTURES * bench.options.rounds]
+    return bench.rows[: bench.options.batch_size], data.with_texts(pictures, TEXTS, bench.options.seed)
+
+
+def runs(
+    bench: Any, built: dict[str, Side], several: list[dict[str, Any]] | None = None
+) -> dict[str, Callable[[int], list[float]]]:
+    """A round's steps of each side, as `training.in_turn` calls them; with `several`, on these pictures."""
 
     def of_several(name: str, number: int) -> list[float]:
         """The round's data set is one batch, so that all sides have the same pairs."""
         rows = rows_of(name, several[number * PICTURES :][:PICTURES])
         return bench.train(built[name], number, rows, len(rows))
 
-    compare(bench, "stage 1", bench.rows[:count], {name: partial(bench.train, side) for name, side in built.items()})
-    title = f"stage 1, {TEXTS} captions a picture,"
-    compare(bench, title, several[:PICTURES], {name: partial(of_several, name) for name in built})
+    if several is not None:
+        return {name: partial(of_several, name) for name in built}
+    return {name: partial(bench.train, side) for name, side in built.items()}
 
 
 def compare(bench: Any, title: str, rows: list[dict[str, Any]], runs: dict[str, Callable[[int], list[float]]]) -> None:

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from tiny_models import NUM_QUERY_TOKENS, QFORMER, TEXT, VOCAB_SIZE, language_model, model, vision_model
-from transformers import AutoModelForCausalLM, GPTNeoConfig
+from transformers import AutoModelForCausalLM, GPTNeoConfig, masking_utils
+from transformers.masking_utils import create_causal_mask
 
 from lorgnette import LorgnetteForConditionalGeneration
-from lorgnette.assembly.packing import PADDING, check_sequences, packed, positions
+from lorgnette.assembly.packing import PADDING, _text_mask_function, check_sequences, packed, positions
+from lorgnette.modeling.modeling_base import KV_CACHE
 
 
 PLACEHOLDERS = [VOCAB_SIZE] * NUM_QUERY_TOKENS
@@ -133,6 +135,24 @@ def test_gradient_checkpointing_and_num_items_in_batch_change_nothing():
     torch.testing.assert_close(
         _loss_and_gradients(built, together(), num_items_in_batch=50), expected, atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_mask_is_transformers_own_without_its_vmap(attention, monkeypatch):
+    batch, lm = together(), language_model("llama")
+    lm.set_attn_implementation(attention)
+    ids, embeds = (batch["sequence_ids"], batch["text_ids"]), torch.zeros(*batch["input_ids"].shape, 32)
+    expected = create_causal_mask(
+        config=lm.config,
+        inputs_embeds=embeds,
+        attention_mask=ids[0] != PADDING,
+        **{KV_CACHE: None},
+        and_mask_function=_text_mask_function(*ids, positions(*ids), window=None),
+    )
+    monkeypatch.setattr(masking_utils, "_vmap_expansion_sdpa", None)
+    found = packed(lm, ids[0], embeds, None, ids[1])["attention_mask"]
+    assert torch.equal(found, expected)
+    assert found.dtype == expected.dtype
 
 
 def test_positions_of_each_text_go_on_from_the_prompt():
