@@ -303,6 +303,12 @@ def world(tmp_path_factory, hub):
             vision, text, processor=processor, qformer_config=tiny_models.QFORMER, lora={"r": 2}
         )
         stirred(model).save_pretrained(folder / "out" / name)
+    processor.num_query_tokens = 16
+    model = LorgnetteForConditionalGeneration.from_backbones(
+        vision, text, processor=processor, qformer_config=tiny_models.QFORMER, lora={"r": 2}
+    )
+    model.config.elastic_queries = True
+    model.save_pretrained(folder / "out" / "elastic")
     hub.add("me/my-eyes", folder / "out" / "stage2")
     stage1 = LorgnetteProcessor.from_backbones(
         vision, None, qformer=bert, num_query_tokens=tiny_models.NUM_QUERY_TOKENS
