@@ -210,7 +210,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
             raise ValueError(f"num_query_tokens is {count}, and the Q-Former has learned {learned} queries")
         outputs = self.qformer(
             vision.last_hidden_state,
-            query_embeds=self.qformer.query_tokens.weight[None, :count],
+            num_query_tokens=count,
             encoder_attention_mask=pixel_attention_mask,
             input_ids=qformer_input_ids,
             attention_mask=qformer_attention_mask,

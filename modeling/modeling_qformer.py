@@ -240,6 +240,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         query_embeds: torch.Tensor | None = None,
+        num_query_tokens: int | None = None,
         causal_text: bool = False,
         image_rows: torch.Tensor | None = None,
         shared_rows: int = 0,
@@ -253,7 +254,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
             encoder_attention_mask: `(B, L)`, 0 at padding.
             input_ids, attention_mask: `(B, T)` text: an instruction (InstructBLIP, Dai et al. 2023, section 2.3), or
                 stage 1's; with `causal_text` also `(B, n, T)`, n texts that do not see each other, n * T states.
-            query_embeds: `(B or 1, Q, D)` instead of the model's own queries.
+            query_embeds: `(B or 1, Q, D)` in place of the model's own; of its own `num_query_tokens` takes the first.
             causal_text: the text is to be generated: it may not look ahead, and the queries may not look at it
                 (multimodal causal, BLIP-2, figure 2). Without it they see each other (bi-directional).
             image_rows: `(B,)` int64, which of `(N, L, E)` image features each row looks at; row n at image n by
@@ -275,7 +276,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
         if encoder_hidden_states is not None:
             if query_embeds is None and self.query_tokens is None:
                 raise ValueError("This Q-Former owns no queries (num_query_tokens is not set): give query_embeds")
-            queries = self.query_tokens.weight.unsqueeze(0) if query_embeds is None else query_embeds
+            queries = self.query_tokens.weight[None, :num_query_tokens] if query_embeds is None else query_embeds
             if isinstance(encoder_hidden_states, tuple):
                 sources, pooled = encoder_hidden_states
                 image = sources[0][0]  # the first layer looks at the image, whatever the frequency
