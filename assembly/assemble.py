@@ -138,6 +138,9 @@ def assemble_stage1(
     itg_weight: float = 1.0,
     image_text_hidden_size: int = 256,
     text_pooling: str | None = None,
+    itc_loss: str = "softmax",
+    itc_label_smoothing: float = 0.1,
+    max_logit_scale: float = 100.0,
     processor: Any = None,
     vision_feature_layer: int | None = None,
     vision_feature_select_strategy: str = "full",
@@ -154,7 +157,8 @@ def assemble_stage1(
         qformer: the BERT that the Q-Former starts from, text half included; without one it starts at random.
         qformer_config: fields of [`LorgnetteQFormerConfig`]; they win over the BERT's.
         num_query_tokens: learned queries; by default as many as `processor` makes room for, or 32.
-        itc_weight, itm_weight, itg_weight, image_text_hidden_size: see [`LorgnetteRetrievalConfig`].
+        itc_weight, itm_weight, itg_weight, image_text_hidden_size, itc_loss, itc_label_smoothing, max_logit_scale: see
+            [`LorgnetteRetrievalConfig`].
         text_pooling: `"cls"` or `"mean"`; by default as the BERT was trained, where files of sentence-transformers
             beside it say so, and `"cls"` elsewhere.
         processor: the [`LorgnetteProcessor`] to be used, made with `text=None`; saved with the model.
@@ -189,6 +193,9 @@ def assemble_stage1(
         itm_weight=itm_weight,
         itg_weight=itg_weight,
         image_text_hidden_size=image_text_hidden_size,
+        itc_loss=itc_loss,
+        itc_label_smoothing=itc_label_smoothing,
+        max_logit_scale=max_logit_scale,
         text_pooling=text_pooling or pooling_of(qformer, qformer_revision),
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,

@@ -17,6 +17,9 @@ class LorgnetteRetrievalConfig(LorgnetteBridgeConfig):
     Args:
         itc_weight, itm_weight, itg_weight: of image-text contrast, matching and image-grounded generation in the loss.
             What serves only losses of weight 0 is not built.
+        itc_loss: `"softmax"` over the batch (CLIP, BLIP-2), or `"sigmoid"` of each pair (SigLIP, Zhai et al. 2023).
+        itc_label_smoothing: of the softmax, 0.1 as in BLIP-2.
+        max_logit_scale: one over the least temperature of ITC; CLIP (Radford et al. 2021, section 2.5) has 100.
         matching_batch: how many pictures of a batch, the first ones with their texts, ITM and ITG learn from in
             training. ITC compares all, and computes so many at a time: its batch may be much larger than what fits into
             memory. None: all learn from all, at once.
@@ -39,6 +42,9 @@ class LorgnetteRetrievalConfig(LorgnetteBridgeConfig):
     itc_weight: float | int = 1.0
     itm_weight: float | int = 1.0
     itg_weight: float | int = 1.0
+    itc_loss: str = "softmax"
+    itc_label_smoothing: float | int = 0.1
+    max_logit_scale: float | int = 100.0
     matching_batch: int | None = None
     text_pooling: str = "cls"
     image_text_hidden_size: int = 256
@@ -50,8 +56,12 @@ class LorgnetteRetrievalConfig(LorgnetteBridgeConfig):
         super().__post_init__(**kwargs)
         self.pad_token_id = self.qformer_config.pad_token_id  # where Trainer looks for it, and would otherwise warn
         require_sizes(self, "image_text_hidden_size", "matching_batch")
-        if self.text_pooling not in ("cls", "mean"):
-            raise ValueError(f'text_pooling is {self.text_pooling!r}; it takes "cls" or "mean"')
+        for name, values in (("text_pooling", ("cls", "mean")), ("itc_loss", ("softmax", "sigmoid"))):
+            if getattr(self, name) not in values:
+                raise ValueError(f'{name} is {getattr(self, name)!r}; it takes "{values[0]}" or "{values[1]}"')
+        if not 0 <= self.itc_label_smoothing < 1 or self.max_logit_scale < 1:
+            given = f"itc_label_smoothing is {self.itc_label_smoothing}, max_logit_scale {self.max_logit_scale}"
+            raise ValueError(f"{given}: the former is a share, at least 0 and below 1, the latter at least 1")
         require_sizes(self.qformer_config, "num_hidden_layers")
         for name in ("itc_weight", "itm_weight", "itg_weight"):
             if getattr(self, name) < 0:

@@ -203,6 +203,19 @@ def contrastive_loss(
     return -((1 - label_smoothing) * nearest + label_smoothing * smooth).mean()
 
 
+def sigmoid_loss(
+    similarity: torch.Tensor,
+    positives: torch.Tensor,
+    candidates: torch.Tensor,
+    logit_scale: torch.Tensor,
+    logit_bias: torch.Tensor,
+) -> torch.Tensor:
+    """ITC as SigLIP has it (Zhai et al. 2023, algorithm 1): each pair is a decision. As [`contrastive_loss`]."""
+    logits = similarity.float() * logit_scale.float() + logit_bias.float()
+    decisions = nn.functional.logsigmoid(torch.where(positives, logits, -logits))
+    return -decisions.masked_fill(~(candidates | positives), 0.0).sum(-1).mean()
+
+
 def draw_negatives(
     logits: torch.Tensor, candidates: torch.Tensor, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,7 @@ the space they are compared in.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from .modeling_contrastive import (
     matching_loss,
     means_over_all,
     pairs_of,
+    sigmoid_loss,
     similarities,
 )
 from .modeling_loading import vision_model_class
@@ -51,7 +53,7 @@ from .modeling_qformer import LorgnetteQFormerModel, pool
 
 
 START_TEMPERATURE = 0.07  # of the contrast, as in BLIP-2
-MAX_LOGIT_SCALE = 100.0  # CLIP (Radford et al. 2021, section 2.5): beyond it training is not stable
+SIGMOID_START = (math.log(10), -10.0)  # logarithm of the scale, and bias, as in SigLIP
 RERANKED = 128  # candidates that ITM looks at, as in BLIP-2's evaluation
 Tensors = dict[str, torch.Tensor | None]
 
@@ -111,6 +113,8 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
             self.vision_projection = nn.Linear(width, config.image_text_hidden_size)
             self.text_projection = nn.Linear(width, config.image_text_hidden_size)
             self.logit_scale = nn.Parameter(torch.tensor(-math.log(START_TEMPERATURE)))  # one over it, as CLIP has it
+            if config.itc_loss == "sigmoid":
+                self.logit_bias = nn.Parameter(torch.tensor(SIGMOID_START[1]))
         if config.itm_weight:
             self.itm_head = nn.Linear(width, 2)
         if config.itg_weight:
@@ -258,16 +262,19 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
                 embeds = self._project(queries), self.embed_texts(**text, **kwargs)
             image_embeds, text_embeds = embeds
             logits_per_image = similarities(image_embeds, text_embeds)  # (M, T)
-            scale = self.logit_scale.float().exp().clamp(max=MAX_LOGIT_SCALE)
+            scale = self.logit_scale.float().exp().clamp(max=self.config.max_logit_scale)
             hardness = (logits_per_image.detach() * scale.detach())[groups.image_rows]  # (T, T)
             if return_loss:
                 to_text = similarities(image_embeds, gather(text_embeds, pairs.texts))  # (M, N)
                 to_text = to_text.index_select(0, groups.image_rows)  # (T, N): a picture counts once a text
                 to_image = similarities(gather(image_embeds, pairs.pictures), text_embeds).T
                 to_image = to_image.index_select(1, pairs.image_rows)  # (T, N)
+                loss_of = partial(contrastive_loss, label_smoothing=self.config.itc_label_smoothing)
+                if self.config.itc_loss == "sigmoid":
+                    loss_of = partial(sigmoid_loss, logit_bias=self.logit_bias)
                 losses["loss_itc"] = 0.5 * (
-                    contrastive_loss(to_text, pairs.positives[pairs.own], candidates[pairs.own], scale)
-                    + contrastive_loss(to_image, pairs.positives[pairs.own], candidates.T[pairs.own], scale)
+                    loss_of(to_text, pairs.positives[pairs.own], candidates[pairs.own], logit_scale=scale)
+                    + loss_of(to_image, pairs.positives[pairs.own], candidates.T[pairs.own], logit_scale=scale)
                 )
                 counts["loss_itc"] = len(ids)
         if match:
@@ -457,6 +464,9 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
         super()._init_weights(module)
         if module is self and self.config.itc_weight:
             init.constant_(self.logit_scale, -math.log(START_TEMPERATURE))
+            if self.config.itc_loss == "sigmoid":
+                init.constant_(self.logit_scale, SIGMOID_START[0])
+                init.constant_(self.logit_bias, SIGMOID_START[1])
         elif isinstance(module, LorgnetteTextHead):
             init.zeros_(module.bias)
 

@@ -111,6 +111,11 @@ class Stage1Arguments(BackboneArguments):
         default=None,
         metadata={"help": "What the contrast compares of a text: cls or mean; by default as the BERT was trained."},
     )
+    itc_loss: str = field(
+        default="softmax", metadata={"help": "The contrast: softmax over the batch, or sigmoid of each pair (SigLIP)."}
+    )
+    itc_label_smoothing: float = field(default=0.1, metadata={"help": "Of the softmax."})
+    max_logit_scale: float = field(default=100.0, metadata={"help": "One over the contrast's least temperature."})
     itc_batch: int | None = field(
         default=None,
         metadata={
@@ -127,7 +132,7 @@ class Stage1Arguments(BackboneArguments):
 
     NEEDED: ClassVar[tuple[str, ...]] = ("vision", "qformer")
     JOINTS: ClassVar[tuple[str, ...]] = (*BackboneArguments.JOINTS, "itc_weight", "itm_weight", "itg_weight",
-        "image_text_hidden_size", "text_pooling")  # fmt: skip
+        "image_text_hidden_size", "text_pooling", "itc_loss", "itc_label_smoothing", "max_logit_scale")  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()

@@ -12,6 +12,7 @@ from tiny_training import write_pairs
 from lorgnette import LorgnetteForImageTextRetrieval
 from lorgnette.assembly.backbones import pooling_of
 from lorgnette.modeling import modeling_retrieval
+from lorgnette.modeling.modeling_contrastive import sigmoid_loss
 from lorgnette.trainer.__main__ import main
 
 
@@ -156,3 +157,43 @@ def test_a_recipe_with_a_large_contrast(tmp_path, capsys, caplog):
     with pytest.raises(SystemExit):
         main([*options, "--itc_batch", "2"])
     assert "itc_batch is 2, and per_device_train_batch_size 3" in capsys.readouterr().err
+
+
+class TestSigmoidContrast:
+    def test_against_siglips_own(self):
+        """transformers' `SiglipModel.forward`, whose pairs are each other's negatives."""
+        torch.manual_seed(0)
+        similarity, scale, bias = torch.randn(4, 4), torch.tensor(7.0), torch.tensor(-3.0)
+        logits_per_text = similarity * scale + bias
+        eye = torch.eye(4)
+        expected = -torch.nn.functional.logsigmoid((2 * eye - 1) * logits_per_text).sum(dim=-1).mean()
+        own, others = eye.bool(), ~eye.bool()
+        torch.testing.assert_close(sigmoid_loss(similarity, own, others, scale, bias), expected)
+        one_left_out = others.clone()
+        one_left_out[0, 2] = False
+        part = torch.nn.functional.logsigmoid(-logits_per_text[0, 2]) / 4
+        torch.testing.assert_close(sigmoid_loss(similarity, own, one_left_out, scale, bias), expected + part)
+
+    def test_it_trains_from_siglips_start_and_reloads(self, tmp_path):
+        model = retriever(itc_loss="sigmoid")
+        torch.testing.assert_close(model.logit_scale.exp(), torch.tensor(10.0))
+        assert model.logit_bias == -10
+        _, gradients = step(model, batch(SEVEN))
+        assert gradients["logit_bias"] != 0
+        model.save_pretrained(tmp_path)
+        again = LorgnetteForImageTextRetrieval.from_pretrained(tmp_path)
+        assert again.config.itc_loss == "sigmoid"
+        assert again.eval()(**batch(SEVEN)).loss == model.eval()(**batch(SEVEN)).loss
+        assert not hasattr(retriever(), "logit_bias")
+
+    def test_smoothing_and_the_least_temperature_are_fields(self):
+        inputs = batch(SEVEN)
+        plain, smooth = (retriever(itc_label_smoothing=share).eval()(**inputs) for share in (0.1, 0.0))
+        assert plain.loss_itc == retriever().eval()(**inputs).loss_itc != smooth.loss_itc
+        warm = retriever(max_logit_scale=2.0).eval()(**inputs)
+        assert warm.loss_itc != plain.loss_itc
+        for wrong in ({"itc_label_smoothing": 1.0}, {"max_logit_scale": 0.5}):
+            with pytest.raises(ValueError, match=r"itc_label_smoothing is .* max_logit_scale"):
+                retriever(**wrong)
+        with pytest.raises(ValueError, match="itc_loss is 'hinge'"):
+            retriever(itc_loss="hinge")
