@@ -154,7 +154,11 @@ def caption(
     prompt: Annotated[str | None, typer.Option(help="The prompt; by default the model's own query.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many tokens an answer.")] = None,
     num_query_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Fewer visual tokens a picture, where MODEL has learned elastic_queries.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Fewer visual tokens a picture, of a model that has learned elastic_queries.",
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
 ) -> None:
@@ -223,7 +227,11 @@ def serve(
     capacity: Annotated[int, typer.Option(min=1, help="Requests in progress; the next gets a 503.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Upper limit on the new tokens of an answer.")] = 128,
     num_query_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Fewer visual tokens a picture, where MODEL has learned elastic_queries.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Fewer visual tokens a picture, of a model that has learned elastic_queries.",
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:1 …; by default a GPU where there is one.")] = None,
@@ -275,7 +283,11 @@ def page(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens an answer.")] = 128,
     num_query_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Fewer visual tokens a picture, where MODEL has learned elastic_queries.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Fewer visual tokens a picture, of a model that has learned elastic_queries.",
+        ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:1 …; by default a GPU where there is one.")] = None,

@@ -25,6 +25,7 @@ from .sources import from_pretrained_arguments
 _FIELDS = (
     "qformer_config",
     "lora_config",
+    "elastic_queries",
     "vision_feature_layer",
     "vision_feature_select_strategy",
     "qformer_backbone",

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from ..modeling.modeling_loading import is_unread, read_language_model, read_vision_model, vision_model_class
@@ -25,6 +25,9 @@ from .processor_checks import check_token_ids
 from .processors import with_image_token
 from .sources import from_pretrained_arguments, load_tokenizer
 from .structure import refuse_other_structure
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -176,15 +179,21 @@ def pooling_of(source: str | Path | PreTrainedModel | None, revision: str | None
     found = cached_file(source, "1_Pooling/config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
     if found is None:
         return "cls"
-    modes = [name for name, used in json.loads(Path(found).read_text(encoding="utf-8")).items() if used is True]
-    modes = [name.removeprefix("pooling_mode_").removesuffix("_tokens") for name in modes if "pooling_mode_" in name]
-    poolings = {"cls_token": "cls", "mean": "mean"}
-    if len(modes) != 1 or modes[0] not in poolings:
+    fields = json.loads(Path(found).read_text(encoding="utf-8"))
+    modes = fields.get("pooling_mode")
+    if modes is None:  # older files have a flag for each
+        flags = [name.removeprefix("pooling_mode_") for name, used in fields.items() if used is True]
+        modes = [
+            name.removesuffix("_tokens").removesuffix("_token") for name in flags if f"pooling_mode_{name}" in fields
+        ]
+    modes = [modes] if isinstance(modes, str) else modes
+    if len(modes) != 1 or modes[0] not in ("cls", "mean"):
         raise ValueError(
-            f"{source} pools its tokens by {', '.join(modes) or 'nothing'}, and stage 1 has cls_token and mean: give "
+            f"{source} pools its tokens by {', '.join(modes) or 'nothing'}, and stage 1 has cls and mean: give "
             'text_pooling="cls" or "mean"'
         )
-    return poolings[modes[0]]
+    logger.info(f"Texts are pooled by {modes[0]}, as 1_Pooling/config.json of {source} says")
+    return modes[0]
 
 
 def next_free_token_id(source: str | Path | PreTrainedModel, revision: str | None, vocab_size: int) -> int:

@@ -239,7 +239,7 @@ def _check_overrides(name: str | Path, config: PreTrainedConfig, where: dict[str
         for field in names:
             trained, requested = field_of(saved, field), field_of(asked, field)
             if own.elastic_queries and prefix == "" and field == "num_query_tokens":
-                continue  # the config has checked it
+                continue  # the model checks it
             if trained != requested and not ("backbone" in field and requested is None):  # which the folder says
                 raise ValueError(
                     f"{name}: {prefix}{field} is {trained!r} in its config, with which its weights were trained, and "

@@ -129,8 +129,11 @@ def check_save_keywords(model: PreTrainedModel, save_format: str, keywords: Mapp
     """Check transformers' keywords of a save against its format.
 
     Raises:
+        TypeError: `form`, which is `save_format` now.
         ValueError: one that the format has no names of files, or of weights, for.
     """
+    if "form" in keywords:
+        raise TypeError("save_pretrained takes no form=: it is save_format= now")
     for name in ("variant", "save_original_format"):
         if keywords.get(name) and save_format == "thin":
             raise ValueError(f"{name} is for the formats that transformers loads by itself, and this save is thin")

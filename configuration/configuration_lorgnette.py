@@ -171,7 +171,8 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
             require_sizes(getattr(self, name), *SIZES, part=f"{name}.")
         require_sizes(self, "num_query_tokens")
         self._follow("encoder_hidden_size", self.vision_config.hidden_size, "vision_config.hidden_size")
-        self._follow("num_query_tokens", self.num_query_tokens, "num_query_tokens")
+        self.qformer_config.num_query_tokens = self.qformer_config.num_query_tokens or self.num_query_tokens
+        self.query_count()
 
         layer, layers = self.vision_feature_layer, self.vision_config.num_hidden_layers
         if layer is not None and not -layers - 1 <= layer <= layers:
@@ -195,11 +196,17 @@ class LorgnetteBridgeConfig(PreTrainedConfig):
             for part, attention in zip(parts, attention_of_parts, strict=True):
                 part._attn_implementation = attention
 
+    def query_count(self, count: int | None = None) -> int:
+        """`count`, or `num_query_tokens`; a ValueError where the Q-Former has not learned with so many queries."""
+        count, learned = self.num_query_tokens if count is None else count, self.qformer_config.num_query_tokens
+        if count != learned and not (self.elastic_queries and 0 < count < learned):
+            takes = "from 1 to that" if self.elastic_queries else "no other number (elastic_queries is False)"
+            raise ValueError(f"num_query_tokens is {count}: the Q-Former has learned {learned}, and takes {takes}")
+        return count
+
     def _follow(self, field: str, value: int, source: str) -> None:
         """Set a field of the Q-Former that another part of this config decides."""
         given = getattr(self.qformer_config, field)
-        if self.elastic_queries and field == "num_query_tokens" and (given or 0) > value:
-            return
         if given is not None and given != value:
             raise ValueError(f"qformer_config.{field} ({given}) contradicts {source} ({value})")
         setattr(self.qformer_config, field, value)

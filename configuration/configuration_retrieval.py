@@ -21,8 +21,8 @@ class LorgnetteRetrievalConfig(LorgnetteBridgeConfig):
         itc_label_smoothing: of the softmax, 0.1 as in BLIP-2.
         max_logit_scale: one over the least temperature of ITC; CLIP (Radford et al. 2021, section 2.5) has 100.
         matching_batch: how many pictures of a batch, the first ones with their texts, ITM and ITG learn from in
-            training. ITC compares all, and computes so many at a time: its batch may be much larger than what fits into
-            memory. None: all learn from all, at once.
+            training. ITC compares all, and the Q-Former runs on so many at a time: its activations are never those of
+            all. None: all learn from all, at once.
         text_pooling: what ITC compares of a text: `"cls"`, its first token; or `"mean"`, the mean of its tokens, as
             sentence encoders mostly do.
         image_text_hidden_size: width of the space in which pictures and texts are compared (`Blip2Config` has it).

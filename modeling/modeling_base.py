@@ -153,8 +153,8 @@ class LorgnettePreTrainedModel(PreTrainedModel):
         trained = [(key, value) for key, value in self.named_parameters() if value.requires_grad]
         if not trained:
             raise ValueError(
-                f"Nothing of this {type(self).__name__} trains: all weights were frozen, as by peft's "
-                "prepare_model_for_kbit_training. Undo it with model.requires_grad_(True) and model.freeze()"
+                f"Nothing of this {type(self).__name__} trains: all weights were frozen, as peft's "
+                "prepare_model_for_kbit_training does: undo it with model.requires_grad_(True) and model.freeze()"
             )
         if half := [key for key, value in trained if value.dtype == torch.float16]:
             raise ValueError(

@@ -104,6 +104,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         language_model: PreTrainedModel | None = None,
     ):
         super().__init__(config)
+        config.query_count()  # keywords of `from_pretrained` have changed the config since it was checked
         # ahead of the ViT: transformers' common tests want the first checkpointed layer to be one that trains
         self.qformer = LorgnetteQFormerModel._from_config(config.qformer_config)
         if vision_model is None:
@@ -205,9 +206,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         vision = BaseModelOutput(vision_features)
         if vision_features is None:
             vision = self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
-        count, learned = num_query_tokens or self.config.num_query_tokens, self.config.qformer_config.num_query_tokens
-        if not 0 < count <= learned:
-            raise ValueError(f"num_query_tokens is {count}, and the Q-Former has learned {learned} queries")
+        count = self.config.query_count(num_query_tokens)
         outputs = self.qformer(
             vision.last_hidden_state,
             num_query_tokens=count,
@@ -272,7 +271,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         if pictures is not None or (inputs_embeds is None and not decoding):
             mask = self.get_placeholder_mask(input_ids, inputs_embeds)
             shown = (None if pictures is None else pictures.detach(), images["image_rows"])
-            numbers = (images["num_query_tokens"] or self.config.num_query_tokens, self.config.image_token_id)
+            numbers = (self.config.query_count(images["num_query_tokens"]), self.config.image_token_id)
             mask = checked_placeholders(mask, *shown, row_index, labels, supervised_positions, sequence_ids, *numbers)
             if inputs_embeds is None:  # the placeholder's id may be past the end of the table
                 inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
@@ -313,11 +312,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> LorgnetteModelOutputWithPast:
-        """The decoder's hidden states, `(B, S, M)`; arguments as in [`~LorgnetteForConditionalGeneration.forward`].
-
-        Raises:
-            ValueError: as there; a language model without a decoder apart.
-        """
+        """The decoder's hidden states, `(B, S, M)`; for the rest see [`~LorgnetteForConditionalGeneration.forward`]."""
         decoder = self.language_model.base_model
         if decoder is self.language_model:
             raise ValueError(f"{type(decoder).__name__} has no decoder apart from its head, and so no states to return")

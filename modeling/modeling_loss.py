@@ -156,10 +156,7 @@ class _HeadAlone:
 
 
 class _Decoded:
-    """In a decoder's place: hands on the embeddings that it is given as its states, and has nothing else to tell.
-
-    Some heads ask it for a number of its own (Falcon-H1's for a scale): that is the decoder's.
-    """
+    """In a decoder's place: its states are the embeddings that it is given, and all else is the decoder's own."""
 
     def __init__(self, decoder: PreTrainedModel):
         self._decoder = decoder

@@ -1,6 +1,6 @@
 """The Q-Former of BLIP-2 (Li et al. 2023, section 3.1): learned queries that read an image through cross-attention.
 
-- queries and text share self-attention; each has its own feed-forward; only queries look at the image
+- queries and text share self-attention, and have feed-forwards of their own; only queries look at the image
 - parameter names and outputs are those of `transformers.Blip2QFormerModel` (`models/blip_2/modeling_blip_2.py`), plus
   `query_tokens` and, with a text half, `embeddings` (there: `Blip2TextEmbeddings`)
 - runs in the model's own dtype, through `ALL_ATTENTION_FUNCTIONS` (eager, sdpa, FlashAttention, flex)
@@ -255,8 +255,7 @@ class LorgnetteQFormerModel(PreTrainedModel):
             input_ids, attention_mask: `(B, T)` text: an instruction (InstructBLIP, Dai et al. 2023, section 2.3), or
                 stage 1's; with `causal_text` also `(B, n, T)`, n texts that do not see each other, n * T states.
             query_embeds: `(B or 1, Q, D)` in place of the model's own; of its own `num_query_tokens` takes the first.
-            causal_text: the text is to be generated: it may not look ahead, and the queries may not look at it
-                (multimodal causal, BLIP-2, figure 2). Without it they see each other (bi-directional).
+            causal_text: the text is to be generated: it may not look ahead, nor the queries at it (BLIP-2, figure 2).
             image_rows: `(B,)` int64, which of `(N, L, E)` image features each row looks at; row n at image n by
                 default. An image that several rows look at costs its keys and values once.
             shared_rows: the first rows, of `image_rows`, are as many for each image, in order: they copy no keys. Not

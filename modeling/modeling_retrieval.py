@@ -279,8 +279,9 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
                 counts["loss_itc"] = len(ids)
         if match:
             own = candidates[pairs.own][:, pairs.own]
-            if is_cut:  # a text without negatives among these few counts for its match alone
-                own, hardness = own[kept][:, kept], hardness[kept][:, kept]
+            if is_cut:
+                own = checked_candidates(own[kept][:, kept], None, None if row_index is None else row_index[kept])
+                hardness = hardness[kept][:, kept]
             losses["loss_itm"], counts["loss_itm"] = self._match(image, own_text, hardness, own, own_groups, **kwargs)
         if generate:
             labels = own_text["input_ids"].masked_fill(own_text["attention_mask"] == 0, IGNORED)

@@ -1,5 +1,6 @@
 """`pipeline("image-to-text")`: pictures in, captions and answers out."""
 
+import copy
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -36,6 +37,7 @@ class LorgnetteImageToTextPipeline(Pipeline):
         if processor is None:
             raise ValueError("a LorgnetteProcessor is needed: pass it as processor=")
         if processor.num_query_tokens == model.config.qformer_config.num_query_tokens:
+            processor = copy.copy(processor)
             processor.num_query_tokens = model.config.num_query_tokens  # which `model_kwargs` may have made fewer
         bundled = model._processor  # files that a save of the model writes
         model.adopt_processor(processor)  # first: transformers 5.17 copies what ends an answer

@@ -137,6 +137,8 @@ class Stage1Arguments(BackboneArguments):
     def __post_init__(self):
         super().__post_init__()
         _check_above_0(self, "text_learning_rate")
+        if self.text_pooling not in (None, "cls", "mean"):
+            raise ValueError(f"text_pooling is {self.text_pooling!r}; it takes cls or mean")
 
 
 @dataclass
@@ -401,7 +403,7 @@ class DataArguments(RowArguments):
 
 def _check_above_0(arguments: Any, *names: str) -> None:
     for name in names:
-        if (value := getattr(arguments, name)) is not None and value <= 0:
+        if (value := getattr(arguments, name)) is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}; it has to be above 0")
 
 

@@ -26,6 +26,7 @@ from ..modeling.modeling_checks import IGNORED
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from ..processing.prompt_encoding import error_context, images_in, parts_of, query_in
 from .augmentation import augment
+from .row_seeds import NUM_QUERIES
 from .texts import check_text, pairs_of, picture_number, texts_of
 from .unsupported import Batch, refuse_unsupported_arguments
 
@@ -104,16 +105,16 @@ class LorgnetteCollator:
             prefix of all prompts. With `pack_to` there are fewer rows than B, and `sequence_ids` in place of
             `attention_mask`; with several texts a picture also, and `text_ids` beside them. With
             `pad_to_multiple_of`, in stage 2, `supervised_positions` `(K,)`: indices into the flattened `labels` that
-            are not -100, padded with 0. If rows have a `num_query_tokens`, that of the first, an int: each image has
-            so many placeholders.
+            are not -100, padded with 0. With elastic queries `num_query_tokens`, an int: each image has so many
+            placeholders.
 
         Raises:
             ValueError: a missing column (with the existing ones), an empty text, one longer than the context (with
                 the numbers), an invalid image; for OSError and TypeError see
                 [`~LorgnetteProcessor.load_image`]. All name the row.
         """
-        if rows and rows[0].get("num_query_tokens") is not None:
-            return self._with_fewer_queries(rows)
+        if rows and rows[0].get(NUM_QUERIES) is not None:
+            return self._with_fewer_queries(rows, rows[0][NUM_QUERIES])
         examples = self._examples(rows, self.encode)
         if self.processor.is_stage1:
             texts = [ids for example in examples for ids in example.outputs]
@@ -149,14 +150,12 @@ class LorgnetteCollator:
             batch["supervised_positions"] = self._padded([labelled.tolist()], 0)[0]
         return Batch.of(batch | self._images(examples) | _row_index([example.index for example in examples]))
 
-    def _with_fewer_queries(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch with as many placeholders an image as its first row's `num_query_tokens`."""
-        fewer, count = copy.copy(self), rows[0]["num_query_tokens"]
-        if not 1 <= count <= self.processor.num_query_tokens:
-            raise ValueError(f"num_query_tokens is {count}; the processor's is {self.processor.num_query_tokens}")
+    def _with_fewer_queries(self, rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
+        """A batch with so many placeholders an image."""
+        fewer = copy.copy(self)
         fewer.processor = copy.copy(self.processor)
         fewer.processor.num_query_tokens = count
-        batch = fewer([row | {"num_query_tokens": None} for row in rows])
+        batch = fewer([row | {NUM_QUERIES: None} for row in rows])
         batch["num_query_tokens"] = count
         return batch
 

@@ -15,6 +15,9 @@ from ..processing.prompt_encoding import error_context
 from .texts import check_lists
 
 
+NUM_QUERIES = "_num_query_tokens"  # a column that a batch of the collator reads; not one of the data set
+
+
 class RowSeeds(TrainerCallback):
     """Makes the random choices of each training row, anew in each epoch.
 
@@ -23,7 +26,7 @@ class RowSeeds(TrainerCallback):
         augment: rows get an `augmentation_seed`, with which the collator crops and mirrors their pictures.
         texts: how many texts of a picture a row keeps; None keeps all.
         columns: those with lists of texts; of several the same places are kept.
-        queries: rows get a `num_query_tokens` from 1 to so many, of which a batch takes its first row's (Hu et al.
+        queries: rows get a number of queries, from 1 to so many, of which a batch takes its first row's (Hu et al.
             2024, Matryoshka Query Transformer, section 3); None for all of them always.
     """
 
@@ -56,7 +59,7 @@ class RowSeeds(TrainerCallback):
             opened = opened | {"augmentation_seed": seeds}
         if self.queries is not None and self.draws:
             counts = [int(np.random.default_rng([*seed, 2]).integers(1, self.queries + 1)) for seed in seeds]
-            opened = opened | {"num_query_tokens": counts}
+            opened = opened | {NUM_QUERIES: counts}
         return opened
 
     def keep_first(self, batch: dict[str, list], open_batch: Callable[[dict], dict]) -> dict[str, list]:

@@ -152,9 +152,9 @@ def load_parts(
             length_column=training_args.length_column_name if grouped else None,
         )
     model, processor = build()
-    if data_args.elastic_queries:
+    model.config.elastic_queries = data_args.elastic_queries  # saved: whether the model may be used with fewer
+    if data_args.elastic_queries and not data_args.dry_run:  # which measures the largest steps
         row_seeds.queries = processor.num_query_tokens
-        model.config.elastic_queries = True  # saved with the model, which may then be used with fewer
     accept_names_in_files(model)
     for source in filter(None, (data_args.dataset, data_args.eval_dataset)):
         if is_cache(source):

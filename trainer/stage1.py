@@ -42,6 +42,10 @@ def check(model_args: Stage1Arguments, data_args: DataArguments, training_args: 
             f"itc_batch is {model_args.itc_batch}, and per_device_train_batch_size {batch}: the contrast compares at "
             "least the pictures that the other losses learn from"
         )
+    if model_args.itc_batch is not None and not model_args.itc_weight:
+        raise ValueError("itc_batch is for the contrast, and itc_weight is 0: no loss would see all its pictures")
+    if model_args.itc_batch is not None and model_args.itm_weight and batch < 2:
+        raise ValueError(f"per_device_train_batch_size is {batch}: matching finds no negatives in one picture")
     if model_args.itc_batch is not None and training_args.torch_compile:
         raise ValueError("itc_batch and torch_compile exclude each other: values of a batch decide its parts")
 

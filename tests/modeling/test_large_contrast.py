@@ -96,6 +96,11 @@ def test_the_other_losses_learn_from_the_first_pictures(inputs, monkeypatch):
         assert shape == same_shape
         assert torch.equal(candidates, same)
     assert gradients["itm_head.weight"].any()
+    alike = dict(given) | {"input_ids": given["input_ids"].clone(), "attention_mask": given["attention_mask"].clone()}
+    for name in ("input_ids", "attention_mask"):
+        alike[name][texts] = given[name][0]
+    with pytest.raises(ValueError, match="have the same caption or picture"):
+        model(**alike)
     assert found.keys() == expected.keys()
 
 
@@ -133,8 +138,14 @@ class TestPoolingOfTexts:
         assert model.config.text_pooling == "mean"
         modes |= {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}
         (tmp_path / "1_Pooling/config.json").write_text(json.dumps(modes))
-        with pytest.raises(ValueError, match="pools its tokens by max, and stage 1 has cls_token and mean"):
+        with pytest.raises(ValueError, match="pools its tokens by max, and stage 1 has cls and mean"):
             LorgnetteForImageTextRetrieval.from_backbones(vision_model(), **kwargs)
+        for given, found in (("mean", "mean"), (["cls"], "cls")):  # as sentence-transformers writes it now
+            (tmp_path / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode": given, "include_prompt": True}))
+            assert pooling_of(tmp_path, None) == found
+        (tmp_path / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode": ["cls", "mean"]}))
+        with pytest.raises(ValueError, match="pools its tokens by cls, mean"):
+            pooling_of(tmp_path, None)
         model = LorgnetteForImageTextRetrieval.from_backbones(vision_model(), **kwargs, text_pooling="cls")
         assert model.config.text_pooling == "cls"
 
@@ -157,6 +168,14 @@ def test_a_recipe_with_a_large_contrast(tmp_path, capsys, caplog):
     with pytest.raises(SystemExit):
         main([*options, "--itc_batch", "2"])
     assert "itc_batch is 2, and per_device_train_batch_size 3" in capsys.readouterr().err
+    for wrong, message in (
+        ("--itc_weight 0", "itc_weight is 0"),
+        ("--per_device_train_batch_size 1", "matching finds no negatives in one picture"),
+        ("--text_pooling max", "text_pooling is 'max'"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*options, "--itc_batch", "6", *wrong.split()])
+        assert message in capsys.readouterr().err
 
 
 class TestSigmoidContrast:

@@ -12,9 +12,10 @@ from tiny_training import write_backbones, write_pairs
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from lorgnette import LorgnetteCollator, LorgnetteConfig, LorgnetteForConditionalGeneration, cli
+from lorgnette.processing.pipeline_lorgnette import LorgnetteImageToTextPipeline
 from lorgnette.serving.loading import load as serving_load
 from lorgnette.trainer.__main__ import main
-from lorgnette.trainer.row_seeds import RowSeeds
+from lorgnette.trainer.row_seeds import NUM_QUERIES, RowSeeds
 
 
 FEWER = NUM_QUERY_TOKENS - 2
@@ -73,6 +74,10 @@ def test_fewer_queries_survive_a_save_and_can_be_more_again(folder, tmp_path):
 
 def test_pipelines_take_fewer_queries(folder):
     settings = {"trust_remote_code": True, "max_new_tokens": 4}
+    model, made = load(folder, num_query_tokens=FEWER)
+    made.num_query_tokens = NUM_QUERY_TOKENS
+    own = pipeline("image-to-text", model=model, processor=made, pipeline_class=LorgnetteImageToTextPipeline)
+    assert (own.processor.num_query_tokens, made.num_query_tokens) == (FEWER, NUM_QUERY_TOKENS)  # it is the caller's
     pipe = pipeline("image-to-text", str(folder), model_kwargs={"num_query_tokens": FEWER}, **settings)
     assert pipe.processor.num_query_tokens == FEWER
     model, made = load(folder, num_query_tokens=FEWER)
@@ -82,12 +87,17 @@ def test_pipelines_take_fewer_queries(folder):
 
 def test_more_than_were_learned_is_an_error(folder):
     with pytest.raises(
-        ValueError, match=f"num_query_tokens .*{NUM_QUERY_TOKENS}.* contradicts .*{NUM_QUERY_TOKENS + 1}"
+        ValueError, match=f"num_query_tokens is {NUM_QUERY_TOKENS + 1}: the Q-Former has learned {NUM_QUERY_TOKENS}"
     ):
         LorgnetteConfig(num_query_tokens=NUM_QUERY_TOKENS + 1, qformer_config={"num_query_tokens": NUM_QUERY_TOKENS})
     model, made = build()
-    with pytest.raises(ValueError, match=rf"num_query_tokens is 9, and the Q-Former has learned {NUM_QUERY_TOKENS}"):
-        model.get_image_features(inputs()["pixel_values"], num_query_tokens=9)
+    for wrong in (9, 0, -1):
+        for kind in (LorgnetteForConditionalGeneration, AutoModelForImageTextToText):
+            with pytest.raises(ValueError, match=f"num_query_tokens is {wrong}: .* {NUM_QUERY_TOKENS}, and takes from"):
+                kind.from_pretrained(folder, num_query_tokens=wrong, trust_remote_code=True)
+        with pytest.raises(ValueError, match=f"num_query_tokens is {wrong}: .* no other number"):
+            model.get_image_features(inputs()["pixel_values"], num_query_tokens=wrong)
+    model.config.elastic_queries = True
     with pytest.raises(ValueError, match=rf"has {NUM_QUERY_TOKENS} image placeholders .* each image takes {FEWER}"):
         model(**inputs(image_token_id=model.config.image_token_id), num_query_tokens=FEWER)
     made.num_query_tokens = 9
@@ -99,13 +109,20 @@ def test_a_model_that_has_not_learned_it_is_refused(tmp_path):
     build()[0].save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"num_query_tokens is {NUM_QUERY_TOKENS} in its config, .* {FEWER} was"):
         LorgnetteForConditionalGeneration.from_pretrained(tmp_path, num_query_tokens=FEWER)
+    config = LorgnetteConfig.from_pretrained(tmp_path)
+    config.num_query_tokens = (
+        FEWER  # as transformers sets what a load overrides; without the package nothing else checks
+    )
+    with pytest.raises(ValueError, match=r"no other number \(elastic_queries is False\)"):
+        LorgnetteForConditionalGeneration(config)
 
 
 def test_a_batch_has_as_many_placeholders_as_its_first_row_says():
     model, made = build()
     rows = [{"image": picture(n), "text": text, "index": n} for n, text in enumerate(["a cat", "the dog"])]
     collator = LorgnetteCollator(made)
-    batch = collator([row | {"num_query_tokens": count} for row, count in zip(rows, (FEWER, 1), strict=True)])
+    model.config.elastic_queries = True
+    batch = collator([row | {NUM_QUERIES: count} for row, count in zip(rows, (FEWER, 1), strict=True)])
     assert batch["num_query_tokens"] == FEWER
     assert made.num_query_tokens == NUM_QUERY_TOKENS
     placeholders = (batch["input_ids"] == made.image_token_id).sum(dim=1)
@@ -114,8 +131,9 @@ def test_a_batch_has_as_many_placeholders_as_its_first_row_says():
     gradient = model.qformer.query_tokens.weight.grad
     assert gradient[:FEWER].any(dim=1).all()
     assert not gradient[FEWER:].any()
-    with pytest.raises(ValueError, match=f"num_query_tokens is 9; the processor's is {NUM_QUERY_TOKENS}"):
-        collator([rows[0] | {"num_query_tokens": 9}])
+    own = collator([row | {"num_query_tokens": 1} for row in rows])  # a column of the data set's own is none of ours
+    assert "num_query_tokens" not in own
+    assert (own["input_ids"] == made.image_token_id).sum() == 2 * NUM_QUERY_TOKENS
 
 
 def test_numbers_are_drawn_anew_in_each_epoch_and_the_same_where_a_run_resumes():
@@ -124,14 +142,14 @@ def test_numbers_are_drawn_anew_in_each_epoch_and_the_same_where_a_run_resumes()
     def drawn(epoch: int, queries: int | None = NUM_QUERY_TOKENS) -> list[int] | None:
         seeds = RowSeeds(3, augment=False, texts=None, columns=["text"], queries=queries)
         seeds.epoch.fill_(epoch)
-        return seeds.mark(rows, dict).get("num_query_tokens")
+        return seeds.mark(rows, dict).get(NUM_QUERIES)
 
     assert set(drawn(0)) == set(range(1, NUM_QUERY_TOKENS + 1))
     assert drawn(0) == drawn(0) != drawn(1)
     assert drawn(0, queries=None) is None
 
 
-def test_a_recipe_with_elastic_queries(tmp_path, capsys):
+def test_a_recipe_with_elastic_queries(tmp_path, capsys, monkeypatch):
     vision, text = write_backbones(tmp_path / "backbones")
     write_pairs(tmp_path / "data")
     options = ["stage2", "--vision", vision, "--text", text, "--dataset", str(tmp_path / "data"), "--use_cpu"]
@@ -146,13 +164,17 @@ def test_a_recipe_with_elastic_queries(tmp_path, capsys):
         '{"r": 2}',
     ]
     options += ["--elastic_queries", "true", "--per_device_train_batch_size", "2", "--report_to", "none"]
+    used, forward = [], LorgnetteForConditionalGeneration.forward
+
+    def recorded(self, *args, **kwargs):
+        used.append(kwargs["num_query_tokens"])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LorgnetteForConditionalGeneration, "forward", recorded)
     main(options)
-    losses = [
-        log["loss"]
-        for log in json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
-        if "loss" in log
-    ]
-    assert losses
+    assert len(used) == 4
+    assert set(used) <= {1, 2, 3, 4}
+    assert len(set(used)) > 1
     model = LorgnetteForConditionalGeneration.from_pretrained(tmp_path / "out", num_query_tokens=2)
     assert model.config.num_query_tokens == 2
     assert model.qformer.query_tokens.num_embeddings == 4
