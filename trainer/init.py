@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from ..assembly.sources import model_type_of
 from .arguments import SourceArguments
 from .columns import Contents, contents_of
 from .messages import set_up_logging
@@ -30,7 +31,7 @@ _ON_CPU = (
 )
 QFORMER = "google-bert/bert-base-uncased"
 FEWEST_TO_SPLIT, FEWEST_HELD_OUT, MOST_HELD_OUT, SHARE_HELD_OUT = 20, 8, 500, 0.05
-LARGEST_BATCH, STEPS, MOST_EPOCHS = 32, 1000, 30
+LARGEST_BATCH, STEPS, MOST_EPOCHS = 32, 1000, 10
 FEW_PICTURES = 5000
 _VALIDATION = ("validation", "valid", "val", "dev")
 _YAML_WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n", "~")
@@ -154,6 +155,9 @@ def recipe(args: InitArguments, contents: Contents, output_dir: str) -> str:
         ("num_query_tokens: 32", "visual tokens a picture, as in BLIP-2"),
         ("lora: {r: 16, lora_alpha: 32, lora_dropout: 0.05}", "without LoRA the LM keeps its own style of writing"),
     ]
+    if not _has_learned(args.qformer):
+        pooled = "queries begin and end with pooled features: it helps with few pictures"
+        lines.insert(-1, ("qformer_config: {use_pooled_features: true}", pooled))
     if contents.messages_column is None and contents.query_column is None:
         lines.append(("query: Describe the picture.", "the prompt of each picture, saved with the model"))
     lines += [("", ""), *_data_lines(args, contents, numbers, validation)]
@@ -173,7 +177,7 @@ def recipe(args: InitArguments, contents: Contents, output_dir: str) -> str:
         head += [
             f"# {rows} pictures are few for a new Q-Former: it may learn how the texts are written, and little of",
             "# what the pictures show. A trained model is another start: `model: …` in place of vision, text, qformer,",
-            "# num_query_tokens and lora.",
+            "# num_query_tokens, qformer_config and lora.",
         ]
     return "\n".join([*head, "", *written]) + "\n"
 
@@ -249,6 +253,13 @@ def _training_lines(numbers: Plan, rows: int, output_dir: str, evaluates: bool) 
     else:
         lines += [("eval_strategy: no", ""), ("save_strategy: no", "the model is saved at the end")]
     return [*lines, ("report_to: none", "tensorboard, wandb … if installed")]
+
+
+def _has_learned(qformer: str | None) -> bool:
+    """Whether `qformer` is a folder with a trained Q-Former, whose config is fixed, and no BERT."""
+    if qformer is None or not Path(qformer).expanduser().is_dir():
+        return False
+    return (model_type_of(qformer) or "").startswith(("lorgnette", "blip_2", "instructblip"))
 
 
 def _yaml(value: str | list[str]) -> str:

@@ -11,6 +11,7 @@ import datasets
 import pytest
 import tiny
 import tiny_models
+import tiny_retrieval
 import yaml
 from datasets import Dataset, DatasetDict
 from repository import ROOT
@@ -22,7 +23,7 @@ from lorgnette.trainer import init
 from lorgnette.trainer.__main__ import main
 from lorgnette.trainer.arguments import DataArguments, SourceArguments, Stage2Arguments
 from lorgnette.trainer.columns import contents_of
-from lorgnette.trainer.init import MOST_HELD_OUT, plan
+from lorgnette.trainer.init import MOST_EPOCHS, MOST_HELD_OUT, plan
 from lorgnette.trainer.run import parse
 from lorgnette.trainer.stage2 import check as check_stage2
 
@@ -181,8 +182,8 @@ def test_rows_fill_batches(rows, texts_each, at_once):
     assert numbers.batch <= max(numbers.rows, 1)
     assert numbers.batch % numbers.at_once == 0
     assert numbers.batch in (1, 2) or numbers.steps >= 4
-    assert 1 <= numbers.epochs <= 30
-    assert numbers.epochs * numbers.steps >= 1000 or numbers.epochs == 30
+    assert 1 <= numbers.epochs <= MOST_EPOCHS
+    assert numbers.epochs * numbers.steps >= 1000 or numbers.epochs == MOST_EPOCHS
 
 
 FILES = [f"{n}.jpg" for n in range(4)]
@@ -267,3 +268,15 @@ def test_splits_of_the_data_set_are_used(tmp_path):
     main(["init", "--dataset", "one", "--force"])
     _, data, _ = parsed("recipe.yaml")
     assert (data.train_split, data.eval_fraction) == ("all", 0.2)
+
+
+def test_a_trained_qformer_keeps_its_config(tmp_path):
+    data = write_csv(tmp_path, 4)
+    main(["init", "--dataset", str(data)])
+    assert yaml.safe_load(Path("recipe.yaml").read_text())["qformer_config"] == {"use_pooled_features": True}
+    tiny_retrieval.retriever().save_pretrained(tmp_path / "stage1")
+    main(["init", "--dataset", str(data), "--qformer", str(tmp_path / "stage1"), "--force"])
+    assert "qformer_config" not in yaml.safe_load(Path("recipe.yaml").read_text())
+    tiny_models.bert().save_pretrained(tmp_path / "bert")
+    main(["init", "--dataset", str(data), "--qformer", str(tmp_path / "bert"), "--force"])
+    assert "qformer_config" in yaml.safe_load(Path("recipe.yaml").read_text())
