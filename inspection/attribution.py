@@ -26,13 +26,13 @@ def explain_row(
         max_new_tokens: limit for the answer.
 
     Returns:
-        None for a row of cached features, which has no picture.
+        None for a row of cached features, which has no picture, and for a bridge without layers, which attends to none.
 
     Raises:
         ValueError, OSError, TypeError: the row has no picture that can be read.
     """
     prompt = {name: value.to(model.device) for name, value in collator.prompts([dict(row)]).items()}
-    if "pixel_values" not in prompt:
+    if "pixel_values" not in prompt or not len(model.qformer.encoder.layer):
         return None
     prompt.pop("row_index", None)
     with preserved_state(model):

@@ -8,7 +8,7 @@ from tiny_inspection import rows, train, untrained
 from tiny_models import VISION, model
 from tiny_training import write_backbones
 
-from lorgnette import LorgnetteCollator, LorgnetteProcessor
+from lorgnette import LorgnetteCollator, LorgnetteForConditionalGeneration, LorgnetteProcessor
 from lorgnette.inspection.attribution import explain_row
 from lorgnette.inspection.maps import _words, denormalized_picture, eager_attention, rollout, rollout_to_image
 
@@ -132,3 +132,11 @@ def test_patches_of_variable_resolution_are_put_together_again():
 def test_a_row_of_features_has_no_picture(trained):
     built, processor = trained
     assert explain_row(built, LorgnetteCollator(processor), {"vision_features": torch.zeros(17, 24)}) is None
+
+
+def test_a_bridge_without_layers_has_no_maps(tmp_path):
+    vision, text = write_backbones(tmp_path)
+    processor = LorgnetteProcessor.from_backbones(vision, text, num_query_tokens=4)
+    fields = {"use_pooled_features": True, "num_hidden_layers": 0, "hidden_size": 16, "num_attention_heads": 2}
+    built = LorgnetteForConditionalGeneration.from_backbones(vision, text, processor=processor, qformer_config=fields)
+    assert explain_row(built.eval(), LorgnetteCollator(processor), rows(1)[0]) is None
