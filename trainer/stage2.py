@@ -15,6 +15,7 @@ from .arguments import DataArguments, Stage2Arguments
 from .callbacks import GenerateMetricsCallback
 from .decoding import decoding_of
 from .dry_run import dry_run
+from .first_token import FirstTokenCallback
 from .learning_rates import LearningRates
 from .metrics import text_metrics
 from .progress import SamplesCallback
@@ -46,6 +47,8 @@ def prepare(model_args: Stage2Arguments, data_args: DataArguments, trainer: Trai
     """Configure the Trainer for stage 2."""
     rates = ("qformer_learning_rate", "projector_learning_rate")
     LearningRates.use(trainer, **{name: getattr(model_args, name) for name in rates})
+    if trainer.eval_dataset is not None:
+        trainer.callback_handler.callbacks.insert(0, FirstTokenCallback(trainer.model))
     columns = {"image_column": data_args.image_column, "text_column": data_args.text_name}
     columns["query_column"] = data_args.query_column
     if trainer.eval_dataset is not None and model_args.sample_answers:

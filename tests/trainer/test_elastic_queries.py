@@ -163,6 +163,7 @@ def test_a_recipe_with_elastic_queries(tmp_path, capsys, monkeypatch):
         "--lora",
         '{"r": 2}',
     ]
+    options += ["--qformer_config", json.dumps(QFORMER)]
     options += ["--elastic_queries", "true", "--per_device_train_batch_size", "2", "--report_to", "none"]
     used, forward = [], LorgnetteForConditionalGeneration.forward
 
