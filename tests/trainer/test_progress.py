@@ -22,6 +22,7 @@ def options(text: str) -> list[str]:
 
 
 COMMON = options("--use_cpu --report_to none --per_device_train_batch_size 3 --learning_rate 1e-3 --num_query_tokens 4")
+COMMON += ["--qformer_config", json.dumps(tiny_models.QFORMER)]  # by default checkpoints would be of gigabytes
 
 
 @pytest.fixture
