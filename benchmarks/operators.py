@@ -49,7 +49,8 @@ def functions_of(load: Callable[[], object]) -> dict[str, list[dict[str, Any]]]:
     rows = []
     for (file, line, name), (_, calls, own, all_of_it, _) in pstats.Stats(profiler).stats.items():
         where = name if file == "~" else f"{'/'.join(Path(file).parts[-2:])}:{line} {name}"
-        is_ours = file.startswith(package) and "benchmarks" not in Path(file).parts
+        # a virtual environment may lie inside the repository
+        is_ours = file.startswith(package) and not {"benchmarks", "site-packages"} & set(Path(file).parts)
         rows.append({"name": where, "calls": calls, "ms": 1e3 * own, "all": 1e3 * all_of_it, "ours": is_ours})
     by_own = sorted(rows, key=lambda row: -row["ms"])[:LISTED]
     return {"own": by_own, "ours": sorted((r for r in rows if r["ours"]), key=lambda row: -row["all"])[:LISTED]}
