@@ -76,7 +76,7 @@ def test_pipelines_take_fewer_queries(folder):
     settings = {"trust_remote_code": True, "max_new_tokens": 4}
     model, made = load(folder, num_query_tokens=FEWER)
     made.num_query_tokens = NUM_QUERY_TOKENS
-    own = pipeline("image-to-text", model=model, processor=made, pipeline_class=LorgnetteImageToTextPipeline)
+    own = LorgnetteImageToTextPipeline(model=model, processor=made)
     assert (own.processor.num_query_tokens, made.num_query_tokens) == (FEWER, NUM_QUERY_TOKENS)  # it is the caller's
     pipe = pipeline("image-to-text", str(folder), model_kwargs={"num_query_tokens": FEWER}, **settings)
     assert pipe.processor.num_query_tokens == FEWER
