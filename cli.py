@@ -31,6 +31,11 @@ app = typer.Typer(
 # the command's own parser handles --help too
 _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# options of several commands
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")]
+NumQueryTokens = Annotated[
+    int | None, typer.Option(min=1, help="Fewer visual tokens a picture, of a model that has learned elastic_queries.")
+]
 
 
 def _print_version(requested: bool) -> None:
@@ -153,14 +158,8 @@ def caption(
     pictures: Annotated[list[str], typer.Argument(metavar="PICTURE…", help="Files or URLs.")],
     prompt: Annotated[str | None, typer.Option(help="The prompt; by default the model's own query.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many tokens an answer.")] = None,
-    num_query_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Fewer visual tokens a picture, of a model that has learned elastic_queries.",
-        ),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
+    num_query_tokens: NumQueryTokens = None,
+    revision: Revision = None,
 ) -> None:
     """Caption pictures: one line each, with the picture's name, a tab and the text.
 
@@ -178,8 +177,7 @@ def caption(
     from .processing.processing_lorgnette import LorgnetteProcessor
 
     set_up_logging(True)
-    source, keywords = from_pretrained_arguments(model, revision)
-    keywords |= {} if num_query_tokens is None else {"num_query_tokens": num_query_tokens}
+    source, keywords = from_pretrained_arguments(model, revision, num_query_tokens=num_query_tokens)
     processor = LorgnetteProcessor.from_pretrained(source, **keywords)
     loaded = LorgnetteForConditionalGeneration.from_pretrained(source, dtype="auto", **keywords).eval()
     loaded.check_processor(processor)
@@ -226,14 +224,8 @@ def serve(
     max_batch: Annotated[int, typer.Option(min=1, help="Requests in one batch of the model.")] = 8,
     capacity: Annotated[int, typer.Option(min=1, help="Requests in progress; the next gets a 503.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Upper limit on the new tokens of an answer.")] = 128,
-    num_query_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Fewer visual tokens a picture, of a model that has learned elastic_queries.",
-        ),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
+    num_query_tokens: NumQueryTokens = None,
+    revision: Revision = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:1 …; by default a GPU where there is one.")] = None,
 ) -> None:
     """Serve the model over HTTP: /v1/vision, and OpenAI's chat completions at /v1/chat/completions.
@@ -282,14 +274,8 @@ def page(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens an answer.")] = 128,
-    num_query_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Fewer visual tokens a picture, of a model that has learned elastic_queries.",
-        ),
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
+    num_query_tokens: NumQueryTokens = None,
+    revision: Revision = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:1 …; by default a GPU where there is one.")] = None,
 ) -> None:
     """Serve a demo page: answers, attention maps of the picture, and the answer for a second picture.

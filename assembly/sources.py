@@ -13,8 +13,12 @@ from .local_paths import is_path, what_is_there
 QFORMER_TOKENIZER = "qformer_tokenizer"  # the folder in a processor's that holds the second tokenizer
 
 
-def from_pretrained_arguments(source: str | Path, revision: str | None = None) -> tuple[str, dict[str, Any]]:
+def from_pretrained_arguments(
+    source: str | Path, revision: str | None = None, **overrides: Any
+) -> tuple[str, dict[str, Any]]:
     """The first argument and the keywords of `from_pretrained` for `source`.
+
+    `overrides` are fields of its config; None is left out.
 
     Raises:
         FileNotFoundError: a `.gguf` file or a path that does not exist.
@@ -25,7 +29,8 @@ def from_pretrained_arguments(source: str | Path, revision: str | None = None) -
         # for a mistyped path, transformers' error would be about Hub ids
         if is_path(source) and not path.is_dir():
             raise FileNotFoundError(f"There is no folder {source} ({what_is_there(source)})")
-        return str(source), {"revision": revision}
+        given = {name: value for name, value in overrides.items() if value is not None}
+        return str(source), {"revision": revision} | given
     if not path.is_file():
         raise FileNotFoundError(f"There is no GGUF file {path} ({what_is_there(path)})")
     return str(path.parent), {"gguf_file": path.name}

@@ -2,7 +2,7 @@
 
 They are the process's seconds on all cores (`time.process_time`), so that other processes count little.
 
-Backward passes are told apart by when gradients arrive: at what the LM's layers returned, the head's is over, and at
+Backward passes are distinguished by when gradients arrive: at what the LM's layers returned, the head's is over, and at
 what the Q-Former returned, theirs is.
 """
 

@@ -240,7 +240,8 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
         is_cut = self.training and return_loss and size is not None and size < len(features)
         if is_cut and contrast:
             image = {"encoder_hidden_states": features, "encoder_attention_mask": image_mask}
-            embeds = self._in_chunks(self.embed_images, image, size), self._in_chunks(self._embed_text, text, size)
+            image_embeds = self._in_chunks(self.embed_images, image, size)
+            embeds = image_embeds, self._in_chunks(lambda rows: self.embed_texts(**rows), text, size)
         if is_cut:
             kept = (groups.image_rows < size).nonzero().squeeze(1)
             features, image_mask = features[:size], None if image_mask is None else image_mask[:size]
@@ -304,9 +305,6 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
             for start in range(0, len(rows), size)
         )
         return torch.cat([checkpoint(embed, chunk, use_reentrant=False) for chunk in chunks])
-
-    def _embed_text(self, text: Tensors) -> torch.Tensor:
-        return self.embed_texts(**text)
 
     def _write(
         self, image: Tensors, text: Tensors, groups: TextGroups, **kwargs: Any

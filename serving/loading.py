@@ -40,8 +40,7 @@ def load(
         raise ValueError(f"two bridges are called {name!r}: the model's own, and {bridges[name]}")
     if LorgnetteForConditionalGeneration.active_bridge in bridges:
         raise ValueError("a bridge cannot be called 'default': the model's own is, whatever its callers say")
-    folder, keywords = from_pretrained_arguments(model, revision)
-    keywords |= {} if num_query_tokens is None else {"num_query_tokens": num_query_tokens}
+    folder, keywords = from_pretrained_arguments(model, revision, num_query_tokens=num_query_tokens)
     processors = {name: LorgnetteProcessor.from_pretrained(folder, **keywords)}
     loaded = LorgnetteForConditionalGeneration.from_pretrained(folder, dtype="auto", **keywords)
     for other, source in bridges.items():

@@ -105,9 +105,8 @@ def evaluate(args: EvaluateArguments) -> dict[str, Any] | None:
     column = args.text_name
     if not args.skip_unreadable:
         _check_references(dataset, column, metrics)
-    loading = {} if args.num_query_tokens is None else {"num_query_tokens": args.num_query_tokens}
     source = Stage2Arguments(model=args.model, model_revision=args.model_revision)
-    model, processor = model_and_processor(source, **loading)
+    model, processor = model_and_processor(source, num_query_tokens=args.num_query_tokens)
     model.to(process.device)
     context = model.max_text_length or processor.tokenizer.model_max_length
     collator = LorgnetteCollator(

@@ -91,16 +91,15 @@ def build(args: Stage2Arguments) -> tuple[LorgnetteForConditionalGeneration, Lor
 
 
 def model_and_processor(
-    args: Stage2Arguments, **loading: Any
+    args: Stage2Arguments, **overrides: Any
 ) -> tuple[LorgnetteForConditionalGeneration, LorgnetteProcessor]:
     """The model and its processor, joined from backbones or loaded from a saved lorgnette model.
 
-    `loading` are keywords of `from_pretrained` for both, for a saved one.
+    `overrides` are fields of both, for a saved one; None is left out.
     """
     prompts = {name: getattr(args, name) for name in ("system_prompt", "query") if getattr(args, name) is not None}
     if args.model is not None:
-        name, keywords = from_pretrained_arguments(args.model, args.model_revision)
-        keywords |= loading
+        name, keywords = from_pretrained_arguments(args.model, args.model_revision, **overrides)
         processor = LorgnetteProcessor.from_pretrained(name, **keywords, **prompts)
         model = LorgnetteForConditionalGeneration.from_pretrained(
             name, **keywords, attn_implementation=args.attn_implementation
