@@ -55,6 +55,8 @@ def checked_placeholders(
     """
     shown = pictures if image_rows is None else image_rows
     num_images = None if shown is None else len(shown)
+    if is_sound(mask, pictures, labels, supervised_positions, sequence_ids, num_query_tokens, num_images or 0):
+        return mask.clone()
     numbers = (num_query_tokens, image_token_id, num_images)
     images_per_row = check_placeholders(mask, *numbers, row_index, labels, sequence_ids)
     if pictures is not None:
@@ -66,6 +68,32 @@ def checked_placeholders(
             numbers = f"names {len(given)} positions, and labels has {len(expected)} labels, or others"
             raise ValueError(f"supervised_positions {numbers}: it lists all that are not -100, in order")
     return mask.clone()
+
+
+def is_sound(
+    mask: torch.Tensor,
+    pictures: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    sequence_ids: torch.Tensor | None,
+    per_image: int,
+    num_images: int,
+) -> torch.Tensor:
+    """Whether [`checked_placeholders`] will not raise, as one value: for each that is read Python waits for a GPU."""
+    counts = count_in_rows(mask, sequence_ids)
+    sound = (counts.sum() == num_images * per_image) & (counts % per_image == 0).all()
+    if pictures is not None:
+        sound &= pictures.isfinite().all()
+    if labels is not None and labels.shape == mask.shape:
+        sound &= ~(mask & (labels != IGNORED)).any()
+    if positions is not None and labels is not None:
+        first = torch.zeros(1, dtype=torch.long, device=labels.device)  # is padding: no label is learned there
+        expected = (labels.flatten() != IGNORED).index_fill(0, first, False)
+        given = positions.clamp(0, len(expected) - 1)
+        named = torch.zeros_like(expected).index_fill(0, given, True).index_fill(0, first, False)
+        in_order = (given == given.cummax(0).values) | (positions <= 0)
+        sound &= (named == expected).all() & ((positions > 0).sum() == expected.sum()) & in_order.all()
+    return sound
 
 
 def check_placeholders(
@@ -101,11 +129,12 @@ def check_placeholders(
 
 
 def count_in_rows(mask: torch.Tensor, sequence_ids: torch.Tensor | None) -> torch.Tensor:
-    """How often a mask `(B, S)` is True in each row of the data set: `(B,)`, or `(D,)` of packed sequences."""
-    if sequence_ids is None:
-        return mask.sum(dim=1)
-    tokens = sequence_ids >= 0
-    return torch.bincount(sequence_ids[tokens], weights=mask[tokens]).long()
+    """How often a mask `(B, S)` is True in each row of the data set, `(B,)`, or packed sequence, `(B * S,)`."""
+    rows, size = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask), len(mask)
+    if sequence_ids is not None:
+        rows, size = sequence_ids, mask.numel()  # how many there are is not read
+    rows = (rows.flatten() + 1).clamp(0, size)  # 0 is padding
+    return torch.zeros(size + 1, dtype=torch.long, device=mask.device).index_add(0, rows, mask.flatten().long())[1:]
 
 
 def check_finite(

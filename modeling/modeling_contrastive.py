@@ -28,6 +28,14 @@ def checked_texts(
 
     Each picture has a text.
     """
+    count = len(pictures)
+    sound = pictures.isfinite().all() & (attention_mask[:, 0] != 0).all()  # one value: reading it waits for a GPU
+    if image_rows is not None:
+        shown = torch.zeros(count, dtype=torch.bool, device=image_rows.device)
+        sound &= shown.index_fill(0, image_rows.clamp(0, count - 1), True).all()
+        sound &= ((image_rows >= 0) & (image_rows < count)).all()
+    if sound:
+        return attention_mask.clone()
     if image_rows is not None:
         outside = ((image_rows < 0) | (image_rows >= len(pictures))).nonzero()
         if len(outside):
@@ -54,13 +62,16 @@ def checked_candidates(
     candidates: torch.Tensor, process: torch.Tensor | None, row_index: torch.Tensor | None
 ) -> torch.Tensor:
     """`(N, N)` bool, which texts are negatives of which pairs: some are, and with `process` `(N,)` some in each."""
+    inside = candidates if process is None else candidates & (process[:, None] == process)
+    has = inside.any(dim=1)
+    if has.any() if process is None else (has & (process[:, None] == process)).any(dim=1).all():
+        return candidates.clone()
     if not candidates.any():
         alike = f"and the {len(candidates) - 1} others of its batch have the same caption or picture"
         alone = "is alone in its batch (dataloader_drop_last leaves such a last one out)"
         what = alone if len(candidates) == 1 else f"{alike} (larger batches may help)"
         raise ValueError(f"{row_name(0, row_index)} {what}: there are no negatives to tell it from")
     if process is not None:
-        has = (candidates & (process[:, None] == process)).any(dim=1)
         for number, count in enumerate(torch.bincount(process).tolist()):
             if not has[process == number].any():
                 raise ValueError(
@@ -104,7 +115,8 @@ def group_texts(image_rows: torch.Tensor | None, texts: int, pictures: int, devi
     rank = (image_rows[:, None] == image_rows).tril(-1).sum(dim=1)
     fewest, most = 1, 0
     if not torch.compiler.is_compiling():
-        fewest, most = (int(count) for count in torch.bincount(image_rows, minlength=pictures).aminmax())
+        texts_of = torch.zeros(pictures, dtype=torch.long, device=device).index_add(0, image_rows, rank.new_ones(texts))
+        fewest, most = torch.stack(texts_of.aminmax()).tolist()
     order = torch.where(rank < fewest, image_rows, pictures).argsort(stable=True)
     return TextGroups(pictures, image_rows, rank, order, fewest, most)
 

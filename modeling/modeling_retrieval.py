@@ -243,7 +243,9 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
             image_embeds = self._in_chunks(self.embed_images, image, size)
             embeds = image_embeds, self._in_chunks(lambda rows: self.embed_texts(**rows), text, size)
         if is_cut:
-            kept = (groups.image_rows < size).nonzero().squeeze(1)
+            kept = torch.arange(size, device=ids.device)
+            if image_rows is not None:
+                kept = (image_rows < size).nonzero().squeeze(1)
             features, image_mask = features[:size], None if image_mask is None else image_mask[:size]
             own_text, rows = take_rows(text, kept), None if image_rows is None else image_rows[kept]
             own_groups = group_texts(rows, len(kept), size, ids.device)

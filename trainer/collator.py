@@ -23,6 +23,7 @@ from ..assembly.conversations import messages_of
 from ..assembly.packing import PADDING
 from ..assembly.picture_sizes import check_image_processor
 from ..modeling.modeling_checks import IGNORED
+from ..modeling.modeling_loss import POSITIONS_MULTIPLE
 from ..processing.processing_lorgnette import LorgnetteProcessor
 from ..processing.prompt_encoding import error_context, images_in, parts_of, query_in
 from .augmentation import augment
@@ -64,8 +65,7 @@ class LorgnetteCollator:
         max_length: maximum tokens of a row, placeholders included; by default the tokenizer's context length.
         pack_to: in stage 2, pack several examples into rows of at most so many tokens, in place of padding; attention
             stays within each example.
-        pad_to_multiple_of: pad batches to a multiple of it: a compiled model recompiles for each length. In stage 2
-            batches also hold the positions of their labels, and the LM's head computes only these.
+        pad_to_multiple_of: pad batches to a multiple of it: a compiled model recompiles for each length.
 
     Raises:
         ValueError: `query` and `query_column` are both given; `pack_to` in stage 1, or below 1; so is
@@ -103,10 +103,10 @@ class LorgnetteCollator:
             `(N,)`, the pictures' numbers; `qformer_input_ids`, `qformer_attention_mask` `(N, T)` for a Q-Former that
             takes instructions; `row_index` `(B,)` if rows have an `index`; `shared_input_ids` `(B, P)`, the common
             prefix of all prompts. With `pack_to` there are fewer rows than B, and `sequence_ids` in place of
-            `attention_mask`; with several texts a picture also, and `text_ids` beside them. With
-            `pad_to_multiple_of`, in stage 2, `supervised_positions` `(K,)`: indices into the flattened `labels` that
-            are not -100, padded with 0. With elastic queries `num_query_tokens`, an int: each image has so many
-            placeholders.
+            `attention_mask`; with several texts a picture also, and `text_ids` beside them. In stage 2
+            `supervised_positions` `(K,)`: indices into the flattened `labels` that are not -100, padded with 0, so
+            that the LM's head computes only these, and no GPU is waited for to learn which they are. With elastic
+            queries `num_query_tokens`, an int: each image has so many placeholders.
 
         Raises:
             ValueError: a missing column (with the existing ones), an empty text, one longer than the context (with
@@ -145,9 +145,9 @@ class LorgnetteCollator:
                 batch["shared_input_ids"] = batch["input_ids"][:, :prefix]
         if has_several:
             batch["text_ids"] = joined("text_ids", 0)
-        if self.pad_to_multiple_of is not None:
-            labelled = (batch["labels"].flatten() != IGNORED).nonzero().squeeze(1)
-            batch["supervised_positions"] = self._padded([labelled.tolist()], 0)[0]
+        labelled = (batch["labels"].flatten() != IGNORED).nonzero().squeeze(1)
+        labelled = pad(labelled, (0, -len(labelled) % POSITIONS_MULTIPLE))
+        batch["supervised_positions"] = self._padded([labelled.tolist()], 0)[0]
         return Batch.of(batch | self._images(examples) | _row_index([example.index for example in examples]))
 
     def _with_fewer_queries(self, rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
