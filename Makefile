@@ -3,6 +3,7 @@
 # make test-fast   the core of every part, which tests/fast.txt names: under a minute on two CPU cores
 # make test   the test suite without the slow tests; make test-all: with them; make lint: the linter
 # make bench   transformers' BLIP-2 and ours on the same weights, alternately: the table of results/benchmarks
+# make gpu   everything that needs a GPU, in eight minutes: results/gpu; make gpu-wheels: what a GPU machine without network lacks
 # make growth   speed and memory over batch, image tokens, captions, their length, and rows in the cache: plots beside it;
 #               no measurement starts after an hour; needs 31 GB in the temporary folder, or in ARGS="--scratch FOLDER"
 # make conformance   transformers' own common tests, on our classes and on BLIP-2
@@ -39,7 +40,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.ma
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: demo bench growth test-fast test test-all test-gpu clients conformance robustness compatibility load matrix lint docs
+.PHONY: demo bench gpu gpu-wheels growth test-fast test test-all test-gpu clients conformance robustness compatibility load matrix lint docs
 .PHONY: prerequisites prerequisites-demo
 
 demo: prerequisites-demo $(VENV)/installed
@@ -63,6 +64,13 @@ test-all: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+# python -m benchmarks.gpu where this package cannot be installed
+gpu: $(VENV)/installed
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+gpu-wheels: $(VENV)/installed
+	$(BIN)/python -m benchmarks.wheels
 
 growth: $(VENV)/installed
 	$(BIN)/python -m benchmarks.growth $(ARGS)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from benchmarks.sides import TOLERANCE, Batch, Side
 from benchmarks.table import cost, speed
 from benchmarks.training import in_turn
 from lorgnette import LorgnetteCollator
+from lorgnette.assembly import lora_folding
 from lorgnette.assembly.prompt_cache import kept_prompts
 
 
@@ -121,6 +123,11 @@ def measure(bench: Any, theirs: Side, ours: Side) -> None:
         bench.add(row, seconds=every)
         row = cost(f"first token, batch {size}, s", first["ours"], first["theirs"], **fields(1, first))
         bench.add(row, seconds=first)
+        if device.type == "cuda":  # where LoRA is folded
+            with mock.patch.object(lora_folding, "pays", return_value=False):
+                plain = captions(built, inputs, options.tokens, rounds, bench.device, least=rounds)["all"]
+            name = f"captions/s, LoRA not folded, batch {size}"
+            bench.add(speed(name, size, plain["ours"], plain["theirs"]), seconds=plain)
     _first_tokens(bench, built)
 
 

@@ -13,7 +13,7 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -108,8 +108,8 @@ class Options:
 class Bench:
     """The settings of all parts of the benchmark, and their figures."""
 
-    def __init__(self, options: Options, scratch: Path):
-        self.options, self.scratch, self.device = options, scratch, options.device
+    def __init__(self, options: Options, scratch: Path, argv: Sequence[str] = ()):
+        self.options, self.scratch, self.device, self.argv = options, scratch, options.device, argv
         self.preset = PRESETS[options.preset].without_dropout() if options.compile else PRESETS[options.preset]
         self.goals: dict[str, float] = GOALS.get((options.preset, options.device), {})
         self.shares: dict[str, float] = SHARES.get((options.preset, options.device), {})
@@ -139,6 +139,7 @@ class Bench:
         self.table.append(row)
         self.raw[row.path] = raw
         say(markdown([row], ()).splitlines()[2])
+        write_raw(self)  # a run that is stopped leaves its rows
 
     def train(self, side: sides.Side, number: int, rows: Any = None, batch_size: int | None = None) -> list[float]:
         return training.train(
@@ -165,8 +166,8 @@ class Bench:
 def main(argv: list[str]) -> int:
     (options,) = HfArgumentParser(Options).parse_args_into_dataclasses(argv)
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(options, Path(scratch).resolve())
-        theirs, ours = sides.build(bench.preset, options.seed)
+        bench = Bench(options, Path(scratch).resolve(), argv)
+        theirs, ours = sides.build(bench.preset, options.seed, options.device)
         for side in (theirs, ours):
             side.model.to(options.device)
         bench.raw["logits_apart"] = sides.check_equal(theirs, ours, bench.rows[: options.batch_size])
@@ -182,7 +183,7 @@ def main(argv: list[str]) -> int:
             stage1.measure(bench)
             taken = files.import_seconds(options.rounds)
             bench.add(cost("import, s", taken["ours"], taken["theirs"]), **taken)
-    save(bench, argv)
+    save(bench)
     return 0
 
 
@@ -283,23 +284,28 @@ def checkpoints(
     return files.saved(ours, expected, inputs, bench.scratch, bench.device), inputs, found
 
 
-def save(bench: Bench, argv: list[str]) -> None:
-    """The report under the preset's and the device's name: `.json`, `.md`, `.png`."""
-    options = bench.options
-    command = shlex.join(["python", "-m", "benchmarks.run", *argv])
+def write_raw(bench: Bench) -> tuple[Path, str]:
+    """All figures so far, as `PRESET-DEVICE.json`; that path, and the command."""
+    options, command = bench.options, shlex.join(["python", "-m", "benchmarks.run", *bench.argv])
     report = {"command": command, "machine": machine(), "versions": versions(), "options": asdict(options)}
     report |= {
         "rows": [asdict(row) | {"ratio": row.ratio, "share": row.share, "met": row.met} for row in bench.table],
         "raw": bench.raw,
     }
     options.output.mkdir(parents=True, exist_ok=True)
-    name = f"{options.preset}-{options.device}" + ("-compiled" if options.compile else "")
+    path = options.output / (f"{options.preset}-{options.device}" + ("-compiled" if options.compile else "") + ".json")
+    path.write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+    return path, command
+
+
+def save(bench: Bench) -> None:
+    """The report, and beside it a table, `.md`, and a chart, `.png`."""
+    options, (path, command) = bench.options, write_raw(bench)
     title = f"{options.preset}{', compiled' if options.compile else ''}, {machine()}"
     text = f"# {title}\n\n`{command}`, seed {options.seed}; " + ", ".join(f"{k} {v}" for k, v in versions().items())
     text += f"\n\n{markdown(bench.table, COMPILED_NOTES if options.compile else NOTES)}"
-    (options.output / f"{name}.json").write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
-    (options.output / f"{name}.md").write_text(text, encoding="utf-8")
-    chart(bench.table, title, options.output / f"{name}.png")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    chart(bench.table, title, path.with_suffix(".png"))
     say(text)
 
 

@@ -34,7 +34,7 @@ FRESH_QFORMER_LR = "5e-4"  # learning rate of a Q-Former without stage 1
 # retrieving the same emoji in the other training style.
 HEADLINES = {
     "cifar": Row("cifar"),
-    "emoji": Row("emoji", layer=-2, bridge="pooled"),
+    "emoji": Row("emoji", layer=-2),
     "scenes": Row("scenes", queries=16, layer=-2, bridge="pooled"),
 }
 VARIANTS = {

@@ -1,4 +1,4 @@
-"""Every tensor that a model makes is on its device: run on torch's `meta` device, where those of the CPU are refused."""
+"""Every tensor that a model makes is on its device: on `meta`, torch's device of shapes, none may be elsewhere."""
 
 import pytest
 import tiny

@@ -78,7 +78,8 @@ def test_operations_of_our_captions_are_those_that_are_counted():
             assert sum(found.values()) == pytest.approx(measured, rel=0.03), name
 
 
-def test_a_goal_may_be_a_share_of_the_bound():
+def test_a_goal_may_be_a_share_of_the_bound(monkeypatch):
+    monkeypatch.setattr(run, "write_raw", lambda _: None)
     bench = SimpleNamespace(goals={}, shares={"a": 0.9}, table=[], raw={})
     run.Bench.add(bench, table.speed("a", 8, ours=[1.0], theirs=[1.7], bound=2.0))
     assert bench.table[0].goal == pytest.approx(1.8)

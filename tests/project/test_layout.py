@@ -20,7 +20,7 @@ LAYERS = (
     *("configuration", "modeling", "processing", "assembly", "trainer", "inspection", "publishing", "serving"),
     *("hub_upload", "cli", "__init__"),
 )
-MOST_FILES, MOST_LINES, LONGEST_FILE = 14, 3_600, 500
+MOST_FILES, MOST_LINES, LONGEST_FILE = 14, 3_630, 500
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ class TestColumns:
         expected = processor(images=[row["image"] for row in ROWS], return_tensors="pt", padding=True)["pixel_values"]
         assert torch.equal(batch["pixel_values"], expected)
         assert {name: value.dtype for name, value in batch.items() if name != "pixel_values"} == dict.fromkeys(
-            ("input_ids", "attention_mask", "labels", "shared_input_ids"), torch.int64
+            ("input_ids", "attention_mask", "labels", "shared_input_ids", "supervised_positions"), torch.int64
         )
 
     def test_column_names_and_queries(self):

@@ -1,0 +1,61 @@
+"""Wheels that a GPU machine without pip and network lacks: `make gpu-wheels` downloads them into `.wheels`.
+
+    python -m benchmarks.wheels [FOLDER]
+
+Such a machine has Python 3.12, torch, transformers, accelerate, peft, pandas, pyarrow and pytest.
+"""
+
+import subprocess
+import sys
+import zipfile
+from argparse import ArgumentParser
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+WHEELS = Path(".wheels")
+PYTHON = "3.12"
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64", "manylinux1_x86_64")
+# with all that they need and such a machine has not
+NAMES = (
+    *("datasets", "evaluate", "dill", "multiprocess", "rouge_score", "nltk"),
+    *("fastapi", "starlette", "uvicorn", "pydantic==2.12.5", "pydantic-core==2.41.5", "annotated-types"),
+    *("typing-inspection", "httpx2", "httpcore2"),
+)
+MOST_BYTES = 60_000_000
+
+
+def download(folder: Path, names: tuple[str, ...] = NAMES) -> int:
+    """Fill the folder; returns its bytes. Raises ValueError above `MOST_BYTES`."""
+    platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp", *platforms]
+    subprocess.run([*command, "--dest", str(folder), *names], check=True)
+    size = sum(file.stat().st_size for file in folder.glob("*.whl"))
+    if size > MOST_BYTES:
+        raise ValueError(f"{folder} has {size / 1e6:.0f} MB of wheels; at most {MOST_BYTES / 1e6:.0f} MB can travel")
+    return size
+
+
+def unpack_missing(wheels: Path, folder: Path) -> list[Path]:
+    """Unpack the wheels of distributions that Python lacks; the folder, if there were any, to be put on its path."""
+    for wheel in sorted(wheels.glob("*.whl")):
+        name, *_ = wheel.name.split("-")
+        try:
+            version(name)
+        except PackageNotFoundError:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(folder)
+    return [folder] if folder.exists() else []
+
+
+def main(argv: list[str]) -> None:
+    parser = ArgumentParser(prog="python -m benchmarks.wheels", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=WHEELS)
+    folder = parser.parse_args(argv).folder
+    size = download(folder)
+    sys.stdout.write(f"{folder}: {len(list(folder.glob('*.whl')))} wheels, {size / 1e6:.0f} MB\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
