@@ -1,6 +1,6 @@
 """Wheels that a GPU machine without pip and network lacks: `make gpu-wheels` downloads them into `.wheels`.
 
-    python -m benchmarks.wheels [FOLDER]
+    python -m benchmarks.wheels [FOLDER] [--python 3.12]
 
 Such a machine has Python 3.12, torch, transformers, accelerate, peft, pandas, pyarrow and pytest.
 """
@@ -25,11 +25,11 @@ NAMES = (
 MOST_BYTES = 60_000_000
 
 
-def download(folder: Path, names: tuple[str, ...] = NAMES) -> int:
+def download(folder: Path, python: str = PYTHON, names: tuple[str, ...] = NAMES) -> int:
     """Fill the folder; returns its bytes. Raises ValueError above `MOST_BYTES`."""
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary=:all:", "--python-version", PYTHON, "--implementation", "cp", *platforms]
+    command += ["--only-binary=:all:", "--python-version", python, "--implementation", "cp", *platforms]
     subprocess.run([*command, "--dest", str(folder), *names], check=True)
     size = sum(file.stat().st_size for file in folder.glob("*.whl"))
     if size > MOST_BYTES:
@@ -52,8 +52,9 @@ def unpack_missing(wheels: Path, folder: Path) -> list[Path]:
 def main(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m benchmarks.wheels", description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, default=WHEELS)
-    folder = parser.parse_args(argv).folder
-    size = download(folder)
+    parser.add_argument("--python", default=PYTHON, help="the version there")
+    args = parser.parse_args(argv)
+    folder, size = args.folder, download(args.folder, args.python)
     sys.stdout.write(f"{folder}: {len(list(folder.glob('*.whl')))} wheels, {size / 1e6:.0f} MB\n")
 
 
