@@ -1,4 +1,4 @@
-"""Five classes of CIFAR-10 as a `datasets.DatasetDict` of pictures and their names."""
+"""Five classes of CIFAR-10 as a `datasets.DatasetDict` of pictures and sentences."""
 
 from pathlib import Path
 
@@ -10,14 +10,15 @@ from ..sources import cifar
 
 
 CLASSES = ("airplane", "automobile", "frog", "horse", "ship")  # as many as ten minutes on two cores allow
+SENTENCES = {name: f"a photo of {'an' if name[0] in 'aeiou' else 'a'} {name}" for name in CLASSES}
 TRAIN, VALIDATION, HELD_OUT = 200, 10, 60  # pictures per class
 
 
 def build(cache: Path, folder: Path) -> DatasetDict:
     """Save the splits `train`, `validation` and `test` to `folder`, with equally many pictures of each class.
 
-    Columns: `image` (32 x 32 RGB) and `text` (the class' name). Training and validation pictures come from CIFAR-10's
-    first training batch, the held-out ones from its test batch.
+    Columns: `image` (32 x 32 RGB) and `text` (the class' sentence). Training and validation pictures come from
+    CIFAR-10's first training batch, the held-out ones from its test batch.
     """
     training, held_out = cifar.read(cache)
     indices = balanced(training[1], TRAIN + VALIDATION)  # (classes, TRAIN + VALIDATION)
@@ -50,7 +51,7 @@ def _rows(pictures: np.ndarray, labels: np.ndarray, indices: np.ndarray) -> Data
     return Dataset.from_dict(
         {
             "image": [PILImage.fromarray(pictures[i]) for i in order],
-            "text": [cifar.CLASSES[labels[i]] for i in order],
+            "text": [SENTENCES[cifar.CLASSES[labels[i]]] for i in order],
         },
         features=Features({"image": Image(), "text": Value("string")}),
     )

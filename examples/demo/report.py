@@ -18,7 +18,7 @@ PACKAGES = ("lorgnette", "torch", "transformers", "peft", "accelerate", "dataset
 
 
 def contact_sheet(
-    pictures: Sequence[Image.Image], truths: Sequence[str], answers: Sequence[str], path: Path, columns: int = 8
+    pictures: Sequence[Image.Image], truths: Sequence[str], answers: Sequence[str], path: Path, columns: int = 5
 ) -> None:
     """Write a PNG: each picture with the truth and the answer below it, green if right and red if wrong.
 
@@ -27,8 +27,8 @@ def contact_sheet(
     if not len(pictures) == len(truths) == len(answers):
         raise ValueError(f"{len(pictures)} pictures, {len(truths)} truths and {len(answers)} answers do not match up")
     rows = -(-len(pictures) // columns)
-    height = 1.75 * rows + 0.45  # inches: a line of text above all, two below each picture
-    figure = Figure(figsize=(1.35 * columns, height))
+    height = 1.85 * rows + 0.45  # inches: a line of text above all, two below each picture
+    figure = Figure(figsize=(2.1 * columns, height))
     edges = {"left": 0.01, "right": 0.99, "top": 1 - 0.4 / height, "bottom": 0.45 / height}
     axes = figure.subplots(rows, columns, squeeze=False, gridspec_kw={**edges, "wspace": 0.08, "hspace": 0.36})
     for axis in axes.flat:
@@ -45,7 +45,7 @@ def contact_sheet(
     figure.savefig(path, dpi=100)
 
 
-def shorten(answer: str, length: int = 18) -> str:
+def shorten(answer: str, length: int = 30) -> str:
     """One line of at most `length` characters; an empty answer gets a mark, and `$` is escaped for TeX."""
     line = " ".join(answer.split()) or "(nothing)"
     return (line if len(line) <= length else f"{line[: length - 1]}…").replace("$", r"\$")

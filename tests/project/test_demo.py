@@ -63,8 +63,8 @@ def test_photographs_are_read_row_by_row_and_split_evenly(monkeypatch, tmp_path)
         monkeypatch.setattr(data, name, count)
 
     splits = data.build(tmp_path, tmp_path / "pictures")
-    assert splits["train"]["text"][:] == [*data.CLASSES] * 2
-    assert splits["validation"]["text"][:] == [*data.CLASSES]
+    assert splits["train"]["text"][:] == [*data.SENTENCES.values()] * 2
+    assert splits["validation"]["text"][:] == [*data.SENTENCES.values()]
     third_of_each = pictures[2::3]
     assert all(
         np.array_equal(np.asarray(row["image"]), wanted)
