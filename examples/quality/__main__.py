@@ -22,9 +22,9 @@ from lorgnette.trainer.precision import default_mixed_precision
 from ..demo.report import PACKAGES as SHOWN
 from ..demo.report import curves, losses, machine
 from ..sources import backbones
-from .measure import measure
+from .measure import measure, model_figures
 from .plain_text import compare
-from .rows import ROWS, TASKS, Row, layer_option, options, recipe_of
+from .rows import FEWER, ROWS, TASKS, Row, layer_option, options, recipe_of
 from .steps import Steps, say
 
 
@@ -66,6 +66,9 @@ def run(name: str, cache: Path, work: Path, results: Path) -> None:
         "tests": measure(task, folders["features"], evaluations),
         "plain_text": compare(folders["stage2"], sources["text"]),
     }
+    if row.elastic:  # the model's figures alone: baselines are the same
+        fewer = {m: {split: folders[f"evaluate-{split}-{m}"] for split in task.tests} for m in FEWER}
+        figures["fewer"] = {str(m): model_figures(task, folders["features"], found) for m, found in fewer.items()}
     seconds = {step: done["seconds"] for step, done in steps.done.items()}
     seconds["baselines and plain text"] = round(time.monotonic() - start, 1)
     result = {
@@ -118,7 +121,10 @@ def take_steps(row: Row, steps: Steps, sources: Mapping[str, str], cache: Path) 
     for split in task.tests:
         answered = ["--model", folders["stage2"], "--dataset", features, "--split", split]
         asked = ["--metrics", *task.metrics, "--decoding", "greedy", "--batch_size", "32"]
-        step(f"evaluate-{split}", ["lorgnette.trainer", "evaluate", *map(str, answered), *asked])
+        command = ["lorgnette.trainer", "evaluate", *map(str, answered), *asked]
+        step(f"evaluate-{split}", command)
+        for m in FEWER if row.elastic else ():
+            step(f"evaluate-{split}-{m}", [*command, "--num_query_tokens", str(m)])
     return folders
 
 

@@ -34,8 +34,7 @@ def measure(task: Task, features: Path, evaluations: Mapping[str, Path]) -> dict
     found = {}
     for split, folder in evaluations.items():
         inputs, texts = tests[split]
-        lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-        answers = [json.loads(line)["prediction"] for line in lines]
+        answers = read_answers(folder)
         truths = scenes.get(split)
         found[split] = {
             "pictures": len(answers),
@@ -54,6 +53,25 @@ def measure(task: Task, features: Path, evaluations: Mapping[str, Path]) -> dict
         for split, figures in probe_objects((train[0], scenes["train"]), validation, asked).items():
             found[split]["probe"] = figures
     return found
+
+
+def model_figures(task: Task, features: Path, evaluations: Mapping[str, Path]) -> dict[str, dict[str, float]]:
+    """The model's figures alone, for each held-out split."""
+    return {
+        split: score(
+            task.metrics,
+            read_answers(folder),
+            load_cache(features, split)["text"][:],
+            read_scenes(features, split) if task.scenes else None,
+        )
+        for split, folder in evaluations.items()
+    }
+
+
+def read_answers(folder: Path) -> list[str]:
+    """What `lorgnette.trainer evaluate` has written, in the split's order."""
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["prediction"] for line in lines]
 
 
 def score(

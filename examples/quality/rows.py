@@ -15,10 +15,12 @@ class Row:
     dataset: str  # "cifar", "emoji" or "scenes"
     stage1: bool = True
     lora: bool = True
+    lora_targets: str | None = None  # of peft's; None for the attention layers
     queries: int = 8
     layer: int | None = None  # of the ViT; None for its last_hidden_state
     synthetic: bool = False  # adds synthetic training pairs
     seed: int = 0
+    elastic: bool = False  # trains with the first m queries, m drawn; the tests are answered with fewer, too
     bridge: str = "queries"  # a Q-Former with learned queries; "pooled": with pooled features; "pooling": these alone
 
     @property
@@ -28,6 +30,7 @@ class Row:
 
 
 RECIPES = Path("recipes")
+FEWER = (4, 8)  # queries with which a row of elastic queries answers, besides all
 FRESH_QFORMER_LR = "5e-4"  # learning rate of a Q-Former without stage 1
 
 # The layers were chosen on training data: on CIFAR-10 and scenes by a linear probe on the validation split, on emoji by
@@ -47,12 +50,15 @@ VARIANTS = {
     "queries": {"bridge": "queries"},
     "pooled": {"bridge": "pooled"},
     "pooling": {"bridge": "pooling"},
+    "elastic": {"elastic": True},
+    "all-linear": {"lora_targets": "all-linear"},
     "seed1": {"seed": 1},
     "seed2": {"seed": 2},
     "penultimate-layer": {"layer": -2},
     "last-layer": {"layer": None},
 }
 WITHOUT = {("scenes", "synthetic")}  # made of emoji on photographs already
+WITHOUT |= {("cifar", "elastic"), ("emoji", "elastic")}  # of eight queries that are alike
 ROWS = dict(HEADLINES)
 for _dataset, _headline in HEADLINES.items():
     for _name, _changes in VARIANTS.items():
@@ -96,6 +102,11 @@ def options(row: Row) -> Mapping[str, list[str]]:
     stage2 = list(both)
     if not row.lora:
         stage2 += ["--lora", "null"]
+    if row.lora_targets:
+        lora = yaml.safe_load(recipe_of(row, "stage2").read_text(encoding="utf-8"))["lora"]
+        stage2 += ["--lora", json.dumps(lora | {"target_modules": row.lora_targets})]
+    if row.elastic:
+        stage2 += ["--elastic_queries", "true"]
     if not row.has_stage1:  # an untrained Q-Former can take a higher rate
         stage2 += ["--qformer_learning_rate", FRESH_QFORMER_LR]
     return {"stage1": both + bridge_option(row, "stage1"), "stage2": stage2 + bridge_option(row, "stage2")}

@@ -61,6 +61,8 @@ def different(row: Row) -> str:
     descriptions = {
         "stage1": f"no stage 1; the Q-Former at {FRESH_QFORMER_LR}",
         "lora": "no LoRA",
+        "lora_targets": "LoRA on all linear layers",
+        "elastic": "elastic queries",
         "queries": f"{row.queries} queries",
         "layer": layer,
         "synthetic": "made-up pairs added",
@@ -107,6 +109,12 @@ def scenes_lines(result: Mapping[str, Any]) -> list[list[str]]:
         cells += [f"{model['exact_match']:.1%}", f"{model['cider']:.2f}", f"{shuffled['objects_f1']:.3f}"]
         cells += [f"{nearest['objects_f1']:.3f}, {relations(nearest)}", f"{probe['objects_f1']:.3f}"]
         lines.append([*cells, *last_cells(result)])
+    for m, splits in result.get("fewer", {}).items():  # baselines are the same
+        for split, unseen in UNSEEN.items():
+            model = splits[split]
+            cells = [f"{unseen}, {m} queries", f"**{model['objects_f1']:.3f}**", f"{model['counts']:.1%}"]
+            cells += [f"**{relations(model)}**", f"{model['exact_match']:.1%}", f"{model['cider']:.2f}"]
+            lines.append([*cells, *[""] * 5])
     return lines
 
 

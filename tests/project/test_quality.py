@@ -49,7 +49,7 @@ def test_a_row_trains_what_it_says_and_differs_from_its_headline_in_that_alone(n
     row = ROWS[name]
     headline = HEADLINES[row.dataset]
     names = {"queries": "num_query_tokens", "layer": "vision_feature_layer", "seed": "seed", "lora": "lora"}
-    names["bridge"] = "qformer_config"
+    names |= {"bridge": "qformer_config", "lora_targets": "lora", "elastic": "elastic_queries"}
     for stage in ("stage1", "stage2"):
         ours, theirs = stage_options(stage, row), stage_options(stage, headline)
         assert (ours["num_query_tokens"], ours["vision_feature_layer"], ours["seed"]) == (
@@ -210,6 +210,15 @@ def test_the_table_has_every_row_and_the_strictest_baselines():
         f"{unseen} | {figures} | 12.35 (was 12.00) | 26 |" for unseen in ("combinations", "style", "positions")
     ]
     assert any("`cifar-no-lora` | no LoRA |" in line for line in lines)
+
+
+def test_a_row_of_elastic_queries_shows_fewer_of_them_too():
+    figures = {"objects_f1": 0.5, "counts": 0.4, "relations": 0.3, "pairs_named": 0.2, "exact_match": 0.1, "cider": 2.0}
+    result = SCENES_RESULT | {"fewer": {"4": dict.fromkeys(table.UNSEEN, figures)}}
+    lines = table.scenes_lines(result)
+    assert len(lines) == 2 * len(table.UNSEEN)
+    assert lines[-1] == ["positions, 4 queries", "**0.500**", "40.0%", "**30.0% of 20.0%**", "10.0%", "2.00", *[""] * 5]
+    assert {len(line) for line in lines} == {len(lines[0])}
 
 
 def test_the_page_shows_what_was_measured():
