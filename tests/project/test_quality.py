@@ -60,6 +60,8 @@ def test_a_row_trains_what_it_says_and_differs_from_its_headline_in_that_alone(n
         if stage == "stage2":
             assert (ours["lora"] is not None) == row.lora
         expected = {f for n, f in names.items() if getattr(row, n) != getattr(headline, n) and f in ours}
+        if stage == "stage1":  # stage 2 alone learns with fewer queries
+            expected.discard("elastic_queries")
         if stage == "stage2" and not row.has_stage1:  # a Q-Former that was taught nothing has nothing to forget
             expected.add("qformer_learning_rate")
             assert theirs["qformer_learning_rate"] < ours["qformer_learning_rate"] <= ours["learning_rate"]
