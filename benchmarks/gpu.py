@@ -7,6 +7,7 @@ results of the parts before. The package is used from this checkout, installed o
 the wheels that `make gpu-wheels` has downloaded. A part that cannot run says why, and is no failure.
 """
 
+import contextlib
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,7 +62,10 @@ class Part:
 def parts(options: Options) -> list[Part]:
     """All parts, in their order."""
     tiny = options.preset == "tiny"
-    tests, report = ["pytest", "-q", "-p", "no:cacheprovider"], ["--output", str(options.output / "speed")]
+    tests, report = (
+        ["pytest", "-v", "--tb=short", "-p", "no:cacheprovider"],
+        ["--output", str(options.output / "speed")],
+    )
     no_gpu = "needs a CUDA device" if options.device == "cpu" else None
     speed = ["benchmarks.run", "--device", options.device, "--preset", options.preset, *report]
     speed += ["--batch_size", "2", "--rounds", "1", "--caption_rounds", "1", "--sizes", "1", "2"] if tiny else []
@@ -70,18 +75,18 @@ def parts(options: Options) -> list[Part]:
     if tiny:
         no_data = "the preset tiny has nothing to learn from"
     return [
-        Part("tests", "training in bf16, resumes, caches", 100, [*tests, TESTS, "-k", f"not ({SHARDED})"], no_gpu),
+        Part("tests", "training in bf16, resumes, caches", 90, [*tests, TESTS, "-k", f"not ({SHARDED})"], no_gpu),
         Part("placement", "every public path, on the device", 60, [*tests, "tests/project/test_device_paths.py"]),
-        Part("speed", "against transformers' BLIP-2", 170, speed),
-        Part("compiled", "torch.compile, static caches", 60, [*speed, "--compile"], "slow" if tiny else None),
-        Part("learning", "rows of docs/quality.md, at full size", 60, learning, no_data),
-        Part("sharding", "FSDP, offload, FlashAttention", 60, [*tests, TESTS, "-k", SHARDED], no_gpu),
+        Part("speed", "against transformers' BLIP-2", 160, speed),
+        Part("compiled", "torch.compile, static caches", 50, [*speed, "--compile"], "slow" if tiny else None),
+        Part("learning", "rows of docs/quality.md, at full size", 45, learning, no_data),
+        Part("sharding", "FSDP, offload, FlashAttention", 50, [*tests, TESTS, "-k", SHARDED], no_gpu),
     ]
 
 
-def run(part: Part, limit: float, environment: Mapping[str, str], scratch: Path) -> dict[str, Any]:
-    """Run a part for `limit` seconds at most; its result."""
-    report, log = scratch / f"{part.name}.xml", scratch / f"{part.name}.log"
+def run(part: Part, limit: float, environment: Mapping[str, str], scratch: Path, output: Path) -> dict[str, Any]:
+    """Run a part for `limit` seconds at most; its result. All that it prints is in `PART.log` in `output`."""
+    report, log = scratch / f"{part.name}.xml", output / f"{part.name}.log"
     command = [sys.executable, "-m", *part.command]
     if part.command[0] == "pytest":
         command += ["--junitxml", str(report)]
@@ -95,7 +100,9 @@ def run(part: Part, limit: float, environment: Mapping[str, str], scratch: Path)
                 status = "failed"
         except subprocess.TimeoutExpired:
             status = "cut"
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
             process.wait()
     result = {
         "part": part.name,
@@ -125,10 +132,20 @@ def environment_of(options: Options, scratch: Path) -> dict[str, str]:
     package = scratch / "package"
     package.mkdir()
     (package / "lorgnette").symlink_to(ROOT, target_is_directory=True)
+    write_metadata(package)
     paths = [str(package), str(ROOT), *map(str, unpack_missing(options.wheels, scratch / "site"))]
     more = {"LORGNETTE_DEVICE": options.device, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     earlier = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     return {**os.environ, **more, "PYTHONPATH": os.pathsep.join(paths + earlier)}
+
+
+def write_metadata(folder: Path) -> None:
+    """What an installation would say of the package: its version, and what it needs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (info := folder / f"lorgnette-{project['version']}.dist-info").mkdir()
+    lines = ["Metadata-Version: 2.1", "Name: lorgnette", f"Version: {project['version']}"]
+    lines += [f"Requires-Dist: {needed}" for needed in project["dependencies"]]
+    (info / "METADATA").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def about_the_machine(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -159,26 +176,28 @@ def summary(results: Sequence[Mapping[str, Any]], about: Mapping[str, Any], comm
 
 
 def main(argv: list[str]) -> int:
+    start = time.monotonic()
+    from transformers import HfArgumentParser
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part does not outlive this process
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder).resolve()
-        site = unpack_missing(WHEELS, scratch / "own")  # for this process' own imports
-        sys.path += map(str, site)
-        from transformers import HfArgumentParser
-
         (options,) = HfArgumentParser(Options).parse_args_into_dataclasses(argv)
+        for name in ("output", "cache", "work", "wheels"):  # parts run in the checkout
+            setattr(options, name, getattr(options, name).resolve())
         chosen = [part for part in parts(options) if not options.parts or part.name in options.parts]
         if unknown := set(options.parts) - {part.name for part in parts(options)}:
             raise ValueError(f"parts: {', '.join(sorted(unknown))} are not among {[p.name for p in parts(options)]}")
         environment = environment_of(options, scratch)
         about, command = about_the_machine(environment), shlex.join(["python", "-m", "benchmarks.gpu", *argv])
         options.output.mkdir(parents=True, exist_ok=True)
-        end, results = time.monotonic() + 60 * options.minutes, []
+        end, results = start + 60 * options.minutes, []
         for part in chosen:
             left = end - time.monotonic()
             if part.unless or left <= 0:
                 result = {"part": part.name, "status": f"not run: {part.unless or 'no time was left'}"}
             else:
-                result = run(part, min(part.limit, left), environment, scratch)
+                result = run(part, min(part.limit, left), environment, scratch, options.output)
             results.append(result)
             text = json.dumps(
                 {"command": command, "options": asdict(options), **about, **result}, indent=2, default=str

@@ -55,7 +55,9 @@ def checked_placeholders(
     """
     shown = pictures if image_rows is None else image_rows
     num_images = None if shown is None else len(shown)
-    if is_sound(mask, pictures, labels, supervised_positions, sequence_ids, num_query_tokens, num_images or 0):
+    if mask.numel() and is_sound(
+        mask, pictures, labels, supervised_positions, sequence_ids, num_query_tokens, num_images or 0
+    ):
         return mask.clone()
     numbers = (num_query_tokens, image_token_id, num_images)
     images_per_row = check_placeholders(mask, *numbers, row_index, labels, sequence_ids)
@@ -89,7 +91,8 @@ def is_sound(
     if positions is not None and labels is not None:
         first = torch.zeros(1, dtype=torch.long, device=labels.device)  # is padding: no label is learned there
         expected = (labels.flatten() != IGNORED).index_fill(0, first, False)
-        given = positions.clamp(0, len(expected) - 1)
+        given = positions.long().clamp(0, len(expected) - 1)
+        sound &= (positions < len(expected)).all()
         named = torch.zeros_like(expected).index_fill(0, given, True).index_fill(0, first, False)
         in_order = (given == given.cummax(0).values) | (positions <= 0)
         sound &= (named == expected).all() & ((positions > 0).sum() == expected.sum()) & in_order.all()
@@ -111,6 +114,8 @@ def check_placeholders(
     those of the batch, and `row_index` names the rows in messages.
     """
     in_rows = count_in_rows(mask, sequence_ids)
+    if sequence_ids is not None:
+        in_rows = in_rows[: int(sequence_ids.max()) + 1]
     per_image, counts = num_query_tokens, in_rows.tolist()
     if sum(counts) != (num_images or 0) * per_image or any(count % per_image for count in counts):
         one_each = num_images == len(counts)

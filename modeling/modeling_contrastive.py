@@ -30,11 +30,12 @@ def checked_texts(
     """
     count = len(pictures)
     sound = pictures.isfinite().all() & (attention_mask[:, 0] != 0).all()  # one value: reading it waits for a GPU
-    if image_rows is not None:
+    if image_rows is not None and count:
+        image_rows = image_rows.long()
         shown = torch.zeros(count, dtype=torch.bool, device=image_rows.device)
         sound &= shown.index_fill(0, image_rows.clamp(0, count - 1), True).all()
         sound &= ((image_rows >= 0) & (image_rows < count)).all()
-    if sound:
+    if sound and count:
         return attention_mask.clone()
     if image_rows is not None:
         outside = ((image_rows < 0) | (image_rows >= len(pictures))).nonzero()
