@@ -95,8 +95,11 @@ def checked_shared(
     taken = (first == image_token_id).any(dim=1) | (labels[:, : num_shared + 1] != IGNORED).any(dim=1)
     if attention_mask is not None:
         taken = taken | ~attention_mask[:, :num_shared].bool().all(dim=1)
+    other = (first != shared_input_ids[:1]).any(dim=1)
+    if not (other | taken).any():  # one value, for each that is read Python waits for a GPU
+        return labels.clone()
     for wrong, why in (
-        ((first != shared_input_ids[:1]).any(dim=1), "are not those of the batch's shared_input_ids"),
+        (other, "are not those of the batch's shared_input_ids"),
         (taken, "cannot be shared: padding, a picture or what is to be learned is among them or next"),
     ):
         if wrong.any():
