@@ -89,13 +89,11 @@ def is_sound(
     if labels is not None and labels.shape == mask.shape:
         sound &= ~(mask & (labels != IGNORED)).any()
     if positions is not None and labels is not None:
-        first = torch.zeros(1, dtype=torch.long, device=labels.device)  # is padding: no label is learned there
-        expected = (labels.flatten() != IGNORED).index_fill(0, first, False)
+        expected = labels.flatten() != IGNORED  # place 0 is padding's: no label is learned there
         given = positions.long().clamp(0, len(expected) - 1)
-        sound &= (positions < len(expected)).all()
-        named = torch.zeros_like(expected).index_fill(0, given, True).index_fill(0, first, False)
-        in_order = (given == given.cummax(0).values) | (positions <= 0)
-        sound &= (named == expected).all() & ((positions > 0).sum() == expected.sum()) & in_order.all()
+        named = torch.zeros_like(expected).index_fill(0, given, True)
+        in_order = ((given == given.cummax(0).values) | (positions <= 0)) & (positions < len(expected))
+        sound &= (named == expected)[1:].all() & ((positions > 0).sum() == expected[1:].sum()) & in_order.all()
     return sound
 
 
@@ -113,9 +111,7 @@ def check_placeholders(
     `mask` `(B, S)` is True at placeholders, which are `num_query_tokens` an image and have no labels; `num_images` are
     those of the batch, and `row_index` names the rows in messages.
     """
-    in_rows = count_in_rows(mask, sequence_ids)
-    if sequence_ids is not None:
-        in_rows = in_rows[: int(sequence_ids.max()) + 1]
+    in_rows = count_in_rows(mask, sequence_ids)[: None if sequence_ids is None else int(sequence_ids.max()) + 1]
     per_image, counts = num_query_tokens, in_rows.tolist()
     if sum(counts) != (num_images or 0) * per_image or any(count % per_image for count in counts):
         one_each = num_images == len(counts)
