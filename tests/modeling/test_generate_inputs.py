@@ -87,7 +87,7 @@ def test_labels_that_do_not_say_where_a_prompt_ends_are_refused(parts):
     with pytest.raises(ValueError, match="of the same shape"):
         built.generate(labels=batch["labels"], pixel_values=batch["pixel_values"], **GREEDY)
     without = {name: value for name, value in batch.items() if name != "labels"}
-    with pytest.raises(ValueError, match="shared_input_ids without labels"):
+    with pytest.raises(ValueError, match="shared_input_ids, supervised_positions without labels"):
         built.generate(**without, **GREEDY)
     packed = LorgnetteCollator(processor, pack_to=120)(pairs(2))
     with pytest.raises(ValueError, match=r"sequence_ids: .* packed"):
