@@ -15,30 +15,9 @@ TORCH = os.environ.get("TORCH", "torch").split()
 RANGED = ("transformers", "peft", "accelerate")
 # an image of PyTorch 2.11 with CUDA 13, without this package and what it alone needs
 GPU_MACHINE = ["torch==2.11.0", "transformers==5.17.0", "huggingface_hub==1.33.0", "accelerate==1.15.0", "peft"]
-GPU_MACHINE += [
-    "pandas",
-    "pyarrow",
-    "pytest",
-    "matplotlib",
-    "pillow",
-    "httpcore",
-    "joblib",
-    "click",
-    "rich",
-    "typer",
-    "xxhash",
-]
-GPU_MACHINE += [
-    "requests",
-    "sacrebleu",
-    "scikit-learn",
-    "psutil",
-    "prometheus_client",
-    "aiohttp",
-    "absl-py",
-    "annotated-doc",
-    "h11",
-]
+GPU_MACHINE += ["pandas", "pyarrow", "pytest", "matplotlib", "pillow", "httpcore", "joblib", "click", "rich"]
+GPU_MACHINE += ["typer", "xxhash", "requests", "sacrebleu", "scikit-learn", "psutil", "prometheus_client"]
+GPU_MACHINE += ["aiohttp", "absl-py", "annotated-doc", "h11"]
 SMOKE = ["project/test_package", "trainer/test_batches", "modeling/test_generate", "assembly/test_packing"]
 SMOKE += ["processing/test_pipeline_lorgnette", "modeling/test_save_reload", "trainer/test_training_invariants"]
 SMOKE += ["modeling/test_modeling_headless", "modeling/test_peft_outside", "processing/test_processor_clients"]
@@ -85,13 +64,8 @@ def gpu(session: nox.Session) -> None:
     session.install(*GPU_MACHINE, silent=True)
     wheels, results = (str(Path(session.create_tmp()) / name) for name in ("wheels", "results"))
     session.run("python", "-m", "benchmarks.wheels", wheels, "--python", str(session.python))
-    session.run(
-        *("python", "-m", "benchmarks.gpu", "--device", "cpu", "--preset", "tiny"),
-        "--wheels",
-        wheels,
-        "--output",
-        results,
-    )
+    tiny = ("--device", "cpu", "--preset", "tiny")
+    session.run("python", "-m", "benchmarks.gpu", *tiny, "--wheels", wheels, "--output", results)
 
 
 @nox.session(python="3.11", default=False)

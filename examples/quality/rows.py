@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -103,7 +104,7 @@ def options(row: Row) -> Mapping[str, list[str]]:
     if not row.lora:
         stage2 += ["--lora", "null"]
     if row.lora_targets:
-        lora = yaml.safe_load(recipe_of(row, "stage2").read_text(encoding="utf-8"))["lora"]
+        lora = recipe_setting(row, "stage2", "lora")
         stage2 += ["--lora", json.dumps(lora | {"target_modules": row.lora_targets})]
     if row.elastic:
         stage2 += ["--elastic_queries", "true"]
@@ -115,10 +116,14 @@ def options(row: Row) -> Mapping[str, list[str]]:
 def bridge_option(row: Row, stage: str) -> list[str]:
     if row.bridge == HEADLINES[row.dataset].bridge:
         return []
-    config = yaml.safe_load(recipe_of(row, stage).read_text(encoding="utf-8"))["qformer_config"]
+    config = recipe_setting(row, stage, "qformer_config")
     config["use_pooled_features"] = row.bridge != "queries"
     config |= {"num_hidden_layers": 0} if row.bridge == "pooling" else {}
     return ["--qformer_config", json.dumps(config)]
+
+
+def recipe_setting(row: Row, stage: str, name: str) -> Any:
+    return yaml.safe_load(recipe_of(row, stage).read_text(encoding="utf-8"))[name]
 
 
 def recipe_of(row: Row, stage: str) -> Path:
