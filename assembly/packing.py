@@ -28,7 +28,7 @@ from transformers.masking_utils import (
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..modeling.modeling_base import KV_CACHE
-from ..modeling.modeling_checks import IGNORED, row_name, value_check
+from ..modeling.modeling_checks import IGNORED, row_name
 
 
 PADDING = -1  # in place of a sequence's number
@@ -42,31 +42,54 @@ def unmasked_layers(language_model: PreTrainedModel) -> list[str]:
     return [kind for kind in kinds if kind not in MASKED_LAYERS]
 
 
-@value_check
-def checked_sequences(
-    sequence_ids: torch.Tensor, starts: torch.Tensor, text_ids: torch.Tensor | None, text_starts: torch.Tensor
-) -> torch.Tensor:
-    """`(B, S)` int64 numbers of sequences, which begin where `starts` `(B, S)` is True; below 0 is padding.
+def in_order(sequence_ids: torch.Tensor, text_ids: torch.Tensor | None, context: int) -> torch.Tensor:
+    """Whether [`check_numbers`] will not raise, as one value: Python waits for a GPU's to read it."""
+    starts = (_starts(sequence_ids) & (sequence_ids >= 0)).flatten()
+    sound = (~starts | (sequence_ids.flatten() == starts.cumsum(0) - 1)).all()
+    if text_ids is not None:
+        sound &= ~_texts_out_of_order(sequence_ids, text_ids).any()
+    if 0 < context < sequence_ids.shape[1]:  # a row may be longer than each of its sequences
+        sound &= positions(sequence_ids, text_ids).max() < context
+    return sound
+
+
+def check_numbers(
+    sequence_ids: torch.Tensor, text_ids: torch.Tensor | None, context: int, row_index: torch.Tensor | None
+) -> None:
+    """Check `(B, S)` int64 numbers of sequences; below 0 is padding.
 
     Raises:
-        ValueError: they, or the texts of a sequence, are not in order.
+        ValueError: they, or the texts of a sequence, are not in order; a sequence longer than the `context`, with its
+            row `(D,)`.
     """
-    numbers = sequence_ids[starts & (sequence_ids >= 0)]
+    numbers = sequence_ids[_starts(sequence_ids) & (sequence_ids >= 0)]
     if not torch.equal(numbers, torch.arange(len(numbers), device=numbers.device)):
         raise ValueError(f"the sequences of a batch are numbered in their order, from 0; these are {numbers.tolist()}")
     if text_ids is not None:
-        at = text_starts & (sequence_ids >= 0)
-        sequences, texts = sequence_ids[at], text_ids[at]
-        is_first = sequences != nn.functional.pad(sequences[:-1], (1, 0), value=PADDING)
-        # a prompt of one token has no part of its own: its text comes first
-        wrong = torch.where(is_first, (texts != 0) & (texts != 1), texts != texts.roll(1) + 1)
+        wrong = _texts_out_of_order(sequence_ids, text_ids)
         if wrong.any():
-            number = int(sequences[wrong][0])
+            number = int(sequence_ids.flatten()[wrong][0])
+            texts = text_ids[_starts(sequence_ids, text_ids) & (sequence_ids == number)].tolist()
             raise ValueError(
                 "text_ids are 0 at a sequence's prompt and count its texts from 1; those of sequence "
-                f"{number} are {texts[sequences == number].tolist()}"
+                f"{number} are {texts}"
             )
-    return sequence_ids.clone()
+    last = positions(sequence_ids, text_ids)
+    if 0 < context <= last.max():
+        row = row_name(int(sequence_ids.flatten()[last.argmax()]), row_index)
+        raise ValueError(f"{row} has {int(last.max()) + 1} tokens; the language model's context is {context}")
+
+
+def _texts_out_of_order(sequence_ids: torch.Tensor, text_ids: torch.Tensor) -> torch.Tensor:
+    """`(B * S,)` bool: where a text begins that does not follow the one before it in its sequence."""
+    begins = (_starts(sequence_ids, text_ids) & (sequence_ids >= 0)).flatten()
+    sequences, texts = sequence_ids.flatten(), text_ids.flatten()
+    place = torch.arange(len(begins), device=begins.device).masked_fill(~begins, -1).cummax(0).values
+    before = nn.functional.pad(place[:-1], (1, 0), value=-1)  # where the last one began
+    is_first = (before < 0) | (sequences != sequences[before])
+    # a prompt of one token has no part of its own: its text comes first
+    wrong = torch.where(is_first, (texts != 0) & (texts != 1), texts != texts[before] + 1)
+    return wrong & begins
 
 
 def check_sequences(
@@ -74,16 +97,16 @@ def check_sequences(
     language_model: PreTrainedModel,
     keywords: dict[str, Any],
     text_ids: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Raise if sequences could attend to each other; else return `sequence_ids`.
+) -> None:
+    """Raise if sequences could attend to each other; their numbers are for [`check_numbers`].
 
     Args:
         sequence_ids, text_ids: `(B, S)`, see [`packed`].
         keywords: what else the language model is given.
 
     Raises:
-        ValueError: numbers out of order, a language model or an attention implementation that cannot tell sequences
-            apart, an input that goes with one sequence a row.
+        ValueError: a language model or an attention implementation that cannot tell sequences apart, an input that
+            goes with one sequence a row.
     """
     if sequence_ids is None:
         raise ValueError("text_ids are given without the sequence_ids whose texts they count")
@@ -119,31 +142,21 @@ def check_sequences(
         raise ValueError(
             f"attn_implementation {attention!r} cannot mask sequences: take {', '.join(MASKED_BY)} or FlashAttention"
         )
-    return checked_sequences(sequence_ids, _starts(sequence_ids), text_ids, _starts(sequence_ids, text_ids))
 
 
 def pack(
     language_model: PreTrainedModel,
     sequence_ids: torch.Tensor,
     text_ids: torch.Tensor | None,
-    row_index: torch.Tensor | None,
     inputs: dict[str, Any],
 ) -> dict[str, Any]:
     """The inputs of a language model for packed rows: checked, and [`packed`].
 
     Raises:
-        ValueError: what [`check_sequences`] raises; a sequence longer than the context, with its row `(D,)`.
+        ValueError: what [`check_sequences`] raises.
     """
-    sequence_ids = check_sequences(sequence_ids, language_model, inputs, text_ids)
-    packed_inputs = packed(language_model, sequence_ids, inputs["inputs_embeds"], inputs["labels"], text_ids)
-    context = getattr(language_model.config, "max_position_embeddings", None)
-    if context is not None and sequence_ids.shape[1] > context:  # a row may be longer than each of its sequences
-        last = positions(sequence_ids, text_ids)
-        length = int(last.max()) + 1
-        if length > context:
-            row = row_name(int(sequence_ids.flatten()[last.argmax()]), row_index)
-            raise ValueError(f"{row} has {length} tokens; the language model's context is {context}")
-    return packed_inputs
+    check_sequences(sequence_ids, language_model, inputs, text_ids)
+    return packed(language_model, sequence_ids, inputs["inputs_embeds"], inputs["labels"], text_ids)
 
 
 def packed(
@@ -169,12 +182,14 @@ def packed(
     if labels is not None:
         labels = labels.masked_fill(_starts(sequence_ids, text_ids), IGNORED)
     if is_flash_attention_requested(language_model.config):
-        kept = sequence_ids != PADDING
-        sequence_ids, inputs_embeds = sequence_ids[kept][None], inputs_embeds[kept][None]
-        labels = None if labels is None else labels[kept][None]
-        bounds = [*_starts(sequence_ids)[0].nonzero()[:, 0].tolist(), sequence_ids.shape[1]]
-        lengths = torch.tensor(bounds, dtype=torch.int32, device=sequence_ids.device)
-        longest = int(lengths.diff().max())
+        kept = sequence_ids.flatten() != PADDING
+        last = positions(sequence_ids)
+        numbers = torch.stack([kept.sum(), sequence_ids.max() + 1, last.max() + 1])
+        tokens, sequences, longest = numbers.tolist()  # one read: FlashAttention wants the longest as a number
+        order = (~kept).to(torch.uint8).argsort(stable=True)[:tokens]
+        sequence_ids, inputs_embeds = sequence_ids.flatten()[order][None], inputs_embeds.flatten(0, 1)[order][None]
+        labels = None if labels is None else labels.flatten()[order][None]
+        lengths = torch.searchsorted(sequence_ids[0], torch.arange(sequences + 1, device=order.device)).int()
         seeing = {"attention_mask": None, "cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths}
         seeing |= {"max_length_q": longest, "max_length_k": longest}
         position_ids = positions(sequence_ids)
@@ -274,4 +289,4 @@ def _starts(sequence_ids: torch.Tensor, text_ids: torch.Tensor | None = None) ->
     return (ids != nn.functional.pad(ids[..., :-1], (1, 0), value=PADDING - 1)).any(dim=0)
 
 
-__all__ = ["PADDING", "check_sequences", "pack", "packed", "positions", "unmasked_layers"]
+__all__ = ["PADDING", "check_numbers", "check_sequences", "in_order", "pack", "packed", "positions", "unmasked_layers"]

@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..modeling.modeling_base import KV_CACHE
-from ..modeling.modeling_checks import IGNORED, row_name, value_check
+from ..modeling.modeling_checks import IGNORED, row_name
 from .packing import unmasked_layers
 
 
@@ -48,63 +48,54 @@ def can_share(language_model: PreTrainedModel, inputs: Mapping[str, Any]) -> boo
     )
 
 
-def shared_inputs(
-    language_model: PreTrainedModel,
-    inputs: Mapping[str, Any],
-    labels: torch.Tensor,
-    shared_input_ids: torch.Tensor,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    row_index: torch.Tensor | None,
-    image_token_id: int,
-) -> dict[str, Any]:
+def shared_inputs(language_model: PreTrainedModel, inputs: Mapping[str, Any], num_shared_tokens: int) -> dict[str, Any]:
     """Keywords of [`~modeling_loss.supervised_loss`] for rows that begin alike; none where [`can_share`] says no.
 
     Args:
         inputs: of the call.
-        labels: `(B, S)`.
-        shared_input_ids: `(B, P)`.
-        input_ids, attention_mask: `(B, S)`.
-        row_index: `(B,)`, for messages.
-
-    Raises:
-        ValueError: a row that does not begin with `shared_input_ids`, see [`checked_shared`].
+        num_shared_tokens: P.
     """
     if not can_share(language_model, inputs):
         return {}
-    labels = checked_shared(labels, shared_input_ids, input_ids, attention_mask, row_index, image_token_id)
-    return {"labels": labels, "decode": partial(decode_rest, language_model.base_model, shared_input_ids.shape[1])}
+    return {"decode": partial(decode_rest, language_model.base_model, num_shared_tokens)}
 
 
-@value_check
-def checked_shared(
+def unlike_shared(
     labels: torch.Tensor,
     shared_input_ids: torch.Tensor,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    row_index: torch.Tensor | None,
     image_token_id: int,
-) -> torch.Tensor:
-    """The labels `(B, S)` of rows that all begin with `shared_input_ids` `(B, P)`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two `(B,)` bool: which rows begin with others than `shared_input_ids` `(B, P)`, and which cannot share them.
 
-    Raises:
-        ValueError: names the row that does not, or has padding, a placeholder or a label among them or next.
+    A row cannot that has padding, a placeholder or a label among them or next.
     """
     num_shared = shared_input_ids.shape[1]
     first = input_ids[:, :num_shared]
     taken = (first == image_token_id).any(dim=1) | (labels[:, : num_shared + 1] != IGNORED).any(dim=1)
     if attention_mask is not None:
         taken = taken | ~attention_mask[:, :num_shared].bool().all(dim=1)
-    other = (first != shared_input_ids[:1]).any(dim=1)
-    if not (other | taken).any():  # one value, for each that is read Python waits for a GPU
-        return labels.clone()
+    return (first != shared_input_ids[:1]).any(dim=1), taken
+
+
+def check_shared(
+    labels: torch.Tensor,
+    shared_input_ids: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    image_token_id: int,
+    row_index: torch.Tensor | None,
+) -> None:
+    """Raise a ValueError that names the first of the rows that [`unlike_shared`] finds."""
+    other, taken = unlike_shared(labels, shared_input_ids, input_ids, attention_mask, image_token_id)
     for wrong, why in (
         (other, "are not those of the batch's shared_input_ids"),
         (taken, "cannot be shared: padding, a picture or what is to be learned is among them or next"),
     ):
         if wrong.any():
-            raise ValueError(f"{row_name(int(wrong.nonzero()[0]), row_index)}: its first {num_shared} tokens {why}")
-    return labels.clone()
+            row = row_name(int(wrong.nonzero()[0]), row_index)
+            raise ValueError(f"{row}: its first {shared_input_ids.shape[1]} tokens {why}")
 
 
 def decode_rest(
@@ -134,4 +125,4 @@ def decode_rest(
     return BaseModelOutputWithPast(last_hidden_state=rest.last_hidden_state)
 
 
-__all__ = ["can_share", "decode_rest", "shared_inputs"]
+__all__ = ["can_share", "check_shared", "decode_rest", "shared_inputs", "unlike_shared"]

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
+from ..configuration.configuration_lorgnette import from_package
+
 
 # keywords and fields of a generation config with which token ids alone are read, or the prompt is rewritten
 _READS_IDS_ALONE = (
@@ -46,29 +48,31 @@ def checked_placeholders(
     labels: torch.Tensor | None,
     supervised_positions: torch.Tensor | None,
     sequence_ids: torch.Tensor | None,
+    text_ids: torch.Tensor | None,
+    shared_input_ids: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
     num_query_tokens: int,
     image_token_id: int,
+    context: int,
 ) -> torch.Tensor:
-    """The mask `(B, S)` of placeholders for pictures `(N, …)`; raises what [`check_placeholders`], [`check_finite`] do.
-
-    Raises a ValueError too for `supervised_positions` `(K,)` that are not where the flat labels `(B, S)` are.
-    """
+    """The mask `(B, S)`; raises what [`check_placeholders`], [`check_finite`] and `batch_checks.check_collated` do."""
     shown = pictures if image_rows is None else image_rows
     num_images = None if shown is None else len(shown)
-    if mask.numel() and is_sound(
-        mask, pictures, labels, supervised_positions, sequence_ids, num_query_tokens, num_images or 0
-    ):
+    sound = [is_sound(mask, pictures, labels, sequence_ids, num_query_tokens, num_images or 0)]
+    collated = (labels, supervised_positions, sequence_ids, text_ids, shared_input_ids, input_ids, attention_mask)
+    is_collated = any(collated[place] is not None for place in (1, 2, 4))
+    if is_collated:
+        package = from_package("assembly.batch_checks", "A batch of LorgnetteCollator")
+        sound += package.is_collated(*collated, image_token_id, context)
+    if mask.numel() and torch.stack(sound).all():  # one value: for each that is read Python waits for a GPU
         return mask.clone()
-    numbers = (num_query_tokens, image_token_id, num_images)
-    images_per_row = check_placeholders(mask, *numbers, row_index, labels, sequence_ids)
+    numbers = (num_query_tokens, image_token_id, num_images, row_index)
+    images_per_row = check_placeholders(mask, *numbers, labels, sequence_ids)
     if pictures is not None:
         check_finite(pictures, images_per_row, row_index, image_rows)
-    if supervised_positions is not None and labels is not None:  # Trainer removes labels where it computes the loss
-        expected = (labels.flatten() != IGNORED).nonzero().squeeze(1)
-        given, expected = supervised_positions[supervised_positions > 0], expected[expected > 0]
-        if not torch.equal(given, expected):
-            numbers = f"names {len(given)} positions, and labels has {len(expected)} labels, or others"
-            raise ValueError(f"supervised_positions {numbers}: it lists all that are not -100, in order")
+    if is_collated:
+        package.check_collated(*collated, image_token_id, context, row_index)
     return mask.clone()
 
 
@@ -76,24 +80,17 @@ def is_sound(
     mask: torch.Tensor,
     pictures: torch.Tensor | None,
     labels: torch.Tensor | None,
-    positions: torch.Tensor | None,
     sequence_ids: torch.Tensor | None,
     per_image: int,
     num_images: int,
 ) -> torch.Tensor:
-    """Whether [`checked_placeholders`] will not raise, as one value: for each that is read Python waits for a GPU."""
+    """Whether placeholders and pictures are sound: a bool scalar."""
     counts = count_in_rows(mask, sequence_ids)
     sound = (counts.sum() == num_images * per_image) & (counts % per_image == 0).all()
     if pictures is not None:
         sound &= pictures.isfinite().all()
     if labels is not None and labels.shape == mask.shape:
         sound &= ~(mask & (labels != IGNORED)).any()
-    if positions is not None and labels is not None:
-        expected = labels.flatten() != IGNORED  # place 0 is padding's: no label is learned there
-        given = positions.long().clamp(0, len(expected) - 1)
-        named = torch.zeros_like(expected).index_fill(0, given, True)
-        in_order = ((given == given.cummax(0).values) | (positions <= 0)) & (positions < len(expected))
-        sound &= (named == expected)[1:].all() & ((positions > 0).sum() == expected[1:].sum()) & in_order.all()
     return sound
 
 

@@ -13,73 +13,72 @@ from typing import Any
 import torch
 from torch import nn
 
-from .modeling_checks import check_finite, row_name, value_check
-from .modeling_loss import in_process_group
+from ..configuration.configuration_lorgnette import from_package
+from .modeling_checks import IGNORED, value_check
+from .modeling_loss import POSITIONS_MULTIPLE, in_process_group
 
 
 @value_check
-def checked_texts(
+def checked_pairs(
     attention_mask: torch.Tensor,
     pictures: torch.Tensor,
     image_rows: torch.Tensor | None,
+    candidates: torch.Tensor | None,
+    process: torch.Tensor | None,
+    matched: torch.Tensor | None,
     row_index: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The mask `(T, S)` of texts that are padded on the right alone, beside pictures `(M, …)` that are finite.
-
-    Each picture has a text.
-    """
-    count = len(pictures)
-    sound = pictures.isfinite().all() & (attention_mask[:, 0] != 0).all()  # one value: reading it waits for a GPU
-    if image_rows is not None and count:
-        image_rows = image_rows.long()
-        shown = torch.zeros(count, dtype=torch.bool, device=image_rows.device)
-        sound &= shown.index_fill(0, image_rows.clamp(0, count - 1), True).all()
-        sound &= ((image_rows >= 0) & (image_rows < count)).all()
-    if sound and count:
-        return attention_mask.clone()
-    if image_rows is not None:
-        outside = ((image_rows < 0) | (image_rows >= len(pictures))).nonzero()
-        if len(outside):
-            row, number = int(outside[0]), int(image_rows[outside[0]])
-            raise ValueError(
-                f"{row_name(row, row_index)}: image_rows is {number}, and the batch has {len(pictures)} pictures"
-            )
-        without = (torch.bincount(image_rows, minlength=len(pictures)) == 0).nonzero().flatten().tolist()
-        if without:
-            raise ValueError(
-                f"{len(without)} of the {len(pictures)} pictures of the batch have no text, the first of them picture "
-                f"{without[0]}: image_rows names each picture once or more"
-            )
-    check_finite(pictures, None, row_index, image_rows)
-    left = attention_mask[:, 0] == 0
-    if left.any():
-        row = row_name(int(left.nonzero()[0]), row_index)
-        raise ValueError(f"{row} is padded on the left: a text begins with its [CLS]")
+    """The mask `(T, S)` of texts; raises what [`~lorgnette.assembly.batch_checks.check_pairs`] does."""
+    given = (attention_mask, pictures, image_rows, candidates, process, matched, row_index)
+    if not are_sound(*given):
+        _refuse(*given)
     return attention_mask.clone()
 
 
-@value_check
-def checked_candidates(
-    candidates: torch.Tensor, process: torch.Tensor | None, row_index: torch.Tensor | None
-) -> torch.Tensor:
-    """`(N, N)` bool, which texts are negatives of which pairs: some are, and with `process` `(N,)` some in each."""
-    inside = candidates if process is None else candidates & (process[:, None] == process)
-    has = inside.any(dim=1)
-    if has.any() if process is None else (has & (process[:, None] == process)).any(dim=1).all():
-        return candidates.clone()
-    if not candidates.any():
-        alike = f"and the {len(candidates) - 1} others of its batch have the same caption or picture"
-        alone = "is alone in its batch (dataloader_drop_last leaves such a last one out)"
-        what = alone if len(candidates) == 1 else f"{alike} (larger batches may help)"
-        raise ValueError(f"{row_name(0, row_index)} {what}: there are no negatives to tell it from")
-    if process is not None:
-        for number, count in enumerate(torch.bincount(process).tolist()):
-            if not has[process == number].any():
-                raise ValueError(
-                    f"Process {number} has a batch of {count} texts with one picture or caption, and matching (ITM) "
-                    "finds no negatives in it: make the batches of a process larger, or itm_weight 0"
-                )
-    return candidates.clone()
+def checked_batch(
+    attention_mask: torch.Tensor, rows: torch.Tensor, size: int, *others: torch.Tensor | None
+) -> tuple[torch.Tensor, list[int] | None]:
+    """The mask of [`checked_pairs`], and numbers of the texts, `(T,)` `rows`, of the first `size` pictures.
+
+    They are how many there are, the fewest and the most of a picture, and their tokens past the first. None while
+    compiling, where values decide no shape. All is read at once: Python waits for a GPU each time.
+    """
+    if torch.compiler.is_compiling():
+        return checked_pairs(attention_mask, *others), None
+    kept = rows < size
+    texts_of = torch.zeros(size, dtype=torch.long, device=rows.device)
+    texts_of = texts_of.index_add(0, rows.clamp(max=size - 1), kept.long())
+    tokens = ((attention_mask[:, 1:] != 0) & kept[:, None]).sum()
+    numbers = (are_sound(attention_mask, *others).long(), kept.sum(), *texts_of.aminmax(), tokens)
+    sound, *counts = torch.stack(numbers).tolist()
+    if not sound:
+        _refuse(attention_mask, *others)
+    return attention_mask, counts
+
+
+def are_sound(*given: torch.Tensor | None) -> torch.Tensor:
+    """Whether [`~lorgnette.assembly.batch_checks.check_pairs`] will not raise: a bool scalar."""
+    attention_mask, pictures, image_rows, candidates, process, matched, _ = given
+    sound = pictures.isfinite().all() & (attention_mask[:, 0] != 0).all()
+    if image_rows is not None:
+        shown = torch.zeros(len(pictures), dtype=torch.bool, device=image_rows.device)
+        sound &= shown.index_fill(0, image_rows.clamp(0, len(pictures) - 1), True).all()
+        sound &= ((image_rows >= 0) & (image_rows < len(pictures))).all()
+    if candidates is not None:
+        together = process[:, None] == process
+        has = (candidates & together).any(dim=1)
+        sound &= (has & together).any(dim=1).all()
+        if matched is not None:
+            sound &= (candidates & matched[:, None] & matched).any()
+    return sound
+
+
+def _refuse(*given: torch.Tensor | None) -> None:
+    what = "This batch has pictures or texts that nothing can be learned from; naming the row"
+    try:
+        from_package("assembly.batch_checks", what).check_pairs(*given)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
 
 
 @dataclass
@@ -98,9 +97,9 @@ class TextGroups:
     image_rows: torch.Tensor
     rank: torch.Tensor
     order: torch.Tensor
-    fewest: int = 1
-    most: int = 1
-    in_order: bool = False
+    fewest: int
+    most: int
+    in_order: bool
 
     @property
     def first(self) -> torch.Tensor:
@@ -108,18 +107,24 @@ class TextGroups:
         return self.order[: self.pictures * self.fewest : self.fewest]
 
 
-def group_texts(image_rows: torch.Tensor | None, texts: int, pictures: int, device: torch.device) -> TextGroups:
-    """Of `(T,)` `image_rows`; without them each text has a picture of its own."""
-    if image_rows is None:
-        order = torch.arange(texts, device=device)
-        return TextGroups(pictures, order, torch.zeros_like(order), order, in_order=True)
+def group_texts(image_rows: torch.Tensor, pictures: int, in_order: bool, counts: list[int] | None) -> TextGroups:
+    """Of `(T,)` `image_rows`; `counts`: the fewest and the most texts of a picture; None while compiling."""
     rank = (image_rows[:, None] == image_rows).tril(-1).sum(dim=1)
-    fewest, most = 1, 0
-    if not torch.compiler.is_compiling():
-        texts_of = torch.zeros(pictures, dtype=torch.long, device=device).index_add(0, image_rows, rank.new_ones(texts))
-        fewest, most = torch.stack(texts_of.aminmax()).tolist()
+    fewest, most = counts or (1, 0)
     order = torch.where(rank < fewest, image_rows, pictures).argsort(stable=True)
-    return TextGroups(pictures, image_rows, rank, order, fewest, most)
+    return TextGroups(pictures, image_rows, rank, order, fewest, most, in_order)
+
+
+def labels_of(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, count: int | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of texts `(T, S)` the labels of ITG, and the `(K,)` places of these `count`, filled up with 0; None for None."""
+    is_label = nn.functional.pad(attention_mask[:, 1:] != 0, (1, 0))
+    places = None
+    if count is not None:
+        places = (~is_label).flatten().long().argsort(stable=True)[:count]
+        places = nn.functional.pad(places, (0, -count % POSITIONS_MULTIPLE))
+    return input_ids.masked_fill(~is_label, IGNORED), places
 
 
 def similarities(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
@@ -142,7 +147,7 @@ class Pairs:
     """Which texts and pictures belong together, and which are negatives of each other, over all processes.
 
     Args:
-        texts, pictures: how many of them each process has.
+        texts, pictures: how many of them each process has; `process`: `(N,)` int64, whose each text is.
         own: `(T,)` int64, which of all texts are this process' own.
         image_rows: `(N,)` int64, which of all pictures each text has.
         positives, candidates: `(N, N)` bool, whether a text (column) is a positive, or a negative, of a pair's picture.
@@ -150,6 +155,7 @@ class Pairs:
 
     texts: list[int]
     pictures: list[int]
+    process: torch.Tensor
     own: torch.Tensor
     image_rows: torch.Tensor
     positives: torch.Tensor
@@ -188,7 +194,8 @@ def pairs_of(
     positives = of_text[:, None] == of_text
     alike = positives.float() @ same_caption(input_ids).float()  # how many of the picture's texts have the caption
     own = torch.arange(texts[rank], device=device) + sum(texts[:rank])
-    return Pairs(texts, pictures, own, image_rows, positives, alike == 0)
+    process = torch.cat([torch.full((size,), number, device=device) for number, size in enumerate(texts)])
+    return Pairs(texts, pictures, process, own, image_rows, positives, alike == 0)
 
 
 def contrastive_loss(

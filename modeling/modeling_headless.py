@@ -260,6 +260,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         text_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         supervised_positions: torch.Tensor | None = None,
+        shared_input_ids: torch.Tensor | None = None,
     ) -> tuple[dict[str, Any], LorgnetteImageFeatures | None]:
         """The language model's inputs, and the features of the images in them; see [`forward`]."""
         features, pictures = None, images["vision_features"]
@@ -268,11 +269,12 @@ class LorgnetteModel(LorgnettePreTrainedModel):
             if pictures is not None and pictures.ndim != 4 and shapes is None:
                 raise ValueError(f"pixel_values is {tuple(pictures.shape)}, and (N, 3, H, W) is needed")
         decoding = cache is not None and input_ids is not None and input_ids.shape[1] == 1
-        if pictures is not None or (inputs_embeds is None and not decoding):
+        if pictures is not None or sequence_ids is not None or (inputs_embeds is None and not decoding):
             mask = self.get_placeholder_mask(input_ids, inputs_embeds)
             shown = (None if pictures is None else pictures.detach(), images["image_rows"])
+            rows = (row_index, labels, supervised_positions, sequence_ids, text_ids, shared_input_ids, input_ids)
             numbers = (self.config.query_count(images["num_query_tokens"]), self.config.image_token_id)
-            mask = checked_placeholders(mask, *shown, row_index, labels, supervised_positions, sequence_ids, *numbers)
+            mask = checked_placeholders(mask, *shown, *rows, attention_mask, *numbers, self.max_text_length or 0)
             if inputs_embeds is None:  # the placeholder's id may be past the end of the table
                 inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
             if pictures is not None:
@@ -290,7 +292,7 @@ class LorgnetteModel(LorgnettePreTrainedModel):
         inputs |= {"labels": labels, KV_CACHE: cache}
         if is_packed:
             packing = from_package("assembly.packing", "A batch with sequence_ids")
-            inputs |= packing.pack(self.language_model, sequence_ids, text_ids, row_index, inputs)
+            inputs |= packing.pack(self.language_model, sequence_ids, text_ids, inputs)
         if is_packed or self.training:
             inputs["use_cache"] = False  # Trainer turns it off in this config, not in the language model's
         return inputs, features

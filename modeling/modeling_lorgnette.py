@@ -199,7 +199,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         Raises:
             ValueError: with the row, for placeholders and images that do not match, labels on placeholders and pictures
                 that are not finite. Sequences that the language model cannot separate; float16 weights that train.
-            ImportError: `sequence_ids` or `shared_input_ids`, and the package is not installed.
+            ImportError: `sequence_ids`, `shared_input_ids` or `supervised_positions`, and the package is not installed.
         """
         # Trainer keeps the labels, and counts them, where it computes the loss itself
         if self.training and (labels is not None or kwargs.get("num_items_in_batch") is not None):
@@ -208,18 +208,17 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         image_inputs += (qformer_input_ids, qformer_attention_mask, num_query_tokens)
         images = dict(zip(IMAGE_INPUTS, image_inputs))  # noqa: B905 (compiled)
         tokens = (input_ids, inputs_embeds, attention_mask, position_ids, one_cache(past_key_values, cache))
-        inputs, features = self._headless.lm_inputs(
-            *tokens, images, row_index, sequence_ids, text_ids, labels, supervised_positions
-        )
+        shared = shared_input_ids if self.training and labels is not None else None
+        learned = (row_index, sequence_ids, text_ids, labels, supervised_positions, shared)
+        inputs, features = self._headless.lm_inputs(*tokens, images, *learned)
         lm_forward = self.language_model
         if self.training and labels is not None and can_supervise(self.language_model, kwargs):
             if inputs["labels"].shape != labels.shape:  # FlashAttention's packed rows are one
                 supervised_positions = None
             lm_forward = partial(supervised_loss, self.language_model, supervised_positions=supervised_positions)
-            if shared_input_ids is not None:
+            if shared is not None:
                 prefix = from_package("assembly.shared_prefix", "A batch with shared_input_ids")
-                rows = (shared_input_ids, input_ids, attention_mask, row_index, self.config.image_token_id)
-                inputs |= prefix.shared_inputs(self.language_model, inputs | kwargs, labels, *rows)
+                inputs |= prefix.shared_inputs(self.language_model, inputs | kwargs, shared.shape[1])
         outputs = lm_forward(return_dict=True, **inputs | kwargs)
         states = states_of(outputs, features)
         if outputs.logits is None:

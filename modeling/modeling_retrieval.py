@@ -34,13 +34,13 @@ from .modeling_base import LorgnettePreTrainedModel
 from .modeling_checks import IGNORED, check_finite
 from .modeling_contrastive import (
     TextGroups,
-    checked_candidates,
-    checked_texts,
+    checked_batch,
     contrastive_loss,
     draw_negatives,
     gather,
     generation_loss,
     group_texts,
+    labels_of,
     matching_loss,
     means_over_all,
     pairs_of,
@@ -205,8 +205,10 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
             raise ValueError("Give either pixel_values or vision_features")
         pictures = pixel_values if vision_features is None else vision_features
         shown = pictures if image_rows is None else image_rows
-        if len(shown) != len(input_ids):
-            raise ValueError(f"{len(shown)} pictures and {len(input_ids)} texts: stage 1 learns from pairs")
+        if len(shown) != len(input_ids) or not len(pictures):
+            raise ValueError(
+                f"{len(pictures) and len(shown)} pictures and {len(input_ids)} texts: stage 1 learns from pairs"
+            )
         for name, numbers, count in (("image_ids", image_ids, len(pictures)), ("row_index", row_index, len(input_ids))):
             if numbers is not None and len(numbers) != count:
                 raise ValueError(
@@ -215,42 +217,42 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
                 )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        attention_mask = checked_texts(attention_mask, pictures.detach(), image_rows, row_index)
+        contrast, match, generate = self.config.itc_weight, self.config.itm_weight, self.config.itg_weight
+        count = size = len(pictures)
+        if not return_loss:
+            match = generate = 0
+        elif self.training and self.config.matching_batch:
+            size = min(self.config.matching_batch, count)  # pictures that ITM and ITG learn from
+        pad_token_id = self.config.qformer_config.pad_token_id or 0
+        ids = input_ids.masked_fill(attention_mask == 0, pad_token_id)
+        rows = torch.arange(count, device=ids.device) if image_rows is None else image_rows.long().clamp(0, count - 1)
+        candidates = process = matched = None
+        if return_loss and (contrast or match):
+            pairs = pairs_of(ids, rows, count, image_ids, pad_token_id)
+            candidates, process = pairs.candidates, pairs.process * bool(match)  # ITM needs some in each process
+            if match and size < count:
+                matched = torch.zeros_like(candidates[0]).index_copy(0, pairs.own, rows < size)
+        checked = (pictures.detach(), image_rows, candidates, process, matched, row_index)
+        attention_mask, numbers = checked_batch(attention_mask, rows, size, *checked)  # image_rows, too
         features = vision_features
         if features is None:
             features = self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes).last_hidden_state
-        pad_token_id = self.config.qformer_config.pad_token_id or 0
-        ids = input_ids.masked_fill(attention_mask == 0, pad_token_id)
         text = {"input_ids": ids, "attention_mask": attention_mask}
-        groups = group_texts(image_rows, len(ids), len(features), ids.device)
-        contrast, match, generate = self.config.itc_weight, self.config.itm_weight, self.config.itg_weight
-        if not return_loss:
-            match = generate = 0
-        if return_loss and (contrast or match):
-            pairs = pairs_of(ids, groups.image_rows, len(features), image_ids, pad_token_id)
-            process = None
-            if match and len(pairs.texts) > 1:
-                process = torch.arange(len(pairs.texts)).repeat_interleave(torch.tensor(pairs.texts)).to(ids.device)
-            candidates = checked_candidates(pairs.candidates, process, row_index)
-
-        losses: dict[str, torch.Tensor] = {}
-        counts: dict[str, torch.Tensor | int] = {}  # what they are means over
+        losses, counts = {}, {}  # counts: what they are means over
         logits_per_image, hardness = None, torch.zeros(len(ids), len(ids), device=ids.device)
-        image_mask, size, embeds = pixel_attention_mask, self.config.matching_batch, None
-        is_cut = self.training and return_loss and size is not None and size < len(features)
-        if is_cut and contrast:
+        image_mask, embeds, own_text, own_rows = pixel_attention_mask, None, text, rows
+        if size < count and contrast:
             image = {"encoder_hidden_states": features, "encoder_attention_mask": image_mask}
             image_embeds = self._in_chunks(self.embed_images, image, size)
             embeds = image_embeds, self._in_chunks(lambda rows: self.embed_texts(**rows), text, size)
-        if is_cut:
-            kept = torch.arange(size, device=ids.device)
+        if size < count:
+            kept = rows[:size]
             if image_rows is not None:
-                kept = (image_rows < size).nonzero().squeeze(1)
+                number = numbers[0] if numbers else int((rows < size).sum())
+                kept = (rows >= size).long().argsort(stable=True)[:number]
             features, image_mask = features[:size], None if image_mask is None else image_mask[:size]
-            own_text, rows = take_rows(text, kept), None if image_rows is None else image_rows[kept]
-            own_groups = group_texts(rows, len(kept), size, ids.device)
-        else:
-            own_text, own_groups = text, groups
+            own_text, own_rows = take_rows(text, kept), rows[kept]
+        own_groups = group_texts(own_rows, size, image_rows is None, numbers and numbers[1:3])
         if match or generate or embeds is None:
             image = {
                 "encoder_hidden_states": self.qformer.project_image(features, image_mask),  # once for all passes
@@ -266,10 +268,10 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
             image_embeds, text_embeds = embeds
             logits_per_image = similarities(image_embeds, text_embeds)  # (M, T)
             scale = self.logit_scale.float().exp().clamp(max=self.config.max_logit_scale)
-            hardness = (logits_per_image.detach() * scale.detach())[groups.image_rows]  # (T, T)
+            hardness = (logits_per_image.detach() * scale.detach())[rows]  # (T, T)
             if return_loss:
                 to_text = similarities(image_embeds, gather(text_embeds, pairs.texts))  # (M, N)
-                to_text = to_text.index_select(0, groups.image_rows)  # (T, N): a picture counts once a text
+                to_text = to_text.index_select(0, rows)  # (T, N): a picture counts once a text
                 to_image = similarities(gather(image_embeds, pairs.pictures), text_embeds).T
                 to_image = to_image.index_select(1, pairs.image_rows)  # (T, N)
                 loss_of = partial(contrastive_loss, label_smoothing=self.config.itc_label_smoothing)
@@ -282,13 +284,11 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
                 counts["loss_itc"] = len(ids)
         if match:
             own = candidates[pairs.own][:, pairs.own]
-            if is_cut:
-                own = checked_candidates(own[kept][:, kept], None, None if row_index is None else row_index[kept])
-                hardness = hardness[kept][:, kept]
+            if size < count:
+                own, hardness = own[kept][:, kept], hardness[kept][:, kept]
             losses["loss_itm"], counts["loss_itm"] = self._match(image, own_text, hardness, own, own_groups, **kwargs)
         if generate:
-            labels = own_text["input_ids"].masked_fill(own_text["attention_mask"] == 0, IGNORED)
-            states, targets = supervised(written, labels)
+            states, targets = supervised(written, *labels_of(**own_text, count=numbers and numbers[3]))
             logits = self.text_head(states, self.get_input_embeddings().weight)  # (R, vocabulary)
             losses["loss_itg"], counts["loss_itg"] = generation_loss(logits, targets), (targets != IGNORED).sum()
         losses = means_over_all(losses, counts)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lorgnette.assembly.batch_checks import is_collated
 from lorgnette.modeling.modeling_checks import IGNORED, checked_placeholders, is_sound
 
 
@@ -18,7 +19,8 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def check(mask, labels, positions, pictures=PICTURES, sequence_ids=None, row_index=None) -> torch.Tensor:
-    return checked_placeholders(mask, pictures, None, row_index, labels, positions, sequence_ids, 2, IMAGE)
+    others = (None, None, None, None, 2, IMAGE, 0)
+    return checked_placeholders(mask, pictures, None, row_index, labels, positions, sequence_ids, *others)
 
 
 def test_a_sound_batch_is_returned():
@@ -63,4 +65,9 @@ def test_no_rows_are_sound():
 
 def test_the_value_is_on_the_batchs_device():
     mask, labels, positions = (tensor.to("meta") for tensor in batch())
-    assert is_sound(mask, PICTURES.to("meta"), labels, positions, None, 2, 2).is_meta
+    assert is_sound(mask, PICTURES.to("meta"), labels, None, 2, 2).is_meta
+    sequences = torch.zeros_like(labels)
+    shared, ids = (torch.zeros(2, width, dtype=torch.long, device="meta") for width in (2, 5))
+    found = is_collated(labels, positions, sequences, sequences, shared, ids, torch.ones_like(ids), IMAGE, 4)
+    assert len(found) == 5
+    assert all(value.is_meta and value.ndim == 0 for value in found)

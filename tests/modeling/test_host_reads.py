@@ -12,9 +12,8 @@ from tiny_retrieval import batch, retriever
 from lorgnette import LorgnetteCollator
 
 
-CHECK = {"modeling_checks.checked_placeholders: __bool__": 1}
-CHECKS = {"modeling_contrastive.checked_texts: __bool__": 1, "modeling_contrastive.checked_candidates: __bool__": 1}
-ITG = {"modeling_loss.supervised: nonzero": 1}  # of a batch, how many tokens there are to be written
+STAGE_2 = {"modeling_checks.checked_placeholders: __bool__": 1}
+STAGE_1 = {"modeling_contrastive.checked_batch: tolist": 1}  # of how many texts and tokens there are, too
 
 
 def labelled(built) -> dict[str, torch.Tensor]:
@@ -38,8 +37,7 @@ def test_a_step_of_stage_2_reads_one_value(shared, monkeypatch):
         made["labels"][:, :11] = -100
         made["supervised_positions"] = (made["labels"].flatten() != -100).nonzero().squeeze(1)
         made["shared_input_ids"] = made["input_ids"][:, :4]
-    found = step(built, made, monkeypatch)
-    assert found == CHECK | ({"shared_prefix.checked_shared: __bool__": 1} if shared else {})
+    assert step(built, made, monkeypatch) == STAGE_2
 
 
 def test_the_collator_says_where_the_labels_are():
@@ -51,20 +49,39 @@ def test_the_collator_says_where_the_labels_are():
 
 
 @pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize("matching", [0.0, 1.0])
-def test_a_step_of_stage_1_reads_one_value_a_check(matching, several, monkeypatch):
-    built = retriever(itm_weight=matching).train()
+@pytest.mark.parametrize("fields", [{}, {"itm_weight": 0.0}, {"itg_weight": 0.0}, {"matching_batch": 2}], ids=str)
+def test_a_step_of_stage_1_reads_once(fields, several, monkeypatch):
+    fields = dict(fields)
+    matching_batch = fields.pop("matching_batch", None)
+    built = retriever(**fields).train()
+    built.config.matching_batch = matching_batch
     made = batch(["the cat", "a dog", "the picture of a cat", "a dog and a cat"])
-    found_before = {}
     if several:
-        made = made | {"image_rows": torch.tensor([0, 0, 1, 2]), "pixel_values": made["pixel_values"][:3]}
-        found_before = {"modeling_contrastive.group_texts: tolist": 1}  # how many texts a picture has decides shapes
-    assert step(built, made, monkeypatch) == CHECKS | ITG | found_before
+        made |= {"image_rows": torch.tensor([0, 0, 1, 2]), "pixel_values": made["pixel_values"][:3]}
+    assert step(built, made | {"image_ids": torch.arange(len(made["pixel_values"]))}, monkeypatch) == STAGE_1
 
 
-def test_packed_rows_are_checked_by_one_value(monkeypatch):
+@pytest.mark.parametrize("several", [False, True])
+def test_packed_rows_are_read_once(several, monkeypatch):
     built = model(text="mistral").train()
-    made = side_by_side(documents())
-    made["labels"] = made["input_ids"].masked_fill(made["input_ids"] == built.config.image_token_id, -100)
-    found = step(built, made, monkeypatch)
-    assert {place: count for place, count in found.items() if "modeling_checks" in place} == CHECK
+    docs = documents()
+    made = side_by_side(docs) | {"row_index": torch.arange(len(docs))}
+    made["supervised_positions"] = (made["labels"].flatten() != -100).nonzero().squeeze(1)
+    if several:  # a text begins with the last token of its prompt
+        labelled = made["labels"] != -100
+        made["text_ids"] = (labelled | torch.nn.functional.pad(labelled[:, 1:], (0, 1))).long()
+    assert step(built, made, monkeypatch) == STAGE_2
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_compiled_step_reads_no_more(stage, monkeypatch):
+    """The operator of the check reads one; the graph has no breaks, at which more would be read."""
+    if stage == 1:
+        built, made = retriever().train(), batch(["the cat", "a dog", "the picture of a cat", "a dog and a cat"])
+        check = {"modeling_contrastive.checked_pairs: __bool__": 1}
+    else:
+        built, check = model().train(), STAGE_2
+        made = labelled(built)
+    compiled = torch.compile(built, backend="aot_eager", fullgraph=True)
+    compiled(**made).loss.backward()
+    assert step(compiled, made, monkeypatch) == check

@@ -291,7 +291,7 @@ class TestWhatTrains:
         image = {"encoder_hidden_states": features, "encoder_attention_mask": None}
         candidates = torch.zeros(4, 4, dtype=torch.bool)
         candidates[0, 3] = True
-        groups = group_texts(None, 4, 4, features.device)
+        groups = group_texts(torch.arange(4), 4, True, [1, 1])
         loss, count = model._match(image, inputs, torch.zeros(4, 4), candidates, groups)
         # each pair and its picture with a wrong text, which the first has; four texts, the last with a wrong picture
         counted = recorded[0][[0, 1, 2, 4, 6, 11]]

@@ -1,0 +1,126 @@
+"""Checks of what `LorgnetteCollator` puts into a batch: where labels are, packed sequences, shared tokens, pairs.
+
+Each is two functions. `are_…_sound` computes one value on the batch's device; Python waits for a GPU to read it, so the
+model reads one for all of its checks. Only where it is False does the other look for the row, and raise.
+"""
+
+import torch
+
+from ..modeling.modeling_checks import IGNORED, check_finite, row_name
+from .packing import check_numbers, in_order
+from .shared_prefix import check_shared, unlike_shared
+
+
+def is_collated(
+    labels: torch.Tensor | None,
+    supervised_positions: torch.Tensor | None,
+    sequence_ids: torch.Tensor | None,
+    text_ids: torch.Tensor | None,
+    shared_input_ids: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    image_token_id: int,
+    context: int,
+) -> list[torch.Tensor]:
+    """Bool scalars: [`check_collated`] will not raise where all are True."""
+    sound = []
+    if supervised_positions is not None and labels is not None:
+        expected = labels.flatten() != IGNORED  # place 0 is padding's: no label is learned there
+        given = supervised_positions.long().clamp(0, len(expected) - 1)
+        named = torch.zeros_like(expected).index_fill(0, given, True)
+        ascending = (given == given.cummax(0).values) | (supervised_positions <= 0)
+        sound += [(named == expected)[1:].all(), (supervised_positions > 0).sum() == expected[1:].sum()]
+        sound += [(ascending & (supervised_positions < len(expected))).all()]
+    if sequence_ids is not None:
+        sound.append(in_order(sequence_ids, text_ids, context))
+    if shared_input_ids is not None:
+        rows = (labels, shared_input_ids, input_ids, attention_mask, image_token_id)
+        sound.append(~torch.stack(unlike_shared(*rows)).any())
+    return sound
+
+
+def check_collated(
+    labels: torch.Tensor | None,
+    supervised_positions: torch.Tensor | None,
+    sequence_ids: torch.Tensor | None,
+    text_ids: torch.Tensor | None,
+    shared_input_ids: torch.Tensor | None,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    image_token_id: int,
+    context: int,
+    row_index: torch.Tensor | None,
+) -> None:
+    """Raise a ValueError for what does not fit the labels `(B, S)`.
+
+    That is `supervised_positions` `(K,)` of other places, packed sequences out of order or longer than `context`, and
+    rows that do not begin with the shared tokens `(B, P)`; the row is named.
+    """
+    if supervised_positions is not None and labels is not None:  # Trainer removes labels where it computes the loss
+        expected = (labels.flatten() != IGNORED).nonzero().squeeze(1)
+        given, expected = supervised_positions[supervised_positions > 0], expected[expected > 0]
+        if not torch.equal(given, expected):
+            numbers = f"names {len(given)} positions, and labels has {len(expected)} labels, or others"
+            raise ValueError(f"supervised_positions {numbers}: it lists all that are not -100, in order")
+    if sequence_ids is not None:
+        check_numbers(sequence_ids, text_ids, context, row_index)
+    if shared_input_ids is not None:
+        check_shared(labels, shared_input_ids, input_ids, attention_mask, image_token_id, row_index)
+
+
+def check_pairs(
+    attention_mask: torch.Tensor,
+    pictures: torch.Tensor,
+    image_rows: torch.Tensor | None,
+    candidates: torch.Tensor | None,
+    process: torch.Tensor | None,
+    matched: torch.Tensor | None,
+    row_index: torch.Tensor | None,
+) -> None:
+    """Raise a ValueError, with the row, for texts and pictures that nothing can be learned from.
+
+    Args:
+        attention_mask: `(T, S)`; texts are padded on the right alone.
+        pictures: `(M, …)`, or features; they are finite, and each has a text.
+        candidates: `(N, N)` bool, which texts are negatives of which pairs: some are, and with `process` `(N,)` some
+            in each.
+        matched: `(N,)` bool, those texts that ITM compares, where they are fewer.
+    """
+    if image_rows is not None:
+        outside = ((image_rows < 0) | (image_rows >= len(pictures))).nonzero()
+        if len(outside):
+            row, number = int(outside[0]), int(image_rows[outside[0]])
+            raise ValueError(
+                f"{row_name(row, row_index)}: image_rows is {number}, and the batch has {len(pictures)} pictures"
+            )
+        without = (torch.bincount(image_rows, minlength=len(pictures)) == 0).nonzero().flatten().tolist()
+        if without:
+            raise ValueError(
+                f"{len(without)} of the {len(pictures)} pictures of the batch have no text, the first of them picture "
+                f"{without[0]}: image_rows names each picture once or more"
+            )
+    check_finite(pictures, None, row_index, image_rows)
+    left = attention_mask[:, 0] == 0
+    if left.any():
+        row = row_name(int(left.nonzero()[0]), row_index)
+        raise ValueError(f"{row} is padded on the left: a text begins with its [CLS]")
+    if candidates is None:
+        return
+    everyone = torch.arange(len(candidates), device=candidates.device)
+    for some in (everyone, everyone if matched is None else everyone[matched]):
+        if not candidates[some][:, some].any():
+            alike = f"and the {len(some) - 1} others of its batch have the same caption or picture"
+            alone = "is alone in its batch (dataloader_drop_last leaves such a last one out)"
+            what = alone if len(some) == 1 else f"{alike} (larger batches may help)"
+            raise ValueError(f"{row_name(0, row_index)} {what}: there are no negatives to tell it from")
+    if process is not None:
+        has = (candidates & (process[:, None] == process)).any(dim=1)
+        for number, count in enumerate(torch.bincount(process).tolist()):
+            if not has[process == number].any():
+                raise ValueError(
+                    f"Process {number} has a batch of {count} texts with one picture or caption, and matching (ITM) "
+                    "finds no negatives in it: make the batches of a process larger, or itm_weight 0"
+                )
+
+
+__all__ = ["check_collated", "check_pairs", "is_collated"]
