@@ -16,6 +16,27 @@ STAGE_2 = {"modeling_checks.checked_placeholders: __bool__": 1}
 STAGE_1 = {"modeling_contrastive.checked_batch: tolist": 1}  # of how many texts and tokens there are, too
 
 
+READING = {
+    "item": lambda mask: mask.sum().item(),
+    "tolist": lambda mask: mask.tolist(),
+    "to": lambda mask: mask.to("cpu"),
+    "cpu": lambda mask: mask.cpu(),
+    "nonzero": lambda mask: torch.nonzero(mask),
+    "where": lambda mask: torch.where(mask),
+    "a boolean index": lambda mask: mask[mask],
+    "__bool__": lambda mask: bool(mask.any()),
+}
+
+
+@pytest.mark.parametrize("name", READING)
+def test_what_waits_is_counted(name, monkeypatch):
+    mask = torch.tensor([True, False])
+    with HostReads(monkeypatch) as places:
+        READING[name](mask)
+        torch.where(mask, mask, ~mask).to(torch.float32).to(mask.device)  # these wait for nothing
+    assert places == {f"test_host_reads.<lambda>: {name}": 1}
+
+
 def labelled(built) -> dict[str, torch.Tensor]:
     made = inputs()
     labels = made["input_ids"].masked_fill(made["input_ids"] == built.config.image_token_id, -100)

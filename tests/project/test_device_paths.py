@@ -103,6 +103,17 @@ def test_a_worker_answers(folder):
             assert said.status_code == 200, said.text
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="the CPU is the device here")
+@pytest.mark.parametrize("left", ["input_ids", "pixel_values"])
+def test_a_tensor_left_on_the_cpu_is_an_error(folder, left):
+    """Of torch, as with any model of transformers: nothing is moved in silence."""
+    model, processor = loaded(folder)
+    batch = processor(images=PICTURES, padding=True, return_tensors="pt")
+    moved = {name: tensor if name == left else tensor.to(DEVICE) for name, tensor in batch.items()}
+    with pytest.raises(RuntimeError, match=r"device|torch\.FloatTensor"):
+        model.to(DEVICE)(**moved)
+
+
 def test_retrieve():
     asked = PICTURES, ["a cat", "the dog"]
     for rerank in (False, True):
