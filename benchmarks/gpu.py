@@ -33,6 +33,7 @@ from benchmarks.wheels import WHEELS, unpack_missing  # noqa: E402 (may run befo
 TESTS = "tests/trainer/test_gpu.py"
 SHARDED = "fsdp or offloaded or flash or liger or quantised"
 ROWS = ("scenes-pooling", "scenes", "emoji", "cifar")  # rows of examples/quality that are trained at full size
+BACKBONES = ("vision-*", "qformer-*", "text-*")  # folders that the rows train on; nothing is downloaded there
 LOG_LINES = 40  # of a part's log that are kept in its result
 
 
@@ -71,7 +72,8 @@ def parts(options: Options) -> list[Part]:
     speed += ["--batch_size", "2", "--rounds", "1", "--caption_rounds", "1", "--sizes", "1", "2"] if tiny else []
     learning = ["examples.quality", *ROWS, "--cache", str(options.cache), "--work", str(options.work)]
     learning += ["--results", str(options.output / "quality")]
-    no_data = None if options.cache.is_dir() and not tiny else f"{options.cache} has no backbones: make demo"
+    missing = [name for name in BACKBONES if not any(options.cache.glob(name))]
+    no_data = f"{options.cache} has no {', '.join(missing)}: make demo" if missing else None
     if tiny:
         no_data = "the preset tiny has nothing to learn from"
     return [

@@ -89,6 +89,15 @@ def test_parts_that_cannot_run_say_why(tmp_path, capsys):
         gpu.main(["--parts", "other", "--output", str(tmp_path)])
 
 
+def test_backbones_that_are_missing_are_named(tmp_path):
+    (tmp_path / "vision-made").mkdir()
+    learning = {one.name: one for one in parts(Options(cache=tmp_path))}["learning"]
+    assert learning.unless == f"{tmp_path} has no qformer-*, text-*: make demo"
+    for name in ("qformer-made", "text-made"):
+        (tmp_path / name).mkdir()
+    assert {one.name: one for one in parts(Options(cache=tmp_path))}["learning"].unless is None
+
+
 def test_parts_find_the_package_without_installation_and_the_wheels(tmp_path):
     (tmp_path / "wheels").mkdir()
     with zipfile.ZipFile(tmp_path / "wheels" / "of_no_registry-9-py3-none-any.whl", "w") as wheel:
