@@ -107,12 +107,7 @@ def check_pairs(
     if candidates is None:
         return
     everyone = torch.arange(len(candidates), device=candidates.device)
-    for some in (everyone, everyone if matched is None else everyone[matched]):
-        if not candidates[some][:, some].any():
-            alike = f"and the {len(some) - 1} others of its batch have the same caption or picture"
-            alone = "is alone in its batch (dataloader_drop_last leaves such a last one out)"
-            what = alone if len(some) == 1 else f"{alike} (larger batches may help)"
-            raise ValueError(f"{row_name(0, row_index)} {what}: there are no negatives to tell it from")
+    _check_negatives(candidates, everyone, 0, row_index)
     if process is not None:
         has = (candidates & (process[:, None] == process)).any(dim=1)
         for number, count in enumerate(torch.bincount(process).tolist()):
@@ -121,6 +116,22 @@ def check_pairs(
                     f"Process {number} has a batch of {count} texts with one picture or caption, and matching (ITM) "
                     "finds no negatives in it: make the batches of a process larger, or itm_weight 0"
                 )
+    if matched is not None:
+        before = 0 if process is None else int((process < process[matched].min()).sum())  # texts of other processes
+        _check_negatives(candidates, everyone[matched], before, row_index)
+
+
+def _check_negatives(
+    candidates: torch.Tensor, texts: torch.Tensor, before: int, row_index: torch.Tensor | None
+) -> None:
+    """Raise a ValueError where none of these `texts` is a negative of another; `before` are of other processes."""
+    if candidates[texts][:, texts].any():
+        return
+    alike = f"and the {len(texts) - 1} others of its batch have the same caption or picture"
+    alone = "is alone in its batch (dataloader_drop_last leaves such a last one out)"
+    what = alone if len(texts) == 1 else f"{alike} (larger batches may help)"
+    row = row_name(int(texts[0]) - before, row_index)
+    raise ValueError(f"{row} {what}: there are no negatives to tell it from")
 
 
 __all__ = ["check_collated", "check_pairs", "is_collated"]

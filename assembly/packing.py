@@ -48,7 +48,7 @@ def in_order(sequence_ids: torch.Tensor, text_ids: torch.Tensor | None, context:
     sound = (~starts | (sequence_ids.flatten() == starts.cumsum(0) - 1)).all()
     if text_ids is not None:
         sound &= ~_texts_out_of_order(sequence_ids, text_ids).any()
-    if 0 < context < sequence_ids.shape[1]:  # a row may be longer than each of its sequences
+    if sequence_ids.numel() and 0 < context < sequence_ids.shape[1]:  # a row may be longer than each of its sequences
         sound &= positions(sequence_ids, text_ids).max() < context
     return sound
 
@@ -75,7 +75,7 @@ def check_numbers(
                 f"{number} are {texts}"
             )
     last = positions(sequence_ids, text_ids)
-    if 0 < context <= last.max():
+    if last.numel() and 0 < context <= last.max():
         row = row_name(int(sequence_ids.flatten()[last.argmax()]), row_index)
         raise ValueError(f"{row} has {int(last.max()) + 1} tokens; the language model's context is {context}")
 
@@ -85,7 +85,7 @@ def _texts_out_of_order(sequence_ids: torch.Tensor, text_ids: torch.Tensor) -> t
     begins = (_starts(sequence_ids, text_ids) & (sequence_ids >= 0)).flatten()
     sequences, texts = sequence_ids.flatten(), text_ids.flatten()
     place = torch.arange(len(begins), device=begins.device).masked_fill(~begins, -1).cummax(0).values
-    before = nn.functional.pad(place[:-1], (1, 0), value=-1)  # where the last one began
+    before = nn.functional.pad(place, (1, 0), value=-1)[:-1]  # where the last one began
     is_first = (before < 0) | (sequences != sequences[before])
     # a prompt of one token has no part of its own: its text comes first
     wrong = torch.where(is_first, (texts != 0) & (texts != 1), texts != texts[before] + 1)
@@ -182,7 +182,7 @@ def packed(
     if labels is not None:
         labels = labels.masked_fill(_starts(sequence_ids, text_ids), IGNORED)
     if is_flash_attention_requested(language_model.config):
-        kept = sequence_ids.flatten() != PADDING
+        kept = sequence_ids.flatten() >= 0
         last = positions(sequence_ids)
         numbers = torch.stack([kept.sum(), sequence_ids.max() + 1, last.max() + 1])
         tokens, sequences, longest = numbers.tolist()  # one read: FlashAttention wants the longest as a number

@@ -61,7 +61,8 @@ def checked_placeholders(
     num_images = None if shown is None else len(shown)
     sound = [is_sound(mask, pictures, labels, sequence_ids, num_query_tokens, num_images or 0)]
     collated = (labels, supervised_positions, sequence_ids, text_ids, shared_input_ids, input_ids, attention_mask)
-    is_collated = any(collated[place] is not None for place in (1, 2, 4))
+    has_positions = supervised_positions is not None and labels is not None
+    is_collated = has_positions or sequence_ids is not None or shared_input_ids is not None
     if is_collated:
         package = from_package("assembly.batch_checks", "A batch of LorgnetteCollator")
         sound += package.is_collated(*collated, image_token_id, context)
@@ -152,10 +153,7 @@ def check_finite(
 
 
 def check_context(
-    width: int,
-    attention_mask: torch.Tensor | None,
-    config: PreTrainedConfig,
-    row_index: torch.Tensor | None,
+    width: int, attention_mask: torch.Tensor | None, config: PreTrainedConfig, row_index: torch.Tensor | None
 ) -> None:
     """Raise a ValueError, with row and numbers, where one of `width` tokens exceeds `max_position_embeddings`."""
     context = getattr(config.text_config, "max_position_embeddings", None)

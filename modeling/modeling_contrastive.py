@@ -36,14 +36,14 @@ def checked_pairs(
 
 
 def checked_batch(
-    attention_mask: torch.Tensor, rows: torch.Tensor, size: int, *others: torch.Tensor | None
+    attention_mask: torch.Tensor, rows: torch.Tensor, size: int | None, *others: torch.Tensor | None
 ) -> tuple[torch.Tensor, list[int] | None]:
     """The mask of [`checked_pairs`], and numbers of the texts, `(T,)` `rows`, of the first `size` pictures.
 
-    They are how many there are, the fewest and the most of a picture, and their tokens past the first. None while
-    compiling, where values decide no shape. All is read at once: Python waits for a GPU each time.
+    They are how many there are, the fewest and the most of a picture, and their tokens past the first. None without a
+    size, and while compiling, where values decide no shape. All is read at once: Python waits for a GPU each time.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or size is None:
         return checked_pairs(attention_mask, *others), None
     kept = rows < size
     texts_of = torch.zeros(size, dtype=torch.long, device=rows.device)
@@ -62,7 +62,7 @@ def are_sound(*given: torch.Tensor | None) -> torch.Tensor:
     sound = pictures.isfinite().all() & (attention_mask[:, 0] != 0).all()
     if image_rows is not None:
         shown = torch.zeros(len(pictures), dtype=torch.bool, device=image_rows.device)
-        sound &= shown.index_fill(0, image_rows.clamp(0, len(pictures) - 1), True).all()
+        sound &= shown.index_fill(0, image_rows.long().clamp(0, len(pictures) - 1), True).all()
         sound &= ((image_rows >= 0) & (image_rows < len(pictures))).all()
     if candidates is not None:
         together = process[:, None] == process

@@ -269,12 +269,12 @@ class LorgnetteModel(LorgnettePreTrainedModel):
             if pictures is not None and pictures.ndim != 4 and shapes is None:
                 raise ValueError(f"pixel_values is {tuple(pictures.shape)}, and (N, 3, H, W) is needed")
         decoding = cache is not None and input_ids is not None and input_ids.shape[1] == 1
-        if pictures is not None or sequence_ids is not None or (inputs_embeds is None and not decoding):
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-            shown = (None if pictures is None else pictures.detach(), images["image_rows"])
-            rows = (row_index, labels, supervised_positions, sequence_ids, text_ids, shared_input_ids, input_ids)
-            numbers = (self.config.query_count(images["num_query_tokens"]), self.config.image_token_id)
-            mask = checked_placeholders(mask, *shown, *rows, attention_mask, *numbers, self.max_text_length or 0)
+        rows = (row_index, labels, supervised_positions, sequence_ids, text_ids, shared_input_ids, input_ids)
+        numbers = (self.config.query_count(images["num_query_tokens"]), self.config.image_token_id)
+        shown = (None if pictures is None else pictures.detach(), images["image_rows"])
+        others = (*shown, *rows, attention_mask, *numbers, self.max_text_length or 0)
+        if pictures is not None or (inputs_embeds is None and not decoding):
+            mask = checked_placeholders(self.get_placeholder_mask(input_ids, inputs_embeds), *others)
             if inputs_embeds is None:  # the placeholder's id may be past the end of the table
                 inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
             if pictures is not None:
@@ -283,6 +283,9 @@ class LorgnetteModel(LorgnettePreTrainedModel):
                 inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), visual_tokens)
         elif inputs_embeds is None:  # one more generated token, which is no placeholder
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        elif sequence_ids is not None or shared_input_ids is not None:  # nothing but these is checked
+            nowhere = checked_placeholders(inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.bool), *others)
+            inputs_embeds = inputs_embeds.masked_fill(nowhere.unsqueeze(-1), 0)
         if self.training and features is None and in_process_group():
             inputs_embeds = inputs_embeds + 0 * self._zero_visual_tokens()
         is_packed = sequence_ids is not None or text_ids is not None

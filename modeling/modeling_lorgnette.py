@@ -208,7 +208,7 @@ class LorgnetteForConditionalGeneration(LorgnettePreTrainedModel, GenerationMixi
         image_inputs += (qformer_input_ids, qformer_attention_mask, num_query_tokens)
         images = dict(zip(IMAGE_INPUTS, image_inputs))  # noqa: B905 (compiled)
         tokens = (input_ids, inputs_embeds, attention_mask, position_ids, one_cache(past_key_values, cache))
-        shared = shared_input_ids if self.training and labels is not None else None
+        shared = shared_input_ids if self.training and labels is not None and input_ids is not None else None
         learned = (row_index, sequence_ids, text_ids, labels, supervised_positions, shared)
         inputs, features = self._headless.lm_inputs(*tokens, images, *learned)
         lm_forward = self.language_model

@@ -231,9 +231,9 @@ class LorgnetteForImageTextRetrieval(LorgnettePreTrainedModel):
             pairs = pairs_of(ids, rows, count, image_ids, pad_token_id)
             candidates, process = pairs.candidates, pairs.process * bool(match)  # ITM needs some in each process
             if match and size < count:
-                matched = torch.zeros_like(candidates[0]).index_copy(0, pairs.own, rows < size)
+                matched = (pairs.process < 0).index_copy(0, pairs.own, rows < size)
         checked = (pictures.detach(), image_rows, candidates, process, matched, row_index)
-        attention_mask, numbers = checked_batch(attention_mask, rows, size, *checked)  # image_rows, too
+        attention_mask, numbers = checked_batch(attention_mask, rows, size if return_loss else None, *checked)
         features = vision_features
         if features is None:
             features = self.get_vision_features(pixel_values, pixel_attention_mask, spatial_shapes).last_hidden_state

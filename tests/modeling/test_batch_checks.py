@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lorgnette.assembly.batch_checks import is_collated
+from lorgnette.assembly.packing import PADDING, check_numbers, in_order
 from lorgnette.modeling.modeling_checks import IGNORED, checked_placeholders, is_sound
 
 
@@ -71,3 +72,21 @@ def test_the_value_is_on_the_batchs_device():
     found = is_collated(labels, positions, sequences, sequences, shared, ids, torch.ones_like(ids), IMAGE, 4)
     assert len(found) == 5
     assert all(value.is_meta and value.ndim == 0 for value in found)
+
+
+@pytest.mark.parametrize("context", [0, 3])
+def test_the_value_of_packed_rows_is_whether_none_is_refused(context):
+    """On random numbers of sequences and texts, most of them wrong."""
+    generator, verdicts = torch.Generator().manual_seed(context), set()
+    for case in range(400):
+        steps = torch.randint(0, 2 + case % 2, (1, 8), generator=generator)
+        sequence_ids = (steps.cumsum(1) - steps[:, :1]).masked_fill(torch.arange(8) > 5 + case % 3, PADDING).view(2, 4)
+        text_ids = torch.randint(0, 2, (2, 4), generator=generator).cumsum(1) if case % 4 > 1 else None
+        try:
+            check_numbers(sequence_ids, text_ids, context, None)
+            raised = False
+        except ValueError:
+            raised = True
+        assert bool(in_order(sequence_ids, text_ids, context)) is not raised, (sequence_ids, text_ids)
+        verdicts.add((raised, text_ids is None))
+    assert len(verdicts) == 4

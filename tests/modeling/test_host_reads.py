@@ -82,6 +82,13 @@ def test_a_step_of_stage_1_reads_once(fields, several, monkeypatch):
     assert step(built, made | {"image_ids": torch.arange(len(made["pixel_values"]))}, monkeypatch) == STAGE_1
 
 
+def test_a_comparison_without_losses_reads_once(monkeypatch):
+    built = retriever().eval()
+    with HostReads(monkeypatch) as places:
+        built(**batch(), return_loss=False)
+    assert places == {"modeling_contrastive.checked_pairs: __bool__": 1}
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_packed_rows_are_read_once(several, monkeypatch):
     built = model(text="mistral").train()

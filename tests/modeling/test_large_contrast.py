@@ -216,3 +216,26 @@ class TestSigmoidContrast:
                 retriever(**wrong)
         with pytest.raises(ValueError, match="itc_loss is 'hinge'"):
             retriever(itc_loss="hinge")
+
+
+def test_rows_of_pictures_may_be_int32():
+    model, inputs = retriever(**STEADY), several()
+    expected, _ = step(model, inputs)
+    found, _ = step(model, inputs | {"image_rows": inputs["image_rows"].int()})
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_first_of_the_texts_that_are_matched_is_named():
+    model, inputs = retriever(itc_weight=0.0).train(), several()
+    model.config.matching_batch = 1
+    inputs |= {"image_rows": torch.tensor([4, 1, 0, 2, 3, 1, 2, 3]), "row_index": torch.arange(100, 108)}
+    with pytest.raises(ValueError, match="Row 102 of the data set is alone in its batch"):
+        model(**inputs)
+
+
+def test_no_texts_are_refused():
+    model = retriever().train()
+    model.config.matching_batch = 1
+    inputs = {name: tensor if name == "pixel_values" else tensor[:0] for name, tensor in several().items()}
+    with pytest.raises(ValueError, match="5 of the 5 pictures of the batch have no text"):
+        model(**inputs)
