@@ -67,6 +67,7 @@ def test_hooks_are_gone_afterwards_and_a_shared_vit_counts_once():
     assert not any(module._forward_hooks or module._forward_pre_hooks for model in models for module in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ["stage2", "stage2-mixed", "stage1-captions"])
 def test_other_rows_have_all_their_ways(row, tmp_path):
     bench = profile.run.Bench(profile.run.Options(preset="tiny", batch_size=2, rounds=1, sizes=[1]), tmp_path)
