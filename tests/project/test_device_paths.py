@@ -10,6 +10,7 @@ import pytest
 import tiny
 import tiny_serving
 import torch
+from tiny_forms import form_of, hub_with_backbones, joined
 from tiny_retrieval import retriever
 from tiny_serving import BRIDGES, data_url, save_bridges, save_merged
 from transformers import pipeline
@@ -58,6 +59,15 @@ def assert_as_on_the_cpu(make):
 @pytest.mark.parametrize("name", ["one", "merged"])
 def test_generate(folder, name):
     assert_as_on_the_cpu(lambda: loaded(folder, name))
+
+
+def test_a_thin_model(tmp_path, monkeypatch):
+    """Its backbones come from the Hub."""
+    hub_with_backbones(tmp_path / "hub", monkeypatch)
+    made = tmp_path / "thin"
+    joined().save_pretrained(made, save_format="thin")
+    assert form_of(made) == "thin"
+    assert_as_on_the_cpu(lambda: loaded(tmp_path, "thin"))
 
 
 def test_bridges(folder):
