@@ -35,6 +35,8 @@ def score_scenes(answers: Sequence[str], truths: Sequence[Scene]) -> dict[str, f
     - `pairs_named`: the fraction of pairs of objects of which the answer names both.
     - `relations`: of these pairs, the fraction whose relation it states, in either order ("a left of b" and "b right of
       a"), without stating another one as well.
+    - `axes`: of these pairs, the fraction of which it states one relation, and that along the right axis.
+    - `orders`: of those, the fraction in the right order; a guess has half.
     """
     said = [parse(answer) for answer in answers]
     named = [
@@ -48,12 +50,16 @@ def score_scenes(answers: Sequence[str], truths: Sequence[Scene]) -> dict[str, f
         for relation in truth.relations
         if {relation[0], relation[2]} <= found.objects.keys()
     ]
-    stated = [{relation for relation in found.relations if {*of} == {*relation}} for of, found in pairs]
+    stated = [{each for each in found.relations if {*of} == {*each}} for of, found in pairs]
+    right = [found == {of} for (of, _), found in zip(pairs, stated, strict=True)]
+    along = [[kind for _, kind, _ in found] == [of[1]] for (of, _), found in zip(pairs, stated, strict=True)]
     return {
         "objects_f1": f1([found.objects for found in said], [truth.objects for truth in truths]),
         "counts": _share(wanted == count for wanted, count in named),
         "pairs_named": len(pairs) / max(1, sum(len(truth.relations) for truth in truths)),
-        "relations": _share(found == {relation} for (relation, _), found in zip(pairs, stated, strict=True)),
+        "relations": _share(right),
+        "axes": _share(along),
+        "orders": _share(order for order, axis in zip(right, along, strict=True) if axis),
     }
 
 

@@ -240,17 +240,21 @@ def figures(*answers: str) -> dict[str, float]:
 
 
 def test_figures_of_answers():
-    assert figures(CAT_PIZZA_STARS) == {"objects_f1": 1.0, "counts": 1.0, "pairs_named": 1.0, "relations": 1.0}
-    assert figures("") == {"objects_f1": 0.0, "counts": 0.0, "pairs_named": 0.0, "relations": 0.0}
+    names = ("objects_f1", "counts", "pairs_named", "relations", "axes", "orders")
+    assert figures(CAT_PIZZA_STARS) == dict.fromkeys(names, 1.0)
+    assert figures("") == dict.fromkeys(names, 0.0)
     # two names of three right, one wrong; one pair of three; its relation is the other way round
     found = figures("two cats right of a pizza and a key above")
-    assert found == {"objects_f1": 4 / 6, "counts": 1 / 2, "pairs_named": 1 / 3, "relations": 0.0}
+    assert tuple(found[name] for name in names) == (4 / 6, 1 / 2, 1 / 3, 0.0, 1.0, 0.0)
     assert figures("a pizza right of a cat")["relations"] == 1.0
+    assert figures("a cat above a pizza")["axes"] == 0.0
     assert figures("a cat and a pizza")["relations"] == 0.0  # says nothing
     assert figures("a cat left of a pizza left of a cat")["relations"] == 0.0  # says both
     # pictures are pooled: 3 + 1 right of 3 + 1 named and of 6
     found = figures(CAT_PIZZA_STARS, "a star")
-    assert found == {"objects_f1": 8 / 10, "counts": 3 / 4, "pairs_named": 3 / 6, "relations": 1.0}
+    assert tuple(found[name] for name in names) == (8 / 10, 3 / 4, 3 / 6, 1.0, 1.0, 1.0)
+    found = figures(CAT_PIZZA_STARS, "a pizza left of a cat")  # of four pairs one is in the other order
+    assert (found["relations"], found["axes"], found["orders"]) == (3 / 4, 1.0, 3 / 4)
 
 
 def test_figures_of_shuffled_pictures_are_lower():
@@ -260,7 +264,7 @@ def test_figures_of_shuffled_pictures_are_lower():
     metrics = ["exact_match", "cider"]
     right, shuffled = score(metrics, texts, texts, truths), score_shuffled(metrics, texts, texts, truths)
     assert right.keys() == shuffled.keys() == {
-        "exact_match", "cider", "objects_f1", "counts", "pairs_named", "relations",
+        "exact_match", "cider", "objects_f1", "counts", "pairs_named", "relations", "axes", "orders",
     }  # fmt: skip
     assert all(shuffled[name] < right[name] for name in right)
     assert shuffled["objects_f1"] < 0.15
