@@ -1,8 +1,10 @@
 """Checks of what `LorgnetteCollator` puts into a batch: where labels are, packed sequences, shared tokens, pairs.
 
-Each is two functions. `are_…_sound` computes one value on the batch's device; Python waits for a GPU to read it, so the
-model reads one for all of its checks. Only where it is False does the other look for the row, and raise.
+Python waits for a GPU to read a value, so the model reads one for all of its checks. Where it is False the rows are
+looked at here, and the wrong one is named.
 """
+
+from dataclasses import dataclass
 
 import torch
 
@@ -11,61 +13,56 @@ from .packing import check_numbers, in_order
 from .shared_prefix import check_shared, unlike_shared
 
 
-def is_collated(
-    labels: torch.Tensor | None,
-    supervised_positions: torch.Tensor | None,
-    sequence_ids: torch.Tensor | None,
-    text_ids: torch.Tensor | None,
-    shared_input_ids: torch.Tensor | None,
-    input_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    image_token_id: int,
-    context: int,
-) -> list[torch.Tensor]:
-    """Bool scalars: [`check_collated`] will not raise where all are True."""
-    sound = []
-    if supervised_positions is not None and labels is not None:
-        expected = labels.flatten() != IGNORED  # place 0 is padding's: no label is learned there
-        given = supervised_positions.long().clamp(0, len(expected) - 1)
-        named = torch.zeros_like(expected).index_fill(0, given, True)
-        ascending = (given == given.cummax(0).values) | (supervised_positions <= 0)
-        sound += [(named == expected)[1:].all(), (supervised_positions > 0).sum() == expected[1:].sum()]
-        sound += [(ascending & (supervised_positions < len(expected))).all()]
-    if sequence_ids is not None:
-        sound.append(in_order(sequence_ids, text_ids, context))
-    if shared_input_ids is not None:
-        rows = (labels, shared_input_ids, input_ids, attention_mask, image_token_id)
-        sound.append(~torch.stack(unlike_shared(*rows)).any())
-    return sound
+@dataclass
+class Collated:
+    """Of a batch of stage 2 what has to fit its labels `(B, S)`; see `LorgnetteForConditionalGeneration.forward`."""
 
+    labels: torch.Tensor | None
+    supervised_positions: torch.Tensor | None
+    sequence_ids: torch.Tensor | None
+    text_ids: torch.Tensor | None
+    shared_input_ids: torch.Tensor | None
+    input_ids: torch.Tensor | None
+    attention_mask: torch.Tensor | None
+    image_token_id: int
+    context: int
 
-def check_collated(
-    labels: torch.Tensor | None,
-    supervised_positions: torch.Tensor | None,
-    sequence_ids: torch.Tensor | None,
-    text_ids: torch.Tensor | None,
-    shared_input_ids: torch.Tensor | None,
-    input_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    image_token_id: int,
-    context: int,
-    row_index: torch.Tensor | None,
-) -> None:
-    """Raise a ValueError for what does not fit the labels `(B, S)`.
+    def sound(self) -> list[torch.Tensor]:
+        """Bool scalars on the batch's device: [`check`] will not raise where all are True."""
+        sound, labels, positions = [], self.labels, self.supervised_positions
+        if positions is not None and labels is not None:
+            expected = labels.flatten() != IGNORED  # place 0 is padding's: no label is learned there
+            given = positions.long().clamp(0, len(expected) - 1)
+            named = torch.zeros_like(expected).index_fill(0, given, True)
+            ascending = (given == given.cummax(0).values) | (positions <= 0)
+            sound += [(named == expected)[1:].all(), (positions > 0).sum() == expected[1:].sum()]
+            sound += [(ascending & (positions < len(expected))).all()]
+        if self.sequence_ids is not None:
+            sound.append(in_order(self.sequence_ids, self.text_ids, self.context))
+        if self.shared_input_ids is not None:
+            sound.append(~torch.stack(unlike_shared(*self._shared())).any())
+        return sound
 
-    That is `supervised_positions` `(K,)` of other places, packed sequences out of order or longer than `context`, and
-    rows that do not begin with the shared tokens `(B, P)`; the row is named.
-    """
-    if supervised_positions is not None and labels is not None:  # Trainer removes labels where it computes the loss
-        expected = (labels.flatten() != IGNORED).nonzero().squeeze(1)
-        given, expected = supervised_positions[supervised_positions > 0], expected[expected > 0]
-        if not torch.equal(given, expected):
-            numbers = f"names {len(given)} positions, and labels has {len(expected)} labels, or others"
-            raise ValueError(f"supervised_positions {numbers}: it lists all that are not -100, in order")
-    if sequence_ids is not None:
-        check_numbers(sequence_ids, text_ids, context, row_index)
-    if shared_input_ids is not None:
-        check_shared(labels, shared_input_ids, input_ids, attention_mask, image_token_id, row_index)
+    def check(self, row_index: torch.Tensor | None) -> None:
+        """Raise a ValueError, with the row, for what does not fit.
+
+        That is `supervised_positions` `(K,)` of other places, packed sequences out of order or longer than `context`,
+        and rows that do not begin with the shared tokens `(B, P)`.
+        """
+        labels, positions = self.labels, self.supervised_positions
+        if positions is not None and labels is not None:  # Trainer removes labels where it computes the loss
+            expected = (labels.flatten() != IGNORED).nonzero().squeeze(1)
+            given, expected = positions[positions > 0], expected[expected > 0]
+            if not torch.equal(given, expected):
+                numbers = f"names {len(given)} positions, and labels has {len(expected)} labels, or others"
+                raise ValueError(f"supervised_positions {numbers}: it lists all that are not -100, in order")
+        if self.sequence_ids is not None:
+            check_numbers(self.sequence_ids, self.text_ids, self.context, row_index)
+        if self.shared_input_ids is not None:
+            check_shared(*self._shared(), row_index)
+
+    def _shared(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, int]:
+        return self.labels, self.shared_input_ids, self.input_ids, self.attention_mask, self.image_token_id
 
 
 def check_pairs(
@@ -134,4 +131,4 @@ def _check_negatives(
     raise ValueError(f"{row} {what}: there are no negatives to tell it from")
 
 
-__all__ = ["check_collated", "check_pairs", "is_collated"]
+__all__ = ["Collated", "check_pairs"]

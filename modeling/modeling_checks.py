@@ -56,24 +56,24 @@ def checked_placeholders(
     image_token_id: int,
     context: int,
 ) -> torch.Tensor:
-    """The mask `(B, S)`; raises what [`check_placeholders`], [`check_finite`] and `batch_checks.check_collated` do."""
+    """The mask `(B, S)`; raises what [`check_placeholders`], [`check_finite`] and `batch_checks.Collated.check` do."""
     shown = pictures if image_rows is None else image_rows
     num_images = None if shown is None else len(shown)
     sound = [is_sound(mask, pictures, labels, sequence_ids, num_query_tokens, num_images or 0)]
-    collated = (labels, supervised_positions, sequence_ids, text_ids, shared_input_ids, input_ids, attention_mask)
-    has_positions = supervised_positions is not None and labels is not None
-    is_collated = has_positions or sequence_ids is not None or shared_input_ids is not None
-    if is_collated:
+    collated, has_positions = None, supervised_positions is not None and labels is not None
+    if has_positions or sequence_ids is not None or shared_input_ids is not None:
+        learned = (labels, supervised_positions, sequence_ids, text_ids, shared_input_ids, input_ids, attention_mask)
         package = from_package("assembly.batch_checks", "A batch of LorgnetteCollator")
-        sound += package.is_collated(*collated, image_token_id, context)
+        collated = package.Collated(*learned, image_token_id, context)
+        sound += collated.sound()
     if mask.numel() and torch.stack(sound).all():  # one value: for each that is read Python waits for a GPU
         return mask.clone()
     numbers = (num_query_tokens, image_token_id, num_images, row_index)
     images_per_row = check_placeholders(mask, *numbers, labels, sequence_ids)
     if pictures is not None:
         check_finite(pictures, images_per_row, row_index, image_rows)
-    if is_collated:
-        package.check_collated(*collated, image_token_id, context, row_index)
+    if collated is not None:
+        collated.check(row_index)
     return mask.clone()
 
 

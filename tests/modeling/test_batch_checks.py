@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lorgnette.assembly.batch_checks import is_collated
+from lorgnette.assembly.batch_checks import Collated
 from lorgnette.assembly.packing import PADDING, check_numbers, in_order
 from lorgnette.modeling.modeling_checks import IGNORED, checked_placeholders, is_sound
 
@@ -69,7 +69,8 @@ def test_the_value_is_on_the_batchs_device():
     assert is_sound(mask, PICTURES.to("meta"), labels, None, 2, 2).is_meta
     sequences = torch.zeros_like(labels)
     shared, ids = (torch.zeros(2, width, dtype=torch.long, device="meta") for width in (2, 5))
-    found = is_collated(labels, positions, sequences, sequences, shared, ids, torch.ones_like(ids), IMAGE, 4)
+    made = Collated(labels, positions, sequences, sequences, shared, ids, torch.ones_like(ids), IMAGE, 4)
+    found = made.sound()
     assert len(found) == 5
     assert all(value.is_meta and value.ndim == 0 for value in found)
 
